@@ -1,0 +1,74 @@
+"""Which families there are, and which one a checkpoint is. Other packages add theirs by entry point ``dconv.archs``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from dconv.arch import llama
+from dconv.arch.config import detect_by_args
+from dconv.arch.family import Family
+from dconv.errors import Refused
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families by name; an entry point gives a `Family` or a sequence of them."""
+    found = {family.name: family for family in llama.FAMILIES}
+    for point in entry_points(group="dconv.archs"):
+        loaded = point.load()
+        for family in (loaded,) if isinstance(loaded, Family) else loaded:
+            found[family.name] = family
+    return found
+
+
+def by_name(name: str) -> Family:
+    """The family that ``--model-type`` names.
+
+    Raises:
+        Refused: there is none; the nearest is named.
+    """
+    family = families().get(name)
+    if family is None:
+        raise _unknown(name)
+    return family
+
+
+def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | None) -> Family:
+    """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
+
+    Raises:
+        Refused: no family, or nothing to tell it by.
+    """
+    if config is not None:
+        architectures = config.get("architectures")
+        named = architectures[0] if isinstance(architectures, list) and architectures else ""
+        for family in families().values():
+            if family.config.architecture == named:
+                return family
+        if not named:
+            for family in families().values():
+                if family.config.model_type == config.get("model_type"):
+                    return family
+        raise _unknown(str(named or config.get("model_type")))
+    if args is not None:
+        wanted = detect_by_args(args, [family.config for family in families().values()])
+        return next(family for family in families().values() if family.config is wanted)
+    raise Refused(
+        "nothing says what model this is, nothing was written",
+        expected="config.json, or Megatron's args inside the checkpoint",
+        do="--hf-config DIR supplies a config.json",
+    )
+
+
+def _unknown(name: str) -> Refused:
+    known = {f.config.architecture: f for f in families().values()} | families()
+    close = difflib.get_close_matches(name, known, 1, 0.0)
+    nearest = known[close[0]].name if close else "llama"
+    return Refused(
+        f"no family is called {name}, nothing was written",
+        expected="one of " + ", ".join(sorted(families())),
+        do=f"if it is the same function as {nearest}: --model-type {nearest}; else add dconv/arch/<name>.py",
+    )

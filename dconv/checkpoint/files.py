@@ -1,0 +1,90 @@
+"""Looking at files of a checkpoint: stamps, and names that must stay inside the directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from dconv.errors import Damaged, StorageFault
+from dconv.sharding.tensor import FileStamp
+
+#: JSON larger than this is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
+MAX_JSON: Final = 256 << 20
+
+
+def stamp(path: Path) -> FileStamp:
+    """Size, time, inode and allocated bytes of a file.
+
+    Raises:
+        Damaged: it is not there or not a regular file.
+        StorageFault: it cannot be looked at.
+    """
+    try:
+        seen = os.stat(path)
+    except FileNotFoundError as fault:
+        raise Damaged("a file is missing", where=str(path), do="fetch it again; nothing was written") from fault
+    except OSError as fault:
+        raise StorageFault(f"cannot look at a file: {fault.strerror}", where=str(path)) from fault
+    if not os.path.isfile(path):
+        raise Damaged("not a regular file", where=str(path))
+    return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_blocks * 512)
+
+
+def check_plain_name(name: object, *, said_by: Path) -> str:
+    """A file name that an index or header gives, which must name a file beside it.
+
+    Raises:
+        Damaged: it is a path, absolute, hidden behind ``..``, or no name at all.
+    """
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or len(name.encode("utf-8", "surrogatepass")) > 255
+        or any(c in name for c in "/\\:")
+        or any(ord(c) < 32 for c in name)
+    ):
+        raise Damaged(
+            "a file name points outside the checkpoint's directory",
+            where=str(said_by),
+            expected="a plain file name",
+            found=repr(name)[:120],
+        )
+    return name
+
+
+def read_json(path: Path, *, what: str) -> dict[str, object]:
+    """A JSON object; duplicate keys are refused.
+
+    Raises:
+        Damaged: not JSON, not an object, or implausibly large.
+    """
+    if stamp(path).size > MAX_JSON:
+        raise Damaged(f"{what} is implausibly large", where=str(path), expected=f"at most {MAX_JSON >> 20} MiB")
+    try:
+        return parse_json(path.read_bytes(), where=str(path), what=what)
+    except OSError as fault:
+        raise StorageFault(f"cannot read {what}: {fault.strerror}", where=str(path)) from fault
+
+
+def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
+    """`read_json` for bytes at hand."""
+    try:
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as fault:
+        raise Damaged(f"{what} is not valid JSON", where=where, found=str(fault)[:200]) from fault
+    if not isinstance(value, dict):
+        raise Damaged(f"{what} is not a JSON object", where=where, found=type(value).__name__)
+    return value
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    seen: dict[str, object] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"key {key[:80]!r} stands there twice")
+        seen[key] = value
+    return seen

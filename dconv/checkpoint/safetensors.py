@@ -1,0 +1,136 @@
+"""The safetensors container: total validation of headers, and files laid out before a byte of data is known.
+
+Source: the safetensors format description and its reference implementation (``safetensors/src/tensor.rs``): 8 bytes
+of header length, a JSON header, then the tensors without a gap up to the end of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from dconv.checkpoint.files import parse_json, stamp
+from dconv.errors import Damaged, StorageFault
+from dconv.sharding.dtypes import FROM_SAFETENSORS, ITEMSIZE, TO_SAFETENSORS
+from dconv.sharding.region import Region, row_major
+from dconv.sharding.tensor import Extent, Stored, TensorSpec
+
+#: The reference implementation's own limit.
+_MAX_HEADER: Final = 100_000_000
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """All tensors of one file, in file order; the extents' ``file`` is the file's own name.
+
+    Raises:
+        Damaged: anything that the reference implementation refuses, with the file and the tensor.
+    """
+    size = stamp(path).size
+    data = _header_bytes(path, size)
+    begin = 8 + len(data)
+    header = parse_json(data, where=str(path), what="the safetensors header")
+    header.pop("__metadata__", None)
+    stored: list[tuple[int, int, Stored]] = []
+    for name, entry in header.items():
+        spec, first, last = _entry(path, name, entry)
+        strides = row_major(spec.shape, ITEMSIZE[spec.dtype])
+        extent = Extent(Region.whole(spec.shape), path.name, begin + first, strides)
+        stored.append((first, last, Stored(spec, (extent,))))
+    stored.sort(key=lambda item: item[:2])
+    at = 0
+    for first, last, tensor in stored:
+        if first != at:
+            raise _bad(path, tensor.spec.name, "data without gap or overlap", f"starts at {first}, expected {at}")
+        at = last
+    if begin + at != size:
+        raise Damaged(
+            "a safetensors file is not as long as its header says",
+            where=str(path),
+            expected=f"{begin + at} bytes",
+            found=f"{size} bytes",
+            do="the download or copy was cut off: fetch it again" if size < begin + at else "",
+        )
+    return {tensor.spec.name: tensor for _, _, tensor in stored}
+
+
+def _header_bytes(path: Path, size: int) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            head = os.pread(fd, 8, 0)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise Damaged(
+                    "not a safetensors file, or cut off inside its header",
+                    where=str(path),
+                    expected=f"a header of 2 to {min(_MAX_HEADER, max(size - 8, 2))} bytes",
+                    found=f"header length {length}, file of {size} bytes",
+                )
+            return os.pread(fd, length, 8)
+        finally:
+            os.close(fd)
+    except OSError as fault:
+        raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
+    dtype = FROM_SAFETENSORS.get(str(entry["dtype"]))
+    if dtype is None:
+        raise _bad(path, name, "a dtype among " + " ".join(FROM_SAFETENSORS), repr(entry["dtype"])[:40])
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _bad(path, name, "a shape and two ordered offsets", f"{shape!r:.60} {offsets!r:.60}")
+    needed = math.prod(shape) * ITEMSIZE[dtype]
+    if offsets[1] - offsets[0] != needed:
+        raise _bad(path, name, f"{needed} bytes for shape {shape}", f"{offsets[1] - offsets[0]} bytes")
+    return TensorSpec(name, tuple(shape), dtype), offsets[0], offsets[1]
+
+
+def _naturals(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 32
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in value)
+    )
+
+
+def _bad(path: Path, name: str, expected: str, found: str) -> Damaged:
+    return Damaged("a safetensors header is broken", where=f"{name[:200]} in {path}", expected=expected, found=found)
+
+
+def lay_out(specs: Sequence[TensorSpec]) -> tuple[int, bytes, list[int]]:
+    """Lay out one file: (file size, its first bytes, byte offset of each tensor)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    at, offsets = 0, []
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": TO_SAFETENSORS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        offsets.append(at)
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # aligned tensors can be mapped and used in place
+    first = struct.pack("<Q", len(text)) + text
+    return len(first) + at, first, [len(first) + offset for offset in offsets]
+
+
+def by_size(specs: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Deal tensors, in order, to files of at most ``limit`` bytes (a larger tensor gets a file of its own)."""
+    files: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not files or spec.nbytes > room:
+            files.append([])
+            room = limit
+        files[-1].append(spec)
+        room -= spec.nbytes
+    return files or [[]]

@@ -1,0 +1,149 @@
+"""What every readable container turns into, before an architecture table is laid over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts
+from dconv.errors import Damaged, Refused, group_names
+from dconv.sharding.coords import Parallel
+from dconv.sharding.plan import check_pieces
+from dconv.sharding.tensor import FileStamp, Logical, Piece, TensorSpec
+
+#: Small files that travel beside the weights, through Megatron and back. Python files never do.
+SIDE_FILES: Final = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template*", "preprocessor_config.json",
+    "processor_config.json", "LICENSE*", "USE_POLICY*", "README.md",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as found.
+
+    Attributes:
+        format: container name as ``--from`` takes it.
+        root: directory that file names are relative to.
+        config: HuggingFace config, when one came along.
+        args: Megatron's args, when the container has them.
+        side: side files by name (tokenizer, chat template …).
+        files: every weight file.
+        parallel: how the source is cut, for reports.
+        left_out: what is not weights (optimizer state, RNG), with the reason.
+        locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
+    """
+
+    format: str
+    root: Path
+    config: dict[str, object] | None
+    args: dict[str, object] | None
+    side: dict[str, Path]
+    files: dict[str, FileStamp]
+    parallel: Parallel | None
+    locate: Callable[[Family, Facts], Located]
+    left_out: dict[str, str] = field(default_factory=dict)
+    stored_bytes: int = 0
+    tensor_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Located:
+    """Pieces found for each logical tensor, and the stored names that no row has."""
+
+    pieces: dict[str, list[Piece]]
+    unknown: dict[str, str]
+    left_out: dict[str, str]
+
+
+def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] = ()) -> Logical:
+    """Lay a family's table over a source.
+
+    Raises:
+        Refused: stored tensors that are in no row and in no ``drop`` pattern.
+        Damaged: tensors that are missing, torn, or of another shape than the config says.
+    """
+    located = source.locate(family, facts)
+    patterns = list(drop)
+    left_out = {**source.left_out, **located.left_out}
+    unknown: dict[str, str] = {}
+    for name, file in located.unknown.items():
+        pattern = next((p for p in patterns if fnmatchcase(name, p)), None)
+        if pattern is None:
+            unknown[name] = file
+        else:
+            left_out[name] = f"--drop {pattern}"
+    if unknown:
+        first = next(iter(unknown))
+        raise Refused(
+            f"{len(unknown)} of {len(source.tensor_names)} source tensors are in no row of {family.name}, "
+            "nothing was written",
+            where=f"{group_names(unknown)}\nfirst in {unknown[first]}",
+            expected="every tensor mapped, or named in --drop",
+            do=f"dconv inspect {source.root}  shows what they are;  --drop '{group_names([first])}'  leaves it out",
+        )
+    specs = expected_specs(family, facts, located.pieces)
+    pieces = check_pieces(specs, located.pieces)
+    used = {piece.file for found in pieces.values() for piece in found}
+    files = {name: stamp for name, stamp in source.files.items() if name in used}
+    return Logical(source.root, specs, pieces, files, left_out)
+
+
+def expected_specs(
+    family: Family, facts: Facts, pieces: Mapping[str, list[Piece]] | None = None
+) -> dict[str, TensorSpec]:
+    """The logical tensors that a model with these facts has, with the dtypes of the pieces where known.
+
+    Raises:
+        Damaged: shards of one tensor disagree on the dtype.
+    """
+    specs: dict[str, TensorSpec] = {}
+    for entry in family.entries(facts):
+        for spec in entry.fused.specs:
+            dtypes = {piece.dtype for piece in pieces.get(spec.name, ())} if pieces else set[str]()
+            if len(dtypes) > 1:
+                raise Damaged(
+                    "shards of one tensor disagree on the dtype",
+                    where=spec.name,
+                    found=", ".join(sorted(dtypes)),
+                )
+            specs[spec.name] = TensorSpec(spec.name, spec.shape, dtypes.pop() if dtypes else spec.dtype)
+    return specs
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """The side files of a directory, by name."""
+    if not folder.is_dir():
+        return {}
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
+        and not path.name.endswith(".index.json")
+    }
+
+
+def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) -> Iterable[tuple[str, bytes]]:
+    """config.json and the side files, as (name, bytes)."""
+    if config is not None:
+        yield "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    for name, path in side.items():
+        if name != "config.json" or config is None:
+            yield name, path.read_bytes()
+
+
+def shape_error(name: str, where: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Damaged:
+    return Damaged(
+        "a tensor has another shape than its config says",
+        where=f"{name} in {where}",
+        expected=str(expected),
+        found=str(found),
+        do="the config belongs to another model, or --hf-config names the wrong directory",
+    )

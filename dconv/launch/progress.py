@@ -1,0 +1,100 @@
+"""Progress of all ranks, without communication: each rank notes its own in a small file, one rank draws them all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Final, TextIO
+
+#: Seconds between notes and between redraws.
+_TICK: Final = 0.2
+_PLAIN_TICK: Final = 5.0
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process; ``VmHWM``, since ``ru_maxrss`` is inherited from a launcher."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Board:
+    """The notes of all ranks of one run, in ``<partial>/.dconv/ranks/``."""
+
+    def __init__(self, partial: Path, rank: int) -> None:
+        self.folder = partial / ".dconv" / "ranks"
+        self._mine = self.folder / f"{rank}.json"
+        self._last = 0.0
+
+    def note(self, done: int, total: int) -> None:
+        """Note this rank's bytes; at most every tick, and at the end."""
+        now = time.monotonic()
+        if done < total and now - self._last < _TICK:
+            return
+        self._last = now
+        with contextlib.suppress(OSError):  # a lost note costs a redraw, nothing else
+            self.folder.mkdir(exist_ok=True)
+            self._mine.write_text(json.dumps({"done": done, "total": total, "peak": peak_memory()}))
+
+    def read(self) -> dict[int, dict[str, int]]:
+        """Every rank's latest note."""
+        notes: dict[int, dict[str, int]] = {}
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                with contextlib.suppress(OSError, ValueError):
+                    notes[int(path.stem)] = json.loads(path.read_text())
+        return notes
+
+
+class Display:
+    """Draws one line over all ranks until closed: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, board: Board, total: int, world: int, stream: TextIO | None = None) -> None:
+        self._board = board
+        self._total = total
+        self._world = world
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dconv-progress", daemon=True)
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._live:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_TICK if self._live else _PLAIN_TICK):
+            notes = self._board.read()
+            line = self.line(sum(note["done"] for note in notes.values()), time.monotonic() - self._began)
+            self._stream.write(f"\r\x1b[K{line}" if self._live else line + "\n")
+            self._stream.flush()
+
+    def line(self, done: int, seconds: float) -> str:
+        """``[######----]  58%  0.54/0.92 GB  0.61 GB/s  1 s left  2 ranks``"""
+        share = min(1.0, done / self._total) if self._total else 1.0
+        rate = done / seconds if seconds > 0 else 0.0
+        left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else "-"
+        bar = "#" * round(share * 20)
+        ranks = f"{self._world} rank" + "s" * (self._world > 1)
+        return (
+            f"[{bar:-<20}] {share:4.0%}  {done / 1e9:.2f}/{self._total / 1e9:.2f} GB  "
+            f"{rate / 1e9:.2f} GB/s  {left}  {ranks}"
+        )

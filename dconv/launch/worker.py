@@ -1,0 +1,184 @@
+"""One rank's life: plan, show progress, run, and let the rank that commits print the summary."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dconv.errors import DconvError, Preempted, StorageFault
+from dconv.launch.options import to_request
+from dconv.launch.progress import Board, Display, peak_memory
+from dconv.pipeline import Job, prepare, run
+from dconv.sharding.commit import Outcome, Settings, partial_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands in a run. ``local`` counts ranks on this machine."""
+
+    rank: int
+    world: int
+    local: int
+    launched: float
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """This process's place, from torchrun's variables, else SLURM's, else alone."""
+    for rank, world, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank in environment and world in environment:
+            mine = int(environment[rank])
+            return Place(mine, int(environment[world]), int(environment.get(local, mine)), _parent_started())
+    return Place(0, 1, 0, float("inf"))
+
+
+def _parent_started() -> float:
+    """When the launcher of this machine's ranks started, in seconds since the epoch (inf where it cannot be told)."""
+    try:
+        stat = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(stat[19]) / os.sysconf("SC_CLK_TCK")
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - uptime + ticks
+    except (OSError, ValueError, IndexError):
+        return float("inf")
+
+
+def main(args: argparse.Namespace, where: Place) -> int:
+    """Run one rank to its exit code; errors are printed in their one form."""
+    began = time.monotonic()
+    try:
+        job = prepare(to_request(args))
+    except DconvError as error:
+        if where.local == 0:  # every rank meets the same refusal: one of each machine says it
+            report(error, args.json)
+        return error.exit_code
+    try:
+        return _run(job, args, where, began)
+    except DconvError as error:
+        report(error, args.json, where)
+        return error.exit_code
+    except MemoryError:
+        report(StorageFault("out of memory", do="a smaller --max-memory"), args.json, where)
+        return StorageFault.exit_code
+
+
+def _run(job: Job, args: argparse.Namespace, where: Place, began: float) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    board = Board(partial_folder(job.request.output, job.plan), where.rank)
+    notes: dict[int, dict[str, int]] = {}
+
+    def progress(done: int, total: int) -> None:
+        board.note(done, total)
+        if done >= total:
+            notes.update(board.read())
+
+    settings = Settings(
+        rank=where.rank,
+        world=where.world,
+        max_memory=args.max_memory,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        launched=where.launched,
+        progress=progress,
+        stop=stop,
+        algorithm=args.digest,
+    )
+    draws = where.rank == 0 and not args.quiet and not args.json
+    shown = Display(board, job.plan.bytes_written, where.world) if draws else contextlib.nullcontext()
+    with shown:
+        outcome = run(job, settings)
+    if outcome.committed:
+        _summary(job, args, where, outcome, notes, time.monotonic() - began)
+    elif where.world == 1 and not args.quiet:
+        print(f"already done: {job.request.output}")
+    return 0
+
+
+def _summary(
+    job: Job, args: argparse.Namespace, where: Place, outcome: Outcome, notes: dict[int, dict[str, int]], seconds: float
+) -> None:
+    plan = job.plan
+    peaks = {rank: note["peak"] for rank, note in sorted(notes.items())} | {where.rank: peak_memory()}
+    numeric = sum(1 for copies in plan.copies if any(not c.op.exact for c in copies))
+    result = {
+        "out": str(job.request.output),
+        "plan": plan.id,
+        "family": job.family.name,
+        "source": job.source.format,
+        "ranks": where.world,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "seconds": round(seconds, 3),
+        "peak_memory": peaks,
+        "tensors": len(plan.target.tensors),
+        "rounded": numeric,
+        "left_out": plan.target.left_out or {},
+    }
+    if args.json:
+        print(json.dumps(result), flush=True)
+        return
+    if args.quiet:
+        return
+    exact = "bit-exact" if not numeric else f"{numeric} tensors rounded once, the rest bit-exact"
+    lines = [
+        f"wrote {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s ({plan.bytes_written / 1e9 / seconds:.2f} GB/s) "
+        f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
+        f"peak memory a rank: {max(peaks.values()) / 2**20:.0f} MiB   plan {plan.id}   receipt dconv.json",
+    ]
+    if outcome.kept:
+        lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
+    lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
+    print("\n".join(lines), flush=True)
+
+
+def report(error: DconvError, as_json: bool, where: Place | None = None) -> None:
+    """Print an error in its form, or as JSON on standard output."""
+    if as_json:
+        print(json.dumps(error.to_dict()), flush=True)
+        return
+    prefix = f"[rank {where.rank}] " if where is not None and where.world > 1 else ""
+    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+
+
+def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
+    """Run ``count`` ranks on this machine: this process is rank 0, the others are children with the same options."""
+    launched = time.time()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dconv.launch", *argv],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(1, count)
+    ]
+    try:
+        code = main(args, Place(0, count, 0, launched))
+    except BaseException:
+        code = 1
+        raise
+    finally:
+        codes = [_finish(child, stop=bool(code)) for child in children]
+    failed = [c for c in (code, *codes) if c]
+    preempted = Preempted.exit_code
+    return next((c for c in failed if c != preempted), failed[0] if failed else 0)
+
+
+def _finish(child: subprocess.Popen[bytes], *, stop: bool) -> int:
+    if stop and child.poll() is None:
+        child.terminate()
+    code = child.wait()
+    return code if code >= 0 else 128 - code

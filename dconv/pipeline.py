@@ -1,0 +1,257 @@
+"""The whole way on one page: describe, plan, execute, commit."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from dconv import __version__
+from dconv.arch import registry
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts
+from dconv.checkpoint import huggingface, legacy, megatron, torch_dist
+from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.files import read_json
+from dconv.checkpoint.source import Source, describe, side_files
+from dconv.codec.kernels import apply
+from dconv.errors import Refused, StorageFault
+from dconv.sharding.commit import Outcome, Settings, check_output, partial_folder, run_rank
+from dconv.sharding.coords import Parallel
+from dconv.sharding.dtypes import TO_TORCH
+from dconv.sharding.plan import Plan, Target, build_plan
+from dconv.sharding.tensor import Logical
+
+#: Every spelling of FORMAT -> its engine.
+FORMATS: Final = {
+    "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
+    "megatron": "megatron", "hf2megatron": "megatron",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for. Field names are the command line's.
+
+    Attributes:
+        model: path of the source.
+        format: a key of `FORMATS`.
+        out: output path; None is ``./<model>-<format>``.
+        parallel: the target's layout (Megatron).
+        dtype: dconv's short name, or None to keep every tensor's own.
+        shard_size: bytes of one HuggingFace file.
+    """
+
+    model: Path
+    format: str
+    out: Path | None = None
+    source_format: str | None = None
+    model_type: str | None = None
+    hf_config: Path | None = None
+    parallel: Parallel = Parallel()
+    megatron_format: str = "torch_dist"
+    transformer_impl: str = "transformer_engine"
+    divisor: int = 128
+    dtype: str | None = None
+    shard_size: int = 5_000_000_000
+    drop: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        """Where the result goes."""
+        if self.out is not None:
+            return self.out
+        return Path(f"{self.model.resolve().name}-{FORMATS.get(self.format, self.format)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has been planned."""
+
+    request: Request
+    source: Source
+    family: Family
+    facts: Facts
+    logical: Logical
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Described:
+    """A source with its family and config settled."""
+
+    source: Source
+    family: Family
+    config: dict[str, object]
+    rebuilt: bool
+    facts: Facts
+    logical: Logical
+
+
+def describe_model(
+    path: Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+    drop: tuple[str, ...] = (),
+) -> Described:
+    """Open a checkpoint, find its family, and lay the family's table over it.
+
+    Raises:
+        DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
+    """
+    source = open_source(path, source_format)
+    if hf_config is not None:
+        config = read_json(hf_config / "config.json", what="config.json")
+        source = replace(source, config=config, side=side_files(hf_config))
+    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args)
+    rebuilt = source.config is None
+    if source.config is not None:
+        config = source.config
+        huggingface.refuse_quantized(config, source.root)
+    elif source.args is not None:
+        config = family.config.to_hf(source.args)
+    else:
+        registry.detect(None, None)
+        raise AssertionError("unreachable")
+    if source.config is not None and source.args is not None and hf_config is None:
+        disagree = family.config.check_pair(source.config, source.args)
+        if disagree:
+            raise Refused(
+                "the config.json inside this Megatron checkpoint is not of its weights, nothing was written",
+                where=str(source.root),
+                found="\n".join(disagree),
+                do="--hf-config DIR supplies the right one",
+            )
+    facts = family.config.facts(config)
+    return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
+
+
+def prepare(request: Request) -> Job:
+    """Describe and plan: reads headers only, writes nothing.
+
+    Raises:
+        Refused: an unknown format, an unsupported model, a layout that does not divide.
+        Damaged: a source that is not whole.
+    """
+    engine = FORMATS.get(request.format)
+    if engine is None:
+        raise Refused(
+            f"no format is called {request.format}, nothing was written",
+            expected="one of " + ", ".join(sorted(FORMATS)),
+        )
+    model = describe_model(
+        request.model,
+        source_format=request.source_format,
+        model_type=request.model_type,
+        hf_config=request.hf_config,
+        drop=request.drop,
+    )
+    target = _huggingface(request, model) if engine == "huggingface" else _megatron(request, model)
+    plan = build_plan(model.logical, target)
+    return Job(request, model.source, model.family, model.facts, model.logical, plan)
+
+
+def _new_config(request: Request, model: Described) -> dict[str, object] | None:
+    """config.json of the output; None when the source's own file is copied."""
+    dtypes = {spec.dtype for spec in model.logical.specs.values()}
+    if request.dtype and dtypes != {request.dtype}:
+        return huggingface.with_dtype(model.config, TO_TORCH[request.dtype])
+    return model.config if model.rebuilt or "config.json" not in model.source.side else None
+
+
+def _huggingface(request: Request, model: Described) -> Target:
+    specs = [replace(spec, dtype=request.dtype or spec.dtype) for spec in model.logical.specs.values()]
+    return huggingface.lay_out(
+        specs,
+        config=_new_config(request, model),
+        side=model.source.side,
+        shard_size=request.shard_size,
+        left_out=model.logical.left_out,
+    )
+
+
+def _megatron(request: Request, model: Described) -> Target:
+    config = _new_config(request, model)
+    dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
+    common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)
+    args = {
+        **model.family.config.to_args(model.config),
+        **megatron.parallel_args(request.parallel, int(model.facts["vocab"]), request.divisor),
+        **megatron.dtype_args(common),
+        "transformer_impl": request.transformer_impl,
+        "ckpt_format": "torch" if request.megatron_format == "legacy" else "torch_dist",
+    }
+    described = megatron.Model(
+        family=model.family,
+        facts=model.facts,
+        parallel=request.parallel,
+        dtypes=dtypes,
+        divisor=request.divisor,
+        forced_dtype=request.dtype,
+        args=args,
+        config=config,
+        side=model.source.side,
+        left_out=model.logical.left_out,
+    )
+    if request.megatron_format == "legacy":
+        return legacy.lay_out(described, local_spec=request.transformer_impl == "local")
+    return torch_dist.lay_out(described)
+
+
+def run(job: Job, settings: Settings) -> Outcome:
+    """Execute one rank's share of a planned job, and commit if this rank is the last.
+
+    Raises:
+        DconvError: see `dconv.sharding.commit.run_rank`; a full disk is found before the first byte.
+    """
+    out = job.request.output
+    done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
+    if not done:
+        check_space(job.plan, out)
+    about = {
+        "dconv": __version__,
+        "source": {"path": str(job.request.model), "format": job.source.format},
+        "target": {"format": job.request.format, "family": job.family.name},
+    }
+    return run_rank(job.plan, out, apply, replace(settings, about=about))
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Refuse when the file system of ``out`` has less room than the output will take.
+
+    Holes of sparse sources stay holes, so only allocated source bytes count.
+
+    Raises:
+        StorageFault: not enough room, or no directory to write in.
+    """
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise StorageFault("the output's parent directory is not there", where=str(folder), do=f"mkdir -p {folder}")
+    stamps = plan.source.files.values()
+    size, allocated = sum(s.size for s in stamps), sum(min(s.allocated, s.size) for s in stamps)
+    share = allocated / size if size else 1.0
+    needed = math.ceil(plan.bytes_written * min(1.0, share))
+    partial = partial_folder(out, plan)
+    have = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if needed - have > free:
+        raise StorageFault(
+            "not enough room for the output, nothing was written",
+            where=str(folder),
+            expected=f"{needed - have:,} bytes free",
+            found=f"{free:,} bytes free",
+            do="free some, or -o on another file system",
+        )
+
+
+def convert(request: Request, *, settings: Settings | None = None) -> Outcome:
+    """Convert in this process, alone. See `dconv.launch` for many ranks."""
+    return run(prepare(request), settings or Settings())
+
+
+__all__ = ["FORMATS", "Described", "Job", "Request", "check_space", "convert", "describe_model", "prepare", "run"]

@@ -1,0 +1,1 @@
+"""The geometry and the engine: boxes, plans, and moving bytes. Knows no model and no file format."""

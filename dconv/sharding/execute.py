@@ -1,0 +1,232 @@
+"""Do tasks: read boxes, apply the op, hash, write at the final offset. No communication, bounded memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dconv.errors import StorageFault
+from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
+from dconv.sharding.dtypes import ITEMSIZE, carrier
+from dconv.sharding.ops import MOVE, Kernel
+from dconv.sharding.plan import Copy, Plan, Task
+from dconv.sharding.reader import Reader, ReadLog
+from dconv.sharding.region import Region
+from dconv.sharding.tensor import TensorSpec
+
+#: Buffers past this size no longer speed anything up (they leave the processor's caches).
+_TILE_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished task: its leaf digest and how many bytes were really written (holes are not)."""
+
+    task: Task
+    digest: str
+    written: int
+
+
+class Outputs:
+    """The files being written, sized on first use. Shared between threads."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self._root = root
+        self._files = plan.target.files
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def fd(self, file: int) -> int:
+        with self._lock:
+            fd = self._open.get(file)
+            if fd is None:
+                fd = self._open[file] = self._create(file)
+            return fd
+
+    def _create(self, file: int) -> int:
+        path = self._root / self._files[file].path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if os.fstat(fd).st_size != self._files[file].size:
+                os.ftruncate(fd, self._files[file].size)
+        except OSError as fault:
+            raise StorageFault(f"cannot create: {fault.strerror}", where=str(path)) from fault
+        return fd
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        fd = self.fd(file)
+        try:
+            done = os.pwrite(fd, data, offset)
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as fault:
+            raise StorageFault(
+                f"cannot write: {fault.strerror}",
+                where=str(self._root / self._files[file].path),
+                do="free the space and run again: what is finished is kept and continued",
+            ) from fault
+
+    def sync(self, files: Sequence[int]) -> None:
+        for file in files:
+            try:
+                os.fsync(self.fd(file))
+            except OSError as fault:
+                where = str(self._root / self._files[file].path)
+                raise StorageFault(f"cannot flush to disk: {fault.strerror}", where=where) from fault
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+class Worker:
+    """Does one task at a time with its own buffers.
+
+    Args:
+        kernel: applies numeric ops.
+        budget: bytes that its buffers may take together.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        outputs: Outputs,
+        kernel: Kernel,
+        budget: int,
+        algorithm: str,
+        log: ReadLog | None = None,
+    ) -> None:
+        # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
+        self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 12))
+        self._plan = plan
+        self._outputs = outputs
+        self._kernel = kernel
+        self._tile = np.empty(self._tile_bytes, np.uint8)
+        self._algorithm = algorithm
+        self.reader = Reader(plan.source.root, plan.source.files, self._tile_bytes, log)
+
+    def do(self, task: Task) -> Done:
+        if task.tensor < 0:
+            return self._frame(task)
+        tensor = self._plan.target.tensors[task.tensor]
+        copies = [c for copy in self._plan.copies[task.tensor] if (c := copy.clip(task.region)) is not None]
+        if all(self.reader.is_hole(copy) for copy in copies):
+            return Done(task, of_zeros(self._algorithm, task.nbytes), 0)
+        hasher = ALGORITHMS[self._algorithm]()
+        offset, written = task.offset, 0
+        itemsize = ITEMSIZE[tensor.spec.dtype]
+        for tile, clipped in _tiles(task.region, copies, max(1, self._tile_bytes // itemsize)):
+            nbytes = tile.volume * itemsize
+            if all(self.reader.is_hole(copy) for copy in clipped):
+                update_zeros(hasher, nbytes)
+            else:
+                data = self._fill(tile, clipped, tensor.spec)
+                hasher.update(data)
+                self._outputs.write(task.file, data, offset)
+                written += nbytes
+            offset += nbytes
+        return Done(task, hasher.hexdigest(), written)
+
+    def _fill(self, tile: Region, copies: Sequence[Copy], spec: TensorSpec) -> memoryview:
+        itemsize = ITEMSIZE[spec.dtype]
+        flat = self._tile[: tile.volume * itemsize]
+        out = flat.view(carrier(spec.dtype)).reshape(tile.shape)
+        if sum(copy.region.volume for copy in copies) < tile.volume:
+            out[...] = 0  # vocabulary padding
+        for copy in copies:
+            place = zip(tile.start, copy.region.start, copy.region.shape, strict=True)
+            box = out[tuple(slice(b - a, b - a + n) for a, b, n in place)]
+            if copy.op is MOVE:
+                self.reader.read_box(copy, box)
+            else:
+                raw = np.empty(copy.region.shape, carrier(copy.dtype))
+                self.reader.read_box(copy, raw)
+                box[...] = self._kernel(copy.op, raw)
+        return memoryview(flat)
+
+    def _frame(self, task: Task) -> Done:
+        hasher: Hasher = ALGORITHMS[self._algorithm]()
+        written = 0
+        self._outputs.fd(task.file)
+        for offset, data in self._plan.target.files[task.file].literals:
+            self._outputs.write(task.file, memoryview(data), offset)
+            hasher.update(data)
+            written += len(data)
+        return Done(task, hasher.hexdigest(), written)
+
+
+def _tiles(region: Region, copies: Sequence[Copy], limit: int) -> Iterator[tuple[Region, list[Copy]]]:
+    """Contiguous tiles of a leaf in order, each with the copies that fill it. ``copies`` are sorted by start."""
+    waiting = 0
+    active: list[Copy] = []
+    for tile in region.bands(limit):
+        if not tile.shape:
+            yield tile, list(copies)
+            return
+        low, high = tile.start[0], tile.start[0] + tile.shape[0]
+        while waiting < len(copies) and copies[waiting].region.start[0] < high:
+            active.append(copies[waiting])
+            waiting += 1
+        active = [c for c in active if c.region.start[0] + c.region.shape[0] > low]
+        yield tile, [c for copy in active if (c := copy.clip(tile)) is not None]
+
+
+def run_tasks(
+    plan: Plan,
+    tasks: Sequence[Task],
+    outputs: Outputs,
+    on_done: Callable[[Done], None],
+    *,
+    kernel: Kernel,
+    max_memory: int,
+    threads: int,
+    algorithm: str,
+    stop: threading.Event | None = None,
+    log: ReadLog | None = None,
+) -> bool:
+    """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
+
+    ``on_done`` is called from this thread, once a task. Returns False when ``stop`` was set before all were done.
+
+    Raises:
+        DconvError: the first failure; tasks that were under way are finished or dropped.
+    """
+    threads = max(1, min(threads, len(tasks)))
+    local = threading.local()
+    workers: list[Worker] = []
+
+    def do(task: Task) -> Done:
+        worker: Worker | None = getattr(local, "worker", None)
+        if worker is None:
+            worker = local.worker = Worker(plan, outputs, kernel, max_memory // threads, algorithm, log)
+            workers.append(worker)
+        return worker.do(task)
+
+    queue = iter(tasks)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="dconv")
+    under_way: set[Future[Done]] = set()
+    try:
+        while True:
+            while len(under_way) < threads + 1 and not (stop is not None and stop.is_set()):
+                task = next(queue, None)
+                if task is None:
+                    break
+                under_way.add(pool.submit(do, task))
+            if not under_way:
+                return next(queue, None) is None
+            finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in finished:
+                on_done(future.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            worker.reader.close()

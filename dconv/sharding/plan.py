@@ -1,0 +1,333 @@
+"""From *what is where* and *what shall be where* to a list of copies, proved to cover before a byte is written.
+
+A plan is a pure function of the described source and the described target. Every rank derives the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from dconv.errors import Damaged, Refused, group_names
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.ops import Op, op_between
+from dconv.sharding.region import Index, Region, first_overlap, row_major
+from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
+
+#: Bytes of a tensor that one task writes and one digest covers. Part of the digest's definition: changing it changes
+#: every receipt. Small enough to balance few tensors over ranks, large enough that 10^5 tasks cover a terabyte.
+LEAF_BYTES: Final = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTensor:
+    """A tensor to be written at a known place.
+
+    Attributes:
+        key: its name in the receipt, unique in the output.
+        spec: name in its file, stored shape and dtype.
+        slots: where its elements come from; elements in no slot are zero and must number ``padding``.
+        padding: elements of padding (vocabulary rows past the true vocabulary).
+    """
+
+    key: str
+    file: str
+    offset: int
+    spec: TensorSpec
+    slots: tuple[Slot, ...]
+    padding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A file of the output, sized beforehand.
+
+    Attributes:
+        literals: (byte offset, bytes) that frame the tensors: headers, zip records.
+        owner: the parallel rank whose shard it holds, -1 when the target has no shards.
+    """
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    owner: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A checkpoint to be written.
+
+    Attributes:
+        world: number of parallel ranks that own shards (1 when the target has none).
+        closing: makes the small files that are written at commit, as (path, bytes).
+        left_out: source tensors left out on purpose, with the reason.
+    """
+
+    files: tuple[TargetFile, ...]
+    tensors: tuple[TargetTensor, ...]
+    closing: Callable[[], Iterable[tuple[str, bytes]]]
+    world: int = 1
+    left_out: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A box of a target tensor and the bytes that fill it.
+
+    Attributes:
+        region: the box, in the target tensor's coordinates.
+        file, offset: where its first element lies in the source.
+        strides: source bytes from one index to the next, per target axis.
+        dtype: of the source.
+        op: from source value to target value.
+    """
+
+    region: Region
+    file: str
+    offset: int
+    strides: Index
+    dtype: str
+    op: Op
+
+    def clip(self, region: Region) -> Copy | None:
+        """The part of this copy inside ``region``."""
+        box = self.region.intersect(region)
+        if box is None:
+            return None
+        if box == self.region:
+            return self
+        shift = sum((b - a) * s for a, b, s in zip(self.region.start, box.start, self.strides, strict=True))
+        return Copy(box, self.file, self.offset + shift, self.strides, self.dtype, self.op)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unbroken stretch of one file: a leaf of a tensor, or (``tensor`` = -1) the literals of a file.
+
+    Attributes:
+        index: position in the plan.
+        tensor: index into the target's tensors.
+        region: the leaf, in the target tensor's coordinates.
+        offset, nbytes: the stretch in the file.
+    """
+
+    index: int
+    file: int
+    tensor: int
+    region: Region
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run does. ``copies[i]`` fills ``target.tensors[i]``."""
+
+    source: Logical
+    target: Target
+    copies: tuple[tuple[Copy, ...], ...]
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """All tasks, ordered by file and offset."""
+        file_index = {file.path: i for i, file in enumerate(self.target.files)}
+        by_file: list[list[int]] = [[] for _ in self.target.files]
+        for i, tensor in enumerate(self.target.tensors):
+            by_file[file_index[tensor.file]].append(i)
+        tasks: list[Task] = []
+        nothing = Region((0,), (0,))
+        for f, file in enumerate(self.target.files):
+            literal_bytes = sum(len(data) for _, data in file.literals)
+            tasks.append(Task(len(tasks), f, -1, nothing, 0, literal_bytes))
+            for i in sorted(by_file[f], key=lambda i: self.target.tensors[i].offset):
+                tensor = self.target.tensors[i]
+                itemsize = ITEMSIZE[tensor.spec.dtype]
+                offset = tensor.offset
+                for band in Region.whole(tensor.spec.shape).bands(LEAF_BYTES // itemsize):
+                    nbytes = band.volume * itemsize
+                    tasks.append(Task(len(tasks), f, i, band, offset, nbytes))
+                    offset += nbytes
+        return tuple(tasks)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the whole plan and of the source files' sizes and times: same id, same output bytes."""
+        digest = hashlib.sha256(b"dconv plan 1\n")
+        for path, stamp in sorted(self.source.files.items()):
+            digest.update(f"{path} {stamp.size} {stamp.mtime_ns}\n".encode())
+        for file in self.target.files:
+            digest.update(f"{file.path} {file.size} {file.owner}\n".encode())
+            for offset, data in file.literals:
+                digest.update(offset.to_bytes(8, "little") + hashlib.sha256(data).digest())
+        for tensor, copies in zip(self.target.tensors, self.copies, strict=True):
+            digest.update(f"{tensor.key} {tensor.file} {tensor.offset} {tensor.spec}\n".encode())
+            for c in copies:
+                place = (c.region.start, c.region.shape, c.file, c.offset, c.strides, c.dtype, c.op)
+                digest.update(repr(place).encode())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def bytes_written(self) -> int:
+        return sum(task.nbytes for task in self.tasks)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Source bytes that the copies need."""
+        return sum(c.region.volume * ITEMSIZE[c.dtype] for copies in self.copies for c in copies)
+
+    def share(self, rank: int, world: int) -> tuple[Task, ...]:
+        """The tasks of one rank.
+
+        When ``world`` is the number of the target's own ranks, a rank writes its own shard. In any other world the
+        tasks, in file order, are cut into ``world`` stretches of equal bytes, so that nearly every file has one writer.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is outside world {world}")
+        files = self.target.files
+        if world == self.target.world and all(file.owner >= 0 for file in files):
+            return tuple(task for task in self.tasks if files[task.file].owner == rank)
+        edges = self._edges
+        total = edges[-1] if edges else 0
+        low, high = rank * total / world, (rank + 1) * total / world
+        first = bisect_right(edges, low)
+        last = len(edges) if rank == world - 1 else bisect_right(edges, high)
+        return self.tasks[first:last]
+
+    @cached_property
+    def _edges(self) -> list[float]:
+        # A task belongs to the stretch that its middle lies in; one byte more gives empty tasks a place, too.
+        edges, at = [], 0.0
+        for task in self.tasks:
+            edges.append(at + (task.nbytes + 1) / 2)
+            at += task.nbytes + 1
+        return edges
+
+
+def build_plan(source: Logical, target: Target) -> Plan:
+    """Match every slot of the target with pieces of the source, and prove the cover.
+
+    Raises:
+        Refused: a slot asks for what the source lacks, or source tensors are neither written nor named as left out.
+    """
+    missing: list[str] = []
+    used: set[str] = set()
+    copies: list[tuple[Copy, ...]] = []
+    for tensor in target.tensors:
+        mine: list[Copy] = []
+        for slot in tensor.slots:
+            pieces = source.pieces.get(slot.tensor)
+            if pieces is None:
+                missing.append(slot.tensor)
+                continue
+            used.add(slot.tensor)
+            mine.extend(_copies(tensor, slot, pieces))
+        mine.sort(key=lambda c: c.region.start)
+        copies.append(tuple(mine))
+    if missing:
+        raise Refused(
+            f"{len(set(missing))} tensors that the target needs are not in the source, nothing was written",
+            where=group_names(dict.fromkeys(missing)),
+            expected="every tensor of the architecture",
+            do="dconv inspect on the source shows what is there",
+        )
+    left_out = target.left_out or {}
+    unused = [name for name in source.specs if name not in used and name not in left_out]
+    if unused:
+        raise Refused(
+            f"{len(unused)} of {len(source.specs)} source tensors would not be written, nothing was written",
+            where=group_names(unused),
+            expected="every source tensor written, or named in --drop",
+        )
+    plan = Plan(source, target, tuple(copies))
+    _prove(plan)
+    return plan
+
+
+def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterable[Copy]:
+    for piece in pieces:
+        box = slot.region.intersect(piece.region)
+        if box is None:
+            continue
+        offset = piece.offset + sum(
+            (b - a) * s for a, b, s in zip(piece.region.start, box.start, piece.strides, strict=True)
+        )
+        start = tuple(
+            at if axis < 0 else at + box.start[axis] - slot.region.start[axis]
+            for at, axis in zip(slot.start, slot.axes, strict=True)
+        )
+        shape = tuple(1 if axis < 0 else box.shape[axis] for axis in slot.axes)
+        strides = tuple(0 if axis < 0 else piece.strides[axis] for axis in slot.axes)
+        op = op_between(piece.dtype, tensor.spec.dtype)
+        yield Copy(Region(start, shape), piece.file, offset, strides, piece.dtype, op)
+
+
+def _prove(plan: Plan) -> None:
+    """In bounds, disjoint, equal volume: every byte of every tensor exactly once; then the same for the files."""
+    whole_files: dict[str, list[tuple[int, int, str]]] = {file.path: [] for file in plan.target.files}
+    for file in plan.target.files:
+        for offset, data in file.literals:
+            whole_files[file.path].append((offset, len(data), "header"))
+    for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True):
+        whole = Region.whole(tensor.spec.shape)
+        regions = [copy.region for copy in copies]
+        filled = sum(region.volume for region in regions) + tensor.padding
+        inside = all(whole.contains(region) for region in regions)
+        if not inside or filled != whole.volume or first_overlap(regions) is not None:
+            raise Refused(
+                "the plan does not cover a tensor exactly once, nothing was written",
+                where=f"{tensor.key} in {tensor.file}",
+                expected=f"{whole.volume} elements, each once",
+                found=f"{filled} elements in {len(regions)} boxes" + ("" if inside else ", some out of bounds"),
+                do="the source's shapes disagree with its config: dconv inspect shows both",
+            )
+        whole_files[tensor.file].append((tensor.offset, tensor.spec.nbytes, tensor.key))
+    for file in plan.target.files:
+        at, last = 0, "start of file"
+        for offset, nbytes, name in sorted(whole_files[file.path]):
+            if offset < at:
+                raise Refused(f"{name} and {last} overlap in the plan of {file.path}, nothing was written")
+            at, last = offset + nbytes, name
+        if at > file.size:
+            raise Refused(f"{last} reaches past the end of {file.path} in the plan, nothing was written")
+
+
+def check_pieces(specs: dict[str, TensorSpec], pieces: dict[str, list[Piece]]) -> dict[str, tuple[Piece, ...]]:
+    """Drop replicas (a box that several shards hold) and prove that the rest covers each tensor exactly once.
+
+    Raises:
+        Damaged: a gap, an overlap that is not a whole replica, or a box out of bounds, with the tensors named.
+    """
+    proved: dict[str, tuple[Piece, ...]] = {}
+    gaps: list[str] = []
+    for name, spec in specs.items():
+        distinct: dict[tuple[Index, Index], Piece] = {}
+        for piece in pieces.get(name, ()):
+            distinct.setdefault((piece.region.start, piece.region.shape), piece)
+        kept = tuple(distinct.values())
+        regions = [piece.region for piece in kept]
+        whole = Region.whole(spec.shape)
+        covered = sum(region.volume for region in regions) == whole.volume
+        if not covered or not all(map(whole.contains, regions)) or first_overlap(regions) is not None:
+            gaps.append(name)
+        proved[name] = kept
+    if gaps:
+        name = gaps[0]
+        have = sum(p.region.volume for p in proved[name])
+        raise Damaged(
+            f"{len(gaps)} tensors are not whole in the source",
+            where=group_names(gaps),
+            expected=f"{name}: shape {specs[name].shape}, each element once",
+            found=f"{have} elements in {len(proved[name])} pieces" if have else "nothing of it",
+            do="a shard may be missing or from another checkpoint",
+        )
+    return proved
+
+
+def dense_piece(spec: TensorSpec, file: str, offset: int) -> Piece:
+    """A whole logical tensor that lies in one row-major stretch."""
+    strides = row_major(spec.shape, ITEMSIZE[spec.dtype])
+    return Piece(spec.name, Region.whole(spec.shape), file, offset, strides, spec.dtype)

@@ -1,0 +1,121 @@
+"""What is stored where: the vocabulary that every container and every plan shares.
+
+Logical tensors carry HuggingFace names. A *piece* says where one box of a logical tensor lies on disk, in any
+container; reading and writing a checkpoint are both lists of pieces, so a conversion is their intersection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.region import Index, Region
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor by name, shape (elements), dtype (`dconv.sharding.dtypes`) and axis names."""
+
+    name: str
+    shape: Index
+    dtype: str
+    axes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return Region.whole(self.shape).volume * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A box of a stored tensor as bytes in a file.
+
+    Attributes:
+        region: the box, in the stored tensor's coordinates.
+        file: path relative to the checkpoint's root.
+        offset: byte offset of the box's first element.
+        strides: bytes from one index to the next, per axis (0 for broadcast axes is not allowed).
+    """
+
+    region: Region
+    file: str
+    offset: int
+    strides: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as a container holds it: its spec and the extents that hold its elements."""
+
+    spec: TensorSpec
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a logical tensor as bytes in a file: `Extent` after renaming, unfusing and translating.
+
+    Attributes:
+        tensor: the logical tensor's name.
+        region: the box, in the logical tensor's coordinates.
+        strides: bytes from one index to the next, per *logical* axis.
+    """
+
+    tensor: str
+    region: Region
+    file: str
+    offset: int
+    strides: Index
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A box of a logical tensor and its place in a tensor to be written.
+
+    Attributes:
+        tensor: the logical tensor's name.
+        region: the box, in the logical tensor's coordinates.
+        start: where the box begins, in the stored tensor's coordinates.
+        axes: for each stored axis the logical axis it runs along, or -1 for an axis that only stacks (extent 1).
+    """
+
+    tensor: str
+    region: Region
+    start: Index
+    axes: Index
+
+    @property
+    def stored(self) -> Region:
+        """The box in the stored tensor's coordinates."""
+        return Region(self.start, tuple(1 if a < 0 else self.region.shape[a] for a in self.axes))
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What must not change under a running plan. ``allocated`` is bytes on disk, less than size for sparse files."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    allocated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A checkpoint after describing: logical tensors and where each lies.
+
+    Attributes:
+        root: directory that piece files are relative to.
+        specs: logical tensors by name, in the model's own order.
+        pieces: for each name, disjoint boxes that cover it.
+        files: every file that pieces name.
+        left_out: stored tensors that no logical tensor has, with the reason.
+    """
+
+    root: Path
+    specs: dict[str, TensorSpec]
+    pieces: dict[str, tuple[Piece, ...]]
+    files: dict[str, FileStamp]
+    left_out: dict[str, str] = field(default_factory=dict)

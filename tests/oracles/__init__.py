@@ -1,0 +1,1 @@
+"""Independent judges: models computed by their own frameworks, sharing no code with dconv's converter."""
