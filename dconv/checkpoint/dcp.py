@@ -117,7 +117,7 @@ class _Reader:
         if fields.get("transform_descriptors"):
             raise Refused(
                 "chunks that were compressed or encoded when written",
-                where=f"{self._path}\n{key}",
+                where=f"{self._path}\n{short(key)}",
                 found=short(fields["transform_descriptors"]),
             )
         name, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
@@ -138,7 +138,7 @@ class _Reader:
         state = properties.state
         dtype = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
         if not isinstance(dtype, DTypeRef):
-            raise Refused(f"a tensor of {short(dtype)}", where=f"{self._path}\n{key}")
+            raise Refused(f"a tensor of {short(dtype)}", where=f"{self._path}\n{short(key)}")
         found = []
         for chunk in chunks:
             box = self._fields(chunk, "ChunkStorageMetadata", key)

@@ -356,6 +356,10 @@ class Machine:
             return known
         if not isinstance(module, str) or not isinstance(name, str):
             self.bad("a global whose name is no string")
+        if not f"{module}.{name}".replace(
+            ".", "_"
+        ).isidentifier():  # also keeps control characters off terminals
+            self.bad("a global of odd name")
         if module in _PY2_MODULES:
             module, name = _PY2_MODULES[module], _PY2_NAMES.get(name, name)
         if module == "torch" and name in FROM_TORCH:
@@ -368,7 +372,7 @@ class Machine:
                 "a pickle with a foreign global",
                 where=self.where,
                 expected="tensors, plain values, classes of torch and megatron",
-                found=f"{module}.{name}",
+                found=f"{module}.{name}"[:200],
                 do="do not load this file with torch either: loading would run that name",
             )
         symbol = Symbol(module, name)

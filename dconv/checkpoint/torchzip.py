@@ -1,8 +1,8 @@
 """The container of ``torch.save``: where each tensor's bytes lie, and how to write one around bytes to come.
 
 Since torch 1.6 it is a zip of uncompressed records: ``<root>/data.pkl`` is the pickled tree and each
-``<root>/data/<key>`` a storage. Before, it was a row of pickles and behind them the raw storages; that form is
-read too. Reading touches the directory at the end, ``data.pkl`` and one header a storage, never the data.
+``<root>/data/<key>`` a storage. Before, it was a row of pickles and then the raw storages; that form is read
+too. Reading touches the directory at the end, ``data.pkl`` and one header a storage, never the data.
 
 Sources: PKWARE's APPNOTE.TXT 6.3 (zip, zip64); torch/serialization.py; caffe2/serialize/inline_container.cc.
 """
@@ -81,13 +81,14 @@ class TorchFile:
             raise Damaged(
                 "a tensor larger than its storage", where=where, expected=f"{nbytes} bytes", found=found
             )
-        return Located(start + ref.offset * size, tuple(s * size for s in ref.stride), ref.shape, ref.dtype)
+        offset = 0 if 0 in ref.shape else ref.offset * size
+        return Located(start + offset, tuple(s * size for s in ref.stride), ref.shape, ref.dtype)
 
 
 def _reach(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements of the storage up to the end of the tensor; an empty tensor still has to start inside."""
+    """Elements of the storage up to the end of the tensor; torch lets an empty one start anywhere."""
     if 0 in shape:
-        return offset
+        return 0
     return offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
@@ -210,9 +211,9 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
         found, [*found[1:], (b"", start, 0, 0)], strict=True
     ):
         if header + _LOCAL.size + len(name) + size > limit:
-            raise blob.damaged("records that overlap", name.decode("utf-8", "replace"))
+            raise blob.damaged("records that overlap", _shown(name))
         if name in records:
-            raise blob.damaged("two records of one name", name.decode("utf-8", "replace"))
+            raise blob.damaged("two records of one name", _shown(name))
         records[name] = _Record(name, header, size, crc, limit)
     return records
 
@@ -252,7 +253,7 @@ def _entry(blob: _Blob, data: bytes, at: int) -> tuple[tuple[bytes, int, int, in
     name, extra = data[at : at + n_name], data[at + n_name : at + n_name + n_extra]
     at += n_name + n_extra + n_comment
     if fields[0] != b"PK\x01\x02" or at > len(data) or method or flags & 0x2041:
-        shown = name.decode("utf-8", "replace")
+        shown = _shown(name)
         raise blob.damaged(
             "a record that torch does not write", f"{shown!r}, compression {method}, flags {flags:#x}"
         )
@@ -261,7 +262,7 @@ def _entry(blob: _Blob, data: bytes, at: int) -> tuple[tuple[bytes, int, int, in
     packed = next(wide, -1) if packed == _U32_MAX else packed
     header = next(wide, -1) if header == _U32_MAX else header
     if size < 0 or packed != size or header < 0:
-        raise blob.damaged("a record of wrong size", name.decode("utf-8", "replace"))
+        raise blob.damaged("a record of wrong size", _shown(name))
     return (name, header, size, crc), at
 
 
@@ -287,16 +288,20 @@ def _data(blob: _Blob, record: _Record) -> int:
         or head[_LOCAL.size :] != record.name
         or fields[9] != len(record.name)
     ):
-        raise blob.damaged("a broken local header", record.name.decode("utf-8", "replace"))
+        raise blob.damaged("a broken local header", _shown(record.name))
     if start + record.size > record.limit:
-        raise blob.damaged("records that overlap", record.name.decode("utf-8", "replace"))
+        raise blob.damaged("records that overlap", _shown(record.name))
     return start
+
+
+def _shown(name: bytes) -> str:
+    return short(name.decode("utf-8", "replace"))
 
 
 def _content(blob: _Blob, record: _Record) -> bytes:
     content = blob.pread(_data(blob, record), record.size)
     if record.crc and zlib.crc32(content) != record.crc:  # 0: written with compute_crc32 = False
-        raise blob.damaged("a record with a wrong checksum", record.name.decode("utf-8", "replace"))
+        raise blob.damaged("a record with a wrong checksum", _shown(record.name))
     return content
 
 

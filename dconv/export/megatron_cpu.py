@@ -33,6 +33,7 @@ from dconv.errors import DconvError, Refused, ToolMissing
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _GRACE = 3.0  # seconds that the other ranks get to report after a first failure: it is often not the cause
+_LEAVE = 0.5  # seconds that ranks which delivered their result get to leave by themselves
 _patched = False
 _worlds: Counter[tuple[str, int]] = Counter()
 
@@ -53,7 +54,7 @@ def cpu_patches() -> None:
     Each patch answers an error that was observed with megatron-core 0.16.1 without CUDA:
 
     - ``torch.cuda.current_device`` names the CPU (buffers, checkpoint flags), ``synchronize`` returns at once;
-    - ``Tensor.cuda`` and ``Module.cuda`` return their object (tied embeddings are moved explicitly);
+    - ``Tensor.cuda`` returns its tensor (tied embeddings are moved explicitly);
     - the CUDA random state is not forked: dropout is off here, nothing draws from it;
     - the two attention masks ask for ``device="cuda"`` literally: the original functions run with it redirected;
     - the MoE router looks up ``te_general_gemm``, which is unbound without Transformer Engine;
@@ -77,10 +78,9 @@ def cpu_patches() -> None:
         from megatron.core.transformer.moe import moe_utils
 
     torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda device=None: None
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self
-    CudaRNGStatesTracker.fork = lambda self, name="": nullcontext()
+    torch.cuda.synchronize = lambda *_: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    setattr(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())  # noqa: B010  another type than declared
     for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
         setattr(fused_softmax, name, _cuda_means_cpu(getattr(fused_softmax, name)))
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -217,7 +217,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
         ToolMissing: (exit code 7) any other exception, a crash or the time-out, with the tracebacks of the ranks.
     """
     context = multiprocessing.get_context("spawn")
-    processes: list[Any] = []
+    processes: dict[int, Any] = {}
     receivers: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="dconv-ranks-") as scratch:
         init_method = f"file://{scratch}/rendezvous"
@@ -232,11 +232,13 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
                     )
                     process.start()
                     sender.close()
-                    processes.append(process)
+                    processes[rank] = process
                     receivers.append(receiver)
             return _collect(processes, receivers, logs, timeout)
         finally:
-            for process in processes:
+            leaving = time.monotonic() + _LEAVE
+            for process in processes.values():
+                wait([process.sentinel], max(0.0, leaving - time.monotonic()))
                 _end(process)
             for receiver in receivers:
                 receiver.close()
@@ -260,7 +262,7 @@ def _rank_main(
     warnings.simplefilter("ignore")
     try:
         message = pickle.dumps((True, fn(rank, world, init_method, *args)))
-    except BaseException as error:  # noqa: BLE001  whatever it was, the parent reports it with its traceback
+    except BaseException as error:  # whatever it was, the parent reports it with its traceback
         typed = error if isinstance(error, DconvError) else None
         message = pickle.dumps((False, (typed, traceback.format_exc())))
     sender.send_bytes(message)
@@ -274,9 +276,7 @@ def _follow_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _collect(
-    processes: list[Any], receivers: list[Connection], logs: list[Path], timeout: float
-) -> list[Any]:
+def _collect(processes: dict[int, Any], receivers: list[Connection], logs: list[Path], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, tuple[DconvError | None, str]] = {}
     waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
@@ -287,8 +287,9 @@ def _collect(
             try:
                 ok, value = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                processes[rank].join(_GRACE)
-                ok, value = False, (None, f"ended with code {processes[rank].exitcode}\n{_tail(logs[rank])}")
+                process = processes.pop(rank)
+                wait([process.sentinel], _GRACE)
+                ok, value = False, (None, f"ended with code {_end(process)}\n{_tail(logs[rank])}")
             if ok:
                 results[rank] = value
                 continue
@@ -313,13 +314,14 @@ def _tail(log: Path, size: int = 2000) -> str:
     return log.read_text(errors="replace")[-size:] if log.exists() else "(no output)"
 
 
-def _end(process: Any) -> None:
-    """End a worker and what it forked; one that has delivered its result gets a moment to leave by itself."""
-    process.join(0.5)
-    if process.exitcode is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it had not yet made its process group
-            process.kill()
+def _end(process: Any) -> int:
+    """End a worker and what it forked (megatron-core's writers may outlive a crash); its exit code."""
+    # before the worker is reaped: until then, its number cannot be another process's
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it had not yet made its process group
+        process.kill()
     process.join()
+    code = process.exitcode
     process.close()
+    return code

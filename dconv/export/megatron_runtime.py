@@ -18,7 +18,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dconv.errors import Refused
 from dconv.export.megatron_cpu import cpu_patches, parallel_world, require_megatron, spawn
@@ -100,6 +100,7 @@ def build_gpt(args: Args, *, dtype: torch.dtype | None = None) -> list[GPTModel]
     positions = _position_embedding(given)
     models = []
     chunks = config.virtual_pipeline_model_parallel_size
+    layers: Any
     for chunk in range(chunks or 1):
         stage = chunk if chunks else None
         if config.num_moe_experts:
@@ -192,23 +193,22 @@ def _config(given: Mapping[str, Any], dtype: torch.dtype) -> TransformerConfig:
 
 
 def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
-    import torch
-    import torch.nn.functional as F
     from megatron.core.activations import quick_gelu, squared_relu
+    from torch.nn.functional import gelu, silu
 
     if given.get("swiglu"):
-        return {"activation_func": F.silu, "gated_linear_unit": True}
+        return {"activation_func": silu, "gated_linear_unit": True}
     if given.get("quick_geglu"):
         return {"activation_func": quick_gelu, "gated_linear_unit": True}
     if given.get("squared_relu"):
         return {"activation_func": squared_relu}
     if given.get("openai_gelu") or given.get("bias_gelu_fusion"):
         # the fused bias+GELU kernel, on by default in Megatron-LM, is the tanh form
-        return {"activation_func": partial(torch.nn.functional.gelu, approximate="tanh")}
-    return {"activation_func": F.gelu}
+        return {"activation_func": partial(gelu, approximate="tanh")}
+    return {"activation_func": gelu}
 
 
-def _position_embedding(given: Mapping[str, Any]) -> str:
+def _position_embedding(given: Mapping[str, Any]) -> Literal["rope", "learned_absolute", "none"]:
     kind = given.get("position_embedding_type", "learned_absolute")
     if given.get("use_rotary_position_embeddings"):  # the older spelling
         kind = "rope"
@@ -274,7 +274,7 @@ def logits(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
             found=f"shape {tuple(tokens.shape)}, from {int(tokens.min())} to {int(tokens.max())}",
         )
     config = models[0].config
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

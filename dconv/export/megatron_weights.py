@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dconv.errors import Damaged, group_names
+from dconv.errors import Damaged, Refused, group_names
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -139,26 +139,40 @@ def save_torch_dist(models: list[GPTModel], root: str | Path, args: Args, iterat
 def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
     """Load a torch_dist checkpoint with megatron-core's own loader, in whatever layout the world has.
 
+    A vocabulary padded to another size is loaded as megatron-core does: rows that the checkpoint lacks become 0.
+
     Args:
         models: this rank's chunks, from `build_gpt`.
         path: an ``iter_*`` or ``release`` directory, or the root above it.
 
     Raises:
+        Refused: no common.pt, as Megatron-LM later than 0.16 writes.
         Damaged: a weight of the model is not in the checkpoint, one of the checkpoint is not in the model, or a shape
             differs. ``_extra_state`` entries and training state may be there or not.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import StrictHandling
+    from torch.distributed.checkpoint.api import CheckpointException
 
     directory = str(_iteration_directory(path))
+    if Path(directory, "metadata.json").exists() and not Path(directory, "common.pt").exists():
+        raise Refused(
+            "megatron-core 0.16.1 cannot load a checkpoint without common.pt",
+            where=directory,
+            found="newer Megatron-LM saves its arguments in another place",
+        )
     try:
         with _megatron_classes():
             metadata = dist_checkpointing.load_content_metadata(directory) or {}
             wanted = {name: model.sharded_state_dict(metadata=dict(metadata)) for name, model in _named(models)}
             # in its words, missing: saved but not asked for; unexpected: asked for but not saved
-            state, missing, unexpected = dist_checkpointing.load(wanted, directory, strict=StrictHandling.RETURN_ALL)
-    except (CheckpointingException, pickle.UnpicklingError) as error:
+            loaded: Any = dist_checkpointing.load(wanted, directory, strict=StrictHandling.RETURN_ALL)
+            state, missing, unexpected = loaded
+    except CheckpointException as error:  # torch's: a BaseException that carries what single ranks met
+        found = "\n".join(f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items()))
+        raise Damaged("megatron-core cannot read this checkpoint", where=directory, found=found) from error
+    except (CheckpointingException, pickle.UnpicklingError, OSError) as error:
         raise Damaged("megatron-core cannot read this checkpoint", where=directory, found=str(error)) from error
     left = {key for key in missing if not _NOT_OF_THE_MODEL.search(key)}
     lacking = {key for key in unexpected if not _NOT_OF_THE_MODEL.search(key)}
@@ -239,7 +253,9 @@ def _megatron_classes() -> Iterator[None]:
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    with torch.serialization.safe_globals([*SAFE_GLOBALS, LayerType, PipelineParallelLayerLayout]):
+    known = torch.serialization.get_safe_globals()  # the context forgets at its end also what others had allowed
+    classes = [*SAFE_GLOBALS, LayerType, PipelineParallelLayerLayout]
+    with torch.serialization.safe_globals([kind for kind in classes if kind not in known]):
         yield
 
 

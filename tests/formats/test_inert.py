@@ -204,6 +204,7 @@ MALFORMED: dict[str, bytes] = {
     "negative shape": pickling.dumps(_call("torch", "Size", (-1,))),
     "extension registry": b"\x80\x02\x82\x01.",
     "long string": b"\x80\x02X\xff\xff\xff\xffabc.",
+    "control characters in a name": b"\x80\x02ctorch\n\x1b[2J\n.",
     "trailing bytes": b"\x80\x02N.N.",
     "left over values": b"\x80\x02NN.",
     "empty": b"",

@@ -77,7 +77,7 @@ def tiny(family: str, *, seed: int = 0, **overrides: Any) -> tuple[PretrainedCon
 
 def save(model: PreTrainedModel, directory: str | Path, shard_size: int | str | None = None) -> Path:
     """Write config and safetensors; ``shard_size`` in bytes or like ``"200KB"`` splits the weights over files."""
-    model.save_pretrained(directory, **({} if shard_size is None else {"max_shard_size": shard_size}))
+    model.save_pretrained(directory, max_shard_size="50GB" if shard_size is None else shard_size)
     return Path(directory)
 
 

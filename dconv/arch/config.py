@@ -1,0 +1,150 @@
+"""The dense decoder families, and which of them a checkpoint is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from dconv.arch.args import ARGS
+from dconv.arch.dense import DenseConfig
+from dconv.arch.fields import flag, multiple, number, table, whole
+from dconv.errors import Refused
+
+
+def detect_by_args(args: Mapping[str, object], configs: Iterable[DenseConfig]) -> DenseConfig:
+    """The first family that these args fit; a family that allows more stands after the one that allows less.
+
+    Query-key norms are qwen3's, a bias on q, k, v alone qwen2's, a window on every layer mistral's; what mistral
+    without a window and llama share is called llama.
+
+    Raises:
+        Damaged: a value of the wrong type.
+        Refused: none fits.
+    """
+    reasons: dict[str, list[str]] = {}
+    for config in configs:
+        reasons[config.model_type] = config.matches_args(args)
+        if not reasons[config.model_type]:
+            return config
+    raise Refused(
+        "these Megatron args are none of the families known here, nothing was written",
+        where=ARGS,
+        found="\n".join(f"not {family}: {'; '.join(why)}" for family, why in reasons.items()),
+        do="name the family with --model-type and supply a config.json with --hf-config DIR",
+    )
+
+
+#: Meta's params.json: ``ModelArgs`` of llama, llama3 and llama-models; the last three do not concern the model.
+_META_KEYS: Final = frozenset(
+    "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope "
+    "rope_scaling_factor high_freq_factor max_seq_len max_batch_size model_parallel_size".split()
+)
+
+
+def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict[str, object]:
+    """A Llama config.json for Meta's params.json, without a dtype.
+
+    Feed-forward size: ``FeedForward.__init__`` of Meta's model.py. Context length, token ids and the tied embedding of
+    Llama 3.2 as in transformers' ``convert_llama_weights_to_hf.py``. Llama 3.2 (scaled, narrower than 3.1's 4096)
+    stretches by 32 where 3.1 stretches by 8; no key says so.
+
+    Args:
+        params: params.json (also wrapped in ``{"model": …}``).
+        vocab: rows of the embedding, needed where ``vocab_size`` is -1 or absent.
+
+    Raises:
+        Damaged: a missing or impossible value.
+        Refused: a key that plain Llama does not have (vision, quantisation, another maker's params.json).
+    """
+    where = "params.json"
+    params = table(params, "model", where) or params
+    foreign = sorted(key for key in params.keys() - _META_KEYS if params[key] is not None)
+    if foreign:
+        raise Refused(
+            "this params.json is not a plain Llama model's, nothing was written",
+            where=where,
+            expected="dim, n_layers, n_heads, … of Llama 1, 2, 3, 3.1, 3.2 text, Code Llama",
+            found=", ".join(foreign),
+            do="supply a config.json with --hf-config DIR",
+        )
+    said = {
+        "multiple_of": 256,
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        **{k: v for k, v in params.items() if v is not None},
+    }
+    dim, heads = whole(said, "dim", where), whole(said, "n_heads", where)
+    ffn = int(8 * dim / 3)
+    if "ffn_dim_multiplier" in said:
+        ffn = int(number(said, "ffn_dim_multiplier", where) * ffn)
+    step = whole(said, "multiple_of", where)
+    rows = vocab if said.get("vocab_size", -1) == -1 else said["vocab_size"]
+    theta, eps, scaled = number(said, "rope_theta", where), number(said, "norm_eps", where), False
+    scaled = flag(said, "use_scaled_rope", where)
+    small = scaled and dim < 4096
+    llama3 = theta == 500000.0
+    context = {10000.0: 4096 if eps > 1e-6 else 2048, 1e6: 16384, 500000.0: 8192}.get(theta, 4096)
+    hf: dict[str, object] = {
+        "architectures": [LLAMA.architecture],
+        "model_type": LLAMA.model_type,
+        "vocab_size": rows,
+        "hidden_size": dim,
+        "intermediate_size": -(-ffn // step) * step,
+        "num_hidden_layers": whole(said, "n_layers", where),
+        "num_attention_heads": heads,
+        "num_key_value_heads": whole({"n_kv_heads": heads, **said}, "n_kv_heads", where),
+        "head_dim": multiple("dim", dim, "n_heads", heads, where),
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072 if scaled else context,
+        "rms_norm_eps": eps,
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": small,
+        "bos_token_id": 128000 if llama3 else 1,
+        "eos_token_id": 128001 if llama3 else 2,
+    }
+    if scaled:
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": number({"rope_scaling_factor": 32.0 if small else 8.0, **said}, "rope_scaling_factor", where),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": number({"high_freq_factor": 4.0, **said}, "high_freq_factor", where),
+            "original_max_position_embeddings": 8192,
+        }
+    LLAMA.facts(hf)
+    return hf
+
+
+_COMMON: Final[Mapping[str, object]] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+_MISTRAL: Final = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN: Final[Mapping[str, object]] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+_BIAS = "attention_bias"
+LLAMA = DenseConfig("llama", "LlamaForCausalLM", _COMMON, qkv_bias=_BIAS, out_bias=_BIAS, mlp_bias="mlp_bias")
+MISTRAL = DenseConfig("mistral", "MistralForCausalLM", {**_COMMON, **_MISTRAL, "sliding_window": 4096}, window="all")
+QWEN2 = DenseConfig("qwen2", "Qwen2ForCausalLM", _QWEN, qkv_bias=True, window="layers")
+QWEN3 = DenseConfig(
+    "qwen3", "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, _BIAS, _BIAS, qk_norm=True, window="layers"
+)

@@ -1,0 +1,346 @@
+"""The ``dconv`` command: options in, one call, text or JSON out. Nothing is converted or decided here.
+
+Each command's options and imports are made when that command is asked for, so that ``dconv --help`` and a shell's
+completion do not wait for numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dconv import __version__
+from dconv.errors import DconvError, UsageError
+
+if TYPE_CHECKING:
+    from dconv.pipeline import Job
+
+#: What one rank reads or writes a second on a plain NVMe disk; the plan's floor is priced with it.
+_RATE: Final = 2e9
+#: Rows of the table of ranks that a person reads; ``--json`` has all.
+_ROWS: Final = 8
+
+_EXITS: Final = """exit codes:
+  0 done   1 diff found a difference   2 usage, or OUT exists   3 refused before writing
+  4 damaged input   5 storage fault   6 verification failed   7 a runtime is missing   75 preempted, run again"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after ``dconv``.
+
+    Attributes:
+        options: adds its arguments to a parser.
+        run: does it, given its parser and the words after it, and returns the exit code.
+    """
+
+    help: str
+    examples: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.ArgumentParser, Sequence[str]], int]
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show where an internal error happened")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("launch")
+    group.add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks to start on this machine (1)")
+    group.add_argument("--launcher", choices=("local",), default="local",
+                       help="who starts them; under torchrun or srun: python -m dconv.launch")  # fmt: skip
+    group.add_argument("--debug", action="store_true", help="show where an internal error happened")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
+    return int(text)
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.launch.options import add_run_options, add_target_options
+
+    add_target_options(parser)
+    add_run_options(parser)
+    _add_launch(parser)
+
+
+def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.launch import worker
+    from dconv.launch.options import parse
+
+    args = parse(parser, words)
+    here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_launch(here)
+    mine, others = here.parse_known_args(words)  # the started ranks know the other options only
+    if mine.nproc != args.nproc:
+        raise UsageError("nproc is given on the command line, not in the config file", where=str(args.config))
+    where = worker.place()
+    if args.nproc == 1:
+        return worker.main(args, where)
+    if where.world > 1:
+        raise UsageError(
+            "two launchers at once",
+            where=f"--nproc {args.nproc}",
+            found=f"this process is already rank {where.rank} of {where.world}",
+            do="leave --nproc out: the launcher's ranks are used",
+        )
+    return worker.local(others, args, args.nproc)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.launch.options import add_target_options
+
+    add_target_options(parser)
+    parser.add_argument("--world", type=_count, metavar="N", help="show the shares of N ranks (default: one a shard)")
+    _add_json(parser)
+    _add_debug(parser)
+
+
+def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.launch.options import parse, to_request
+    from dconv.pipeline import prepare
+
+    args = parse(parser, words)
+    priced = price(prepare(to_request(args)), args.world)
+    print(json.dumps(priced) if args.json else plan_text(priced))
+    return 0
+
+
+def price(job: Job, world: int | None = None) -> dict[str, Any]:
+    """What a planned job reads and writes, in all and by each of ``world`` ranks (default: one rank a shard)."""
+    from dconv.pipeline import FORMATS
+    from dconv.sharding.execute import _TILE_BYTES
+
+    plan, request = job.plan, job.request
+    specs = job.logical.specs.values()
+    owners = {file.owner for file in plan.target.files}
+    engine = FORMATS[request.format]
+    world = world or plan.target.world
+    return {
+        "plan": plan.id,
+        "family": job.family.name,
+        "layers": int(job.facts["layers"]),
+        "parameters": sum(_volume(spec.shape) for spec in specs),
+        "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
+        "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
+        "target": {
+            "path": str(request.output),
+            "format": engine if engine == "huggingface" else f"megatron {request.megatron_format}",
+            "layout": request.parallel.described if engine == "megatron" else "",
+            "files": len(plan.target.files),
+            "shards": len(owners) if -1 not in owners else len(plan.target.files),
+        },
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "largest_buffer": _TILE_BYTES,
+        "tensors": len(plan.target.tensors),
+        "rounded": sum(1 for copies in plan.copies if any(not copy.op.exact for copy in copies)),
+        "left_out": plan.target.left_out or {},
+        "world": world,
+        "ranks": _shares(job, world),
+    }
+
+
+def _volume(shape: Sequence[int]) -> int:
+    import math
+
+    return math.prod(shape)
+
+
+def _shares(job: Job, world: int) -> list[dict[str, Any]]:
+    from dconv.sharding.dtypes import ITEMSIZE
+
+    plan = job.plan
+    names = [f"tp{c.tp} pp{c.pp}" for c in job.request.parallel.coords()]
+    ranks = []
+    for rank in range(world):
+        tasks = plan.share(rank, world)
+        read = 0
+        for task in tasks:
+            for copy in plan.copies[task.tensor] if task.tensor >= 0 else ():
+                part = copy.clip(task.region)
+                read += part.region.volume * ITEMSIZE[part.dtype] if part is not None else 0
+        files = {task.file for task in tasks}
+        owners = {plan.target.files[file].owner for file in files}
+        owner = owners.pop() if len(owners) == 1 else -1
+        ranks.append(
+            {
+                "rank": rank,
+                "shard": names[owner] if owner >= 0 else f"{len(files)} file{'s' * (len(files) != 1)}",
+                "read": read,
+                "written": sum(task.nbytes for task in tasks),
+                "tensors": len({task.tensor for task in tasks if task.tensor >= 0}),
+            }
+        )
+    return ranks
+
+
+def plan_text(priced: dict[str, Any]) -> str:
+    """What `price` found, for a person."""
+    source, target, ranks = priced["source"], priced["target"], priced["ranks"]
+    total, rounded, written = priced["tensors"], priced["rounded"], priced["bytes_written"]
+    exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
+    shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
+    layout = f", {target['layout']}" if target["layout"] else ""
+    lines = [
+        f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
+        f"{'+'.join(priced['dtypes'])}",
+        f"{container(source['format'])}, {source['files']} file{'s' * (source['files'] != 1)}  ->  "
+        f"{container(target['format'])}{layout}",
+        f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
+        f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
+        "rank   shard             read       write   tensors",
+    ]
+    for share in ranks[:_ROWS]:
+        lines.append(
+            f"{share['rank']:4}   {share['shard']:<10} {size(share['read']):>11} {size(share['written']):>11} "
+            f"{share['tensors']:>9}"
+        )
+    if len(ranks) > _ROWS:
+        lines.append(f"   …   {len(ranks) - _ROWS} more ranks, --json shows all")
+    alone = max(priced["bytes_read"], written) / _RATE
+    slowest = max(max(share["read"], share["written"]) for share in ranks) / _RATE
+    many = f"{slowest:.1f} s with {len(ranks)} ranks, " if len(ranks) > 1 else ""
+    lines.append(f"floor at 2 GB/s a rank: {many}{alone:.1f} s with 1        plan {priced['plan']}")
+    lines += [f"left out: {name} ({reason})" for name, reason in list(priced["left_out"].items())[:_ROWS]]
+    return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a person, in powers of ten: ``141.1 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def count(n: float) -> str:
+    """A count for a person: ``70.6 B``, ``135 M``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.1f} {unit}"
+    return f"{n:.0f}"
+
+
+def container(name: str) -> str:
+    """A container's name as it is written in prose."""
+    return name.replace("huggingface", "HuggingFace").replace("megatron", "Megatron")
+
+
+def _diff_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, of any format and layout")
+    parser.add_argument("b", type=Path, metavar="B", help="another one")
+    parser.add_argument("--model-type", metavar="FAMILY", help="model family of both (normally detected)")
+    parser.add_argument("--hf-config", type=Path, metavar="DIR", help="take config.json of both from DIR")
+    parser.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave matching tensors out")
+    _add_json(parser)
+    _add_debug(parser)
+
+
+def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.compare import diff
+
+    args = parser.parse_args(words)
+    found = diff(args.a, args.b, model_type=args.model_type, hf_config=args.hf_config, drop=tuple(args.drop))
+    print(json.dumps(found.to_dict()) if args.json else found.text())
+    return 0 if found.equal else 1
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "convert": Command(
+        "make a checkpoint of another format or layout",
+        """  dconv convert llama-8b megatron --tp 4 --pp 2              HuggingFace -> Megatron torch_dist
+  dconv convert llama-8b megatron --tp 4 --megatron-format legacy --nproc 4 -o out
+  dconv convert megatron-run hf --dtype bf16 --verify digest  the newest iteration, back to HuggingFace
+  torchrun --nproc-per-node 8 -m dconv.launch llama-8b megatron --tp 8    the same under a launcher""",
+        _convert_options,
+        _convert,
+    ),
+    "plan": Command(
+        "show what convert would read and write, by whom; writes nothing",
+        """  dconv plan llama-70b megatron --tp 8 --pp 8
+  dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json""",
+        _plan_options,
+        _plan,
+    ),
+    "diff": Command(
+        "compare two checkpoints tensor by tensor, across formats and layouts",
+        """  dconv diff llama-8b llama-8b-megatron         exit 0: bit-equal; 1: a difference, named
+  dconv diff run/iter_0001000 run/iter_0002000 --json""",
+        _diff_options,
+        _diff,
+    ),
+}
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        f"dconv {name}",
+        description=f"{command.help[0].upper()}{command.help[1:]}.",
+        epilog=f"examples:\n{command.examples}\n\n{_EXITS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.options(parser)
+    return parser
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "dconv",
+        description="Moves large-language-model checkpoints between where they were trained and where they will run.",
+        epilog=f"dconv COMMAND --help explains one, with examples.\n\n{_EXITS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dconv {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see ``dconv --help``)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] not in COMMANDS:
+            _overview().parse_args(words)
+            raise AssertionError("unreachable")
+        return COMMANDS[words[0]].run(_parser(words[0]), words[1:])
+    except SystemExit as left:  # argparse's way out: 0 after --help, 2 after a wrong option
+        return left.code if isinstance(left.code, int) else 2
+    except DconvError as error:
+        if "--json" in words:
+            print(json.dumps(error.to_dict()), flush=True)
+        else:
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as fault:
+        if "--debug" in words:
+            traceback.print_exc()
+        hint = "" if "--debug" in words else ", --debug shows where"
+        print(f"internal error: {type(fault).__name__}: {fault}{hint}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Measure dconv against ``cp`` of the same bytes, and against Megatron-Bridge where it is installed.
+
+Everything is a ratio of two things timed alternately in one run. Prints a table and writes ``docs/benchmarks.md``.
+
+    python scripts/bench.py                 460M model, speed and memory (a few minutes)
+    python scripts/bench.py --all           also 3B, the sparse 70B, and Megatron-Bridge if --bridge names its python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dconv import __version__
+from dconv.arch.llama import LLAMA
+from dconv.checkpoint import safetensors
+from dconv.checkpoint.source import expected_specs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODELS: dict[str, dict[str, int]] = {
+    "460M": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "intermediate_size": 3584, "vocab_size": 32000, "head_dim": 64},
+    "3B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
+           "intermediate_size": 8192, "vocab_size": 128256, "head_dim": 128},
+    "70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "intermediate_size": 28672, "vocab_size": 128256, "head_dim": 128},
+}  # fmt: skip
+
+
+def config_of(name: str) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": name == "3B",
+        "dtype": "bfloat16", **MODELS[name],
+    }  # fmt: skip
+
+
+def make_model(folder: Path, name: str, *, sparse: bool = False) -> int:
+    """A random (or all-hole) Llama in bf16; returns its bytes. Kept between runs."""
+    config = config_of(name)
+    specs = list(expected_specs(LLAMA, LLAMA.config.facts(config)).values())
+    total = sum(spec.nbytes for spec in specs)
+    if (folder / "config.json").exists():
+        return total
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float32) * 0.02
+    block = (noise.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    parts = safetensors.by_size(specs, 5_000_000_000)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        size, first, _ = safetensors.lay_out(part)
+        weight_map |= {spec.name: file for spec in part}
+        with (folder / file).open("wb") as out:
+            out.write(first)
+            if sparse:
+                out.truncate(size)
+            while out.tell() < size and not sparse:
+                out.write(block[: size - out.tell()])
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return total
+
+
+@dataclass
+class Result:
+    """One line of the table: medians in seconds, and their ratio."""
+
+    what: str
+    seconds: float
+    against: str
+    base: float
+    peak: int = 0
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.base
+
+
+def timed(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """``cp`` of every weight file, then fsync: the floor."""
+    target.mkdir()
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.name
+            subprocess.run(["cp", "--reflink=never", path, copy], check=True)
+            fd = os.open(copy, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+
+def ranks(argv: list[str], count: int) -> int:
+    """Run ``count`` plain processes of the launch module; returns the largest peak memory of a rank in bytes."""
+    procs = []
+    for rank in range(count):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "dconv.launch", *argv, "--json"]
+        procs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [proc.communicate()[0] for proc in procs]
+    if any(proc.returncode for proc in procs):
+        raise SystemExit(f"{argv}: exit codes {[proc.returncode for proc in procs]}\n{''.join(outputs)}")
+    result = next(json.loads(text) for text in outputs if text.strip())
+    return max(result["peak_memory"].values())
+
+
+def torchrun(count: int, *module: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *module]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+class Bench:
+    """Runs pairs alternately and keeps the results."""
+
+    def __init__(self, work: Path, repeat: int) -> None:
+        self.work = work
+        self.repeat = repeat
+        self.results: list[Result] = []
+
+    def fresh(self, name: str) -> Path:
+        path = self.work / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def against_copy(self, what: str, source: Path, same_bytes: Path, argv: list[str], count: int) -> None:
+        """Time a conversion by plain rank processes, start-up of an idle rank taken off, against ``cp`` + fsync."""
+        times, copies, idles, peak = [], [], [], 0
+        for _ in range(self.repeat):
+            copy = self.fresh("copy")
+            copies.append(timed(lambda copy=copy: copy_synced(same_bytes, copy)))
+            shutil.rmtree(copy)
+            out = self.fresh("out")
+            began = time.perf_counter()
+            peak = max(peak, ranks([str(source), *argv, "-o", str(out)], count))
+            times.append(time.perf_counter() - began)
+            idles.append(timed(lambda: [p.wait() for p in [_idle() for _ in range(count)]]))
+        net = [t - i for t, i in zip(times, idles, strict=True)]
+        result = Result(what, statistics.median(net), "cp + fsync", statistics.median(copies), peak)
+        self.results.append(result)
+        print(f"{what:48} {result.seconds:6.2f} s  cp {result.base:5.2f} s  x{result.ratio:4.2f}  "
+              f"{peak / 2**20:5.0f} MiB", flush=True)  # fmt: skip
+
+    def whole(self, what: str, argv: list[str], count: int) -> None:
+        """Time the whole command under torchrun against a no-op under torchrun."""
+        times, noops = [], []
+        for _ in range(max(3, self.repeat // 2)):
+            noops.append(timed(lambda: torchrun(count, "--no-python", "true")))
+            out = self.fresh("out")
+            times.append(timed(lambda out=out: torchrun(count, "-m", "dconv.launch", *argv, "-o", str(out))))
+        result = Result(what, statistics.median(times), "no-op torchrun", statistics.median(noops))
+        self.results.append(result)
+        print(f"{what:48} {result.seconds:6.2f} s  no-op {result.base:5.2f} s", flush=True)
+
+
+def _idle() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import numpy"])
+
+
+def speed(bench: Bench, name: str) -> None:
+    source = bench.work / name
+    size = make_model(source, name)
+    print(f"{name}: {size / 1e9:.2f} GB", flush=True)
+    for container in ("torch_dist", "legacy"):
+        megatron = ["megatron", "--tp", "2", "--megatron-format", container]
+        bench.against_copy(f"{name} HF -> {container} tp2, 2 ranks", source, source, megatron, 2)
+        kept = bench.work / f"{name}-{container}"
+        shutil.rmtree(kept, ignore_errors=True)
+        ranks([str(source), *megatron, "-o", str(kept)], 2)
+        bench.against_copy(f"{name} {container} tp2 -> HF, 2 ranks", kept, source, ["hf"], 2)
+        if name == "460M":
+            layout = ["megatron", "--tp", "2", "--pp", "2", "--megatron-format", container]
+            for count in (1, 2, 4):
+                bench.against_copy(f"{name} HF -> {container} tp2 pp2, {count} ranks", source, source, layout, count)
+        shutil.rmtree(kept)
+    if name == "460M":
+        bench.whole("460M HF -> torch_dist tp2, torchrun x 2, whole", [str(source), "megatron", "--tp", "2"], 2)
+
+
+def memory(bench: Bench, names: list[str]) -> list[str]:
+    """Peak memory of a rank at two budgets."""
+    lines = []
+    for name in names:
+        source = bench.work / name
+        size = make_model(source, name, sparse=name == "70B")
+        layout = ["--tp", "8", "--pp", "8"] if name == "70B" else ["--tp", "2"]
+        for budget in ("32MiB", "256MiB"):
+            out = bench.fresh("out")
+            began = time.perf_counter()
+            peak = ranks([str(source), "megatron", *layout, "--max-memory", budget, "-o", str(out)], 2)
+            seconds = time.perf_counter() - began
+            bound = 64 + int(budget[:-3]) + 64
+            disk = sum(path.stat().st_blocks * 512 for path in out.rglob("*"))
+            lines.append(f"| {name} | {size / 1e9:.1f} GB | {budget} | {peak / 2**20:.0f} MiB | {bound} MiB "
+                         f"| {seconds:.1f} s | {disk / 1e9:.2f} GB |")  # fmt: skip
+            print(lines[-1], flush=True)
+            shutil.rmtree(out)
+    return lines
+
+
+def planning() -> str:
+    """Seconds to plan a 70B layout, headers read and plan hashed."""
+    code = (
+        "import sys,time;from pathlib import Path;t=time.perf_counter();"
+        "from dconv.pipeline import Request,prepare;from dconv.sharding.coords import Parallel;"
+        "j=prepare(Request(Path(sys.argv[1]),'megatron',Path('x'),parallel=Parallel(tp=8,pp=8)));j.plan.id;j.plan.tasks;"
+        "print(f'{time.perf_counter()-t:.2f} {len(j.plan.tasks)}')"
+    )
+    return code
+
+
+def bridge(bench: Bench, python: Path) -> None:
+    """Megatron-Bridge's import of the same model, in an environment of its own (``scripts/bridge_peer.py``)."""
+    source = bench.work / "460M"
+    out = bench.fresh("bridge")
+    times = []
+    for _ in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        command = [str(python), str(ROOT / "scripts" / "bridge_peer.py"), str(source), str(out)]
+        times.append(timed(lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)))
+    whole = next(r for r in bench.results if "whole" in r.what)
+    bench.results.append(Result("Megatron-Bridge 460M import, whole process", statistics.median(times),
+                                "dconv whole under torchrun", whole.seconds))  # fmt: skip
+
+
+def write(bench: Bench, memory_lines: list[str], plan_line: str, path: Path, command: str) -> None:
+    rows = [
+        f"| {r.what} | {r.seconds:.2f} s | {r.against} {r.base:.2f} s | {r.ratio:.2f} |"
+        + (f" {r.peak / 2**20:.0f} MiB |" if r.peak else " |")
+        for r in bench.results
+    ]
+    text = [
+        "# Benchmarks",
+        "",
+        f"Made by `{command}` with dconv {__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. Times are medians; each pair was run "
+        "alternately. Seconds are wall time of all ranks less the start of as many idle Python processes with numpy; "
+        "digests and fsync included.",
+        "",
+        "| what | time | against | ratio | peak memory of a rank |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    if memory_lines:
+        text += ["", "Peak memory (`VmHWM`) of a relayout rank, 2 ranks. The 70B model is one hole of 141 GB.", "",
+                 "| model | bytes | --max-memory | peak | promised | time | disk used |", "|---|---|---|---|---|---|---|",
+                 *memory_lines]  # fmt: skip
+    if plan_line:
+        text += ["", plan_line]
+    path.write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "bench")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--bridge", type=Path, help="python of an environment with megatron-bridge")
+    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.work, args.repeat)
+    speed(bench, "460M")
+    if args.all:
+        speed(bench, "3B")
+    lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
+    plan_line = ""
+    if args.all:
+        command = [sys.executable, "-c", planning(), str(args.work / "70B")]
+        seconds, tasks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        plan_line = f"Planning the 70B layout (tp 8 x pp 8, {tasks} tasks, imports included): {seconds} s."
+        print(plan_line)
+    if args.bridge:
+        bridge(bench, args.bridge)
+    write(bench, lines, plan_line, args.write, "python scripts/bench.py" + " --all" * args.all)
+
+
+if __name__ == "__main__":
+    main()

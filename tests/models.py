@@ -1,0 +1,80 @@
+"""Random checkpoints of any family in the registry, written without torch: the law suite's raw material."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dconv.arch.family import Family
+from dconv.checkpoint import safetensors
+from dconv.checkpoint.source import expected_specs
+
+
+def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
+    """A small config.json of a family; ``sizes`` are its keys."""
+    return {
+        "architectures": [family.config.architecture],
+        "model_type": family.config.model_type,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 61,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **sizes,
+    }
+
+
+def write_random(
+    folder: Path, family: Family, config: dict[str, Any], *, seed: int = 0, shard_size: int = 10**12
+) -> Path:
+    """A HuggingFace directory of random bf16 bits (NaN patterns too: relayout must not look at values)."""
+    folder.mkdir(parents=True)
+    specs = list(expected_specs(family, family.config.facts(config)).values())
+    draw = np.random.default_rng(seed)
+    parts = safetensors.by_size(specs, shard_size)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        size, first, _ = safetensors.lay_out(part)
+        (folder / name).write_bytes(first + draw.bytes(size - len(first)))
+        weight_map |= {spec.name: name for spec in part}
+    if len(parts) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config, indent=3))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor of a HuggingFace directory as (dtype, shape, bytes), read by this test's own few lines."""
+    found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            if name != "__metadata__":
+                low, high = entry["data_offsets"]
+                body = data[8 + length + low : 8 + length + high]
+                found[name] = (entry["dtype"], tuple(entry["shape"]), body)
+    return found
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the receipt."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "dconv.json"
+    }
