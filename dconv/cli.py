@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -125,6 +125,13 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
 
     plan, request = job.plan, job.request
     specs = job.logical.specs.values()
+    rounded = {
+        slot.tensor
+        for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True)
+        if not all(copy.op.exact for copy in copies)
+        for slot in tensor.slots
+    }
+    parallel = request.parallel if request.parallel.ep > 1 else replace(request.parallel, etp=1)
     owners = {file.owner for file in plan.target.files}
     engine = FORMATS[request.format]
     world = world or plan.target.world
@@ -138,15 +145,15 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "target": {
             "path": str(request.output),
             "format": engine if engine == "huggingface" else f"megatron {request.megatron_format}",
-            "layout": request.parallel.described if engine == "megatron" else "",
+            "layout": parallel.described if engine == "megatron" else "",
             "files": len(plan.target.files),
             "shards": len(owners) if -1 not in owners else len(plan.target.files),
         },
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "largest_buffer": _TILE_BYTES,
-        "tensors": len(plan.target.tensors),
-        "rounded": sum(1 for copies in plan.copies if any(not copy.op.exact for copy in copies)),
+        "tensors": len(specs),
+        "rounded": len(rounded),
         "left_out": plan.target.left_out or {},
         "world": world,
         "ranks": _shares(job, world),
@@ -259,6 +266,82 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0 if found.equal else 1
 
 
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.launch.options import add_model_options
+
+    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint directory")
+    add_model_options(parser)
+    _add_json(parser)
+    _add_debug(parser)
+
+
+def _described(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "source_format": args.source_format,
+        "model_type": args.model_type,
+        "hf_config": args.hf_config,
+        "drop": tuple(args.drop),
+    }
+
+
+def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.examine import inspect
+
+    args = parser.parse_args(words)
+    report = inspect(args.path, **_described(args))
+    print(json.dumps(report.to_dict()) if args.json else report.text())
+    return 0
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    _inspect_options(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--no-run", action="store_true", help="read everything, but do not run the model")
+    group.add_argument("--force-run", action="store_true", help="run it even if fp32 weights seem not to fit in memory")
+
+
+def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.examine import check
+
+    args = parser.parse_args(words)
+    found = check(args.path, **_described(args), run=not args.no_run, force=args.force_run)
+    print(json.dumps(found.to_dict()) if args.json else found.text())
+    return 0
+
+
+def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.arch.registry import families
+
+    args = parser.parse_args(words)
+    known = {name: family.config.architecture for name, family in sorted(families().items())}
+    print(json.dumps(known) if args.json else "\n".join(f"{name:<12} {known[name]}" for name in known))
+    return 0
+
+
+def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.checkpoint.detect import OPENERS
+    from dconv.pipeline import FORMATS
+
+    args = parser.parse_args(words)
+    spellings: dict[str, list[str]] = {}
+    for spelling, engine in FORMATS.items():
+        spellings.setdefault(engine, []).append(spelling)
+    known = {"read": sorted(OPENERS), "write": spellings}
+    if args.json:
+        print(json.dumps(known))
+        return 0
+    print(f"reads (--from)   {', '.join(known['read'])}")
+    for engine, names in spellings.items():
+        also = [name for name in names if name != engine]
+        print(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
+    return 0
+
+
+def _list_options(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
+    _add_debug(parser)
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "convert": Command(
         "make a checkpoint of another format or layout",
@@ -283,6 +366,23 @@ COMMANDS: Final[dict[str, Command]] = {
         _diff_options,
         _diff,
     ),
+    "inspect": Command(
+        "say what a checkpoint is and what would be refused, from its headers",
+        """  dconv inspect llama-8b
+  dconv inspect megatron-run --json                 the iteration that the tracker file names
+  dconv inspect shards/ --hf-config llama-8b        bare mp_rank_* directories""",
+        _inspect_options,
+        _inspect,
+    ),
+    "check": Command(
+        "read a checkpoint back, compare it with its receipt, then run it on the CPU",
+        """  dconv check llama-8b-megatron               digests, then a real megatron-core model
+  dconv check llama-8b --no-run               headers, shapes and digests only""",
+        _check_options,
+        _check,
+    ),
+    "archs": Command("list the model families", "  dconv archs", _list_options, _archs),
+    "formats": Command("list the formats that are read and written", "  dconv formats", _list_options, _formats),
 }
 
 

@@ -197,7 +197,7 @@ class _Side:
         out = np.empty(tile.shape, f"<u{ITEMSIZE[spec.dtype]}")
         for copy in copies:
             place = zip(tile.start, copy.region.start, copy.region.shape, strict=True)
-            self.reader.read_box(copy, out[tuple(slice(b - a, b - a + n) for a, b, n in place)])
+            self.reader.read_box(copy, out[(..., *(slice(b - a, b - a + n) for a, b, n in place))])
         return out
 
 

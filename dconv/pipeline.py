@@ -103,7 +103,7 @@ def describe_model(
     Raises:
         DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
     """
-    source = open_source(path, source_format)
+    source = open_source(path, source_format, own_config=hf_config is None)
     if hf_config is not None:
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))

@@ -34,11 +34,11 @@ def detect_by_args(args: Mapping[str, object], configs: Iterable[DenseConfig]) -
     )
 
 
-#: Meta's params.json: ``ModelArgs`` of llama, llama3 and llama-models; the last three do not concern the model.
-_META_KEYS: Final = frozenset(
-    "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta use_scaled_rope "
-    "rope_scaling_factor high_freq_factor max_seq_len max_batch_size model_parallel_size".split()
-)
+#: Meta's params.json: ``ModelArgs`` of llama, llama3 and llama-models.
+_META_KEYS: Final = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "multiple_of"} | {
+    *("ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "high_freq_factor"),
+    *("max_seq_len", "max_batch_size", "model_parallel_size"),  # of a run, not of the model
+}
 
 
 def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict[str, object]:
@@ -79,7 +79,7 @@ def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict
         ffn = int(number(said, "ffn_dim_multiplier", where) * ffn)
     step = whole(said, "multiple_of", where)
     rows = vocab if said.get("vocab_size", -1) == -1 else said["vocab_size"]
-    theta, eps, scaled = number(said, "rope_theta", where), number(said, "norm_eps", where), False
+    theta, eps = number(said, "rope_theta", where), number(said, "norm_eps", where)
     scaled = flag(said, "use_scaled_rope", where)
     small = scaled and dim < 4096
     llama3 = theta == 500000.0

@@ -9,7 +9,7 @@ all share are tables here. Sources: transformers' ``configuration_*.py`` and ``m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from dconv.arch.args import ARGS, RENAMED, biases, dtype_name, named_as_of_old, read, window
@@ -93,7 +93,7 @@ class DenseConfig:
 
     model_type: str
     architecture: str
-    defaults: Mapping[str, object]
+    defaults: Mapping[str, object] = field(hash=False)
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -218,7 +218,7 @@ class DenseConfig:
             Damaged: a value of the wrong type on either side.
         """
         facts = self.facts(hf)
-        expected, _ = self._translate(hf)
+        expected = named_as_of_old(self._translate(hf)[0])
         found = {**{arg: value for arg, value in expected.items() if arg not in _OVERRIDING}, **named_as_of_old(args)}
         ours, theirs = self._describe(read(expected)), self._describe(read(found))
         lines = [
@@ -278,14 +278,16 @@ class DenseConfig:
         }, lost
 
     def _describe(self, said: Mapping[str, object]) -> dict[str, object]:
-        """config.json without its vocabulary, for args that went through `_read`."""
+        """config.json without its vocabulary, for args that went through `read`."""
         hf: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
         hf |= {key: whole(said, arg, ARGS) for key, arg in _SIZES.items()}
         hf |= {key: number(said, arg, ARGS) for key, arg in _NUMBERS.items()}
         hf |= {"hidden_act": "silu", "bos_token_id": None, "eos_token_id": None}
         hf["tie_word_embeddings"] = not flag(said, "untie_embeddings_and_output_weights", ARGS)
         hf |= rope_from_args(said)[0]
-        hf |= {key: here for part, here in biases(said).items() if isinstance(key := getattr(self, part), str)}
+        for part, here in biases(said).items():
+            if isinstance(key := getattr(self, part), str):
+                hf.setdefault(key, here)
         width, slides = window(said)
         if self.window != "none":
             hf["sliding_window"] = width
@@ -299,7 +301,7 @@ class DenseConfig:
         return hf
 
     def _window_args(self, said: Mapping[str, object], layers: int) -> tuple[dict[str, object], list[str]]:
-        """Sliding windows. transformers counts the token itself (``masking_utils.py``), Megatron what lies before it."""
+        """transformers counts a window with the token itself (``masking_utils.py``), Megatron without."""
         types = said.get("layer_types")
         width = None
         if self.window == "all" or (self.window == "layers" and flag(said, "use_sliding_window", _CONFIG)):
@@ -326,7 +328,8 @@ class DenseConfig:
 
 #: Keys of config.json that a stale one is found by, with an arg that is behind each.
 _COMPARED: Final = {
-    **{key: arg for key, arg in {**_SIZES, **_NUMBERS}.items() if key in {*_SIZES, "rms_norm_eps"}},
+    **{key: arg for key, arg in _SIZES.items() if key != "max_position_embeddings"},
+    "rms_norm_eps": "norm_epsilon",
     "tie_word_embeddings": "untie_embeddings_and_output_weights",
     "rope_theta": "rotary_base",
     "rope_scaling": "use_rope_scaling",

@@ -1,4 +1,4 @@
-"""Typed reading of a config that somebody else wrote: a wrong type or size stops here, with its key, and never later."""
+"""Typed reading of a config that somebody else wrote: a wrong type or size stops here, by name, and never later."""
 
 from __future__ import annotations
 

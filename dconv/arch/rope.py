@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dconv.arch.fields import number, table, whole
+from dconv.arch.fields import flag, number, table, whole
 
 _CONFIG: Final = "config.json"
 
@@ -41,6 +41,7 @@ _KINDS: Final[Mapping[str, _Kind]] = {
     "llama3": _Kind(
         {"factor": "rope_scaling_factor"},
         {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        {"factor": 8.0},
     ),
     # arguments.py and argument_utils.py (_apply_yarn_config_from_args), 2026-06; GPTModel reads the numbers without a
     # default, so that a Megatron-LM that lacks these arguments stops instead of computing something else
@@ -66,6 +67,8 @@ _KINDS: Final[Mapping[str, _Kind]] = {
         position="yarn",
     ),
 }
+#: Parameters that are no real numbers, each with its check.
+_NOT_REAL: Final = {"original_max_position_embeddings": whole, "truncate": flag}
 #: Parameters whose place is elsewhere than in a kind's own list.
 _COMMON: Final = {"rope_type", "rope_theta", "partial_rotary_factor", "attention_factor"}
 
@@ -162,8 +165,10 @@ def rope_from_args(args: Mapping[str, object]) -> tuple[dict[str, object], list[
     kind = _KINDS[name]
     given = {key: args[arg] for key, arg in kind.args.items() if args.get(arg) is not None}
     rope = {"rope_type": name, **kind.defaults, **kind.fixed, **given}
-    if "factor" in rope:
-        rope["factor"] = number(rope, "factor", "Megatron args")
+    for key in kind.args.keys() - _NOT_REAL.keys():
+        rope[key] = number(rope, key, "Megatron args")
+    for key in kind.args.keys() & _NOT_REAL.keys():
+        _NOT_REAL[key](rope, key, "Megatron args")
     if name == "yarn":
         multipliers = (rope.pop("mscale"), rope.pop("mscale_all_dim"))
         if all(multipliers):

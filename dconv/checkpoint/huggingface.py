@@ -6,20 +6,29 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as short  # of nested hostile values too
 from typing import Final
 
-from dconv.arch.family import Family
+import numpy as np
+from numpy.typing import NDArray
+
+from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import safetensors, torchzip
 from dconv.checkpoint.files import check_plain_name, read_json, stamp
 from dconv.checkpoint.inert import TensorRef
 from dconv.checkpoint.source import Located, Source, expected_specs, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
-from dconv.sharding.plan import Target, TargetFile, TargetTensor
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.ops import MOVE
+from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
+from dconv.sharding.reader import Reader
 from dconv.sharding.region import Region
-from dconv.sharding.tensor import Extent, Piece, Slot, Stored, TensorSpec
+from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
+#: Bytes compared at a time.
+_COMPARED: Final = 1 << 20
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -27,7 +36,7 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def open_source(folder: Path) -> Source:
-    """Describe a HuggingFace directory from headers alone.
+    """Describe a HuggingFace directory from headers alone; only two copies of a tied embedding are compared.
 
     Raises:
         Damaged: a missing shard, a broken header, an index that points outside or disagrees with the files.
@@ -38,7 +47,8 @@ def open_source(folder: Path) -> Source:
     names = tuple(dict.fromkeys(name for shard in shards for tensors in shard.values() for name in tensors))
 
     def locate(family: Family, facts: Facts) -> Located:
-        return _locate(shards, family, facts)
+        tied_to = _one_embedding(folder, files, shards, family) if facts["tied"] else ""
+        return _locate(shards, family, facts, tied_to)
 
     return Source(
         format="huggingface",
@@ -68,16 +78,9 @@ def _shards(folder: Path) -> list[_Shard]:
             return [_indexed(folder, folder / index)]
         if (folder / single).exists():
             return [{single: _read(folder / single)}]
-    ranks = {int(m[1]): p for p in folder.iterdir() if (m := _TP_BIN.fullmatch(p.name))}
+    ranks = read_ranks(folder, _TP_BIN)
     if ranks:
-        absent = sorted(set(range(max(ranks) + 1)) - set(ranks))
-        if absent:
-            raise Damaged(
-                "a tensor-parallel shard is missing",
-                where=group_names(f"pytorch_model.tp{rank}.bin" for rank in absent),
-                expected=f"{max(ranks) + 1} files in {folder}",
-            )
-        return [{ranks[rank].name: _read(ranks[rank])} for rank in sorted(ranks)]
+        return [{file: tensors} for file, tensors in ranks]
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return [{loose[0].name: _read(loose[0])}]
@@ -90,13 +93,39 @@ def _shards(folder: Path) -> list[_Shard]:
     )
 
 
+def read_ranks(folder: Path, pattern: re.Pattern[str]) -> list[tuple[str, dict[str, Stored]]]:
+    """The torch files of a directory that hold one tensor-parallel rank each, in rank order, with their tensors.
+
+    Args:
+        pattern: of their names; its group is the rank's number.
+
+    Raises:
+        Damaged: a number is missing, or stands there twice.
+    """
+    ranks: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if match := pattern.fullmatch(path.name):
+            if int(match[1]) in ranks:
+                raise Damaged("two files of one rank", where=str(path), found=ranks[int(match[1])].name)
+            ranks[int(match[1])] = path
+    count = max(ranks, default=-1) + 1
+    if count != len(ranks):
+        first = next(rank for rank in range(count) if rank not in ranks)
+        raise Damaged(
+            f"{count - len(ranks)} of {count} tensor-parallel shards are missing, nothing was written",
+            where=f"rank {first} is the first in {folder}",
+            expected=f"every number up to that of {ranks[count - 1].name}",
+            found=group_names(path.name for path in ranks.values()),
+            do="fetch them again",
+        )
+    return [(path.name, read_state_dict(path)) for _, path in sorted(ranks.items())]
+
+
 def _indexed(folder: Path, index: Path) -> _Shard:
     weight_map = read_json(index, what="the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Damaged("the index has no weight_map", where=str(index))
-    for name in dict.fromkeys(weight_map.values()):
-        check_plain_name(name, said_by=index)
-    wanted = list(dict.fromkeys(weight_map.values()))
+    wanted = list(dict.fromkeys(check_plain_name(name, said_by=index) for name in weight_map.values()))
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing:
         raise Damaged(
@@ -123,11 +152,27 @@ def _read(path: Path) -> dict[str, Stored]:
 
 
 def read_state_dict(path: Path) -> dict[str, Stored]:
-    """The tensors of a plain ``torch.save(state_dict)`` file."""
+    """The tensors of a plain ``torch.save(state_dict)`` file. Numbers and text beside them are not weights.
+
+    Raises:
+        Damaged: the tensors lie deeper, or under names that are no text.
+    """
     file = torchzip.read(path)
     if not isinstance(file.tree, dict):
         raise Damaged("not a state dict", where=str(path), found=type(file.tree).__name__)
-    return {name: stored(file, ref, str(name)) for name, ref in file.tree.items() if isinstance(ref, TensorRef)}
+    tensors: dict[str, Stored] = {}
+    for name, value in file.tree.items():
+        if isinstance(name, str) and isinstance(value, TensorRef):
+            tensors[name] = stored(file, value, name)
+        elif not isinstance(name, str) or not (value is None or isinstance(value, str | int | float)):
+            raise Damaged(
+                "not a plain state dict",
+                where=str(path),
+                expected="tensors by name",
+                found=f"{short(value)} under {short(name)}",
+                do="save the model's state_dict alone",
+            )
+    return tensors
 
 
 def stored(file: torchzip.TorchFile, ref: TensorRef, name: str) -> Stored:
@@ -141,12 +186,18 @@ def _left_out(folder: Path) -> dict[str, str]:
     return {path.name: "code is never run nor copied" for path in sorted(folder.glob("*.py"))}
 
 
-def _locate(shards: list[_Shard], family: Family, facts: Facts) -> Located:
+def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) -> Located:
+    """See `Located`.
+
+    Args:
+        tied_to: the tensor that a stored output is taken for; "" for none.
+    """
     specs = expected_specs(family, facts)
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
         for file, tensors in shard.items():
-            for name, tensor in tensors.items():
+            for stored_name, tensor in tensors.items():
+                name = tied_to if tied_to and stored_name == TIED_HEAD else stored_name
                 spec = specs.get(name)
                 if spec is not None:
                     located.pieces.setdefault(name, []).append(_piece(spec, tensor, rank, len(shards)))
@@ -157,20 +208,92 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts) -> Located:
     return located
 
 
-def _piece(spec: TensorSpec, tensor: Stored, rank: int, count: int) -> Piece:
-    """A stored tensor as a piece; per-rank files are stacked along the one axis on which they are short."""
-    extent = tensor.extents[0]
-    short = [i for i, (n, m) in enumerate(zip(spec.shape, tensor.spec.shape, strict=False)) if n != m]
-    start = [0] * len(spec.shape)
-    fits = len(spec.shape) == len(tensor.spec.shape) and (
-        not short or (len(short) == 1 and count > 1 and tensor.spec.shape[short[0]] * count == spec.shape[short[0]])
+def _one_embedding(folder: Path, files: Mapping[str, FileStamp], shards: list[_Shard], family: Family) -> str:
+    """A tied model's embedding, where the output is the only copy of it; "" where it is stored under its own name.
+
+    transformers 5 takes either copy, and ties two of them only when they are equal (``tie_weights``).
+
+    Raises:
+        Refused: two copies that differ.
+    """
+    embedding = next(row.hf for row in family.rows if row.megatron == "embedding.word_embeddings.weight")
+    alone = False
+    for shard in shards:
+        tensors = {name: tensor for part in shard.values() for name, tensor in part.items()}
+        if TIED_HEAD in tensors and embedding not in tensors:
+            alone = True
+        elif TIED_HEAD in tensors and not equal(folder, files, tensors[embedding], tensors[TIED_HEAD]):
+            raise differ(TIED_HEAD, embedding, folder)
+    return embedding if alone else ""
+
+
+def differ(head: str, embedding: str, folder: Path) -> Refused:
+    return Refused(
+        "the config ties the output to the embedding, but the two are stored and differ, nothing was written",
+        where=f"{head} and {embedding} in {folder}",
+        do='"tie_word_embeddings": false in config.json, or in that of --hf-config DIR, keeps both',
     )
-    if not fits:
-        raise shape_error(spec.name, extent.file, spec.shape, tensor.spec.shape)
-    if short:
-        start[short[0]] = rank * tensor.spec.shape[short[0]]
-    region = Region(tuple(start), tensor.spec.shape)
+
+
+def equal(root: Path, files: Mapping[str, FileStamp], one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors, each in one extent, are equal bit by bit. Reads up to the first difference."""
+    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
+        return False
+    whole, itemsize = Region.whole(one.spec.shape), ITEMSIZE[one.spec.dtype]
+    a, b = (
+        Copy(whole, extent.file, extent.offset, extent.strides, one.spec.dtype, MOVE)
+        for extent in (one.extents[0], other.extents[0])
+    )
+    if a == b:
+        return True
+    reader = Reader(root, dict(files), _COMPARED)
+
+    def read(copy: Copy, band: Region) -> NDArray[np.generic]:
+        values = np.empty(band.shape, f"<u{itemsize}")
+        if part := copy.clip(band):
+            reader.read_box(part, values)
+        return values
+
+    try:
+        return all(np.array_equal(read(a, band), read(b, band)) for band in whole.bands(_COMPARED // itemsize))
+    finally:
+        reader.close()
+
+
+def _piece(spec: TensorSpec, tensor: Stored, rank: int, count: int) -> Piece:
+    extent = tensor.extents[0]
+    region = cut_region(spec, tensor, rank, count, ranked=_TP_BIN.fullmatch(extent.file) is not None)
     return Piece(spec.name, region, extent.file, extent.offset, extent.strides, tensor.spec.dtype)
+
+
+def cut_region(spec: TensorSpec, tensor: Stored, rank: int, count: int, *, ranked: bool) -> Region:
+    """The box of a logical tensor that a rank's file holds: stacked along the one axis on which it is short.
+
+    Args:
+        ranked: the file is one of several ranks', of which some may be missing.
+
+    Raises:
+        Damaged: it is no such part.
+    """
+    whole, shape, file = spec.shape, tensor.spec.shape, tensor.extents[0].file
+    cut = [i for i, (n, m) in enumerate(zip(whole, shape, strict=False)) if n != m]
+    if len(whole) != len(shape) or len(cut) > 1:
+        raise shape_error(spec.name, file, whole, shape)
+    start = [0] * len(whole)
+    for axis in cut:
+        n, m = whole[axis], shape[axis]
+        if ranked and m and n % m == 0 and n // m > count:
+            raise Damaged(
+                f"{n // m - count} of {n // m} tensor-parallel shards are missing, nothing was written",
+                where=f"{spec.name} in {file}",
+                expected=f"{n // m} files: {whole} in parts of {shape}",
+                found=f"{count} files",
+                do="fetch the others; if there are none, the config belongs to another model",
+            )
+        if m * count != n:
+            raise shape_error(spec.name, file, whole, shape)
+        start[axis] = rank * m
+    return Region(tuple(start), shape)
 
 
 def lay_out(

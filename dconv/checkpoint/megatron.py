@@ -252,6 +252,7 @@ def parallel_args(parallel: Parallel, vocab: int, divisor: int) -> dict[str, obj
         "expert_tensor_parallel_size": parallel.etp,
         "decoder_first_pipeline_num_layers": parallel.first,
         "decoder_last_pipeline_num_layers": parallel.last,
+        "pipeline_model_parallel_layout": parallel.layout_string(),
         "account_for_embedding_in_pipeline_split": parallel.count_embedding,
         "account_for_loss_in_pipeline_split": parallel.count_loss,
         "vocab_size": vocab,

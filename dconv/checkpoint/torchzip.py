@@ -255,7 +255,7 @@ def _entry(blob: _Blob, data: bytes, at: int) -> tuple[tuple[bytes, int, int, in
     if fields[0] != b"PK\x01\x02" or at > len(data) or method or flags & 0x2041:
         shown = _shown(name)
         raise blob.damaged(
-            "a record that torch does not write", f"{shown!r}, compression {method}, flags {flags:#x}"
+            "a record that torch does not write", f"{shown}, compression {method}, flags {flags:#x}"
         )
     wide = iter(_zip64(extra))
     size = next(wide, -1) if size == _U32_MAX else size

@@ -217,7 +217,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
         ToolMissing: (exit code 7) any other exception, a crash or the time-out, with the tracebacks of the ranks.
     """
     context = multiprocessing.get_context("spawn")
-    processes: dict[int, Any] = {}
+    processes: list[Any] = []
     receivers: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="dconv-ranks-") as scratch:
         init_method = f"file://{scratch}/rendezvous"
@@ -232,12 +232,12 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
                     )
                     process.start()
                     sender.close()
-                    processes[rank] = process
+                    processes.append(process)
                     receivers.append(receiver)
             return _collect(processes, receivers, logs, timeout)
         finally:
             leaving = time.monotonic() + _LEAVE
-            for process in processes.values():
+            for process in processes:
                 wait([process.sentinel], max(0.0, leaving - time.monotonic()))
                 _end(process)
             for receiver in receivers:
@@ -276,20 +276,20 @@ def _follow_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _collect(processes: dict[int, Any], receivers: list[Connection], logs: list[Path], timeout: float) -> list[Any]:
+def _collect(processes: list[Any], receivers: list[Connection], logs: list[Path], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, tuple[DconvError | None, str]] = {}
-    waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
+    waiting = dict(enumerate(receivers))
     deadline = time.monotonic() + timeout
-    while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
-        for receiver in ready:
-            rank = waiting.pop(receiver)  # type: ignore[call-overload]
-            try:
-                ok, value = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
-                process = processes.pop(rank)
-                wait([process.sentinel], _GRACE)
-                ok, value = False, (None, f"ended with code {_end(process)}\n{_tail(logs[rank])}")
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        # in ticks: a writer that a crashed rank forked keeps the pipe open, so that no end of file tells of the crash
+        wait(list(waiting.values()), min(left, 1.0))
+        for rank, receiver in list(waiting.items()):
+            outcome = _receive(processes[rank], receiver, logs[rank])
+            if outcome is None:
+                continue
+            del waiting[rank]
+            ok, value = outcome
             if ok:
                 results[rank] = value
                 continue
@@ -305,23 +305,34 @@ def _collect(processes: dict[int, Any], receivers: list[Connection], logs: list[
             raise typed
     if failures:
         raise ToolMissing(f"megatron-core failed on rank {', '.join(map(str, sorted(failures)))}", found=report)
-    silent = ", ".join(str(rank) for rank in sorted(waiting.values()))
-    tails = "\n".join(f"rank {rank}: {_tail(logs[rank])}" for rank in sorted(waiting.values()))
+    silent = ", ".join(map(str, waiting))
+    tails = "\n".join(f"rank {rank}: {_tail(logs[rank])}" for rank in waiting)
     raise ToolMissing(f"megatron-core did not finish in {timeout:.0f} s: rank {silent}", found=tails)
+
+
+def _receive(process: Any, receiver: Connection, log: Path) -> tuple[bool, Any] | None:
+    """What a rank delivered, or how it ended without; None while it works."""
+    gone = process.exitcode is not None  # asked first: what it sent before its end is in the pipe by now
+    try:
+        if receiver.poll():
+            return pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        process.join(_GRACE)
+        gone = True
+    if not gone:
+        return None
+    return False, (None, f"ended with code {process.exitcode}\n{_tail(log)}")
 
 
 def _tail(log: Path, size: int = 2000) -> str:
     return log.read_text(errors="replace")[-size:] if log.exists() else "(no output)"
 
 
-def _end(process: Any) -> int:
-    """End a worker and what it forked (megatron-core's writers may outlive a crash); its exit code."""
-    # before the worker is reaped: until then, its number cannot be another process's
+def _end(process: Any) -> None:
+    """End a worker and what it forked: megatron-core's writers may outlive a crash."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it had not yet made its process group
+    except ProcessLookupError:  # nothing is left of its group, or it had not yet made one
         process.kill()
     process.join()
-    code = process.exitcode
     process.close()
-    return code

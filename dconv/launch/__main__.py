@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-
-from dconv.errors import UsageError
-from dconv.launch.options import add_run_options, add_target_options, parse
-from dconv.launch.worker import main as run_rank
-from dconv.launch.worker import place, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # `worker.listen`, but before the imports that take a while: see there.
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    from dconv.errors import UsageError
+    from dconv.launch.options import add_run_options, add_target_options, parse
+    from dconv.launch.worker import main as run_rank
+    from dconv.launch.worker import place, report
+
     parser = argparse.ArgumentParser("python -m dconv.launch", description=__doc__)
     add_target_options(parser)
     add_run_options(parser)
-    where = place()
+    words = sys.argv[1:] if argv is None else argv
+    first = True
     try:
-        args = parse(parser, sys.argv[1:] if argv is None else argv)
+        where = place()
+        first = where.local == 0
+        args = parse(parser, words)
     except UsageError as error:
-        if where.local == 0:
-            report(error, as_json=False)
+        if first:
+            report(error, as_json="--json" in words)
         return error.exit_code
-    return run_rank(args, where)
+    return run_rank(args, where, stop)
 
 
 if __name__ == "__main__":

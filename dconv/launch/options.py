@@ -41,15 +41,22 @@ def dtype(text: str) -> str:
     return OPTION[text]
 
 
-def pp_layout(text: str) -> tuple[tuple[int, ...], ...]:
-    """Layer counts by stage, stages parted by ``|`` and a stage's virtual chunks by ``,``: ``3|4|4|2``, ``2,1|1,2``."""
-    try:
-        stages = tuple(tuple(int(n) for n in stage.split(",")) for stage in text.split("|"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer counts such as 3|4|4|2") from None
-    if any(n < 0 for stage in stages for n in stage):
-        raise argparse.ArgumentTypeError("a stage cannot hold fewer than 0 layers")
-    return stages
+def pp_layout(text: str) -> tuple[int, ...]:
+    """Layer counts of the pipeline's chunks in the order the model runs through them.
+
+    Chunks are parted by ``|``; each is a number (``3|4|4|2``) or in Megatron's letters with its repetitions
+    (``Ettt|(tttt|)*2ttL``). Source of the letters: ``megatron/core/transformer/pipeline_parallel_layer_layout.py``.
+    """
+    spelled = str(text).replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtL|])\*(\d+)"):
+        spelled = re.sub(pattern, lambda found: found[1] * min(int(found[2]), 10_000), spelled)
+    chunks = spelled.split("|")
+    if all(chunk.isdecimal() for chunk in chunks):
+        return tuple(int(chunk) for chunk in chunks)
+    letters = "".join(chunks)
+    if letters[:1] != "E" or letters[-1:] != "L" or set(letters[1:-1]) - {"t"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is no pipeline layout such as 3|4|4|2 or Ettt|tttt|ttL")
+    return tuple(chunk.count("t") for chunk in chunks)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +84,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", type=int, default=1, metavar="N", help=text)
     group.add_argument("--etp", type=int, metavar="N", help="expert tensor parallel size (as --tp)")
-    group.add_argument("--pp-layout", type=pp_layout, metavar="COUNTS", help="layers by stage: 3|4|4|2, chunks by ,")
+    group.add_argument("--pp-layout", type=pp_layout, metavar="LAYOUT",
+                       help="layers by pipeline chunk: 3|4|4|2, or as Megatron spells it, Ettt|tttt|ttL")  # fmt: skip
     group.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage")
     group.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage")
     group.add_argument("--count-embedding", action="store_true", help="the embedding counts as a layer")
@@ -168,18 +176,22 @@ def _load(path: Path) -> dict[Any, Any]:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The request that parsed options describe."""
-    stages = args.pp_layout
+    flat = args.pp_layout
+    pp = len(flat) if flat and args.pp == 1 else args.pp
+    if flat and len(flat) % pp:
+        raise UsageError(f"--pp-layout has {len(flat)} chunks, which do not divide by --pp {pp}")
+    vpp = len(flat) // pp if flat else args.vpp
     parallel = Parallel(
         tp=args.tp,
-        pp=len(stages) if stages and args.pp == 1 else args.pp,
-        vpp=len(stages[0]) if stages and args.vpp == 1 else args.vpp,
+        pp=pp,
+        vpp=vpp,
         ep=args.ep,
         etp=args.tp if args.etp is None else args.etp,
         first=args.first_stage_layers,
         last=args.last_stage_layers,
         count_embedding=args.count_embedding,
         count_loss=args.count_loss,
-        stages=stages,
+        stages=tuple(tuple(flat[v * pp + p] for v in range(vpp)) for p in range(pp)) if flat else None,
     )
     return Request(
         model=args.model,

@@ -29,10 +29,15 @@ def peak_memory() -> int:
 
 
 class Board:
-    """The notes of all ranks of one run, in ``<partial>/.dconv/ranks/``."""
+    """The notes of all ranks of one run, in ``<partial>/.dconv/ranks/``.
 
-    def __init__(self, partial: Path, rank: int) -> None:
+    Args:
+        since: seconds since the epoch; older notes are of an earlier run that was killed.
+    """
+
+    def __init__(self, partial: Path, rank: int, since: float) -> None:
         self.folder = partial / ".dconv" / "ranks"
+        self._since = since
         self._mine = self.folder / f"{rank}.json"
         self._last = 0.0
 
@@ -52,7 +57,8 @@ class Board:
         with contextlib.suppress(OSError):
             for path in self.folder.iterdir():
                 with contextlib.suppress(OSError, ValueError):
-                    notes[int(path.stem)] = json.loads(path.read_text())
+                    if path.stat().st_mtime >= self._since:
+                        notes[int(path.stem)] = json.loads(path.read_text())
         return notes
 
 

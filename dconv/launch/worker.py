@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dconv.errors import DconvError, Preempted, StorageFault
+from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.options import to_request
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
-from dconv.sharding.commit import Outcome, Settings, partial_folder
+from dconv.sharding.commit import Outcome, Settings, partial_folder, read_receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,29 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place, from torchrun's variables, else SLURM's, else alone."""
+    """This process's place, from torchrun's variables, else SLURM's, else alone.
+
+    Only ``srun`` sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID 0 and SLURM_NTASKS, too, but is one
+    process: taken for rank 0 of many it would do a part and call it a success.
+
+    Raises:
+        UsageError: variables that are no rank of a world.
+    """
     for rank, world, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         if rank in environment and world in environment:
-            mine = int(environment[rank])
-            return Place(mine, int(environment[world]), int(environment.get(local, mine)), _parent_started())
-    return Place(0, 1, 0, float("inf"))
+            values = [environment[rank], environment[world], environment.get(local, environment[rank])]
+            if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+                raise UsageError(
+                    "the launcher's variables name no rank of a world",
+                    where=f"{rank}, {world}, {local} of the environment",
+                    expected=f"numbers, {rank} below {world}",
+                    found=", ".join(values),
+                )
+            return Place(int(values[0]), int(values[1]), int(values[2]), _parent_started())
+    return Place(0, 1, 0, math.inf)
 
 
 def _parent_started() -> float:
@@ -52,12 +67,26 @@ def _parent_started() -> float:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return time.time() - uptime + ticks
     except (OSError, ValueError, IndexError):
-        return float("inf")
+        return math.inf
 
 
-def main(args: argparse.Namespace, where: Place) -> int:
-    """Run one rank to its exit code; errors are printed in their one form."""
+def listen() -> threading.Event:
+    """An event that the signals of a preemption (and Ctrl-C) set, instead of ending this process at once."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def main(args: argparse.Namespace, where: Place, stop: threading.Event | None = None) -> int:
+    """Run one rank to its exit code; errors are printed in their one form.
+
+    Args:
+        stop: made by `listen` earlier in this process, if it was.
+    """
     began = time.monotonic()
+    # Before the planning: when one rank refuses, a launcher stops the others, and the one that reports must get to it.
+    stop = stop or listen()
     try:
         job = prepare(to_request(args))
     except DconvError as error:
@@ -65,20 +94,33 @@ def main(args: argparse.Namespace, where: Place) -> int:
             report(error, args.json)
         return error.exit_code
     try:
-        return _run(job, args, where, began)
+        return _run(job, args, where, began, stop)
     except DconvError as error:
-        report(error, args.json, where)
+        common = _is_common(error, job)
+        if where.local == 0 or not common:
+            report(error, args.json, None if common else where)
         return error.exit_code
+    except OSError as fault:
+        report(StorageFault(f"the file system failed: {fault}"), args.json, where)
+        return StorageFault.exit_code
     except MemoryError:
         report(StorageFault("out of memory", do="a smaller --max-memory"), args.json, where)
         return StorageFault.exit_code
 
 
-def _run(job: Job, args: argparse.Namespace, where: Place, began: float) -> int:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    board = Board(partial_folder(job.request.output, job.plan), where.rank)
+def _is_common(error: DconvError, job: Job) -> bool:
+    """Whether every rank meets this error: the output exists, or there is no room before the first byte."""
+    if isinstance(error, StorageFault):
+        return not partial_folder(job.request.output, job.plan).exists()
+    return isinstance(error, UsageError | Refused)
+
+
+def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: threading.Event) -> int:
+    if stop.is_set():
+        raise Preempted("stopped by a signal, nothing was written", do="run the same command again")
+    # File times come from a clock that may lag behind by a tick.
+    since = where.launched if math.isfinite(where.launched) else time.time()
+    board = Board(partial_folder(job.request.output, job.plan), where.rank, since - 0.1)
     notes: dict[int, dict[str, int]] = {}
 
     def progress(done: int, total: int) -> None:
@@ -103,17 +145,50 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float) -> int:
     with shown:
         outcome = run(job, settings)
     if outcome.committed:
-        _summary(job, args, where, outcome, notes, time.monotonic() - began)
-    elif where.world == 1 and not args.quiet:
-        print(f"already done: {job.request.output}")
+        seconds = time.monotonic() - began
+        notes[where.rank] = {"peak": peak_memory()}  # of the conversion, not of what verifies it
+        _summary(job, args, where, outcome, notes, seconds, _verify(job, args.verify))
+    elif outcome.complete and where.rank == 0 and _was_there(job, since):
+        result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True}
+        if args.json:
+            print(json.dumps(result), flush=True)
+        elif not args.quiet:
+            print(f"already done: {job.request.output}", flush=True)
     return 0
 
 
+def _was_there(job: Job, since: float) -> bool:
+    """Whether the output is of an earlier run, whose ranks have printed their summary."""
+    finished = (read_receipt(job.request.output) or {}).get("finished")
+    return isinstance(finished, float) and finished < since
+
+
+def _verify(job: Job, mode: str) -> dict[str, object] | None:
+    """What ``--verify`` found, by the rank that committed; the others have nothing to wait for.
+
+    Raises:
+        VerifyFailed: see `dconv.verify.told`; the output stays, and is not to be used.
+    """
+    if mode == "none":
+        return None
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # nothing is lost by ending at once now
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    from dconv import verify  # a rank that only moves bytes does not pay for it
+
+    return verify.told(mode, job, job.request.output)
+
+
 def _summary(
-    job: Job, args: argparse.Namespace, where: Place, outcome: Outcome, notes: dict[int, dict[str, int]], seconds: float
+    job: Job,
+    args: argparse.Namespace,
+    where: Place,
+    outcome: Outcome,
+    notes: dict[int, dict[str, int]],
+    seconds: float,
+    verified: dict[str, object] | None,
 ) -> None:
     plan = job.plan
-    peaks = {rank: note["peak"] for rank, note in sorted(notes.items())} | {where.rank: peak_memory()}
+    peaks = {rank: note["peak"] for rank, note in sorted(notes.items())}
     numeric = sum(1 for copies in plan.copies if any(not c.op.exact for c in copies))
     result = {
         "out": str(job.request.output),
@@ -128,6 +203,7 @@ def _summary(
         "tensors": len(plan.target.tensors),
         "rounded": numeric,
         "left_out": plan.target.left_out or {},
+        "verified": verified,
     }
     if args.json:
         print(json.dumps(result), flush=True)
@@ -140,6 +216,10 @@ def _summary(
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
         f"peak memory a rank: {max(peaks.values()) / 2**20:.0f} MiB   plan {plan.id}   receipt dconv.json",
     ]
+    if verified is not None:
+        from dconv import verify
+
+        lines.append(verify.sentence(verified))
     if outcome.kept:
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
@@ -181,4 +261,6 @@ def _finish(child: subprocess.Popen[bytes], *, stop: bool) -> int:
     if stop and child.poll() is None:
         child.terminate()
     code = child.wait()
+    if stop and code == -signal.SIGTERM:  # it had not begun to listen
+        return Preempted.exit_code
     return code if code >= 0 else 128 - code

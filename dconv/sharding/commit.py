@@ -7,6 +7,8 @@ without a valid receipt is not a result.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -14,15 +16,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import Damaged, Preempted, StorageFault, UsageError
-from dconv.sharding.digest import ALGORITHMS, DEFAULT, tree
+from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
+from dconv.sharding.digest import ALGORITHMS, DEFAULT, Hasher, tree
 from dconv.sharding.execute import Done, Outputs, run_tasks
-from dconv.sharding.journal import Flusher, Journal, sync_folder
+from dconv.sharding.journal import Flusher, Journal, Noted, sync_folder
 from dconv.sharding.ops import Kernel
 from dconv.sharding.plan import Plan, Task
 from dconv.sharding.reader import ReadLog
@@ -30,6 +32,8 @@ from dconv.sharding.reader import ReadLog
 RECEIPT: Final = "dconv.json"
 _STATE: Final = ".dconv"
 _READ: Final = 1 << 20
+#: Tasks that a committing rank looks at again before it asks the journal what the others did meanwhile.
+_LOOK: Final = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,15 @@ class Outcome:
 
 
 def partial_folder(out: Path, plan: Plan) -> Path:
+    """Where an output grows.
+
+    Raises:
+        UsageError: ``out`` has no name of its own (``.``, ``/``).
+    """
+    if out.name in ("", ".."):
+        raise UsageError(
+            "the output needs a name of its own, nothing was written", where=f"-o {out}", do="-o DIRECTORY/NAME"
+        )
     return out.with_name(f"{out.name}.partial-{plan.id}")
 
 
@@ -95,12 +108,17 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
     """True when the output is already there and complete: by an earlier run if ``resume``, else by a faster rank.
 
     Raises:
-        UsageError: something else is there and may not be replaced.
+        UsageError: something else is there and may not be replaced, or ``out`` is no place for an output.
     """
+    partial_folder(out, plan)
+    if Path(os.path.realpath(plan.source.root)).is_relative_to(os.path.realpath(out)):
+        raise UsageError(
+            "the output would replace its own source, nothing was written", where=str(out), do="name another -o"
+        )
     if not os.path.lexists(out):
         return False
     receipt = read_receipt(out)
-    if receipt is not None and receipt["plan"] == plan.id:
+    if receipt is not None and receipt["plan"] == plan.id and _is_whole(plan, out):
         finished = receipt.get("finished")
         if resume or (isinstance(finished, float) and finished >= launched):
             return True
@@ -115,6 +133,14 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
     )
 
 
+def _is_whole(plan: Plan, out: Path) -> bool:
+    """Whether every weight file of a finished output is still there with its size."""
+    try:
+        return all(os.stat(out / file.path).st_size == file.size for file in plan.target.files)
+    except OSError:
+        return False
+
+
 def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outcome:
     """Do this rank's share of the plan and commit if it was the last.
 
@@ -122,88 +148,125 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         Preempted: ``stop`` was set before the share was done; what is finished is journaled.
         DconvError: bad input or storage; what is finished is journaled.
     """
+    began = time.time()
     if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
         return Outcome(False, True, 0, 0, 0)
     partial = partial_folder(out, plan)
     tasks = plan.share(settings.rank, settings.world)
     share = sum(task.nbytes for task in tasks)
-    if read_receipt(partial) is not None:  # killed between receipt and rename
-        return Outcome(_commit(plan, out, partial, settings), True, share, 0, share)
-    journal = _open_journal(partial)
-    outputs = Outputs(partial, plan)
-    finished = written = 0
-
-    def count(done: Done) -> None:
-        nonlocal finished, written
-        finished += done.task.nbytes
-        written += done.written
-        settings.progress(finished, share)
-
+    with _locked(partial):
+        # Looked at again: another process of this plan may have committed while this one waited for the lock.
+        launched = min(settings.launched, began)
+        if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=launched):
+            return Outcome(False, True, share, 0, 0)
+        if (earlier := read_receipt(partial)) is not None:  # killed between receipt and rename
+            _finish_earlier(out, partial, settings.overwrite, earlier)
+            return Outcome(True, True, share, 0, share)
+        outputs, journal = _open(partial, plan)
+    run = _Run(plan, out, partial, kernel, settings, outputs, journal)
     try:
-        kept = _recheck(tasks, journal, outputs, settings.algorithm)
-        journal.append(list(kept.values()))
-        finished = kept_bytes = sum(done.task.nbytes for done in kept.values())
-        settings.progress(finished, share)
-        with Flusher(outputs, journal) as flush:
-
-            def on_done(done: Done) -> None:
-                count(done)
-                flush(done)
-
-            whole = run_tasks(
-                plan,
-                [task for task in tasks if task.index not in kept],
-                outputs,
-                on_done,
-                kernel=kernel,
-                max_memory=settings.max_memory,
-                threads=settings.threads,
-                algorithm=settings.algorithm,
-                stop=settings.stop,
-                log=settings.log,
-            )
+        written, kept = run.do_share(tasks, share)
+        committed = run.commit()
+        complete = committed or not run.is_ours()
+        if complete and not _is_result(plan, out):
+            raise StorageFault("the partial output went away while it was being written", where=str(partial))
+        return Outcome(committed, complete, share, written, kept)
+    except DconvError:
+        if not run.is_ours() and _is_result(plan, out):
+            return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
+        if isinstance(fault := _source_fault(plan), Damaged):
+            run.abandon()
+            raise fault from None
+        raise
     finally:
         outputs.close()
         journal.close()
-    if not whole:
-        raise Preempted(
-            "stopped by a signal; what is finished is kept",
-            where=str(partial),
-            do="run the same command again (with --resume) to go on",
-        )
-    committed = _commit(plan, out, partial, settings)
-    return Outcome(committed, committed or not partial.exists(), share, written, kept_bytes)
 
 
-def _open_journal(partial: Path) -> Journal:
+def _is_result(plan: Plan, out: Path) -> bool:
+    receipt = read_receipt(out)
+    return receipt is not None and receipt["plan"] == plan.id
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Alone among the processes of one plan. The lock's file lies beside ``partial`` and goes when that goes."""
+    path = partial.with_name(partial.name + ".lock")
+    try:
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _same(os.fstat(fd), path):
+                break
+            os.close(fd)  # whoever held it removed the file: the lock is now another file
+    except OSError as fault:
+        raise _cannot("create the output", path, fault) from fault
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if not partial.exists():
+                path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _same(seen: os.stat_result, path: Path) -> bool:
+    try:
+        return os.path.samestat(seen, os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _cannot(what: str, where: Path, fault: OSError) -> StorageFault:
+    full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    do = "free space and run again with --resume: what is finished is kept" if full else ""
+    return StorageFault(f"cannot {what}: {fault.strerror}", where=str(fault.filename or where), do=do)
+
+
+def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
+    """The partial folder, made if need be. Both hold it open, so that a commit by another process moves them along."""
     folder = partial / _STATE / "journal"
+    fresh = not partial.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(partial.parent)
         sync_folder(partial)
+        return Outputs(partial, plan), Journal(folder)
     except OSError as fault:
-        raise StorageFault(f"cannot create the output: {fault.strerror}", where=str(partial)) from fault
-    return Journal(folder)
+        if fresh:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _cannot("create the output", partial, fault) from fault
 
 
-def _recheck(tasks: tuple[Task, ...], journal: Journal, outputs: Outputs, algorithm: str) -> dict[int, Done]:
-    """Tasks of this share that an earlier run journaled and whose bytes on disk still have the noted digest."""
-    earlier = journal.take_back({task.index for task in tasks})
-    kept: dict[int, Done] = {}
-    for task in tasks:
-        digest = earlier.get(task.index)
-        if digest is not None and task.tensor >= 0 and _leaf(outputs, task, algorithm) == digest:
-            kept[task.index] = Done(task, digest, 0)
-    return kept
-
-
-def _leaf(outputs: Outputs, task: Task, algorithm: str) -> str:
-    return hash_stretch(outputs.fd(task.file), task.offset, task.nbytes, algorithm)
+def _hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
+    """The digest of a task's bytes as they are on disk."""
+    stretches = [(task.offset, task.nbytes)]
+    if task.tensor < 0:
+        stretches = [(offset, len(data)) for offset, data in plan.target.files[task.file].literals]
+    hasher = ALGORITHMS[algorithm]()
+    fd = outputs.fd(task.file)
+    try:
+        for offset, nbytes in stretches:
+            _update(hasher, fd, offset, nbytes)
+    except OSError as fault:
+        raise StorageFault(f"cannot read back: {fault.strerror}", where=plan.target.files[task.file].path) from fault
+    return hasher.hexdigest()
 
 
 def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
     """The digest of a stretch of an open file; shorter files give another digest than the whole would."""
     hasher = ALGORITHMS[algorithm]()
+    _update(hasher, fd, offset, nbytes)
+    return hasher.hexdigest()
+
+
+def hash_bytes(data: bytes, algorithm: str) -> str:
+    hasher = ALGORITHMS[algorithm]()
+    hasher.update(data)
+    return hasher.hexdigest()
+
+
+def _update(hasher: Hasher, fd: int, offset: int, nbytes: int) -> None:
     end = offset + nbytes
     while offset < end:
         data = os.pread(fd, min(_READ, end - offset), offset)
@@ -211,64 +274,187 @@ def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
             break
         hasher.update(data)
         offset += len(data)
-    return hasher.hexdigest()
 
 
-def _commit(plan: Plan, out: Path, partial: Path, settings: Settings) -> bool:
-    """Commit if every task is journaled. True when this call did it."""
-    lock_path = partial.with_name(partial.name + ".lock")
-    try:
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return _commit_locked(plan, out, partial, settings)
-        finally:
-            if not partial.exists():
-                lock_path.unlink(missing_ok=True)
-            os.close(lock)
-    except OSError as fault:
-        raise StorageFault(f"cannot commit: {fault.strerror}", where=str(partial)) from fault
+@dataclass(frozen=True)
+class _Run:
+    """One process at work in an open partial folder."""
 
+    plan: Plan
+    out: Path
+    partial: Path
+    kernel: Kernel
+    settings: Settings
+    outputs: Outputs
+    journal: Journal
 
-def _commit_locked(plan: Plan, out: Path, partial: Path, settings: Settings) -> bool:
-    if not partial.exists():  # another rank did
-        return False
-    if read_receipt(partial) is None:
-        done = Journal(partial / _STATE / "journal").read()
-        if len(done) < len(plan.tasks):
-            elsewhere = read_receipt(out)
-            if not done and elsewhere is not None and elsewhere["plan"] == plan.id:
-                shutil.rmtree(partial)  # this rank had nothing to do and came after the commit
-            return False
-        _check_sources(plan)
-        _close(plan, partial, done, settings)
-    # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
-    shutil.rmtree(partial / _STATE, ignore_errors=True)
-    _rename(out, partial, settings.overwrite)
-    return True
+    def do_share(self, tasks: Sequence[Task], share: int) -> tuple[int, int]:
+        """Do ``tasks``, less those that an earlier run finished: (bytes written, bytes kept)."""
+        noted = self.journal.read()
+        intact, spoilt = self._recheck([task for task in tasks if task.index in noted], noted)
+        # Noted anew, so that this run's last rank need not look again. Nothing is taken back before it is looked at:
+        # a kill during the check loses nothing.
+        self.journal.append([Done(task, noted[task.index].digest, 0) for task in intact])
+        self.journal.retract(spoilt)
+        kept = sum(task.nbytes for task in intact)
+        done = {task.index for task in intact}
+        self.settings.progress(kept, share)
+        written = self._do([task for task in tasks if task.index not in done], kept, share)
+        return written, kept
 
+    def _recheck(self, tasks: Iterable[Task], noted: Mapping[int, Noted]) -> tuple[list[Task], list[Task]]:
+        """Which journaled tasks still have the noted bytes on disk, and which do not."""
+        intact: list[Task] = []
+        spoilt: list[Task] = []
+        for task in tasks:
+            if self.settings.stop is not None and self.settings.stop.is_set():
+                raise self._preempted()
+            good = _hash_task(self.plan, self.outputs, task, self.settings.algorithm) == noted[task.index].digest
+            (intact if good else spoilt).append(task)
+        return intact, spoilt
 
-def _check_sources(plan: Plan) -> None:
-    for name, stamp in plan.source.files.items():
-        now = os.stat(plan.source.root / name)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (stamp.size, stamp.mtime_ns, stamp.inode):
-            raise Damaged(
-                "a source file changed while it was being converted, the output was not committed",
-                where=str(plan.source.root / name),
-                do="run again when nothing writes to the source",
+    def _do(self, tasks: Sequence[Task], finished: int, share: int) -> int:
+        written = 0
+        with Flusher(self.outputs, self.journal) as flush:
+
+            def on_done(done: Done) -> None:
+                nonlocal finished, written
+                finished += done.task.nbytes
+                written += done.written
+                self.settings.progress(finished, share)
+                flush(done)
+
+            whole = run_tasks(
+                self.plan,
+                tasks,
+                self.outputs,
+                on_done,
+                kernel=self.kernel,
+                max_memory=self.settings.max_memory,
+                threads=self.settings.threads,
+                algorithm=self.settings.algorithm,
+                stop=self.settings.stop,
+                log=self.settings.log,
             )
+        if not whole:
+            raise self._preempted()
+        return written
+
+    def _preempted(self) -> Preempted:
+        return Preempted(
+            "stopped by a signal; what is finished is kept",
+            where=str(self.partial),
+            do="run the same command again (with --resume) to go on",
+        )
+
+    def is_ours(self) -> bool:
+        """Whether the partial folder at its path is still the one that this process works in."""
+        return _same(os.fstat(self.outputs.folder), self.partial)
+
+    def commit(self) -> bool:
+        """Commit if every task is journaled. True when this call did it.
+
+        Lines of earlier runs count only after a second look at the bytes; the ranks of this run usually took it.
+        """
+        looked_at: set[int] = set()
+        while True:
+            noted = self.journal.read()
+            if len(noted) < len(self.plan.tasks):
+                return False  # another rank is still at work, or committed already
+            old = [i for i, line in noted.items() if self._is_old(line) and i not in looked_at]
+            if not old:
+                break
+            # From the end: the rank whose share this is goes from the start, and what it noted meanwhile drops out.
+            some = [self.plan.tasks[i] for i in sorted(old)[-_LOOK:]]
+            _, spoilt = self._recheck(some, noted)
+            looked_at.update(task.index for task in some)
+            if spoilt:
+                self.journal.retract(spoilt)
+                self._do(spoilt, 0, sum(task.nbytes for task in spoilt))
+        with _locked(self.partial):
+            if not self.is_ours():
+                return False
+            try:
+                return self._commit_locked()
+            except OSError as fault:
+                raise _cannot("commit", self.partial, fault) from fault
+
+    def _is_old(self, line: Noted) -> bool:
+        return line.journal != self.journal.name and line.opened < self.settings.launched
+
+    def _commit_locked(self) -> bool:
+        noted = self.journal.read()
+        if len(noted) < len(self.plan.tasks):
+            return False
+        # Looked at here, too: it may have come while this run was at work.
+        check_output(self.plan, self.out, overwrite=self.settings.overwrite, resume=False, launched=math.inf)
+        if fault := _source_fault(self.plan):
+            raise fault
+        closing: dict[str, str] = {}
+        for name, data in self.plan.target.closing():
+            _write_synced(self.partial / name, data)
+            closing[name] = hash_bytes(data, self.settings.algorithm)
+        done = {task: line.digest for task, line in noted.items()}
+        _write_synced(self.partial / RECEIPT, _to_json(receipt(self.plan, done, self.settings, closing)))
+        _finish(self.out, self.partial, self.settings.overwrite)
+        return True
+
+    def abandon(self) -> None:
+        """Remove the partial folder: its plan names a source that is no more, so no run can go on with it."""
+        with _locked(self.partial):
+            if self.is_ours():
+                shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _close(plan: Plan, partial: Path, done: dict[int, str], settings: Settings) -> None:
-    for name, data in plan.target.closing():
-        _write_synced(partial / name, data)
-    _write_synced(partial / RECEIPT, json.dumps(receipt(plan, done, settings), indent=1).encode() + b"\n")
-    for folder, _, _ in os.walk(partial):
-        sync_folder(Path(folder))
+def _finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str, object]) -> None:
+    """Finish what a killed run began; finished *now*, by which the other ranks of this run know it for their own."""
+    fresh = partial / f"{RECEIPT}.new"
+    try:
+        _write_synced(fresh, _to_json(receipt | {"finished": time.time()}))
+        os.replace(fresh, partial / RECEIPT)
+    except OSError as fault:
+        raise _cannot("commit", partial, fault) from fault
+    _finish(out, partial, overwrite)
 
 
-def receipt(plan: Plan, done: Mapping[int, str], settings: Settings) -> dict[str, object]:
-    """What was made, by which plan, with a digest for every tensor and every file's framing."""
+def _finish(out: Path, partial: Path, overwrite: bool) -> None:
+    """From a receipt to a result. A kill on the way is made good by the next run."""
+    try:
+        for folder, _, _ in os.walk(partial):
+            sync_folder(Path(folder))
+        # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
+        shutil.rmtree(partial / _STATE, ignore_errors=True)
+        _rename(out, partial, overwrite)
+    except OSError as fault:
+        raise _cannot("commit", partial, fault) from fault
+
+
+def _source_fault(plan: Plan) -> DconvError | None:
+    """What is wrong with the source now that was not when it was planned."""
+    for name, stamp in plan.source.files.items():
+        path = plan.source.root / name
+        try:
+            now = os.stat(path)
+        except FileNotFoundError:
+            found = "no such file any more"
+        except OSError as fault:
+            return StorageFault(f"cannot look at a source file: {fault.strerror}", where=str(path))
+        else:
+            if (now.st_size, now.st_mtime_ns, now.st_ino) == (stamp.size, stamp.mtime_ns, stamp.inode):
+                continue
+            found = f"{now.st_size} bytes" if now.st_size != stamp.size else "another time or inode"
+        return Damaged(
+            "a source file changed while it was being converted, nothing was committed",
+            where=str(path),
+            expected=f"{stamp.size} bytes, unchanged since the plan",
+            found=found,
+            do="run again when nothing writes to the source",
+        )
+    return None
+
+
+def receipt(plan: Plan, done: Mapping[int, str], settings: Settings, closing: Mapping[str, str]) -> dict[str, object]:
+    """What was made, by which plan, with a digest for every tensor, every file's framing and every closing file."""
     leaves: dict[int, list[str]] = {}
     frames: dict[str, str] = {}
     for task in plan.tasks:
@@ -295,8 +481,13 @@ def receipt(plan: Plan, done: Mapping[int, str], settings: Settings) -> dict[str
         "left_out": plan.target.left_out or {},
         "source_files": sources,
         "frames": frames,
+        "closing": dict(closing),
         "tensors": tensors,
     }
+
+
+def _to_json(value: dict[str, object]) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def _write_synced(path: Path, data: bytes) -> None:

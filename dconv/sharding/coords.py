@@ -67,6 +67,16 @@ class Parallel:
     def world(self) -> int:
         return self.pp * self.inner
 
+    def layout_string(self) -> str | None:
+        """Explicit stages in Megatron's own spelling (``Ett|tt|ttL``), None when the stages follow from the sizes.
+
+        Source: ``megatron/core/transformer/pipeline_parallel_layer_layout.py``.
+        """
+        if self.stages is None:
+            return None
+        flat = ["t" * self.stages[pp][vp] for vp in range(self.vpp) for pp in range(self.pp)]
+        return "E" + "|".join(flat) + "L"
+
     def coords(self) -> Iterator[Coord]:
         """Every rank's place, in rank order."""
         for pp in range(self.pp):

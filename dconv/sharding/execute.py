@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,10 +37,15 @@ class Done:
 
 
 class Outputs:
-    """The files being written, sized on first use. Shared between threads."""
+    """The files being written, sized on first use. Shared between threads.
+
+    Held by the open directory ``folder``, not by its path: when another process of the plan commits (renames it),
+    this one goes on writing the same bytes to the same files and leaves nothing at the old path.
+    """
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self._root = root
+        self.folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files = plan.target.files
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -51,15 +58,25 @@ class Outputs:
             return fd
 
     def _create(self, file: int) -> int:
-        path = self._root / self._files[file].path
+        path = self._files[file].path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            for parent in reversed(Path(path).parents[:-1]):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(parent, dir_fd=self.folder)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=self.folder)
             if os.fstat(fd).st_size != self._files[file].size:
                 os.ftruncate(fd, self._files[file].size)
         except OSError as fault:
-            raise StorageFault(f"cannot create: {fault.strerror}", where=str(path)) from fault
+            raise self._fault("create", file, fault) from fault
         return fd
+
+    def _fault(self, what: str, file: int, fault: OSError) -> StorageFault:
+        full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+        return StorageFault(
+            f"cannot {what}: {fault.strerror}",
+            where=str(self._root / self._files[file].path),
+            do="free the space and run again with --resume: what is finished is kept and continued" if full else "",
+        )
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         fd = self.fd(file)
@@ -68,24 +85,45 @@ class Outputs:
             while done < len(data):
                 done += os.pwrite(fd, data[done:], offset + done)
         except OSError as fault:
-            raise StorageFault(
-                f"cannot write: {fault.strerror}",
-                where=str(self._root / self._files[file].path),
-                do="free the space and run again: what is finished is kept and continued",
-            ) from fault
+            raise self._fault("write", file, fault) from fault
+
+    def blank(self, file: int, offset: int, nbytes: int) -> None:
+        """Leave a stretch a hole; bytes that something put there (a spoilt partial output) are zeroed."""
+        fd = self.fd(file)
+        end = offset + nbytes
+        try:
+            while (offset := _next_data(fd, offset, end)) < end:
+                data = os.pread(fd, min(_TILE_BYTES, end - offset), offset)
+                if any(data):
+                    self.write(file, memoryview(bytes(len(data))), offset)
+                offset += len(data)
+        except OSError as fault:
+            raise self._fault("read back", file, fault) from fault
 
     def sync(self, files: Sequence[int]) -> None:
         for file in files:
             try:
                 os.fsync(self.fd(file))
             except OSError as fault:
-                where = str(self._root / self._files[file].path)
-                raise StorageFault(f"cannot flush to disk: {fault.strerror}", where=where) from fault
+                raise self._fault("flush to disk", file, fault) from fault
 
     def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
+        if self.folder >= 0:
+            os.close(self.folder)
+            self.folder = -1
+
+
+def _next_data(fd: int, offset: int, end: int) -> int:
+    """Where data begin at or after ``offset``, ``end`` when there are none before it."""
+    try:
+        return min(end, os.lseek(fd, offset, os.SEEK_DATA))
+    except OSError as fault:
+        if fault.errno == errno.ENXIO:  # no data up to the end of the file
+            return end
+        raise
 
 
 class Worker:
@@ -120,6 +158,7 @@ class Worker:
         tensor = self._plan.target.tensors[task.tensor]
         copies = [c for copy in self._plan.copies[task.tensor] if (c := copy.clip(task.region)) is not None]
         if all(self.reader.is_hole(copy) for copy in copies):
+            self._outputs.blank(task.file, task.offset, task.nbytes)
             return Done(task, of_zeros(self._algorithm, task.nbytes), 0)
         hasher = ALGORITHMS[self._algorithm]()
         offset, written = task.offset, 0
@@ -127,6 +166,7 @@ class Worker:
         for tile, clipped in _tiles(task.region, copies, max(1, self._tile_bytes // itemsize)):
             nbytes = tile.volume * itemsize
             if all(self.reader.is_hole(copy) for copy in clipped):
+                self._outputs.blank(task.file, offset, nbytes)
                 update_zeros(hasher, nbytes)
             else:
                 data = self._fill(tile, clipped, tensor.spec)

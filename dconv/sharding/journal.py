@@ -4,73 +4,105 @@ Each process appends to a file of its own under ``OUT.partial-<plan id>/.dconv/j
 after the data it speaks of is flushed to disk. A line carries its own checksum, so a torn one counts as absent.
 
 Lines: ``done <task> <digest>``, and ``retract <journal> <task>``, by which a later process takes back an earlier
-process's line before it checks the bytes again.
+process's line whose bytes it found changed. A journal's name begins with the time at which it was opened.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from dconv.errors import StorageFault
 from dconv.sharding.execute import Done, Outputs
+from dconv.sharding.plan import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A live line: who wrote it, and when that process opened its journal (seconds since the epoch)."""
+
+    journal: str
+    opened: float
+    digest: str
 
 
 class Journal:
-    """The journals of all processes of one plan; this process's own is made on the first append."""
+    """The journals of all processes of one plan. This process's own is made at once, so that it can be written to
+    also when another process commits and removes the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.name = f"{os.getpid()}-{secrets.token_hex(6)}"
-        self._fd = -1
+        self.name = f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(6)}"
+        self._fd = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._durable = False
 
-    def read(self) -> dict[int, str]:
-        """Finished tasks and their digests, as of now."""
-        done: dict[tuple[str, int], str] = {}
+    def read(self) -> dict[int, Noted]:
+        """Finished tasks as of now, each by this process's line or else the newest; none when the folder is gone."""
+        done: dict[int, list[Noted]] = {}
         retracted: set[tuple[str, int]] = set()
-        for path in sorted(self._folder.iterdir()):
-            for words in _lines(path):
-                if words[0] == "done":
-                    done[path.name, int(words[1])] = words[2]
-                elif words[0] == "retract":
-                    retracted.add((words[1], int(words[2])))
-        return {task: digest for (name, task), digest in done.items() if (name, task) not in retracted}
+        for name, words in self._all():
+            if words[0] == "done":
+                done.setdefault(int(words[1]), []).append(Noted(name, int(name.partition("-")[0]) / 1e9, words[2]))
+            elif words[0] == "retract":
+                retracted.add((words[1], int(words[2])))
+        live = {task: [line for line in lines if (line.journal, task) not in retracted] for task, lines in done.items()}
+        return {
+            task: next((line for line in lines if line.journal == self.name), lines[-1])
+            for task, lines in live.items()
+            if lines
+        }
 
-    def take_back(self, wanted: set[int]) -> dict[int, str]:
-        """Retract what earlier processes noted for ``wanted`` tasks; returns it, to be checked against the bytes."""
-        found: dict[int, str] = {}
-        lines: list[str] = []
-        for path in sorted(self._folder.iterdir()):
-            for words in _lines(path):
-                if words[0] == "done" and int(words[1]) in wanted:
-                    found[int(words[1])] = words[2]
-                    lines.append(f"retract {path.name} {words[1]}")
-        if lines:
-            self._append(lines)
-        live = self.read()
-        return {task: digest for task, digest in found.items() if task not in live}
+    def retract(self, tasks: Iterable[Task]) -> None:
+        """Take back every line about ``tasks``, whoever wrote it, except this process's own."""
+        wanted = {task.index for task in tasks}
+        if wanted:
+            found = {(name, words[1]) for name, words in self._all() if words[0] == "done" and int(words[1]) in wanted}
+            self._append([f"retract {name} {task}" for name, task in sorted(found) if name != self.name])
 
-    def append(self, done: list[Done]) -> None:
+    def append(self, done: Iterable[Done]) -> None:
         self._append([f"done {item.task.index} {item.digest}" for item in done])
 
-    def _append(self, lines: list[str]) -> None:
+    def _all(self) -> Iterator[tuple[str, list[str]]]:
+        """Every good line with its journal's name, oldest journal first."""
         try:
-            if self._fd < 0:
-                path = self._folder / self.name
-                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-                sync_folder(self._folder)
+            for path in sorted(self._folder.iterdir()):
+                for words in _lines(path):
+                    yield path.name, words
+        except FileNotFoundError:
+            return  # another process committed
+        except OSError as fault:
+            raise StorageFault(f"cannot read the journal: {fault.strerror}", where=str(self._folder)) from fault
+
+    def _append(self, lines: list[str]) -> None:
+        if not lines:
+            return
+        try:
             data = "".join(f"{line} {_check(line)}\n" for line in lines).encode()
             while data:
                 data = data[os.write(self._fd, data) :]
             os.fsync(self._fd)
+            if not self._durable:
+                with contextlib.suppress(FileNotFoundError):
+                    sync_folder(self._folder)
+                self._durable = True
         except OSError as fault:
-            raise StorageFault(f"cannot write the journal: {fault.strerror}", where=str(self._folder)) from fault
+            raise StorageFault(
+                f"cannot write the journal: {fault.strerror}",
+                where=str(self._folder),
+                do="free the space and run again with --resume: what is finished is kept"
+                if fault.errno in (errno.ENOSPC, errno.EDQUOT)
+                else "",
+            ) from fault
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -155,7 +155,7 @@ def test_a_directory_of_megatron_core_is_read(tmp_path: Path, monkeypatch: pytes
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # what its writer asks of CUDA and of psutil, for a log line, in a process whose failure it waits for forever
+    # what its writer asks of psutil, for a log line, and of CUDA: without them it waits forever
     monkeypatch.setattr(filesystem_async, "_process_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))

@@ -123,7 +123,7 @@ def seeded_layouts(
 
 @pytest.mark.parametrize("cases", [pytest.param(FUNCTIONS, id="functions"), pytest.param(SPLITS, id="splits")])
 def test_every_layout_is_the_same_model(cases: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]]) -> None:
-    results = megatron.spawn(seeded_layouts, 4, cases, timeout=120)
+    results = megatron.spawn(seeded_layouts, 4, cases, timeout=300)
     differences = {name: max(spread([result[name] for result in results])) for name in cases}
     assert max(differences.values()) < TOLERANCE, differences
 
@@ -139,7 +139,7 @@ def through_torch_dist(rank: int, world: int, init_method: str, root: str) -> li
 
 
 def test_torch_dist_saved_in_one_layout_loads_in_others(tmp_path: Path) -> None:
-    results = megatron.spawn(through_torch_dist, 4, str(tmp_path), timeout=120)
+    results = megatron.spawn(through_torch_dist, 4, str(tmp_path), timeout=300)
     _, _, one_process, tensor_parallel = spread(results)
     assert one_process == 0
     assert tensor_parallel < TOLERANCE
@@ -165,7 +165,7 @@ def transformer_engine_name(key: str) -> str:
 
 
 def test_legacy_chunks_load_under_both_sets_of_names(tmp_path: Path) -> None:
-    results = megatron.spawn(through_legacy, 2, str(tmp_path), timeout=120)
+    results = megatron.spawn(through_legacy, 2, str(tmp_path), timeout=300)
     assert spread(results) == [0, 0, 0, 0]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
     file = tmp_path / "iter_0000001" / "mp_rank_00_001" / "model_optim_rng.pt"
@@ -202,7 +202,7 @@ def wrong_checkpoints(rank: int, world: int, init_method: str, root: str) -> lis
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    (answers,) = megatron.spawn(wrong_checkpoints, 1, str(tmp_path), timeout=120)
+    (answers,) = megatron.spawn(wrong_checkpoints, 1, str(tmp_path), timeout=300)
     names = (
         "expected   decoder.layers.self_attention.k_layernorm.weight",
         "also: decoder.layers.self_attention.k_layernorm.weight",
@@ -230,7 +230,7 @@ def build_only(rank: int, world: int, init_method: str, args: dict[str, Any]) ->
 )
 def test_a_model_that_would_be_computed_wrongly_is_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(Refused, match=named):
-        megatron.spawn(build_only, 1, LLAMA | change, timeout=60)
+        megatron.spawn(build_only, 1, LLAMA | change, timeout=300)
 
 
 def fails_on_one_rank(rank: int, world: int, init_method: str, how: str) -> None:
@@ -252,7 +252,7 @@ def never_ends(rank: int, world: int, init_method: str) -> None:
 def test_a_failing_rank_is_reported_and_no_process_stays(how: str, kind: type[DconvError]) -> None:
     before = set(multiprocessing.active_children())
     with pytest.raises(kind, match="told to") as failure:
-        megatron.spawn(fails_on_one_rank, 2, how, timeout=60)
+        megatron.spawn(fails_on_one_rank, 2, how, timeout=300)
     told = str(failure.value) + "".join(getattr(failure.value, "__notes__", []))
     assert "fails_on_one_rank" in told  # the rank's own traceback
     assert set(multiprocessing.active_children()) == before

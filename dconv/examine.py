@@ -1,0 +1,311 @@
+"""Look at one checkpoint: `inspect` reads headers and says what it is, `check` reads all of it and runs it."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from dconv import verify
+from dconv.arch import registry
+from dconv.arch.layouts import Facts
+from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.source import Source
+from dconv.errors import Damaged, DconvError, group_names
+from dconv.pipeline import Described, describe_model
+from dconv.sharding.commit import RECEIPT
+
+_WIDTH: Final = 100
+_LABEL: Final = 13
+#: Args of Megatron that say how a checkpoint was cut when its container does not (torch_dist).
+_SIZES: Final = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+}
+#: Patterns of names that are printed before the rest is counted.
+_MANY: Final = 12
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a checkpoint is, from its headers. Fields that cannot be known are None.
+
+    Attributes:
+        format: container.
+        files: weight files with their bytes.
+        family: None when no family fits (then ``names`` has what is stored).
+        parallel: sizes that differ from 1, and layers by stage where known.
+        parameters: elements of all logical tensors.
+        stored_bytes: bytes of all stored tensors, copies for several ranks included.
+        dtypes: number of logical tensors by dtype.
+        padded_vocab: rows of the stored vocabulary.
+        left_out: what a conversion leaves out, with the reason.
+        refused: why a conversion would be refused, as printed then; empty when it would not.
+        receipt: plan id of the conversion that made it.
+    """
+
+    path: str
+    format: str
+    files: dict[str, int]
+    stored_bytes: int
+    family: str | None = None
+    architecture: str | None = None
+    config_from: str = "nothing"
+    parallel: dict[str, object] = field(default_factory=dict)
+    layers: int | None = None
+    parameters: int | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tied: bool | None = None
+    vocab: int | None = None
+    padded_vocab: int | None = None
+    side: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    refused: str = ""
+    names: tuple[str, ...] = ()
+    receipt: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For a person, at most 100 columns."""
+        head = self.family or "unknown family"
+        if self.architecture and self.architecture != self.family:
+            head += f" ({self.architecture})"
+        rows = [
+            ("path", self.path),
+            ("format", f"{self.format}, {len(self.files)} file{'s' * (len(self.files) != 1)}, "
+                       f"{sum(self.files.values()):,} bytes"),
+            ("family", head),
+            ("config", self.config_from),
+            ("parallel", " x ".join(f"{key} {value}" for key, value in self.parallel.items())),
+            ("layers", _said(self.layers)),
+            ("parameters", _said(self.parameters)),
+            ("tensors", ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())),
+            ("stored", f"{self.stored_bytes:,} bytes of tensors"),
+            ("vocabulary", _vocabulary(self.vocab, self.padded_vocab)),
+            ("embedding", {True: "tied to the output layer", False: "not tied", None: ""}[self.tied]),
+            ("side files", ", ".join(self.side) or "none"),
+            ("made by", f"dconv, plan {self.receipt}" if self.receipt else ""),
+            ("left out", "\n".join(_reasons(self.left_out))),
+            ("names", group_names(self.names, _MANY) if self.refused else ""),
+            ("refused", self.refused),
+        ]  # fmt: skip
+        return "\n".join(line for label, value in rows if value for line in _row(label, value))
+
+
+def _said(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _vocabulary(vocab: int | None, padded: int | None) -> str:
+    if vocab is None or padded is None or padded == vocab:
+        return _said(vocab)
+    return f"{vocab:,}, stored with {padded - vocab:,} rows of padding"
+
+
+def _reasons(left_out: Mapping[str, str]) -> Iterable[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        yield f"{', '.join(group_names(names, _MANY).splitlines())}: {reason}"
+
+
+def _row(label: str, value: str) -> Iterable[str]:
+    wide = _WIDTH - _LABEL
+    for i, line in enumerate(value.split("\n")):
+        indent = " " * (len(line) - len(line.lstrip()))
+        parts = textwrap.wrap(line, wide, subsequent_indent=indent) or [""]
+        for j, part in enumerate(parts):
+            yield f"{label if i == j == 0 else '':<{_LABEL}}{part}"
+
+
+def inspect(
+    path: Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+    drop: tuple[str, ...] = (),
+) -> Report:
+    """Describe a checkpoint from its headers; what a conversion would refuse is reported, not raised.
+
+    Raises:
+        DconvError: there is no checkpoint at ``path``, or its container cannot be read at all.
+    """
+    try:
+        model = describe_model(path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop)
+    except DconvError as error:
+        return _in_part(path, open_source(path, source_format), str(error))
+    return _in_full(path, model, hf_config)
+
+
+def _in_full(path: Path, model: Described, hf_config: Path | None) -> Report:
+    specs = model.logical.specs.values()
+    return Report(
+        **_container(path, model.source, model.facts),
+        family=model.family.name,
+        architecture=model.family.config.architecture,
+        config_from=_config_from(model, hf_config),
+        parameters=sum(math.prod(spec.shape) for spec in specs),
+        dtypes=dict(Counter(spec.dtype for spec in specs).most_common()),
+        left_out=model.logical.left_out,
+        names=tuple(model.logical.specs),
+    )
+
+
+def _in_part(path: Path, source: Source, refused: str) -> Report:
+    """A report of what can be known about a checkpoint that would be refused."""
+    family = facts = None
+    with suppress(DconvError):
+        family = registry.detect(source.config, source.args)
+        config = source.config if source.config is not None else family.config.to_hf(source.args or {})
+        facts = family.config.facts(config)
+    named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
+    return Report(
+        **_container(path, source, facts),
+        family=family.name if family else None,
+        architecture=str(named[0] if isinstance(named, list) else named) if named else None,
+        config_from="config.json" if source.config else "Megatron's args" if source.args else "nothing",
+        left_out=source.left_out,
+        refused=refused,
+        names=source.tensor_names,
+    )
+
+
+def _config_from(model: Described, hf_config: Path | None) -> str:
+    if hf_config is not None:
+        return f"config.json of {hf_config}"
+    return "rebuilt from Megatron's args" if model.rebuilt else "config.json"
+
+
+def _container(path: Path, source: Source, facts: Facts | None) -> dict[str, Any]:
+    """The fields that a container alone tells, and those that the facts add."""
+    args = source.args or {}
+    padded = args.get("padded_vocab_size")
+    covered = verify.find_receipt(path)
+    return {
+        "path": str(path),
+        "format": source.format,
+        "files": {name: stamp.size for name, stamp in source.files.items()},
+        "stored_bytes": source.stored_bytes,
+        "parallel": _parallel(source),
+        "layers": int(facts["layers"]) if facts else None,
+        "tied": bool(facts["tied"]) if facts else None,
+        "vocab": int(facts["vocab"]) if facts else None,
+        "padded_vocab": padded if isinstance(padded, int) else None,
+        "side": tuple(source.side),
+        "receipt": verify.plan_of(covered) if covered else None,
+    }
+
+
+def _parallel(source: Source) -> dict[str, object]:
+    if source.parallel is None:
+        args = source.args or {}
+        said = {key: args.get(name) for key, name in _SIZES.items()}
+        return {key: size for key, size in said.items() if isinstance(size, int) and (size > 1 or key in ("tp", "pp"))}
+    cut = source.parallel
+    sizes: dict[str, object] = {"tp": cut.tp, "pp": cut.pp}
+    sizes |= {key: n for key, n in (("vpp", cut.vpp), ("ep", cut.ep)) if n > 1}
+    stages = ["+".join(map(str, stage)) for stage in cut.stages or ()]
+    return sizes | ({"layers": "|".join(stages)} if len(set(stages)) > 1 else {})
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` did, all of it without finding fault.
+
+    Attributes:
+        reread: tensors, files and bytes compared with the receipt; None without a receipt.
+        run: what the runtime computed; None when it was not run.
+        not_run: why not.
+        notes: what is odd but not wrong.
+    """
+
+    report: Report
+    reread: verify.Reread | None
+    run: dict[str, object] | None
+    not_run: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        brief = {key: getattr(self.report, key) for key in ("path", "format", "family", "layers", "parameters")}
+        read = asdict(self.reread) if self.reread else None
+        return {**brief, "receipt": read, "run": self.run, "not_run": self.not_run, "notes": list(self.notes)}
+
+    def text(self) -> str:
+        """For a person, at most 100 columns."""
+        report = self.report
+        read = self.reread
+        lines = [
+            *_row("whole", f"{report.family}, {report.layers} layers, {_said(report.parameters)} parameters: headers, "
+                           f"shapes and names agree with the config"),
+            *_row("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
+                             f"wrote them" if read else f"no {RECEIPT} to compare with"),
+        ]  # fmt: skip
+        if self.run is None:
+            lines += _row("not run", self.not_run)
+        else:
+            lines += _row("runs", f"{self.run['model']} in {self.run['runtime']}, fp32 on the CPU: finite logits "
+                                  f"within ±{self.run['largest_logit']:.4g}")  # fmt: skip
+            if text := self.run.get("continuation"):
+                lines += _row("continues", repr(text))
+            elif reason := self.run.get("no_text"):
+                lines += _row("no text", str(reason))
+        for note in self.notes:
+            lines += _row("note", note)
+        return "\n".join(lines)
+
+
+def check(
+    path: Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+    drop: tuple[str, ...] = (),
+    run: bool = True,
+    force: bool = False,
+) -> Checked:
+    """Read a checkpoint back, then run it in its own runtime.
+
+    Bytes are compared first: a flipped bit in a header is better said by the receipt than by what it makes the
+    header mean.
+
+    Args:
+        run: run the model after reading.
+        force: run it also when fp32 weights do not seem to fit into memory.
+
+    Raises:
+        Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense.
+        Refused: names or layouts that dconv does not know.
+        ToolMissing: the runtime is not installed, or failed.
+    """
+    covered = verify.find_receipt(path)
+    read = verify.reread(covered) if covered else None
+    if covered and read and not read.whole:
+        raise read.fault(Damaged, covered)
+    options: dict[str, Any] = {"source_format": source_format, "model_type": model_type, "hf_config": hf_config}
+    model = describe_model(path, **options, drop=drop)
+    report = _in_full(path, model, hf_config)
+    notes = []
+    if read and read.strangers:
+        notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, _MANY).splitlines())}")
+    not_run = "not asked for" if not run else ""
+    if run and not force and (short := verify.shortage(report.parameters or 0, report.format)):
+        not_run = f"{short}; --force-run runs it all the same"
+    if not_run:
+        return Checked(report, read, None, not_run, tuple(notes))
+    tokens = verify.random_tokens(int(model.facts["vocab"]))
+    found = verify.runtime_of(report.format).can_infer(path, tokens, **options)
+    return Checked(report, read, found, notes=tuple(notes))

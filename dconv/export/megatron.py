@@ -1,0 +1,145 @@
+"""The real megatron-core as a judge of Megatron checkpoints: load on the CPU in fp32 and compute.
+
+A torch_dist checkpoint is loaded at TP 1; a legacy one by as many processes as it has shards, each its own file. What
+megatron-core 0.16 cannot load as it is (no args inside, too many shards, an unusual pipeline split) is first
+converted to a temporary TP 1 torch_dist checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.source import Source
+from dconv.errors import Damaged, ToolMissing
+from dconv.export.megatron_cpu import parallel_world, spawn
+from dconv.pipeline import Request, convert
+
+#: Processes that one machine starts to load a legacy checkpoint; each takes about 0.5 GB beside its weights.
+_MOST_RANKS: Final = 8
+_NEEDED: Final = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """How a checkpoint is loaded: Megatron's args, sizes of the world, and which loader."""
+
+    path: Path
+    legacy: bool
+    args: Mapping[str, object]
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+
+
+def can_infer(
+    path: Path,
+    tokens: NDArray[np.int64],
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+) -> dict[str, object]:
+    """Run a few tokens through megatron-core's own GPTModel.
+
+    Args:
+        tokens: int64 [batch, sequence].
+        source_format, model_type, hf_config: as for `dconv.pipeline.describe_model`.
+
+    Returns:
+        runtime, model (with the layout that was run) and largest_logit.
+
+    Raises:
+        Damaged: megatron-core refuses the file, or the logits are not finite.
+        Refused: the args ask for what megatron-core does not compute on a CPU.
+        ToolMissing: megatron-core is not installed, or a process of it failed.
+    """
+    result, how = _logits(path, tokens, source_format, model_type, hf_config)
+    if not np.isfinite(result).all():
+        raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
+    from importlib.metadata import version
+
+    return {
+        "runtime": f"megatron-core {version('megatron-core')}",
+        "model": f"GPTModel, {how}",
+        "largest_logit": float(np.abs(result).max()),
+    }
+
+
+def logits_of(
+    path: Path,
+    tokens: NDArray[np.int64],
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+) -> NDArray[np.float32]:
+    """fp32 logits [batch, sequence, padded vocabulary]; arguments and errors as for `can_infer`."""
+    return _logits(path, tokens, source_format, model_type, hf_config)[0]
+
+
+def _logits(
+    path: Path, tokens: NDArray[np.int64], source_format: str | None, model_type: str | None, hf_config: Path | None
+) -> tuple[NDArray[np.float32], str]:
+    _require()
+    run = _as_it_is(open_source(path, source_format))
+    if run is not None:
+        how = f"tp {run.tp} x pp {run.pp}" + (f" x vpp {run.vpp}" if run.vpp > 1 else "")
+        return _spawn(run, tokens), how
+    with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
+        out = Path(scratch, "tp1")
+        convert(Request(path, "megatron", out, source_format, model_type, hf_config))
+        args = open_source(out).args or {}
+        return _spawn(_Run(out, False, args), tokens), "tp 1 x pp 1 (a temporary copy)"
+
+
+def _require() -> None:
+    for module in ("torch", "megatron", "megatron.core"):
+        if importlib.util.find_spec(module) is None:
+            raise ToolMissing(
+                "megatron-core is needed to run a Megatron checkpoint",
+                found=f"no module {module}",
+                do="pip install 'dconv[megatron]'",
+            )
+
+
+def _as_it_is(source: Source) -> _Run | None:
+    """How megatron-core loads this checkpoint without help, or None."""
+    args = source.args or {}
+    if any(args.get(name) is None for name in _NEEDED):
+        return None
+    parallel = source.parallel
+    if parallel is None:
+        return _Run(source.root, False, args) if (source.root / "common.pt").exists() else None
+    counts = {count for stage in parallel.stages or () for count in stage}
+    explained = args.get("decoder_first_pipeline_num_layers") or args.get("decoder_last_pipeline_num_layers")
+    uneven = len(counts) > 1 and not explained
+    if parallel.world > _MOST_RANKS or uneven or args.get("pipeline_model_parallel_layout"):
+        return None
+    return _Run(source.root, True, args, parallel.tp, parallel.pp, parallel.vpp)
+
+
+def _spawn(run: _Run, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    found = spawn(_rank, run.tp * run.pp, run, tokens)
+    return next(result for result in found if result is not None)
+
+
+def _rank(rank: int, world: int, init_method: str, run: _Run, tokens: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """One process of the world; the last stage has the logits."""
+    import torch
+
+    from dconv.export.megatron_runtime import build_gpt, load_legacy, load_torch_dist, logits
+
+    with parallel_world(run.tp, run.pp, run.vpp, rank=rank, world=world, init_method=init_method):
+        models = build_gpt(run.args)
+        (load_legacy if run.legacy else load_torch_dist)(models, run.path)
+        result = logits(models, torch.from_numpy(tokens))
+    return None if result is None else result.numpy()

@@ -1,0 +1,367 @@
+"""Is an output what it must be? Re-read against its receipt, or compare what the model computes.
+
+`reread` asks the bytes: every tensor, every byte between tensors, every closing file against the digests of
+``dconv.json``, streaming. `logits` asks the runtimes: the same random tokens through the source's own framework and
+through the target's, in fp32. ``dconv check`` uses the first, ``convert --verify`` both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dconv.checkpoint.files import read_json
+from dconv.errors import Damaged, DconvError, Refused, StorageFault, ToolMissing, VerifyFailed, group_names
+from dconv.pipeline import Job, Request
+from dconv.sharding.commit import RECEIPT, hash_stretch
+from dconv.sharding.digest import ALGORITHMS, of_zeros, tree
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.plan import LEAF_BYTES
+from dconv.sharding.region import Region
+
+_READ: Final = 1 << 20
+#: Largest difference of logits, relative to the largest logit, between two fp32 runs of the same weights. Two
+#: frameworks that sum in another order differ by about 1e-6 on small models and a few 1e-5 on deep ones.
+BOUND: Final = 1e-4
+#: The same when weights were rounded once: this many unit roundoffs of the dtype (each weight moves by at most one).
+_ROUNDOFFS: Final = 16
+_UNIT_ROUNDOFF: Final = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What reading an output back found.
+
+    Attributes:
+        tensors, files, nbytes: how much was read and compared.
+        damaged: tensors whose bytes are not those that were written, as ``name in file``.
+        broken: files that are missing, or changed outside their tensors.
+        strangers: files in the directory that the receipt does not name.
+    """
+
+    plan: str
+    tensors: int
+    files: int
+    nbytes: int
+    damaged: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+    strangers: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Nothing damaged, nothing broken."""
+        return not (self.damaged or self.broken)
+
+    def fault(self, kind: type[DconvError], folder: Path) -> DconvError:
+        """What is wrong, as an error of ``kind``."""
+        parts = [
+            f"{len(names)} {word}{'s' * (len(names) > 1)}"
+            for word, names in (("tensor", self.damaged), ("file", self.broken))
+            if names
+        ]
+        return kind(
+            f"{' and '.join(parts)} changed since the receipt was written",
+            where="\n".join(group_names(names) for names in (self.damaged, self.broken) if names) + f"\nin {folder}",
+            expected=f"the digests in {RECEIPT} (plan {self.plan})",
+            do="convert again, or copy it again from where it was whole",
+        )
+
+
+def find_receipt(path: Path) -> Path | None:
+    """The directory whose receipt covers ``path``: itself, or above it for an iteration of a Megatron root."""
+    for folder in (path, path.absolute().parent):
+        if (folder / RECEIPT).is_file():
+            receipt = read_json(folder / RECEIPT, what="the receipt")
+            inside = f"{path.absolute().name}/"
+            frames = receipt.get("frames")
+            if folder == path or (isinstance(frames, dict) and any(name.startswith(inside) for name in frames)):
+                return folder
+    return None
+
+
+def plan_of(folder: Path) -> str:
+    """The plan id in a directory's receipt."""
+    return str(read_json(folder / RECEIPT, what="the receipt").get("plan"))
+
+
+def reread(folder: Path) -> Reread:
+    """Read every byte that the receipt of ``folder`` speaks of, and compare.
+
+    Raises:
+        Damaged: there is no receipt, or it is broken itself.
+        StorageFault: a file cannot be read.
+    """
+    receipt = read_json(folder / RECEIPT, what="the receipt")
+    algorithm = str(receipt.get("digest"))
+    if algorithm not in ALGORITHMS:
+        raise _broken_receipt(folder, "digest", ", ".join(ALGORITHMS), algorithm)
+    closing, frames = (_digests(folder, receipt, part) for part in ("closing", "frames"))
+    tensors: dict[str, list[_Tensor]] = {name: [] for name in frames}
+    for tensor in _tensors(folder, receipt):
+        if tensor.file not in tensors:
+            raise _broken_receipt(folder, tensor.key, "a file named in frames", tensor.file)
+        tensors[tensor.file].append(tensor)
+    damaged: list[str] = []
+    broken: list[str] = []
+    nbytes = 0
+    for name, said in {**closing, **frames}.items():
+        try:
+            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            broken.append(f"{name} (missing)")
+            continue
+        except OSError as fault:
+            raise StorageFault(f"cannot read: {fault.strerror}", where=str(folder / name)) from fault
+        try:
+            held = sorted(tensors.get(name, ()), key=lambda t: t.offset)
+            if _between(fd, held, algorithm) != said:
+                broken.append(f"the header of {name}" if held else name)
+            damaged += [f"{t.key} in {name}" for t in held if _digest(fd, t, algorithm) != t.digest]
+            nbytes += os.fstat(fd).st_size
+        except OSError as fault:
+            raise StorageFault(f"cannot read: {fault.strerror}", where=str(folder / name)) from fault
+        finally:
+            os.close(fd)
+    known = {*closing, *frames, RECEIPT}
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    strangers = tuple(name for name in found if name not in known)
+    count = sum(map(len, tensors.values()))
+    return Reread(str(receipt.get("plan")), count, len(known) - 1, nbytes, tuple(damaged), tuple(broken), strangers)
+
+
+def digest(out: Path) -> Reread:
+    """`reread` right after a conversion.
+
+    Raises:
+        VerifyFailed: something is not as it was written.
+    """
+    found = reread(out)
+    if not found.whole:
+        raise found.fault(VerifyFailed, out)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    key: str
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return Region.whole(self.shape).volume * ITEMSIZE[self.dtype]
+
+
+def _broken_receipt(folder: Path, part: str, expected: str, found: object) -> Damaged:
+    return Damaged(
+        "the receipt is broken",
+        where=f"{part[:200]} in {folder / RECEIPT}",
+        expected=expected,
+        found=repr(found)[:120],
+        do="convert again: without a valid receipt this is not a result",
+    )
+
+
+def _plain_path(folder: Path, part: str, name: object) -> str:
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in str(path):
+        raise _broken_receipt(folder, part, "paths inside the directory", name)
+    return str(path)
+
+
+def _digests(folder: Path, receipt: Mapping[str, object], part: str) -> dict[str, str]:
+    listed = receipt.get(part, {})
+    if not isinstance(listed, dict):
+        raise _broken_receipt(folder, part, "files with digests", listed)
+    return {_plain_path(folder, part, name): str(said) for name, said in listed.items()}
+
+
+def _tensors(folder: Path, receipt: Mapping[str, object]) -> Iterator[_Tensor]:
+    listed = receipt.get("tensors")
+    if not isinstance(listed, dict):
+        raise _broken_receipt(folder, "tensors", "tensors with digests", listed)
+    for key, entry in listed.items():
+        fields: Any = entry if isinstance(entry, dict) else {}
+        dtype, shape, offset = fields.get("dtype"), fields.get("shape"), fields.get("offset")
+        numbers = [*shape, offset] if isinstance(shape, list) else [None]
+        if dtype not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise _broken_receipt(folder, key, "dtype, shape and offset", entry)
+        file = _plain_path(folder, key, fields.get("file"))
+        yield _Tensor(key, file, offset, dtype, tuple(shape), str(fields.get("digest")))
+
+
+def _digest(fd: int, tensor: _Tensor, algorithm: str) -> str:
+    """The tensor's digest from the file, cut into the leaves of `dconv.sharding.plan.Plan.tasks`."""
+    itemsize = ITEMSIZE[tensor.dtype]
+    leaves: list[str] = []
+    offset, end = tensor.offset, os.fstat(fd).st_size
+    if tensor.nbytes > end - offset:
+        return ""
+    for band in Region.whole(tensor.shape).bands(LEAF_BYTES // itemsize):
+        nbytes = band.volume * itemsize
+        if _is_hole(fd, offset, nbytes):
+            leaves.append(of_zeros(algorithm, nbytes))
+        else:
+            leaves.append(hash_stretch(fd, offset, nbytes, algorithm))
+        offset += nbytes
+    return tree(algorithm, leaves)
+
+
+def _is_hole(fd: int, offset: int, nbytes: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) >= offset + nbytes
+    except OSError:  # ENXIO: no data up to the end; anything else shows again when it is read
+        return True
+
+
+def _between(fd: int, tensors: Iterable[_Tensor], algorithm: str) -> str:
+    """The digest of every byte of the file that is no tensor's, in order: headers, zip records, all of small files."""
+    hasher = ALGORITHMS[algorithm]()
+    size, at = os.fstat(fd).st_size, 0
+    for start, stop in [*((t.offset, t.offset + t.nbytes) for t in tensors), (size, size)]:
+        while at < min(start, size):
+            data = os.pread(fd, min(_READ, start - at), at)
+            if not data:
+                break
+            hasher.update(data)
+            at += len(data)
+        at = max(at, stop)
+    return hasher.hexdigest()
+
+
+def runtime_of(container: str) -> ModuleType:
+    """The module with ``can_infer`` and ``logits_of`` for a container (`dconv.checkpoint.source.Source.format`).
+
+    Raises:
+        ToolMissing: nothing here runs it.
+    """
+    if container == "huggingface":
+        from dconv.export import huggingface
+
+        return huggingface
+    if container.startswith("megatron"):
+        from dconv.export import megatron
+
+        return megatron
+    raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="convert it to huggingface or megatron")
+
+
+def shortage(parameters: int, container: str) -> str:
+    """Why a model cannot be run in fp32 in the memory that is free now; empty when it can."""
+    copies = 2.0 if container.startswith("megatron") else 1.25  # megatron-core fills a state dict, then the model
+    needed, free = int(parameters * 4 * copies), _available_memory()
+    return f"fp32 needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
+
+
+def _available_memory() -> int:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit.isdecimal():
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def random_tokens(vocabulary: int, length: int = 16) -> NDArray[np.int64]:
+    """Two rows of the same random tokens every time."""
+    return np.random.default_rng(0).integers(0, vocabulary, (2, length), np.int64)
+
+
+def logits(job: Job, out: Path) -> dict[str, object]:
+    """Compare the logits of a conversion's source and output, each in its own runtime, in fp32.
+
+    Returns:
+        difference: the largest, relative to the largest logit of the source; bound: what it had to keep;
+        why: what the bound rests on.
+
+    Raises:
+        VerifyFailed: the difference is past the bound, or the comparison could not be made.
+        ToolMissing: a runtime is not installed or failed.
+    """
+    request = job.request
+    target = "megatron" if job.plan.target.files[0].owner >= 0 else "huggingface"
+    vocabulary = int(job.facts["vocab"])
+    tokens = random_tokens(vocabulary)
+    parameters = sum(Region.whole(spec.shape).volume for spec in job.logical.specs.values())
+    short = next(filter(None, (shortage(parameters, kind) for kind in (job.source.format, target))), "")
+    if short:
+        raise VerifyFailed(
+            "the logits were not compared",
+            where=str(out),
+            found=short,
+            do="--verify digest needs no memory; or compare on a larger machine",
+        )
+    try:
+        reference = runtime_of(job.source.format).logits_of(request.model, tokens, **_options(request))
+        result = runtime_of(target).logits_of(out, tokens)
+    except (Refused, Damaged) as error:
+        raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
+    reference, result = reference[..., :vocabulary], result[..., :vocabulary]
+    scale = float(np.abs(reference).max())
+    difference = float(np.abs(reference - result).max()) / scale
+    bound, why = _bound(job)
+    if not difference <= bound:  # also when either side is NaN
+        raise VerifyFailed(
+            "the output does not compute what the source computes",
+            where=str(out),
+            expected=f"logits within {bound:.1e} of the largest logit ({why})",
+            found=f"{difference:.3e} of {scale:.4g}",
+            do="keep the source; dconv diff shows whether the weights differ",
+        )
+    return {"difference": difference, "bound": bound, "why": why}
+
+
+def _options(request: Request) -> dict[str, Any]:
+    return {
+        "source_format": request.source_format,
+        "model_type": request.model_type,
+        "hf_config": request.hf_config,
+    }
+
+
+def _bound(job: Job) -> tuple[float, str]:
+    rounded = {
+        tensor.spec.dtype
+        for tensor, copies in zip(job.plan.target.tensors, job.plan.copies, strict=True)
+        if not all(copy.op.exact for copy in copies)
+    }
+    if not rounded:
+        return BOUND, "the same weights"
+    worst = max(rounded, key=lambda dtype: _UNIT_ROUNDOFF[dtype])
+    return max(BOUND, _ROUNDOFFS * _UNIT_ROUNDOFF[worst]), f"weights rounded to {worst}, {_ROUNDOFFS} unit roundoffs"
+
+
+def told(mode: str, job: Job, out: Path) -> dict[str, object]:
+    """Run ``--verify`` after a commit: what was verified, for the summary and ``--json``.
+
+    Raises:
+        VerifyFailed, ToolMissing: see `digest` and `logits`; the output stays where it is.
+    """
+    found = digest(out)
+    shown: dict[str, object] = {"tensors": found.tensors, "files": found.files, "bytes": found.nbytes}
+    return {**shown, "logits": logits(job, out)} if mode == "logits" else shown
+
+
+def sentence(shown: Mapping[str, Any]) -> str:
+    """One line about what `told` returned."""
+    text = f"verified: {shown['tensors']} tensors and {shown['files']} files read back, digests as written"
+    if "logits" not in shown:
+        return text
+    found = shown["logits"]
+    return text + f"\n          logits differ by {found['difference']:.1e} (bound {found['bound']:.1e}, {found['why']})"

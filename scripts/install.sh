@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Make .venv at the repository root and install dconv with the named extras at the versions of constraints.txt:
+#
+#   bash scripts/install.sh [EXTRA…]        e.g.  bash scripts/install.sh megatron test
+#
+# Needs Python >= 3.11 and pip (PYTHON=… chooses the interpreter). A second call with nothing changed returns at once;
+# extras add up over calls. Quiet unless something fails; pip's own settings (index, proxy, wheels) apply.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+venv=$root/.venv
+stamp=$venv/dconv-installed # first line: a hash of what the install depends on; second line: the extras
+python=${PYTHON:-python3}
+
+fail() {
+    printf 'install: %s\n' "$@" >&2
+    exit 1
+}
+
+fingerprint() {
+    { echo "$root"; cat pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1
+}
+
+extras=$(printf '%s\n' "$@" | tr ', ' '\n\n' | tr -d '[]')
+if [[ -r $stamp ]]; then
+    { read -r was; read -r had || true; } <"$stamp"
+    extras=$(printf '%s\n' "$extras" ${had//,/ })
+else
+    was=
+    had=
+fi
+extras=$(sort -u <<<"$extras" | sed '/^$/d' | paste -sd,)
+now=$(fingerprint)
+if [[ $was == "$now" && ${had:-} == "$extras" && -x $venv/bin/python ]]; then
+    exit 0
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+quietly() { # run; show the output only when it fails
+    "$@" >"$log" 2>&1 || {
+        tail -n 40 "$log" >&2
+        fail "this failed: $*"
+    }
+}
+
+if [[ ! -x $venv/bin/python ]]; then
+    command -v "$python" >/dev/null || fail "no $python on PATH; dconv needs Python 3.11 or newer"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$("$python" --version) is too old; dconv needs Python 3.11 or newer" \
+            "PYTHON=/path/to/python3.11 bash scripts/install.sh chooses another one"
+    if "$python" -c 'import ensurepip' 2>/dev/null; then
+        quietly "$python" -m venv "$venv"
+    else # Debian without python3-venv: its pip can still fill an environment made without one
+        "$python" -m pip --version >/dev/null 2>&1 ||
+            fail "$python has neither ensurepip nor pip; on Debian: apt-get install python3-pip"
+        quietly "$python" -m venv --without-pip "$venv"
+        quietly "$python" -m pip --python "$venv/bin/python" install pip
+    fi
+fi
+
+quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
+    -c constraints.txt -e ".${extras:+[$extras]}"
+printf '%s\n' "$now" "$extras" >"$stamp"
