@@ -12,12 +12,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the test workers share the core
 failed=()
 try() { # run; a failure is kept for the end, so that one run tells everything
     echo "== $*"
-    "$@" || failed+=("$1${2:+ $2}")
+    "$@" || failed+=("$*")
 }
 try ruff check .
 try ruff format --check .
 try pyright
-try python -m pytest -n auto --maxprocesses 8 "$@"
+try pytest -n auto --maxprocesses 8 "$@"
 
 if ((${#failed[@]})); then
     printf 'test.sh: failed: %s\n' "${failed[@]}" >&2

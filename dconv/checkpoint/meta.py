@@ -113,8 +113,8 @@ def open_source(folder: Path, *, own_config: bool = True) -> Source:
 
 
 def _side(folder: Path) -> dict[str, Path]:
-    """Side files; config.json is made anew, checksums of Meta's files end here. Llama 1 and 2 keep the tokenizer of all sizes one directory up."""
-    of_no_use = ("config.json", "tokenizer_checklist.chk")
+    """Side files. Llama 1 and 2 keep the tokenizer of all sizes one directory up."""
+    of_no_use = ("config.json", "tokenizer_checklist.chk")  # made anew; of Meta's own files
     side = {name: path for name, path in side_files(folder).items() if name not in of_no_use}
     above = folder.absolute().parent / "tokenizer.model"
     if above.name not in side and above.is_file() and above.with_name("tokenizer_checklist.chk").is_file():
@@ -132,7 +132,7 @@ def _config(folder: Path, shards: list[_Shard]) -> dict[str, object]:
     embedding = first[_EMBEDDING].spec
     # Llama 1 and 2 cut it by columns, Llama 3 by rows
     by_rows = embedding.shape[-1] == first["norm.weight"].spec.shape[0]
-    config = hf_config_from_meta(params, embedding.shape[0] * (len(shards) if not by_rows else 1))
+    config = hf_config_from_meta(params, embedding.shape[0] * (len(shards) if by_rows else 1))
     return with_dtype(config, TO_TORCH[embedding.dtype])
 
 

@@ -25,6 +25,8 @@ from dconv.sharding.tensor import TensorSpec
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 _TILE_BYTES: Final = 1 << 20
+#: The usual block of a file system: a hole is made of whole ones.
+_BLOCK: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Outputs:
         try:
             while (offset := _next_data(fd, offset, end)) < end:
                 data = os.pread(fd, min(_TILE_BYTES, end - offset), offset)
-                if any(data):
+                if data.count(0) < len(data):
                     self.write(file, memoryview(bytes(len(data))), offset)
                 offset += len(data)
         except OSError as fault:
@@ -171,10 +173,23 @@ class Worker:
             else:
                 data = self._fill(tile, clipped, tensor.spec)
                 hasher.update(data)
-                self._outputs.write(task.file, data, offset)
-                written += nbytes
+                written += self._write(task.file, data, offset, clipped)
             offset += nbytes
         return Done(task, hasher.hexdigest(), written)
+
+    def _write(self, file: int, data: memoryview, offset: int, copies: Sequence[Copy]) -> int:
+        """Write a tile; of one from sparse files only the blocks with data. Returns the bytes written."""
+        if not any(self.reader.is_sparse(copy.file) for copy in copies):
+            self._outputs.write(file, data, offset)
+            return len(data)
+        written = 0
+        for start, stop, zero in _blocks(data, offset):
+            if zero:
+                self._outputs.blank(file, offset + start, stop - start)
+            else:
+                self._outputs.write(file, data[start:stop], offset + start)
+                written += stop - start
+        return written
 
     def _fill(self, tile: Region, copies: Sequence[Copy], spec: TensorSpec) -> memoryview:
         itemsize = ITEMSIZE[spec.dtype]
@@ -202,6 +217,25 @@ class Worker:
             hasher.update(data)
             written += len(data)
         return Done(task, hasher.hexdigest(), written)
+
+
+def _blocks(data: memoryview, offset: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut at the blocks of the file into runs (start, stop, all of it zero)."""
+    array = np.frombuffer(data, np.uint8)
+    first = min(-offset % _BLOCK, len(array))
+    last = first + (len(array) - first) // _BLOCK * _BLOCK
+    empty = [
+        not array[:first].any(),
+        *~array[first:last].reshape(-1, _BLOCK).any(axis=1),
+        not array[last:].any(),
+    ]
+    edges = [0, *range(first, last + 1, _BLOCK), len(array)]
+    start = 0
+    for i, stop in enumerate(edges[1:]):
+        if i + 1 == len(empty) or empty[i + 1] != empty[i]:
+            if stop > start:
+                yield start, stop, bool(empty[i])
+            start = stop
 
 
 def _tiles(region: Region, copies: Sequence[Copy], limit: int) -> Iterator[tuple[Region, list[Copy]]]:

@@ -56,10 +56,14 @@ class Reader:
             os.close(fd)
         self._open.clear()
 
+    def is_sparse(self, file: str) -> bool:
+        """True when a file takes less room than its size: it may have holes."""
+        stamp = self._stamps[file]
+        return stamp.allocated < stamp.size
+
     def is_hole(self, copy: Copy) -> bool:
         """True when the file has no data between the copy's first and last byte."""
-        stamp = self._stamps[copy.file]
-        if stamp.allocated >= stamp.size:
+        if not self.is_sparse(copy.file):
             return False
         start, stop = span_of(copy)
         try:
