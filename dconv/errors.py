@@ -109,13 +109,12 @@ _NUMBER = re.compile(r"\d+")
 
 def group_names(names: Iterable[str], limit: int = 8) -> str:
     """Names folded by their numbers: ``a.0.x``, ``a.1.x`` become ``a.{0..1}.x``; at most ``limit`` lines."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
-        template = _NUMBER.sub("\0", name)
-        groups.setdefault(template, []).append(tuple(int(n) for n in _NUMBER.findall(name)))
+        groups.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
     lines = []
     for template, members in groups.items():
-        columns = [_ranges(sorted(set(column))) for column in zip(*members, strict=True)]
+        columns = [_ranges(set(column)) for column in zip(*members, strict=True)]
         filled = template
         for column in columns:
             filled = filled.replace("\0", column, 1)
@@ -125,13 +124,15 @@ def group_names(names: Iterable[str], limit: int = 8) -> str:
     return "\n".join(lines)
 
 
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+def _ranges(texts: set[str]) -> str:
+    """``{0..3,7}``; a single number, leading zeros kept, stays as it is."""
+    ordered = sorted(texts, key=lambda text: (int(text), text))
+    runs: list[list[str]] = []
+    for text in ordered:
+        if runs and int(text) == int(runs[-1][1]) + 1:
+            runs[-1][1] = text
         else:
-            runs.append([number, number])
-    if len(runs) == 1 and runs[0][0] == runs[0][1]:
-        return str(runs[0][0])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+            runs.append([text, text])
+    if len(ordered) == 1:
+        return ordered[0]
+    return "{" + ",".join(low if low == high else f"{low}..{high}" for low, high in runs) + "}"

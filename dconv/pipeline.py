@@ -115,8 +115,7 @@ def describe_model(
     elif source.args is not None:
         config = family.config.to_hf(source.args)
     else:
-        registry.detect(None, None)
-        raise AssertionError("unreachable")
+        raise registry.nothing_known()
     if source.config is not None and source.args is not None and hf_config is None:
         disagree = family.config.check_pair(source.config, source.args)
         if disagree:
@@ -175,6 +174,14 @@ def _huggingface(request: Request, model: Described) -> Target:
 
 
 def _megatron(request: Request, model: Described) -> Target:
+    if request.parallel.ep > 1:  # no family of this version has experts
+        raise Refused(
+            f"{model.family.name} has no experts to divide, nothing was written",
+            where="--ep",
+            expected="1",
+            found=str(request.parallel.ep),
+            do="leave --ep out",
+        )
     config = _new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
     common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)

@@ -56,7 +56,12 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     if args is not None:
         wanted = detect_by_args(args, [family.config for family in families().values()])
         return next(family for family in families().values() if family.config is wanted)
-    raise Refused(
+    raise nothing_known()
+
+
+def nothing_known() -> Refused:
+    """The refusal of a checkpoint that says nothing about its model."""
+    return Refused(
         "nothing says what model this is, nothing was written",
         expected="config.json, or Megatron's args inside the checkpoint",
         do="--hf-config DIR supplies a config.json",

@@ -126,7 +126,7 @@ def side_files(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.iterdir())
         if path.is_file()
         and any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
-        and not path.name.endswith(".index.json")
+        and not path.name.endswith((".index.json", ".py"))
     }
 
 

@@ -315,7 +315,7 @@ def _receive(process: Any, receiver: Connection, log: Path) -> tuple[bool, Any] 
     gone = process.exitcode is not None  # asked first: what it sent before its end is in the pipe by now
     try:
         if receiver.poll():
-            return pickle.loads(receiver.recv_bytes())
+            return receiver.recv()
     except EOFError:
         process.join(_GRACE)
         gone = True

@@ -179,7 +179,10 @@ def to_request(args: argparse.Namespace) -> Request:
     flat = args.pp_layout
     pp = len(flat) if flat and args.pp == 1 else args.pp
     if flat and len(flat) % pp:
-        raise UsageError(f"--pp-layout has {len(flat)} chunks, which do not divide by --pp {pp}")
+        raise UsageError(
+            f"--pp-layout has {len(flat)} chunks, which do not divide by --pp {pp}",
+            do="--pp must divide the number of chunks; leave it out for one chunk a stage",
+        )
     vpp = len(flat) // pp if flat else args.vpp
     parallel = Parallel(
         tp=args.tp,

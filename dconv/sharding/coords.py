@@ -48,7 +48,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "ep", "etp"):
             if getattr(self, name) < 1:
-                raise Refused(f"--{name} must be at least 1", found=str(getattr(self, name)))
+                raise Refused(f"--{name} must be at least 1, nothing was written", found=str(getattr(self, name)))
         if self.inner % self.tp or self.inner % (self.ep * self.etp):
             raise Refused(
                 "the expert layout does not fit the tensor layout",
@@ -92,7 +92,11 @@ class Parallel:
         counts = self._counts(layers)
         total = sum(map(sum, counts))
         if total != layers:
-            raise Refused(f"the pipeline layout holds {total} layers, the model has {layers}")
+            raise Refused(
+                "the pipeline layout does not hold the model's layers, nothing was written",
+                expected=f"{layers} layers in all",
+                found=f"{total} layers",
+            )
         ranges: list[list[range]] = [[range(0)] * self.vpp for _ in range(self.pp)]
         at = 0
         for vp in range(self.vpp):  # the model runs through all stages once for each virtual chunk

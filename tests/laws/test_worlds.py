@@ -274,7 +274,8 @@ class Needed:
 def needed(source: Path, sizes: Sizes, rank: int, container: str, tied: bool) -> dict[str, NDArray[np.bool_]]:
     """Bytes that rank ``rank`` = (stage, tensor rank) of tp x pp needs.
 
-    What is not cut is with every tensor rank in legacy files, with the first in torch_dist."""
+    What is not cut is with every tensor rank in legacy files, with the first in torch_dist.
+    """
     pp, tp = divmod(rank, sizes.tp)
     bytes_ = Needed(source)
     has_copies = container == "legacy" or tp == 0

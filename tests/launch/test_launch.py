@@ -1,0 +1,360 @@
+"""Every launcher makes (rank, size) of its own and ends with the same bytes; what a person sees is said once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dconv.arch.registry import by_name
+from dconv.errors import UsageError
+from dconv.launch.__main__ import main
+from dconv.launch.progress import Board, Display
+from dconv.launch.worker import place
+from dconv.pipeline import Request, prepare, run
+from dconv.sharding.commit import Settings, partial_folder
+from dconv.sharding.coords import Parallel
+from tests.models import config_of, tree_digest, write_random
+
+#: A launch that takes longer than this hangs.
+PATIENCE = 300
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+#: Variables of launchers that this test may itself run under.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "TORCHELASTIC", "MASTER_")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`main` takes the process's signals over, which pytest needs back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = by_name("llama")
+    config = config_of(family, hidden_size=64, intermediate_size=192, vocab_size=301, head_dim=16)
+    return write_random(tmp_path_factory.mktemp("source") / "model", family, config, shard_size=200_000)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, str]:
+    """What one rank makes of `model` with `OPTIONS`."""
+    out = model.parent / "expected"
+    parallel = Parallel(tp=2, etp=2)
+    run(prepare(Request(model, "megatron", out, parallel=parallel, megatron_format="legacy")), Settings())
+    return tree_digest(out)
+
+
+OPTIONS = ["--tp", "2", "--megatron-format", "legacy"]
+
+
+def start(*command: str, **variables: str) -> subprocess.Popen[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def call(*command: str, **variables: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command outside this test's own launcher."""
+    return ended(start(*command, **variables))
+
+
+def dconv_launch(*words: object) -> list[str]:
+    return ["-m", "dconv.launch", *map(str, words)]
+
+
+def one_rank(*words: object) -> list[str]:
+    return [sys.executable, *dconv_launch(*words)]
+
+
+def local(count: int, *words: object) -> list[str]:
+    return [sys.executable, "-m", "dconv", "convert", *map(str, words), "--nproc", str(count)]
+
+
+# ------------------------------------------------------------------------------------------------------- torchrun
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun(model: Path, expected: dict[str, str], tmp_path: Path, ranks: int) -> None:
+    """As many ranks as shards, and another number: the same bytes, one summary, no litter."""
+    words = dconv_launch(model, "megatron", "-o", tmp_path / "out", *OPTIONS)
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", str(ranks), *words)
+    assert code == 0, err
+    assert tree_digest(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out + err).count("wrote ") == 1
+    assert f"with {ranks} ranks, bit-exact" in out
+    assert "Traceback" not in err
+
+
+def test_torchrun_with_a_config_file(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """Everything from run.yaml but --tp: the line that the contract names."""
+    (tmp_path / "work").mkdir()
+    values = {"model": str(model), "format": "megatron", "out": str(tmp_path / "work" / "out"), "json": True}
+    config = tmp_path / "run.yaml"
+    config.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()) + "\nmegatron-format: legacy\n")
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", "2", *dconv_launch("--tp", 2, "--config", config))
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["ranks"] == 2
+    assert set(result["peak_memory"]) <= {"0", "1"}
+    assert tree_digest(tmp_path / "work" / "out") == expected
+
+
+def test_torchrun_says_a_refusal_once(model: Path, tmp_path: Path) -> None:
+    words = dconv_launch(model, "megatron", "-o", tmp_path / "out", "--tp", 3)
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", "3", *words)
+    assert code != 0
+    assert (out + err).count("refused (3)") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- config file
+
+
+def test_config_file_and_command_line(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """The command line overrides the file; underscores and dashes both name an option."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {model}\nformat: gguf\ntp: 7\nmegatron_format: legacy\nmax-memory: 64KiB\nquiet: true\n")
+    assert main(["--config", str(config), str(model), "megatron", "-o", str(tmp_path / "out"), "--tp", "2"]) == 0
+    assert tree_digest(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("megatron_fromat: legacy", ["megatron_fromat", "megatron"]),
+        ("tpp: 2", ["tpp", "did you mean"]),
+        ("tp: two", ["tp"]),
+        ("megatron-format: zarr", ["zarr", "legacy"]),
+        ("overwrite: perhaps", ["overwrite"]),
+        ("max-memory: lots", ["max", "256MiB"]),
+        ("- tp", ["mapping"]),
+        ("tp: [1", ["config file"]),
+    ],
+)
+def test_bad_config_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]
+) -> None:
+    """Exit 2 with the file, and the nearest name for a key that is none."""
+    config = tmp_path / "run.yaml"
+    config.write_text(text + "\n")
+    assert main([str(model), "megatron", "-o", str(tmp_path / "out"), "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage (2)  ")
+    assert "run.yaml" in said
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_config_file_and_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    assert main(["--tp", "2"]) == 2
+    assert "MODEL" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- local ranks
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_local_ranks(model: Path, expected: dict[str, str], tmp_path: Path, count: int) -> None:
+    """``--nproc``: this process is rank 0, the others are its children; one JSON result in all."""
+    code, out, err = call(*local(count, model, "megatron", "-o", tmp_path / "out", *OPTIONS, "--json"))
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["ranks"], result["out"]) == (count, str(tmp_path / "out"))
+    assert result["bytes_written"] > 100_000
+    assert all(16 << 20 < peak < 1 << 30 for peak in result["peak_memory"].values())
+    assert tree_digest(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "label"),
+    [
+        (["--tp", "3"], 3, "refused (3)"),
+        (["--model-type", "lama"], 3, "refused (3)"),
+        (["-o", "exists"], 2, "usage (2)"),
+        (["-o", "nowhere/out"], 5, "storage (5)"),
+    ],
+)
+def test_local_ranks_say_a_refusal_once(model: Path, tmp_path: Path, options: list[str], code: int, label: str) -> None:
+    """Also what is only found when the run begins: the output exists, or there is no place for it."""
+    (tmp_path / "exists").mkdir()
+    words = [str(tmp_path / word) if word in ("exists", "nowhere/out") else word for word in options]
+    if "-o" not in words:
+        words += ["-o", str(tmp_path / "out")]
+    got, out, err = call(*local(3, model, "megatron", *words))
+    assert got == code, err
+    assert (out + err).count(label) == 1, err
+    assert "[rank" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["exists"]
+
+
+def test_error_as_json(model: Path, tmp_path: Path) -> None:
+    got, out, _ = call(*local(2, model, "megatron", "-o", tmp_path / "out", "--tp", 3, "--json"))
+    error = json.loads(out)
+    assert (got, error["exit_code"], error["error"]) == (3, 3, "refused")
+    assert error["what"]
+
+
+# ---------------------------------------------------------------------------------------------------------- SLURM
+
+
+def test_slurm_ranks(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """What srun sets for two tasks."""
+    words = one_rank(model, "megatron", "-o", tmp_path / "out", *OPTIONS)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    ranks = [start(*words, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **step) for rank in range(2)]
+    ends = [ended(rank) for rank in ranks]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "".join(out for _, out, _ in ends).count("wrote ") == 1
+    assert tree_digest(tmp_path / "out") == expected
+
+
+def test_slurm_batch_script_is_one_process(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """In a batch script SLURM says rank 0 of all tasks, yet there is one process: it must do everything."""
+    words = one_rank(model, "megatron", "-o", tmp_path / "out", *OPTIONS)
+    code, _, err = call(*words, SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_LOCALID="0")
+    assert code == 0, err
+    assert tree_digest(tmp_path / "out") == expected
+
+
+def test_place() -> None:
+    """Torchrun's variables come before SLURM's: torchrun under srun is the usual way on a cluster."""
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    for environment, wanted in (
+        ({}, (0, 1, 0)),
+        (torchrun, (5, 8, 1)),
+        (slurm, (1, 2, 0)),
+        (torchrun | slurm, (5, 8, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4, 3)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),
+    ):
+        found = place(environment)
+        assert (found.rank, found.world, found.local) == wanted
+    assert place({}).launched == float("inf")
+    assert 0 < place(torchrun).launched <= time.time()
+
+
+@pytest.mark.parametrize(("rank", "world"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", ""), ("0", "0"), ("1.5", "2")])
+def test_variables_that_are_no_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, rank: str, world: str
+) -> None:
+    environment = {"RANK": rank, "WORLD_SIZE": world}
+    with pytest.raises(UsageError):
+        place(environment)
+    for key, value in environment.items():
+        monkeypatch.setitem(os.environ, key, value)
+    assert main([str(tmp_path), "megatron"]) == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- what a rank pays for
+
+#: Runs the launch module and then says what it cost: modules that are loaded, and peak memory by the kernel's count.
+PROBE = """
+import json, sys
+from dconv.launch.__main__ import main
+code = main(sys.argv[1:])
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"modules": sorted(m for m in sys.modules if "." not in m), "peak": peak * 1024}))
+sys.exit(code)
+"""
+
+
+def probe(*words: object) -> dict[str, object]:
+    code, out, err = call(sys.executable, "-c", PROBE, *map(str, words), "--quiet")
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+HEAVY = {"torch", "transformers", "safetensors", "huggingface_hub", "yaml", "scipy", "hypothesis"}
+
+
+def test_relayout_does_not_import_torch(model: Path, tmp_path: Path) -> None:
+    """All four directions: nothing heavy is loaded to move bytes."""
+    for source, target, options in (
+        (model, "a", ["megatron", "--tp", 2]),
+        (model, "b", ["megatron", *OPTIONS]),
+        (tmp_path / "a", "c", ["hf"]),
+        (tmp_path / "b", "d", ["hf"]),
+        (tmp_path / "a", "e", ["megatron", "--pp", 2, "--megatron-format", "legacy"]),
+    ):
+        modules = probe(source, *options, "-o", tmp_path / target)["modules"]
+        assert isinstance(modules, list)
+        assert "numpy" in modules
+        assert not HEAVY & set(modules)
+
+
+@pytest.mark.parametrize(
+    "threads", [1, pytest.param(3, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)]
+)
+def test_peak_memory(tmp_path: Path, threads: int) -> None:
+    """About 200 MB through 32 MiB of buffers: the kernel's peak stays within buffers and 128 MiB, in all directions."""
+    family = by_name("llama")
+    config = config_of(family, hidden_size=1024, intermediate_size=4096, vocab_size=32_000, num_hidden_layers=5,
+                       num_attention_heads=16, num_key_value_heads=4, head_dim=64)  # fmt: skip
+    source = write_random(tmp_path / "model", family, config)
+    size = (source / "model.safetensors").stat().st_size
+    assert size > 180e6
+    run_options = ["--max-memory", "32MiB", "--threads", threads]
+    limit = (64 + 32 + 64) << 20
+    for model, target, options in (
+        (source, "dist", ["megatron", "--tp", 2, "--pp", 5]),
+        (source, "legacy", ["megatron", "--tp", 4, "--megatron-format", "legacy"]),
+        (tmp_path / "dist", "back", ["hf"]),
+        (tmp_path / "legacy", "wide", ["hf", "--dtype", "f32"]),
+    ):
+        peak = probe(model, *options, "-o", tmp_path / target, *run_options)["peak"]
+        assert isinstance(peak, int)
+        assert peak <= limit, f"{target}: {peak >> 20} MiB"
+    assert tree_digest(tmp_path / "back")["model.safetensors"] == tree_digest(source)["model.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------- progress
+
+
+def test_board_ignores_ranks_of_a_killed_run(model: Path, tmp_path: Path) -> None:
+    """Notes that an earlier world left in the partial folder are neither drawn nor reported."""
+    job = prepare(Request(model, "megatron", tmp_path / "out"))
+    partial = partial_folder(tmp_path / "out", job.plan)
+    ranks = partial / ".dconv" / "ranks"
+    ranks.mkdir(parents=True)
+    (ranks / "7.json").write_text(json.dumps({"done": 10, "total": 10, "peak": 5}))
+    os.utime(ranks / "7.json", (1, 1))
+    board = Board(partial, 0, time.time() - 1)
+    board.note(3, 3)
+    assert set(board.read()) == {0}
+    assert main([str(model), "megatron", "-o", str(tmp_path / "out"), "--quiet"]) == 0
+
+
+def test_display_line() -> None:
+    """One line says bytes, rate, time left and ranks, at the start and at the end too."""
+    board = Board(Path("nowhere"), 0, 0.0)
+    display = Display(board, 4_000_000_000, 2)
+    assert display.line(1_000_000_000, 2.0) == "[#####---------------]  25%  1.00/4.00 GB  0.50 GB/s  6 s left  2 ranks"
+    assert "  0%" in display.line(0, 0.0)
+    assert "100%" in Display(board, 0, 1).line(0, 1.0)

@@ -1,0 +1,66 @@
+"""The house: a room imports only from rooms below it, and what is slow to import is imported only when it runs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: From the ground up; each may import those before it.
+ROOMS = (
+    "errors", "sharding", "codec", "arch", "checkpoint", "quant", "pipeline", "export", "hw", "compare",
+    "verify", "examine", "launch", "api", "cli", "__main__",
+)  # fmt: skip
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" if node.module == "dconv" else node.module for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "dconv"]
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "dconv").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_down(path: Path) -> None:
+    module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    mine = room(module)
+    if mine == "__init__":
+        return
+    for name in imports(path):
+        other = room(name)
+        if other not in ("__init__", "__version__"):
+            assert ROOMS.index(other) <= ROOMS.index(mine), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["dconv", "dconv.cli", "dconv.launch.__main__", "dconv.pipeline"])
+def test_quick_to_start(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'yaml', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_unpickles_or_runs_code_of_a_checkpoint() -> None:
+    forbidden = ("weights_only=False", "trust_remote_code=True", "pickle.load(", "pickle.loads(", "eval(", "exec(")
+    for path in sources():
+        text = path.read_text()
+        for word in forbidden:
+            for line in text.splitlines():
+                if word in line and ".eval(" not in line:
+                    pytest.fail(f"{path.relative_to(ROOT)}: {line.strip()}")
