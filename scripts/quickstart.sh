@@ -15,6 +15,7 @@ mkdir -p "$log"
 : >"$log/steps.tsv"
 
 export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=1 # what torchrun would set, with a warning; more threads gain nothing on a model of this size
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 
@@ -49,7 +50,7 @@ again=(--overwrite --json)
 for format in torch_dist legacy; do
     echo "== HuggingFace -> Megatron $format with 6 ranks, and back with 2"
     step "to_$format" "HuggingFace to Megatron $format" \
-        env OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 6 \
+        torchrun --standalone --nproc-per-node 6 \
         -m dconv.launch smollm2 megatron -o "$format" --megatron-format "$format" "${layout[@]}" "${again[@]}"
     step "from_$format" "Megatron $format to HuggingFace" \
         dconv convert "$format" huggingface -o "from-$format" --nproc 2 "${again[@]}"

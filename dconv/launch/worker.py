@@ -109,8 +109,8 @@ def main(args: argparse.Namespace, where: Place, stop: threading.Event | None = 
 
 
 def _is_common(error: DconvError, job: Job) -> bool:
-    """Whether every rank meets this error: the output exists, or there is no room before the first byte."""
-    if isinstance(error, StorageFault):
+    """Whether every rank meets this error: the output exists, no room or a stop before the first byte."""
+    if isinstance(error, StorageFault | Preempted):
         return not partial_folder(job.request.output, job.plan).exists()
     return isinstance(error, UsageError | Refused)
 
@@ -238,6 +238,8 @@ def report(error: DconvError, as_json: bool, where: Place | None = None) -> None
 def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     """Run ``count`` ranks on this machine: this process is rank 0, the others are children with the same options."""
     launched = time.time()
+    stop = listen()  # before there are children, that a signal to this process must not leave behind
+    code = 1
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "dconv.launch", *argv],
@@ -246,10 +248,7 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
         for rank in range(1, count)
     ]
     try:
-        code = main(args, Place(0, count, 0, launched))
-    except BaseException:
-        code = 1
-        raise
+        code = main(args, Place(0, count, 0, launched), stop)
     finally:
         codes = [_finish(child, stop=bool(code)) for child in children]
     failed = [c for c in (code, *codes) if c]

@@ -226,7 +226,7 @@ def _blocks(data: memoryview, offset: int) -> Iterator[tuple[int, int, bool]]:
     last = first + (len(array) - first) // _BLOCK * _BLOCK
     empty = [
         not array[:first].any(),
-        *~array[first:last].reshape(-1, _BLOCK).any(axis=1),
+        *(array[first:last].reshape(-1, _BLOCK).max(axis=1, initial=0) == 0).tolist(),
         not array[last:].any(),
     ]
     edges = [0, *range(first, last + 1, _BLOCK), len(array)]

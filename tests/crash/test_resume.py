@@ -27,6 +27,7 @@ from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import commit
 from dconv.sharding.commit import Outcome, Settings, partial_folder
 from dconv.sharding.coords import Parallel
+from dconv.sharding.journal import Journal
 from dconv.sharding.plan import LEAF_BYTES, Task
 from tests.models import config_of, tree_digest, write_random
 
@@ -386,6 +387,24 @@ def test_spoilt_bytes_are_found_and_redone(
     if spoil is spoil_byte:
         assert outcome.kept == kept - task.nbytes
     check_result(out, undisturbed[container])
+
+
+def test_a_spoilt_task_is_not_done_until_it_is_redone(model: Path, tmp_path: Path) -> None:
+    """Other processes see at once that its line no longer counts; the lines of intact tasks go on counting."""
+    out = tmp_path / "out"
+    job = job_of(model, out)
+    stop_after(job, 24)
+    partial = partial_folder(out, job.plan)
+    finished = journaled(out)
+    spoil_byte(partial, job, job.plan.tasks[finished[5]])
+    seen: list[set[int]] = []
+
+    def progress(done: int, total: int) -> None:
+        if not seen:  # after the check, before the first task
+            seen.append(set(Journal(partial / ".dconv" / "journal").read()))
+
+    run(job, Settings(progress=progress))
+    assert seen == [set(finished) - {finished[5]}]
 
 
 @pytest.mark.parametrize("launcher", [True, False])
