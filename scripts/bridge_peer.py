@@ -35,6 +35,7 @@ import typing
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -78,8 +79,8 @@ class _Fakes(MetaPathFinder, Loader):
         self.names: set[str] = set()
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None  # noqa: ARG002
+    ) -> ModuleSpec | None:  # fmt: skip
         if any(fullname == name or fullname.startswith(name + ".") for name in self.names):
             return ModuleSpec(fullname, self, is_package=True)
         return None
@@ -114,7 +115,7 @@ def before_core() -> None:
     if _fakes in sys.meta_path:
         return
     warnings.simplefilter("ignore")  # of apex and TransformerEngine, which are missing on purpose
-    import torch._inductor.runtime.triton_compat
+    import_module("torch._inductor.runtime.triton_compat")
     from torch.utils import _triton
 
     _triton.has_triton_package()
@@ -127,13 +128,11 @@ def before_bridge() -> None:
     """Shims without which ``import megatron.bridge`` 0.6.2 fails here.
 
     - ``transformer_engine`` is imported unconditionally by its LoRA layers, ``megatron.energon`` by its data sets.
-      megatron-core is imported before: it must go on seeing that TransformerEngine is absent.
+      megatron-core and modelopt are imported before: they must go on seeing that TransformerEngine is absent.
     """
     before_core()
-    import megatron.core.extensions.transformer_engine
-    import megatron.core.models.gpt
-    import modelopt.torch.opt.plugins  # noqa: F401
-
+    for name in ("megatron.core.extensions.transformer_engine", "megatron.core.models.gpt", "modelopt.torch.opt"):
+        import_module(name)
     _fakes.names |= {"transformer_engine", "megatron.energon"}
 
 
@@ -173,7 +172,7 @@ def peak_mib() -> float:
 
 def provider_for_cpu(bridge: Any) -> Any:
     """The provider of ``import_ckpt``, made to build megatron-core's local layers without fused CUDA kernels."""
-    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.bridge.models.gpt_provider import local_layer_spec  # pyright: ignore[reportMissingImports]
 
     provider = bridge.to_megatron_provider(load_weights=True)
     provider.transformer_layer_spec = local_layer_spec
@@ -181,8 +180,7 @@ def provider_for_cpu(bridge: Any) -> Any:
         "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
         "apply_rope_fusion", "cross_entropy_loss_fusion", "persist_layer_norm",
     ):  # fmt: skip
-        if hasattr(provider, fusion):
-            setattr(provider, fusion, False)
+        setattr(provider, fusion, False)
     provider.finalize()
     return provider
 
@@ -204,9 +202,9 @@ def main() -> None:
     report = os.dup(1)  # standard output carries the result alone; libraries write to it too
     os.dup2(2, 1)
     before_bridge()
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.training import model_load_save  # noqa: F401  save_megatron_model imports it when called
+    from megatron.bridge import AutoBridge  # pyright: ignore[reportMissingImports]
 
+    import_module("megatron.bridge.training.model_load_save")  # save_megatron_model would import it
     on_cpu()
     done("import")
     with tempfile.TemporaryDirectory(prefix="bridge-peer-") as scratch:
