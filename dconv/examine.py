@@ -18,7 +18,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, group_names
 from dconv.pipeline import Described, describe_model
-from dconv.sharding.commit import RECEIPT
+from dconv.sharding.receipt import RECEIPT
 
 _WIDTH: Final = 100
 _LABEL: Final = 13

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.codec.kernels import apply
 from dconv.errors import Refused, StorageFault
-from dconv.sharding.commit import Outcome, Settings, check_output, partial_folder, run_rank
+from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Plan, Target, build_plan
+from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 
 #: Every spelling of FORMAT -> its engine.
@@ -242,8 +244,9 @@ def check_space(plan: Plan, out: Path) -> None:
     size, allocated = sum(s.size for s in stamps), sum(min(s.allocated, s.size) for s in stamps)
     share = allocated / size if size else 1.0
     needed = math.ceil(plan.bytes_written * min(1.0, share))
-    partial = partial_folder(out, plan)
-    have = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    have = 0
+    with contextlib.suppress(FileNotFoundError):  # another rank may commit meanwhile
+        have = sum(path.stat().st_blocks * 512 for path in partial_folder(out, plan).rglob("*"))
     room = os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
     if needed - have > free:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from dconv.checkpoint.files import read_json
 from dconv.errors import Damaged, DconvError, Refused, StorageFault, ToolMissing, VerifyFailed, group_names
 from dconv.pipeline import Job, Request
-from dconv.sharding.commit import RECEIPT, hash_stretch
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
+from dconv.sharding.receipt import RECEIPT, hash_stretch
 from dconv.sharding.region import Region
 
 _READ: Final = 1 << 20

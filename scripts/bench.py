@@ -218,15 +218,15 @@ def memory(bench: Bench, names: list[str]) -> list[str]:
     return lines
 
 
-def planning() -> str:
-    """Seconds to plan a 70B layout, headers read and plan hashed."""
-    code = (
-        "import sys,time;from pathlib import Path;t=time.perf_counter();"
-        "from dconv.pipeline import Request,prepare;from dconv.sharding.coords import Parallel;"
-        "j=prepare(Request(Path(sys.argv[1]),'megatron',Path('x'),parallel=Parallel(tp=8,pp=8)));j.plan.id;j.plan.tasks;"
-        "print(f'{time.perf_counter()-t:.2f} {len(j.plan.tasks)}')"
-    )
-    return code
+#: Plans a 70B layout: headers read, cover proved, tasks cut, plan hashed.
+PLANNING = """
+import sys, time
+began = time.perf_counter()
+import dconv
+job = dconv.plan(sys.argv[1], "megatron", "out", tp=8, pp=8)
+job.plan.id
+print(f"{time.perf_counter() - began:.2f} {len(job.plan.tasks)}")
+"""
 
 
 def bridge(bench: Bench, python: Path) -> None:
@@ -262,9 +262,14 @@ def write(bench: Bench, memory_lines: list[str], plan_line: str, path: Path, com
         *rows,
     ]
     if memory_lines:
-        text += ["", "Peak memory (`VmHWM`) of a relayout rank, 2 ranks. The 70B model is one hole of 141 GB.", "",
-                 "| model | bytes | --max-memory | peak | promised | time | disk used |", "|---|---|---|---|---|---|---|",
-                 *memory_lines]  # fmt: skip
+        text += [
+            "",
+            "Peak memory (`VmHWM`) of a relayout rank, 2 ranks. The 70B model is one hole of 141 GB.",
+            "",
+            "| model | bytes | --max-memory | peak | promised | time | disk used |",
+            "|---|---|---|---|---|---|---|",
+            *memory_lines,
+        ]
     if plan_line:
         text += ["", plan_line]
     path.write_text("\n".join(text) + "\n")
@@ -286,7 +291,7 @@ def main() -> None:
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
     plan_line = ""
     if args.all:
-        command = [sys.executable, "-c", planning(), str(args.work / "70B")]
+        command = [sys.executable, "-c", PLANNING, str(args.work / "70B")]
         seconds, tasks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         plan_line = f"Planning the 70B layout (tp 8 x pp 8, {tasks} tasks, imports included): {seconds} s."
         print(plan_line)

@@ -20,7 +20,8 @@ from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageErro
 from dconv.launch.options import to_request
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
-from dconv.sharding.commit import Outcome, Settings, partial_folder, read_receipt
+from dconv.sharding.commit import Outcome, Settings
+from dconv.sharding.receipt import partial_folder, read_receipt
 
 
 @dataclass(frozen=True, slots=True)

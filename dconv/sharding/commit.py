@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -21,17 +20,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
-from dconv.sharding.digest import ALGORITHMS, DEFAULT, Hasher, tree
+from dconv.errors import Damaged, DconvError, Preempted, StorageFault
+from dconv.sharding.digest import ALGORITHMS, DEFAULT
 from dconv.sharding.execute import Done, Outputs, run_tasks
 from dconv.sharding.journal import Flusher, Journal, Noted, sync_folder
 from dconv.sharding.ops import Kernel
 from dconv.sharding.plan import Plan, Task
 from dconv.sharding.reader import ReadLog
+from dconv.sharding.receipt import (
+    RECEIPT,
+    check_output,
+    hash_bytes,
+    is_result,
+    make_receipt,
+    partial_folder,
+    read_receipt,
+    to_json,
+    update_from_file,
+)
 
-RECEIPT: Final = "dconv.json"
 _STATE: Final = ".dconv"
-_READ: Final = 1 << 20
 #: Tasks that a committing rank looks at again before it asks the journal what the others did meanwhile.
 _LOOK: Final = 8
 
@@ -82,65 +90,6 @@ class Outcome:
     kept: int
 
 
-def partial_folder(out: Path, plan: Plan) -> Path:
-    """Where an output grows.
-
-    Raises:
-        UsageError: ``out`` has no name of its own (``.``, ``/``).
-    """
-    if out.name in ("", ".."):
-        raise UsageError(
-            "the output needs a name of its own, nothing was written", where=f"-o {out}", do="-o DIRECTORY/NAME"
-        )
-    return out.with_name(f"{out.name}.partial-{plan.id}")
-
-
-def read_receipt(folder: Path) -> dict[str, object] | None:
-    """The receipt of a finished output, or None when there is none that parses."""
-    try:
-        receipt = json.loads((folder / RECEIPT).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return receipt if isinstance(receipt, dict) and "plan" in receipt else None
-
-
-def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launched: float) -> bool:
-    """True when the output is already there and complete: by an earlier run if ``resume``, else by a faster rank.
-
-    Raises:
-        UsageError: something else is there and may not be replaced, or ``out`` is no place for an output.
-    """
-    partial_folder(out, plan)
-    if Path(os.path.realpath(plan.source.root)).is_relative_to(os.path.realpath(out)):
-        raise UsageError(
-            "the output would replace its own source, nothing was written", where=str(out), do="name another -o"
-        )
-    if not os.path.lexists(out):
-        return False
-    receipt = read_receipt(out)
-    if receipt is not None and receipt["plan"] == plan.id and _is_whole(plan, out):
-        finished = receipt.get("finished")
-        if resume or (isinstance(finished, float) and finished >= launched):
-            return True
-    if overwrite:
-        return False
-    what = "a finished dconv output" if receipt is not None else "something without a dconv receipt"
-    raise UsageError(
-        "the output exists, nothing was written",
-        where=str(out),
-        found=what,
-        do="name another -o, or --overwrite replaces it once the new one is whole",
-    )
-
-
-def _is_whole(plan: Plan, out: Path) -> bool:
-    """Whether every weight file of a finished output is still there with its size."""
-    try:
-        return all(os.stat(out / file.path).st_size == file.size for file in plan.target.files)
-    except OSError:
-        return False
-
-
 def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outcome:
     """Do this rank's share of the plan and commit if it was the last.
 
@@ -168,11 +117,11 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         written, kept = run.do_share(tasks, share)
         committed = run.commit()
         complete = committed or not run.is_ours()
-        if complete and not _is_result(plan, out):
+        if complete and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
         return Outcome(committed, complete, share, written, kept)
     except DconvError:
-        if not run.is_ours() and _is_result(plan, out):
+        if not run.is_ours() and is_result(plan, out):
             return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
         if isinstance(fault := _source_fault(plan), Damaged):
             run.abandon()
@@ -181,11 +130,6 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
     finally:
         outputs.close()
         journal.close()
-
-
-def _is_result(plan: Plan, out: Path) -> bool:
-    receipt = read_receipt(out)
-    return receipt is not None and receipt["plan"] == plan.id
 
 
 @contextlib.contextmanager
@@ -247,33 +191,10 @@ def _hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
     fd = outputs.fd(task.file)
     try:
         for offset, nbytes in stretches:
-            _update(hasher, fd, offset, nbytes)
+            update_from_file(hasher, fd, offset, nbytes)
     except OSError as fault:
         raise StorageFault(f"cannot read back: {fault.strerror}", where=plan.target.files[task.file].path) from fault
     return hasher.hexdigest()
-
-
-def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
-    """The digest of a stretch of an open file; shorter files give another digest than the whole would."""
-    hasher = ALGORITHMS[algorithm]()
-    _update(hasher, fd, offset, nbytes)
-    return hasher.hexdigest()
-
-
-def hash_bytes(data: bytes, algorithm: str) -> str:
-    hasher = ALGORITHMS[algorithm]()
-    hasher.update(data)
-    return hasher.hexdigest()
-
-
-def _update(hasher: Hasher, fd: int, offset: int, nbytes: int) -> None:
-    end = offset + nbytes
-    while offset < end:
-        data = os.pread(fd, min(_READ, end - offset), offset)
-        if not data:
-            break
-        hasher.update(data)
-        offset += len(data)
 
 
 @dataclass(frozen=True)
@@ -395,7 +316,8 @@ class _Run:
             _write_synced(self.partial / name, data)
             closing[name] = hash_bytes(data, self.settings.algorithm)
         done = {task: line.digest for task, line in noted.items()}
-        _write_synced(self.partial / RECEIPT, _to_json(receipt(self.plan, done, self.settings, closing)))
+        receipt = make_receipt(self.plan, done, closing, self.settings.algorithm, self.settings.about)
+        _write_synced(self.partial / RECEIPT, to_json(receipt))
         _finish(self.out, self.partial, self.settings.overwrite)
         return True
 
@@ -410,7 +332,7 @@ def _finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str
     """Finish what a killed run began; finished *now*, by which the other ranks of this run know it for their own."""
     fresh = partial / f"{RECEIPT}.new"
     try:
-        _write_synced(fresh, _to_json(receipt | {"finished": time.time()}))
+        _write_synced(fresh, to_json(receipt | {"finished": time.time()}))
         os.replace(fresh, partial / RECEIPT)
     except OSError as fault:
         raise _cannot("commit", partial, fault) from fault
@@ -451,43 +373,6 @@ def _source_fault(plan: Plan) -> DconvError | None:
             do="run again when nothing writes to the source",
         )
     return None
-
-
-def receipt(plan: Plan, done: Mapping[int, str], settings: Settings, closing: Mapping[str, str]) -> dict[str, object]:
-    """What was made, by which plan, with a digest for every tensor, every file's framing and every closing file."""
-    leaves: dict[int, list[str]] = {}
-    frames: dict[str, str] = {}
-    for task in plan.tasks:
-        if task.tensor < 0:
-            frames[plan.target.files[task.file].path] = done[task.index]
-        else:
-            leaves.setdefault(task.tensor, []).append(done[task.index])
-    tensors = {
-        tensor.key: {
-            "file": tensor.file,
-            "offset": tensor.offset,
-            "dtype": tensor.spec.dtype,
-            "shape": list(tensor.spec.shape),
-            "digest": tree(settings.algorithm, leaves.get(i, [])),
-        }
-        for i, tensor in enumerate(plan.target.tensors)
-    }
-    sources = {name: stamp.size for name, stamp in sorted(plan.source.files.items())}
-    return {
-        "plan": plan.id,
-        **settings.about,
-        "finished": time.time(),
-        "digest": settings.algorithm,
-        "left_out": plan.target.left_out or {},
-        "source_files": sources,
-        "frames": frames,
-        "closing": dict(closing),
-        "tensors": tensors,
-    }
-
-
-def _to_json(value: dict[str, object]) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def _write_synced(path: Path, data: bytes) -> None:

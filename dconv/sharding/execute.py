@@ -206,7 +206,7 @@ class Worker:
                 raw = np.empty(copy.region.shape, carrier(copy.dtype))
                 self.reader.read_box(copy, raw)
                 box[...] = self._kernel(copy.op, raw)
-        return memoryview(flat)
+        return flat.data
 
     def _frame(self, task: Task) -> Done:
         hasher: Hasher = ALGORITHMS[self._algorithm]()

@@ -88,7 +88,7 @@ class Reader:
         self, file: str, offset: int, axes: list[tuple[int, int]], out: NDArray[np.generic], itemsize: int
     ) -> None:
         if self._in_place(axes, out, itemsize):
-            self._pread(file, offset, memoryview(out.reshape(-1)).cast("B"))
+            self._pread(file, offset, out.reshape(-1).data.cast("B"))
             return
         span = sum((n - 1) * s for n, s in axes) + itemsize
         needed = math.prod(n for n, _ in axes) * itemsize
@@ -96,7 +96,7 @@ class Reader:
         gapless = span == needed
         if span <= self._scratch.nbytes and (gapless or run < MIN_RUN or len(axes) == 1):
             scratch = self._scratch[:span]
-            self._pread(file, offset, memoryview(scratch))
+            self._pread(file, offset, scratch.data)
             source = np.ndarray([n for n, _ in axes], out.dtype, scratch, strides=[s for _, s in axes])
             np.copyto(out, source)
             return
@@ -111,7 +111,7 @@ class Reader:
         elif len(rest) == 1 and self._in_place(rest, out[0], itemsize):
             nbytes = rest[0][0] * itemsize
             for i in range(n):  # the hot loop of a column cut: one run a row
-                self._pread(file, offset + i * stride, memoryview(out[i]).cast("B"), nbytes)
+                self._pread(file, offset + i * stride, out[i].data.cast("B"), nbytes)
         else:
             for i in range(n):
                 self._read_axes(file, offset + i * stride, rest, out[i, ...], itemsize)

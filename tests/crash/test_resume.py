@@ -25,10 +25,11 @@ from dconv.launch import worker
 from dconv.launch.__main__ import main
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import commit
-from dconv.sharding.commit import Outcome, Settings, partial_folder
+from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Parallel
 from dconv.sharding.journal import Journal
 from dconv.sharding.plan import LEAF_BYTES, Task
+from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tree_digest, write_random
 
 CONTAINERS = ("torch_dist", "legacy")

@@ -243,6 +243,14 @@ def test_wrong_metadata(tmp_path: Path, changes: dict[str, Any], error: type[Dco
     assert str(tmp_path) in caught.value.where
 
 
+def test_two_places_for_one_chunk(tmp_path: Path) -> None:
+    chunk = DcpChunk((0,), (2,), "__0_0.distcp", 0, 400)
+    twice = DcpTensor("f32", (2,), (chunk, replace(chunk, offset=400)))
+    (tmp_path / ".metadata").write_bytes(dcp.dump_metadata({"w": twice}, {}))
+    with pytest.raises(Damaged, match="repeated"):
+        dcp.read_metadata(tmp_path)
+
+
 def test_truncated_metadata(tmp_path: Path) -> None:
     path = _write(tmp_path) / ".metadata"
     data = path.read_bytes()

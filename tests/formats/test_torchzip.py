@@ -348,9 +348,32 @@ def test_compressed_repeated_overlapping_and_flipped_records(tmp_path: Path) -> 
     with pytest.raises(Damaged, match="overlap"):
         read(path)
 
+    at = (
+        data.rindex(b"x/version") - 46 + 20
+    )  # both sizes in the central directory, of a record that nobody reads
+    path.write_bytes(data[:at] + struct.pack("<2L", 999, 999) + data[at + 8 :])
+    with pytest.raises(Damaged, match="overlap"):
+        read(path)
+
+    at = data.index(b"x/data/1") - 2  # length of the extra field in the local header: moves the data
+    path.write_bytes(
+        data[:at] + struct.pack("<H", struct.unpack_from("<H", data, at)[0] + 100) + data[at + 2 :]
+    )
+    with pytest.raises(Damaged, match="overlap"):
+        read(path)
+
     at = data.index(b"\x80\x02}")
     path.write_bytes(data[: at + 10] + bytes([data[at + 10] ^ 1]) + data[at + 11 :])
     with pytest.raises(Damaged, match="checksum"):
+        read(path)
+
+
+def test_old_file_whose_storage_is_not_what_the_tree_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    data = small(path, zipped=False)
+    at = data.rindex(struct.pack("<q", 2))
+    path.write_bytes(data[:at] + struct.pack("<q", 1) + data[at + 8 :])
+    with pytest.raises(Damaged, match="wrong size"):
         read(path)
 
 

@@ -27,8 +27,9 @@ from dconv.errors import Damaged, DconvError, StorageFault
 from dconv.launch.__main__ import main
 from dconv.launch.progress import Board
 from dconv.pipeline import Job, Request, convert, prepare, run
-from dconv.sharding.commit import Settings, partial_folder
+from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tensors, tree_digest, write_random
 
 USAGE, REFUSED, DAMAGED, STORAGE = 2, 3, 4, 5

@@ -19,8 +19,9 @@ from dconv.launch.__main__ import main
 from dconv.launch.progress import Board, Display
 from dconv.launch.worker import place
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings, partial_folder
+from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tree_digest, write_random
 
 #: A launch that takes longer than this hangs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, Parallel, i
                                    and sizes["intermediate_size"] % t == 0]))  # fmt: skip
         stages = draw(st.lists(st.integers(0, layers), max_size=3))
         cuts = [0, *sorted(min(s, layers) for s in stages), layers]
-        counts = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+        counts = [b - a for a, b in itertools.pairwise(cuts)]
         vpp = 2 if len(counts) == 4 and draw(st.booleans()) else 1
         pp = len(counts) // vpp
         layout = tuple(tuple(counts[v * pp + p] for v in range(vpp)) for p in range(pp))

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from dconv.arch.registry import by_name
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import plan as plan_module
-from dconv.sharding.commit import Settings, partial_folder
+from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from dconv.sharding.reader import MIN_RUN
+from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tree_digest, write_random
 
 WORLDS = (1, 2, 3, 4, 5, 8)

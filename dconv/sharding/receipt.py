@@ -1,0 +1,147 @@
+"""The receipt of a finished output: what was made, by which plan, with a digest for everything on disk.
+
+A directory without a valid receipt is not a result; one with a receipt of the same plan is this very output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from dconv.errors import UsageError
+from dconv.sharding.digest import ALGORITHMS, Hasher, tree
+from dconv.sharding.plan import Plan
+
+RECEIPT: Final = "dconv.json"
+_READ: Final = 1 << 20
+
+
+def partial_folder(out: Path, plan: Plan) -> Path:
+    """Where an output grows.
+
+    Raises:
+        UsageError: ``out`` has no name of its own (``.``, ``/``).
+    """
+    if out.name in ("", ".."):
+        raise UsageError(
+            "the output needs a name of its own, nothing was written", where=f"-o {out}", do="-o DIRECTORY/NAME"
+        )
+    return out.with_name(f"{out.name}.partial-{plan.id}")
+
+
+def read_receipt(folder: Path) -> dict[str, object] | None:
+    """The receipt of a finished output, or None when there is none that parses."""
+    try:
+        receipt = json.loads((folder / RECEIPT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return receipt if isinstance(receipt, dict) and "plan" in receipt else None
+
+
+def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launched: float) -> bool:
+    """True when the output is already there and complete: by an earlier run if ``resume``, else by a faster rank.
+
+    Raises:
+        UsageError: something else is there and may not be replaced, or ``out`` is no place for an output.
+    """
+    partial_folder(out, plan)
+    if Path(os.path.realpath(plan.source.root)).is_relative_to(os.path.realpath(out)):
+        raise UsageError(
+            "the output would replace its own source, nothing was written", where=str(out), do="name another -o"
+        )
+    if not os.path.lexists(out):
+        return False
+    receipt = read_receipt(out)
+    if receipt is not None and receipt["plan"] == plan.id and _is_whole(plan, out):
+        finished = receipt.get("finished")
+        if resume or (isinstance(finished, float) and finished >= launched):
+            return True
+    if overwrite:
+        return False
+    what = "a finished dconv output" if receipt is not None else "something without a dconv receipt"
+    raise UsageError(
+        "the output exists, nothing was written",
+        where=str(out),
+        found=what,
+        do="name another -o, or --overwrite replaces it once the new one is whole",
+    )
+
+
+def _is_whole(plan: Plan, out: Path) -> bool:
+    """Whether every weight file of a finished output is still there with its size."""
+    try:
+        return all(os.stat(out / file.path).st_size == file.size for file in plan.target.files)
+    except OSError:
+        return False
+
+
+def is_result(plan: Plan, out: Path) -> bool:
+    receipt = read_receipt(out)
+    return receipt is not None and receipt["plan"] == plan.id
+
+
+def make_receipt(
+    plan: Plan, done: Mapping[int, str], closing: Mapping[str, str], algorithm: str, about: Mapping[str, object]
+) -> dict[str, object]:
+    """What was made, by which plan, with a digest for every tensor, every file's framing and every closing file."""
+    leaves: dict[int, list[str]] = {}
+    frames: dict[str, str] = {}
+    for task in plan.tasks:
+        if task.tensor < 0:
+            frames[plan.target.files[task.file].path] = done[task.index]
+        else:
+            leaves.setdefault(task.tensor, []).append(done[task.index])
+    tensors = {
+        tensor.key: {
+            "file": tensor.file,
+            "offset": tensor.offset,
+            "dtype": tensor.spec.dtype,
+            "shape": list(tensor.spec.shape),
+            "digest": tree(algorithm, leaves.get(i, [])),
+        }
+        for i, tensor in enumerate(plan.target.tensors)
+    }
+    sources = {name: stamp.size for name, stamp in sorted(plan.source.files.items())}
+    return {
+        "plan": plan.id,
+        **about,
+        "finished": time.time(),
+        "digest": algorithm,
+        "left_out": plan.target.left_out or {},
+        "source_files": sources,
+        "frames": frames,
+        "closing": dict(closing),
+        "tensors": tensors,
+    }
+
+
+def to_json(value: dict[str, object]) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
+    """The digest of a stretch of an open file; shorter files give another digest than the whole would."""
+    hasher = ALGORITHMS[algorithm]()
+    update_from_file(hasher, fd, offset, nbytes)
+    return hasher.hexdigest()
+
+
+def hash_bytes(data: bytes, algorithm: str) -> str:
+    hasher = ALGORITHMS[algorithm]()
+    hasher.update(data)
+    return hasher.hexdigest()
+
+
+def update_from_file(hasher: Hasher, fd: int, offset: int, nbytes: int) -> None:
+    """Feed a stretch of an open file to ``hasher``; what lies past the file's end is left out."""
+    end = offset + nbytes
+    while offset < end:
+        data = os.pread(fd, min(_READ, end - offset), offset)
+        if not data:
+            break
+        hasher.update(data)
+        offset += len(data)
