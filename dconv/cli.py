@@ -11,15 +11,12 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dconv import __version__
 from dconv.errors import DconvError, UsageError
-
-if TYPE_CHECKING:
-    from dconv.pipeline import Job
 
 #: What one rank reads or writes a second on a plain NVMe disk; the plan's floor is priced with it.
 _RATE: Final = 2e9
@@ -62,8 +59,8 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show where an internal error happened")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+def _count(text: str | int) -> int:
+    if not str(text).isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
     return int(text)
 
@@ -109,6 +106,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.examine import price
     from dconv.launch.options import parse, to_request
     from dconv.pipeline import prepare
 
@@ -118,84 +116,8 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
-def price(job: Job, world: int | None = None) -> dict[str, Any]:
-    """What a planned job reads and writes, in all and by each of ``world`` ranks (default: one rank a shard)."""
-    from dconv.pipeline import FORMATS
-    from dconv.sharding.execute import _TILE_BYTES
-
-    plan, request = job.plan, job.request
-    specs = job.logical.specs.values()
-    rounded = {
-        slot.tensor
-        for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True)
-        if not all(copy.op.exact for copy in copies)
-        for slot in tensor.slots
-    }
-    parallel = request.parallel if request.parallel.ep > 1 else replace(request.parallel, etp=1)
-    owners = {file.owner for file in plan.target.files}
-    engine = FORMATS[request.format]
-    world = world or plan.target.world
-    return {
-        "plan": plan.id,
-        "family": job.family.name,
-        "layers": int(job.facts["layers"]),
-        "parameters": sum(_volume(spec.shape) for spec in specs),
-        "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
-        "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
-        "target": {
-            "path": str(request.output),
-            "format": engine if engine == "huggingface" else f"megatron {request.megatron_format}",
-            "layout": parallel.described if engine == "megatron" else "",
-            "files": len(plan.target.files),
-            "shards": len(owners) if -1 not in owners else len(plan.target.files),
-        },
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "largest_buffer": _TILE_BYTES,
-        "tensors": len(specs),
-        "rounded": len(rounded),
-        "left_out": plan.target.left_out or {},
-        "world": world,
-        "ranks": _shares(job, world),
-    }
-
-
-def _volume(shape: Sequence[int]) -> int:
-    import math
-
-    return math.prod(shape)
-
-
-def _shares(job: Job, world: int) -> list[dict[str, Any]]:
-    from dconv.sharding.dtypes import ITEMSIZE
-
-    plan = job.plan
-    names = [f"tp{c.tp} pp{c.pp}" for c in job.request.parallel.coords()]
-    ranks = []
-    for rank in range(world):
-        tasks = plan.share(rank, world)
-        read = 0
-        for task in tasks:
-            for copy in plan.copies[task.tensor] if task.tensor >= 0 else ():
-                part = copy.clip(task.region)
-                read += part.region.volume * ITEMSIZE[part.dtype] if part is not None else 0
-        files = {task.file for task in tasks}
-        owners = {plan.target.files[file].owner for file in files}
-        owner = owners.pop() if len(owners) == 1 else -1
-        ranks.append(
-            {
-                "rank": rank,
-                "shard": names[owner] if owner >= 0 else f"{len(files)} file{'s' * (len(files) != 1)}",
-                "read": read,
-                "written": sum(task.nbytes for task in tasks),
-                "tensors": len({task.tensor for task in tasks if task.tensor >= 0}),
-            }
-        )
-    return ranks
-
-
 def plan_text(priced: dict[str, Any]) -> str:
-    """What `price` found, for a person."""
+    """What `dconv.examine.price` found, for a person."""
     source, target, ranks = priced["source"], priced["target"], priced["ranks"]
     total, rounded, written = priced["tensors"], priced["rounded"], priced["bytes_written"]
     exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
@@ -319,14 +241,14 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from dconv.checkpoint.detect import OPENERS
+    from dconv.checkpoint.detect import CONTAINERS
     from dconv.pipeline import FORMATS
 
     args = parser.parse_args(words)
     spellings: dict[str, list[str]] = {}
     for spelling, engine in FORMATS.items():
         spellings.setdefault(engine, []).append(spelling)
-    known = {"read": sorted(OPENERS), "write": spellings}
+    known = {"read": sorted(CONTAINERS), "write": spellings}
     if args.json:
         print(json.dumps(known))
         return 0

@@ -1,4 +1,4 @@
-"""Look at one checkpoint: `inspect` reads headers and says what it is, `check` reads all of it and runs it."""
+"""Looking without converting: `inspect` reads a checkpoint's headers, `check` all of it, `price` sums up a plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,9 @@ from dconv.arch.layouts import Facts
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, group_names
-from dconv.pipeline import Described, describe_model
+from dconv.pipeline import FORMATS, Described, Job, describe_model
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.receipt import RECEIPT
 
 _WIDTH: Final = 100
@@ -295,8 +297,13 @@ def check(
     read = verify.reread(covered) if covered else None
     if covered and read and not read.whole:
         raise read.fault(Damaged, covered)
-    options: dict[str, Any] = {"source_format": source_format, "model_type": model_type, "hf_config": hf_config}
-    model = describe_model(path, **options, drop=drop)
+    options: dict[str, Any] = {
+        "source_format": source_format,
+        "model_type": model_type,
+        "hf_config": hf_config,
+        "drop": drop,
+    }
+    model = describe_model(path, **options)
     report = _in_full(path, model, hf_config)
     notes = []
     if read and read.strangers:
@@ -304,8 +311,75 @@ def check(
     not_run = "not asked for" if not run else ""
     if run and not force and (short := verify.shortage(report.parameters or 0, report.format)):
         not_run = f"{short}; --force-run runs it all the same"
+    if run and not verify.runs(report.format):
+        not_run = f"no runtime here runs a {report.format} checkpoint"
     if not_run:
         return Checked(report, read, None, not_run, tuple(notes))
     tokens = verify.random_tokens(int(model.facts["vocab"]))
-    found = verify.runtime_of(report.format).can_infer(path, tokens, **options)
+    found = verify.runtime_of(report.format).can_infer(model.source.root, tokens, **options)
     return Checked(report, read, found, notes=tuple(notes))
+
+
+def price(job: Job, world: int | None = None) -> dict[str, Any]:
+    """What a planned job reads and writes, in all and by each of ``world`` ranks (default: one rank a shard)."""
+    plan, request = job.plan, job.request
+    specs = job.logical.specs.values()
+    rounded = {
+        slot.tensor
+        for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True)
+        if not all(copy.op.exact for copy in copies)
+        for slot in tensor.slots
+    }
+    parallel = request.parallel if request.parallel.ep > 1 else replace(request.parallel, etp=1)
+    owners = {file.owner for file in plan.target.files}
+    engine = FORMATS[request.format]
+    world = world or plan.target.world
+    return {
+        "plan": plan.id,
+        "family": job.family.name,
+        "layers": int(job.facts["layers"]),
+        "parameters": sum(math.prod(spec.shape) for spec in specs),
+        "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
+        "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
+        "target": {
+            "path": str(request.output),
+            "format": engine if engine == "huggingface" else f"megatron {request.megatron_format}",
+            "layout": parallel.described if engine == "megatron" else "",
+            "files": len(plan.target.files),
+            "shards": len(owners) if -1 not in owners else len(plan.target.files),
+        },
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "largest_buffer": _TILE_BYTES,
+        "tensors": len(specs),
+        "rounded": len(rounded),
+        "left_out": plan.target.left_out or {},
+        "world": world,
+        "ranks": _shares(job, world),
+    }
+
+
+def _shares(job: Job, world: int) -> list[dict[str, Any]]:
+    plan = job.plan
+    names = [f"tp{c.tp} pp{c.pp}" for c in job.request.parallel.coords()]
+    ranks = []
+    for rank in range(world):
+        tasks = plan.share(rank, world)
+        read = 0
+        for task in tasks:
+            for copy in plan.copies[task.tensor] if task.tensor >= 0 else ():
+                part = copy.clip(task.region)
+                read += part.region.volume * ITEMSIZE[part.dtype] if part is not None else 0
+        files = {task.file for task in tasks}
+        owners = {plan.target.files[file].owner for file in files}
+        owner = owners.pop() if len(owners) == 1 else -1
+        ranks.append(
+            {
+                "rank": rank,
+                "shard": names[owner] if owner >= 0 else f"{len(files)} file{'s' * (len(files) != 1)}",
+                "read": read,
+                "written": sum(task.nbytes for task in tasks),
+                "tensors": len({task.tensor for task in tasks if task.tensor >= 0}),
+            }
+        )
+    return ranks

@@ -13,7 +13,7 @@ from dconv import __version__
 from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import huggingface, legacy, megatron, torch_dist
+from dconv.checkpoint import huggingface, megatron
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Source, describe, side_files
@@ -207,7 +207,11 @@ def _megatron(request: Request, model: Described) -> Target:
         left_out=model.logical.left_out,
     )
     if request.megatron_format == "legacy":
+        from dconv.checkpoint import legacy
+
         return legacy.lay_out(described, local_spec=request.transformer_impl == "local")
+    from dconv.checkpoint import torch_dist
+
     return torch_dist.lay_out(described)
 
 

@@ -239,21 +239,26 @@ def _between(fd: int, tensors: Iterable[_Tensor], algorithm: str) -> str:
     return hasher.hexdigest()
 
 
+def runs(container: str) -> bool:
+    """Whether `runtime_of` has one."""
+    return container == "huggingface" or container.startswith("megatron")
+
+
 def runtime_of(container: str) -> ModuleType:
     """The module with ``can_infer`` and ``logits_of`` for a container (`dconv.checkpoint.source.Source.format`).
 
     Raises:
         ToolMissing: nothing here runs it.
     """
+    if not runs(container):
+        raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="--verify digest needs none")
     if container == "huggingface":
         from dconv.export import huggingface
 
         return huggingface
-    if container.startswith("megatron"):
-        from dconv.export import megatron
+    from dconv.export import megatron
 
-        return megatron
-    raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="convert it to huggingface or megatron")
+    return megatron
 
 
 def shortage(parameters: int, container: str) -> str:
@@ -294,7 +299,6 @@ def logits(job: Job, out: Path) -> dict[str, object]:
         VerifyFailed: the difference is past the bound, or the comparison could not be made.
         ToolMissing: a runtime is not installed or failed.
     """
-    request = job.request
     target = "megatron" if job.plan.target.files[0].owner >= 0 else "huggingface"
     vocabulary = int(job.facts["vocab"])
     tokens = random_tokens(vocabulary)
@@ -308,7 +312,7 @@ def logits(job: Job, out: Path) -> dict[str, object]:
             do="--verify digest needs no memory; or compare on a larger machine",
         )
     try:
-        reference = runtime_of(job.source.format).logits_of(request.model, tokens, **_options(request))
+        reference = runtime_of(job.source.format).logits_of(job.source.root, tokens, **_options(job.request))
         result = runtime_of(target).logits_of(out, tokens)
     except (Refused, Damaged) as error:
         raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
@@ -332,6 +336,7 @@ def _options(request: Request) -> dict[str, Any]:
         "source_format": request.source_format,
         "model_type": request.model_type,
         "hf_config": request.hf_config,
+        "drop": request.drop,
     }
 
 

@@ -9,6 +9,9 @@ Prints one JSON object, seconds of each part and the peak memory of the process:
 
     {"import": s, "load": s, "save": s, "total": s, "peak_mib": MiB}      and "export": s with --export
 
+``total`` leaves out the end of the process (about 3 s: megatron-core's writer process is joined, torch is taken down);
+time the whole process from outside.
+
 What runs is ``AutoBridge.import_ckpt`` taken apart, with the arguments that it has: ``from_hf_pretrained``,
 ``to_megatron_provider``, ``provide_distributed_model`` and ``save_megatron_model(low_memory_save=True)``; tp 1, pp 1,
 one process, bf16. Taken apart because between the provider and the model the layer spec has to become

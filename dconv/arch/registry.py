@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from typing import Final
 
 from dconv.arch import llama
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
+_BUILT_IN: Final = {family.name: family for family in llama.FAMILIES}
+
 
 @cache
 def families() -> dict[str, Family]:
     """All families by name; an entry point gives a `Family` or a sequence of them."""
-    found = {family.name: family for family in llama.FAMILIES}
+    from importlib.metadata import entry_points  # a rank that finds its family built in does not pay for it
+
+    found = dict(_BUILT_IN)
     for point in entry_points(group="dconv.archs"):
         loaded = point.load()
         for family in (loaded,) if isinstance(loaded, Family) else loaded:
@@ -30,7 +33,7 @@ def by_name(name: str) -> Family:
     Raises:
         Refused: there is none; the nearest is named.
     """
-    family = families().get(name)
+    family = _BUILT_IN.get(name) or families().get(name)
     if family is None:
         raise _unknown(name)
     return family
@@ -45,14 +48,12 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     if config is not None:
         architectures = config.get("architectures")
         named = architectures[0] if isinstance(architectures, list) and architectures else ""
-        for family in families().values():
-            if family.config.architecture == named:
-                return family
-        if not named:
-            for family in families().values():
-                if family.config.model_type == config.get("model_type"):
+        model_type = config.get("model_type")
+        for known in (_BUILT_IN, families):
+            for family in (known() if callable(known) else known).values():
+                if family.config.architecture == named if named else family.config.model_type == model_type:
                     return family
-        raise _unknown(str(named or config.get("model_type")))
+        raise _unknown(str(named or model_type))
     if args is not None:
         wanted = detect_by_args(args, [family.config for family in families().values()])
         return next(family for family in families().values() if family.config is wanted)
@@ -70,6 +71,8 @@ def nothing_known() -> Refused:
 
 def _unknown(name: str) -> Refused:
     known = {f.config.architecture: f for f in families().values()} | families()
+    import difflib
+
     close = difflib.get_close_matches(name, known, 1, 0.0)
     nearest = known[close[0]].name if close else "llama"
     return Refused(

@@ -129,9 +129,7 @@ class _Reader:
             self.bad("a chunk of wrong place", key, place)
         return name, place[0], place[1]
 
-    def _tensor(
-        self, key: str, fields: dict[str, Any], places: Mapping[Any, tuple[str, int, int]]
-    ) -> DcpTensor:
+    def _tensor(self, key: str, fields: dict[str, Any], places: Mapping[Any, tuple[str, int, int]]) -> DcpTensor:
         properties, shape, chunks = fields.get("properties"), fields.get("size"), fields.get("chunks")
         if not isinstance(properties, Record) or not _sizes(shape) or not isinstance(chunks, list):
             self.bad("a tensor of unknown form", key)
@@ -207,9 +205,7 @@ def dump_metadata(tensors: Mapping[str, DcpTensor], objects: Mapping[str, tuple[
             places[where] = _info(chunk.file, chunk.offset, chunk.length)
         form = (pickling.dtype(tensor.dtype), _STRIDED, False, _CONTIGUOUS, False)
         properties = NewObj(_PROPERTIES, (), form)
-        entries[key] = NewObj(
-            _TENSOR, (), {"properties": properties, "size": _size(tensor.shape), "chunks": boxes}
-        )
+        entries[key] = NewObj(_TENSOR, (), {"properties": properties, "size": _size(tensor.shape), "chunks": boxes})
     for key, place in objects.items():
         entries[key] = NewObj(_BYTES)
         places[NewObj(_INDEX, (), {"fqn": key, "index": None})] = _info(*place)

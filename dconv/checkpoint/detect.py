@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import hub, huggingface, legacy, megatron, meta, torch_dist
+from dconv.checkpoint import huggingface, megatron
+from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, Refused, UsageError
 
-#: ``--from`` -> how to open it, given the directory with the shards. ``meta``, which takes an option, stands below.
-OPENERS: Final[dict[str, Callable[[Path], Source]]] = {
-    "huggingface": huggingface.open_source,
-    "torch_dist": torch_dist.open_source,
-    "legacy": legacy.open_source,
-}
+#: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
+CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "meta")
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy"}
 
 
@@ -33,6 +30,8 @@ def open_source(path: Path, said: str | None = None, *, own_config: bool = True)
         Damaged: a checkpoint that is not whole.
     """
     if not os.path.lexists(path):
+        from dconv.checkpoint import hub  # only where a name is no path
+
         name = hub.parse(path)
         if name is None:
             raise UsageError(
@@ -43,23 +42,22 @@ def open_source(path: Path, said: str | None = None, *, own_config: bool = True)
         raise Refused("a checkpoint is a directory", where=str(path), found="a file")
     folder = megatron.find_iteration(path)
     kind = _SPELLINGS.get(said or "", said) if said and said != "megatron" else _kind(folder)
-    if kind == "meta":
-        return meta.open_source(folder, own_config=own_config)
-    opener = OPENERS.get(kind or "")
-    if opener is None:
+    if kind not in CONTAINERS:
         raise Refused(
             "not a checkpoint that dconv reads, nothing was written",
             where=str(folder),
             expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, or Meta's consolidated.*.pth",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
         )
-    return opener(folder)
+    options = {} if kind != "meta" else {"own_config": own_config}
+    return import_module(f"dconv.checkpoint.{kind}").open_source(folder, **options)
 
 
 def _kind(folder: Path) -> str | None:
-    if torch_dist.is_torch_dist(folder):
+    marker = folder / "metadata.json"
+    if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
-    if legacy.is_legacy(folder):
+    if any(folder.glob("mp_rank_*")):
         return "legacy"
     if any(folder.glob("__*.distcp")):
         raise Damaged(
@@ -69,6 +67,6 @@ def _kind(folder: Path) -> str | None:
         )
     if huggingface.is_huggingface(folder):
         return "huggingface"
-    if meta.is_meta(folder):
+    if any(folder.glob("consolidated.*.pth")):
         return "meta"
     return "huggingface" if (folder / "config.json").exists() else None

@@ -356,18 +356,14 @@ class Machine:
             return known
         if not isinstance(module, str) or not isinstance(name, str):
             self.bad("a global whose name is no string")
-        if not f"{module}.{name}".replace(
-            ".", "_"
-        ).isidentifier():  # also keeps control characters off terminals
+        if not f"{module}.{name}".replace(".", "_").isidentifier():  # also keeps control characters off terminals
             self.bad("a global of odd name")
         if module in _PY2_MODULES:
             module, name = _PY2_MODULES[module], _PY2_NAMES.get(name, name)
         if module == "torch" and name in FROM_TORCH:
             return self._symbols.setdefault((module, name), DTypeRef(FROM_TORCH[name]))
         builder = _BUILDERS.get((module, name))
-        if builder is None and not (
-            module.partition(".")[0] in _ROOTS or name in _INERT_MODULES.get(module, ())
-        ):
+        if builder is None and not (module.partition(".")[0] in _ROOTS or name in _INERT_MODULES.get(module, ())):
             raise Damaged(
                 "a pickle with a foreign global",
                 where=self.where,

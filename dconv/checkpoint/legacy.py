@@ -33,10 +33,6 @@ _WITH_STATE: Final = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
 
 
-def is_legacy(iteration: Path) -> bool:
-    return any(_FOLDER.fullmatch(path.name) for path in iteration.glob("mp_rank_*"))
-
-
 def open_source(iteration: Path) -> Source:
     """Describe the shards of one iteration from their pickles and zip directories.
 

@@ -58,10 +58,6 @@ _PLAIN_DTYPES: Final = ("f32", "bf16", "f16")
 _Shard = tuple[str, dict[str, Stored]]
 
 
-def is_meta(folder: Path) -> bool:
-    return any(_SHARD.fullmatch(path.name) for path in folder.glob("consolidated.*.pth"))
-
-
 def open_source(folder: Path, *, own_config: bool = True) -> Source:
     """Describe a release from headers alone. Llama 3.2's output weights are compared with the embedding.
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import dcp, megatron, pickling, torchzip
-from dconv.checkpoint.files import read_json, stamp
+from dconv.checkpoint.files import stamp
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
@@ -42,11 +42,6 @@ _LAYER_STATES: Final = (
     "input_layernorm", "pre_mlp_layernorm",
 )  # fmt: skip
 _MODEL_STATES: Final = ("decoder.final_layernorm", "output_layer")
-
-
-def is_torch_dist(iteration: Path) -> bool:
-    marker = iteration / _MARKER
-    return marker.exists() and read_json(marker, what=_MARKER).get("sharded_backend") == "torch_dist"
 
 
 def open_source(iteration: Path) -> Source:

@@ -78,9 +78,7 @@ class TorchFile:
             raise Damaged("a storage of wrong size", where=where, expected=expected, found=f"{nbytes} bytes")
         if len(ref.shape) != len(ref.stride) or _reach(ref.offset, ref.shape, ref.stride) * size > nbytes:
             found = f"offset {ref.offset}, shape {ref.shape}, strides {ref.stride} of {ref.dtype}"
-            raise Damaged(
-                "a tensor larger than its storage", where=where, expected=f"{nbytes} bytes", found=found
-            )
+            raise Damaged("a tensor larger than its storage", where=where, expected=f"{nbytes} bytes", found=found)
         offset = 0 if 0 in ref.shape else ref.offset * size
         return Located(start + offset, tuple(s * size for s in ref.stride), ref.shape, ref.dtype)
 
@@ -112,9 +110,7 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
             found = f"bytes {offset} to {offset + length}"
-            raise Damaged(
-                "a range past the end of its file", where=str(path), expected=f"{size} bytes", found=found
-            )
+            raise Damaged("a range past the end of its file", where=str(path), expected=f"{size} bytes", found=found)
         blob = _Blob(fd, path, offset, length)
         magic = blob.pread(0, min(length, len(_LEGACY_MAGIC)))
         if magic[:4] == b"PK\x03\x04":
@@ -207,9 +203,7 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
         raise blob.damaged("a broken zip directory", f"{len(found)} records, {count} announced")
     found.sort(key=lambda entry: entry[1])
     records = {}
-    for (name, header, size, crc), (_, limit, _, _) in zip(
-        found, [*found[1:], (b"", start, 0, 0)], strict=True
-    ):
+    for (name, header, size, crc), (_, limit, _, _) in zip(found, [*found[1:], (b"", start, 0, 0)], strict=True):
         if header + _LOCAL.size + len(name) + size > limit:
             raise blob.damaged("records that overlap", _shown(name))
         if name in records:
@@ -254,9 +248,7 @@ def _entry(blob: _Blob, data: bytes, at: int) -> tuple[tuple[bytes, int, int, in
     at += n_name + n_extra + n_comment
     if fields[0] != b"PK\x01\x02" or at > len(data) or method or flags & 0x2041:
         shown = _shown(name)
-        raise blob.damaged(
-            "a record that torch does not write", f"{shown}, compression {method}, flags {flags:#x}"
-        )
+        raise blob.damaged("a record that torch does not write", f"{shown}, compression {method}, flags {flags:#x}")
     wide = iter(_zip64(extra))
     size = next(wide, -1) if size == _U32_MAX else size
     packed = next(wide, -1) if packed == _U32_MAX else packed
@@ -282,12 +274,7 @@ def _data(blob: _Blob, record: _Record) -> int:
     head = blob.pread(record.header, _LOCAL.size + len(record.name))
     fields = _LOCAL.unpack_from(head)
     start = record.header + len(head) + fields[10]
-    if (
-        fields[0] != b"PK\x03\x04"
-        or fields[3]
-        or head[_LOCAL.size :] != record.name
-        or fields[9] != len(record.name)
-    ):
+    if fields[0] != b"PK\x03\x04" or fields[3] or head[_LOCAL.size :] != record.name or fields[9] != len(record.name):
         raise blob.damaged("a broken local header", _shown(record.name))
     if start + record.size > record.limit:
         raise blob.damaged("records that overlap", _shown(record.name))
@@ -334,9 +321,7 @@ def _read_legacy(blob: _Blob) -> TorchFile:
         nbytes = ref.numel * ITEMSIZE[ref.dtype]
         at += 8 + nbytes
         if numel != ref.numel or at > end:
-            raise blob.damaged(
-                "a storage of wrong size", f"{short(key)}: {numel} elements, tree says {ref.numel}"
-            )
+            raise blob.damaged("a storage of wrong size", f"{short(key)}: {numel} elements, tree says {ref.numel}")
         storages[key] = (at - nbytes, nbytes)
     return TorchFile(blob.path, tree, storages)
 
@@ -363,9 +348,7 @@ class Tensor:
     stride: tuple[int, ...]
 
 
-def tensor(
-    dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: Sequence[int] | None = None
-) -> Tensor:
+def tensor(dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: Sequence[int] | None = None) -> Tensor:
     """The node of a tensor that lies in storage ``key``.
 
     Args:
@@ -398,9 +381,7 @@ class Frame:
     data: dict[str, int]
 
 
-def frame(
-    tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, root: str = "archive"
-) -> Frame:
+def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, root: str = "archive") -> Frame:
     """A container for ``tree``, to lie at byte ``base`` of a file.
 
     Its storages' checksums are 0: torch never looks at them, and the bytes are not known yet.
@@ -487,15 +468,11 @@ class _ZipWriter:
         wide = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if low == _U32_MAX else b""
         extra = wide + padding
         # version 4.5 (zip64), no flags, stored, 1980-01-01: the same bytes whenever they are written
-        self._write(
-            _LOCAL.pack(b"PK\x03\x04", 45, 0, 0, 0, 0x21, crc, low, low, len(raw), len(extra)) + raw + extra
-        )
+        self._write(_LOCAL.pack(b"PK\x03\x04", 45, 0, 0, 0, 0x21, crc, low, low, len(raw), len(extra)) + raw + extra)
         numbers = ([nbytes, nbytes] if wide else []) + ([header] if header >= _U32_MAX else [])
         extra = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
         place = (len(raw), len(extra), 0, 0, 0, 0, min(header, _U32_MAX))
-        self._central.append(
-            _CENTRAL.pack(b"PK\x01\x02", 45, 45, 0, 0, 0, 0x21, crc, low, low, *place) + raw + extra
-        )
+        self._central.append(_CENTRAL.pack(b"PK\x01\x02", 45, 45, 0, 0, 0, 0x21, crc, low, low, *place) + raw + extra)
 
     def _write(self, data: bytes) -> None:
         self._pending += data

@@ -5,10 +5,14 @@ Source of the rule: IEEE 754 round to nearest, ties to even; NaN stays NaN (quie
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 
 from dconv.sharding.dtypes import carrier
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def cast(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.generic]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 
 from dconv.codec.cast import cast
 from dconv.sharding.ops import Cast, Op
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def apply(op: Op, values: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -85,7 +85,7 @@ def _load(path: Path, hf_config: Path | None) -> Any:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(hf_config or path, **local)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=torch.float32,
@@ -99,6 +99,7 @@ def _load(path: Path, hf_config: Path | None) -> Any:
             where=str(path),
             found=f"{type(error).__name__}: {error}"[:600],
         ) from error
+    model, info = loaded
     lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if lacking:
         raise Damaged("weights that the model needs are missing", where=f"{group_names(lacking)}\nin {path}")

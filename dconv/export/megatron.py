@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,11 @@ from dconv.pipeline import Request, convert
 #: Processes that one machine starts to load a legacy checkpoint; each takes about 0.5 GB beside its weights.
 _MOST_RANKS: Final = 8
 _NEEDED: Final = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
+#: Args that say how the pipeline was split unevenly.
+_UNEVEN: Final = (
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +52,13 @@ def can_infer(
     source_format: str | None = None,
     model_type: str | None = None,
     hf_config: Path | None = None,
+    drop: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """Run a few tokens through megatron-core's own GPTModel.
 
     Args:
         tokens: int64 [batch, sequence].
-        source_format, model_type, hf_config: as for `dconv.pipeline.describe_model`.
+        source_format, model_type, hf_config, drop: as for `dconv.pipeline.describe_model`.
 
     Returns:
         runtime, model (with the layout that was run) and largest_logit.
@@ -62,7 +68,7 @@ def can_infer(
         Refused: the args ask for what megatron-core does not compute on a CPU.
         ToolMissing: megatron-core is not installed, or a process of it failed.
     """
-    result, how = _logits(path, tokens, source_format, model_type, hf_config)
+    result, how = _logits(Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop), tokens)
     if not np.isfinite(result).all():
         raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
     from importlib.metadata import version
@@ -81,24 +87,24 @@ def logits_of(
     source_format: str | None = None,
     model_type: str | None = None,
     hf_config: Path | None = None,
+    drop: tuple[str, ...] = (),
 ) -> NDArray[np.float32]:
     """fp32 logits [batch, sequence, padded vocabulary]; arguments and errors as for `can_infer`."""
-    return _logits(path, tokens, source_format, model_type, hf_config)[0]
+    return _logits(Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop), tokens)[0]
 
 
-def _logits(
-    path: Path, tokens: NDArray[np.int64], source_format: str | None, model_type: str | None, hf_config: Path | None
-) -> tuple[NDArray[np.float32], str]:
+def _logits(request: Request, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], str]:
+    """Logits of the model that ``request`` would convert to TP 1, and the layout that was run."""
     _require()
-    run = _as_it_is(open_source(path, source_format))
+    said = request.hf_config is not None or request.drop  # Megatron's loaders would not hear of it
+    run = None if said else _as_it_is(open_source(request.model, request.source_format))
     if run is not None:
         how = f"tp {run.tp} x pp {run.pp}" + (f" x vpp {run.vpp}" if run.vpp > 1 else "")
         return _spawn(run, tokens), how
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         out = Path(scratch, "tp1")
-        convert(Request(path, "megatron", out, source_format, model_type, hf_config))
-        args = open_source(out).args or {}
-        return _spawn(_Run(out, False, args), tokens), "tp 1 x pp 1 (a temporary copy)"
+        convert(replace(request, out=out))
+        return _spawn(_Run(out, False, open_source(out).args or {}), tokens), "tp 1 x pp 1 (a temporary copy)"
 
 
 def _require() -> None:
@@ -120,9 +126,10 @@ def _as_it_is(source: Source) -> _Run | None:
     if parallel is None:
         return _Run(source.root, False, args) if (source.root / "common.pt").exists() else None
     counts = {count for stage in parallel.stages or () for count in stage}
-    explained = args.get("decoder_first_pipeline_num_layers") or args.get("decoder_last_pipeline_num_layers")
-    uneven = len(counts) > 1 and not explained
-    if parallel.world > _MOST_RANKS or uneven or args.get("pipeline_model_parallel_layout"):
+    layout = args.get("pipeline_model_parallel_layout")
+    spelled = isinstance(layout, str) and layout.startswith("E")  # else the printed form of an unknown object
+    uneven = len(counts) > 1 and not spelled and not any(args.get(name) for name in _UNEVEN)
+    if parallel.world > _MOST_RANKS or uneven or (layout and not spelled):
         return None
     return _Run(source.root, True, args, parallel.tp, parallel.pp, parallel.vpp)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,6 +140,8 @@ def _apply_file(parser: argparse.ArgumentParser, path: Path) -> None:
     for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
         if action is None:
+            import difflib
+
             close = difflib.get_close_matches(str(key), actions, 1)
             raise UsageError(
                 f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"

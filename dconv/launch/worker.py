@@ -8,13 +8,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.options import to_request
@@ -22,6 +22,9 @@ from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,8 @@ def report(error: DconvError, as_json: bool, where: Place | None = None) -> None
 
 def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     """Run ``count`` ranks on this machine: this process is rank 0, the others are children with the same options."""
+    import subprocess
+
     launched = time.time()
     stop = listen()  # before there are children, that a signal to this process must not leave behind
     code = 1
@@ -257,7 +262,7 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     return next((c for c in failed if c != preempted), failed[0] if failed else 0)
 
 
-def _finish(child: subprocess.Popen[bytes], *, stop: bool) -> int:
+def _finish(child: Popen[bytes], *, stop: bool) -> int:
     if stop and child.poll() is None:
         child.terminate()
     code = child.wait()

@@ -6,7 +6,6 @@ dealt to ranks, on threads, or on the memory budget.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Final, Protocol
@@ -21,8 +20,14 @@ class Hasher(Protocol):
     def hexdigest(self) -> str: ...
 
 
+def _sha256() -> Hasher:
+    import hashlib  # brings OpenSSL along, which the default does not need
+
+    return hashlib.sha256()
+
+
 #: ``--digest`` -> constructor. xxh3 (128 bit) finds damage at memory speed; sha256 also withstands an adversary.
-ALGORITHMS: Final[dict[str, Callable[[], Hasher]]] = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}
+ALGORITHMS: Final[dict[str, Callable[[], Hasher]]] = {"xxh3": xxhash.xxh3_128, "sha256": _sha256}
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
 

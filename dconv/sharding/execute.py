@@ -7,10 +7,9 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -22,6 +21,9 @@ from dconv.sharding.plan import Copy, Plan, Task
 from dconv.sharding.reader import Reader, ReadLog
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 _TILE_BYTES: Final = 1 << 20
@@ -275,32 +277,36 @@ def run_tasks(
         DconvError: the first failure; tasks that were under way are finished or dropped.
     """
     threads = max(1, min(threads, len(tasks)))
-    local = threading.local()
-    workers: list[Worker] = []
-
-    def do(task: Task) -> Done:
-        worker: Worker | None = getattr(local, "worker", None)
-        if worker is None:
-            worker = local.worker = Worker(plan, outputs, kernel, max_memory // threads, algorithm, log)
-            workers.append(worker)
-        return worker.do(task)
-
-    queue = iter(tasks)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="dconv")
-    under_way: set[Future[Done]] = set()
+    stop = stop or threading.Event()
+    workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log) for _ in range(threads)]
     try:
-        while True:
-            while len(under_way) < threads + 1 and not (stop is not None and stop.is_set()):
-                task = next(queue, None)
-                if task is None:
-                    break
-                under_way.add(pool.submit(do, task))
-            if not under_way:
-                return next(queue, None) is None
-            finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in finished:
-                on_done(future.result())
+        if threads == 1:
+            for task in tasks:
+                if stop.is_set():
+                    return False
+                on_done(workers[0].do(task))
+            return True
+        return _run_threads(workers, tasks, on_done, stop)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
         for worker in workers:
             worker.reader.close()
+
+
+def _run_threads(
+    workers: Sequence[Worker], tasks: Sequence[Task], on_done: Callable[[Done], None], stop: threading.Event
+) -> bool:
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
+
+    queue = iter(tasks)
+    with ThreadPoolExecutor(len(workers), thread_name_prefix="dconv") as pool:
+        free = list(workers)
+        busy: dict[Future[Done], Worker] = {}
+        while True:
+            while free and not stop.is_set() and (task := next(queue, None)) is not None:
+                worker = free.pop()
+                busy[pool.submit(worker.do, task)] = worker
+            if not busy:
+                return next(queue, None) is None
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                free.append(busy.pop(future))
+                on_done(future.result())

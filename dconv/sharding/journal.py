@@ -13,7 +13,6 @@ import contextlib
 import errno
 import os
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -42,7 +41,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.name = f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(6)}"
+        self.name = f"{time.time_ns():020}-{os.getpid()}-{os.urandom(6).hex()}"
         self._fd = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._durable = False
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Final
 
 from dconv.errors import Refused
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Cast:
 Op = Move | Cast
 
 #: Applies a numeric op to an array held as `dconv.sharding.dtypes.carrier` of the source dtype; gives the target's.
-Kernel = Callable[[Op, NDArray[np.generic]], NDArray[np.generic]]
+Kernel = Callable[[Op, "NDArray[np.generic]"], "NDArray[np.generic]"]
 
 _FLOATS: Final = ("f64", "f32", "bf16", "f16")
 _WIDENING: Final = {("bf16", "f32"), ("f16", "f32"), ("f32", "f64"), ("bf16", "f64"), ("f16", "f64")}

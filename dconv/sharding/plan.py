@@ -5,12 +5,13 @@ A plan is a pure function of the described source and the described target. Ever
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
+
+import xxhash
 
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE
@@ -156,13 +157,13 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """Hash of the whole plan and of the source files' sizes and times: same id, same output bytes."""
-        digest = hashlib.sha256(b"dconv plan 1\n")
+        digest = xxhash.xxh3_128(b"dconv plan 1\n")
         for path, stamp in sorted(self.source.files.items()):
             digest.update(f"{path} {stamp.size} {stamp.mtime_ns}\n".encode())
         for file in self.target.files:
             digest.update(f"{file.path} {file.size} {file.owner}\n".encode())
             for offset, data in file.literals:
-                digest.update(offset.to_bytes(8, "little") + hashlib.sha256(data).digest())
+                digest.update(offset.to_bytes(8, "little") + xxhash.xxh3_128(data).digest())
         for tensor, copies in zip(self.target.tensors, self.copies, strict=True):
             digest.update(f"{tensor.key} {tensor.file} {tensor.offset} {tensor.spec}\n".encode())
             for c in copies:

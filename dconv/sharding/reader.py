@@ -12,15 +12,17 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import Copy
 from dconv.sharding.tensor import FileStamp
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: A contiguous run at least this long is read by itself. Shorter runs are read together with the gaps between them:
 #: a system call costs about as much as copying this many bytes.

@@ -71,7 +71,7 @@ def test_written_trees_are_read_by_pickle_and_by_us(tree: object) -> None:
 
 
 def test_edges_of_the_opcodes_that_numbers_and_memo_use() -> None:
-    edges = [base + step for base in (0, 1 << 8, 1 << 16, 1 << 31, 1 << 63, -(1 << 31)) for step in (-1, 0, 1)]
+    edges = [base + step for base in (0, 256, 1 << 16, 1 << 31, 1 << 63, -(1 << 31)) for step in (-1, 0, 1)]
     tree = [edges, [str(n) for n in range(70_000)] * 2, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]
     data = pickling.dumps(tree)
     assert pickle.loads(data) == tree == inert.load(data, where="test")
