@@ -47,7 +47,13 @@ def test_help_of_each_command(dconv: Dconv, name: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("frobnicate",), ("convert", "--tensor-parallel", "2"), ("diff", "only-one"), ("plan", "m", "hf", "--tp", "x")],
+    [
+        (),
+        ("frobnicate",),
+        ("convert", "--tensor-parallel", "2"),
+        ("diff", "only-one"),
+        ("plan", "m", "hf", "--tp", "x"),
+    ],
 )
 def test_usage_errors(dconv: Dconv, words: tuple[str, ...]) -> None:
     ran = dconv(*words)
@@ -89,9 +95,7 @@ def test_several_ranks_write_the_same(dconv: Dconv, hf: Path, tmp_path: Path) ->
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def test_two_launchers_are_refused(
-    dconv: Dconv, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_launchers_are_refused(dconv: Dconv, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     ran = dconv("convert", hf, "megatron", "--nproc", 2, "-o", tmp_path / "m")

@@ -9,7 +9,6 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dconv.arch.llama import LLAMA
@@ -116,7 +115,7 @@ def test_names_and_shapes(tmp_path: Path, hf: Path) -> None:
     wider = write_random(tmp_path / "wider", LLAMA, config_of(LLAMA, intermediate_size=64))
     shapes = {d.name: (d.a, d.b) for d in diff(hf, wider).differences if d.elements is None}
     assert shapes[NAME] == ("bf16[48, 32]", "bf16[64, 32]")
-    assert "model.layers.{0..3}.mlp" not in diff(hf, hf).text()
+    assert "only in" in diff(hf, tied).text()
 
 
 def test_memory_and_holes(tmp_path: Path) -> None:
@@ -141,4 +140,3 @@ def test_memory_and_holes(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (found.name, found.largest, found.at) == ("lm_head.weight", 3.0, (49_999, 0))
     assert peak < 32 << 20
-    assert np.prod((50000, 4096)) * 2 > 10 * peak

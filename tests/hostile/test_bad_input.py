@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -604,6 +605,10 @@ def test_disk_that_fills_up_on_the_way(
         def fill(board: Board, done: int, total: int) -> None:
             note(board, done, total)
             if total > done > total // 3 and not filler.exists():
+                journal = board.folder.parent / "journal"
+                deadline = time.monotonic() + 20
+                while not any(path.stat().st_size for path in journal.iterdir()) and time.monotonic() < deadline:
+                    time.sleep(0.01)  # something must be finished for something to be kept
                 with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
                     while True:
                         file.write(b"x" * 4096)
