@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, model = oracle.tiny("llama", vocab_size=61, num_hidden_layers=2)
     folder = oracle.save(model, tmp_path_factory.mktemp("tiny") / "tiny")
     words = ["The", "capital", "of", "France", "is", *(f"word{i}" for i in range(56))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="word0"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="word0"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -259,7 +260,7 @@ def test_missing_runtimes(
     ran = dconv("check", made("torch_dist"))
     assert ran.code == ToolMissing.exit_code
     assert "pip install 'dconv[megatron]'" in ran.err
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     ran = dconv("check", tiny)
     assert ran.code == ToolMissing.exit_code
     assert "pip install 'dconv[megatron]'" in ran.err

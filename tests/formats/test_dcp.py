@@ -161,9 +161,7 @@ def test_a_directory_of_megatron_core_is_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     layers = [random_tensor("bf16", (4, 3), i) for i in range(2)]
     state: dict[str, Any] = {
-        f"{i}": ShardedTensor.from_rank_offsets(
-            "layers.weight", w, (0, i, 2), replica_id=0, prepend_axis_num=1
-        )
+        f"{i}": ShardedTensor.from_rank_offsets("layers.weight", w, (0, i, 2), replica_id=0, prepend_axis_num=1)
         for i, w in enumerate(layers)
     }
     state["extra"] = ShardedObject("layers.x._extra_state", None, (1,), (0,))
@@ -209,10 +207,7 @@ def test_the_unchanged_metadata_below_is_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        *(
-            ({"spot": _StorageInfo(name, 0, 10)}, Damaged)
-            for name in ("../x", "/etc/passwd", "a/b", "", "..", "a\0b")
-        ),
+        *(({"spot": _StorageInfo(name, 0, 10)}, Damaged) for name in ("../x", "/etc/passwd", "a/b", "", "..", "a\0b")),
         ({"spot": _StorageInfo(["x"], 0, 10)}, Damaged),  # type: ignore[arg-type]
         ({"spot": _StorageInfo("x", -1, 10)}, Damaged),
         ({"spot": _StorageInfo("x", 0, -10)}, Damaged),
@@ -274,9 +269,7 @@ def test_truncated_metadata(tmp_path: Path) -> None:
         lambda c: replace(c, file="gone"),
     ],
 )
-def test_chunks_that_are_not_what_metadata_says(
-    tmp_path: Path, change: Callable[[DcpChunk], DcpChunk]
-) -> None:
+def test_chunks_that_are_not_what_metadata_says(tmp_path: Path, change: Callable[[DcpChunk], DcpChunk]) -> None:
     save_real(tmp_path, {"w": torch.zeros(2, 3), "x": [1]})
     found = dcp.read_metadata(tmp_path)
     (chunk,) = found.tensors["w"].chunks

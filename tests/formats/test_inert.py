@@ -31,14 +31,7 @@ from dconv.checkpoint.inert import DTypeRef, Record, Symbol, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged
 
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | st.text()
-    | st.binary(max_size=300)
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300)
 keys = scalars | st.tuples(st.integers(), st.text())
 trees = st.recursive(
     scalars | st.sets(st.integers()),
@@ -152,13 +145,9 @@ class EvilState:
         return {"x": 1}
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda e: e, lambda e: [{"a": (1, e)}], lambda e: {"args": argparse.Namespace(x=e)}]
-)
+@pytest.mark.parametrize("wrap", [lambda e: e, lambda e: [{"a": (1, e)}], lambda e: {"args": argparse.Namespace(x=e)}])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_foreign_globals_are_refused_and_nothing_runs(
-    wrap: object, protocol: int, tmp_path: pathlib.Path
-) -> None:
+def test_foreign_globals_are_refused_and_nothing_runs(wrap: object, protocol: int, tmp_path: pathlib.Path) -> None:
     flag = tmp_path / "ran"
     evils: list[tuple[object, str]] = [
         (Evil(os.system, f"touch {flag}"), "posix.system"),
@@ -248,9 +237,7 @@ def test_trees_without_end_are_found(data: bytes) -> None:
 
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_broken_pickles_raise_nothing_but_damaged(noise: bytes, at: int) -> None:
-    real = pickle.dumps(
-        {"a": [1, (2, 3)], "s": collections.OrderedDict(x=torch.Size((1,))), "d": torch.float16}, 4
-    )
+    real = pickle.dumps({"a": [1, (2, 3)], "s": collections.OrderedDict(x=torch.Size((1,))), "d": torch.float16}, 4)
     for data in (noise, real[: at % len(real)], real[: at % len(real)] + noise):
         try:
             inert.load(data, where="test")

@@ -108,10 +108,7 @@ def test_framed_tensors_are_loaded_by_torch(
     tmp_path: Path, parts: list[tuple[str, list[int]]], mapped: bool, seed: int
 ) -> None:
     values = {f"k{i}": random_tensor(dtype, shape, seed + i) for i, (dtype, shape) in enumerate(parts)}
-    nodes = {
-        name: tensor(dtype, v.shape, name)
-        for (name, v), (dtype, _) in zip(values.items(), parts, strict=True)
-    }
+    nodes = {name: tensor(dtype, v.shape, name) for (name, v), (dtype, _) in zip(values.items(), parts, strict=True)}
     made = frame({"model": nodes, "n": 3}, [(name, v.nbytes) for name, v in values.items()])
     path = tmp_path / "x.pt"
     write(path, made, {name: raw(v) for name, v in values.items()})
@@ -218,17 +215,13 @@ def test_same_input_same_bytes() -> None:
         (None, [("../x", 8)]),
     ],
 )
-def test_frames_that_torch_could_not_load_are_not_made(
-    tree: Tensor | None, storages: list[tuple[str, int]]
-) -> None:
+def test_frames_that_torch_could_not_load_are_not_made(tree: Tensor | None, storages: list[tuple[str, int]]) -> None:
     with pytest.raises(ValueError):
         frame(tree, storages)
 
 
 def small(path: Path, *, zipped: bool = True) -> bytes:
-    torch.save(
-        {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(2)}, path, _use_new_zipfile_serialization=zipped
-    )
+    torch.save({"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(2)}, path, _use_new_zipfile_serialization=zipped)
     return path.read_bytes()
 
 
@@ -245,9 +238,7 @@ def test_truncated_files_are_damaged(tmp_path: Path, zipped: bool) -> None:
 
 @in_tmp
 @given(st.data(), st.booleans())
-def test_flipped_bytes_raise_nothing_but_our_errors(
-    tmp_path: Path, data: st.DataObject, zipped: bool
-) -> None:
+def test_flipped_bytes_raise_nothing_but_our_errors(tmp_path: Path, data: st.DataObject, zipped: bool) -> None:
     path = tmp_path / "x.pt"
     content = bytearray(small(path, zipped=zipped))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -276,11 +267,7 @@ def rezip(path: Path, change: Callable[[dict[str, bytes]], object], method: int 
 def bad_tensor(key: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], numel: int) -> bytes:
     storage = Persistent(("storage", Global("torch", "FloatStorage"), key, "cpu", numel))
     return dumps(
-        {
-            "w": Reduce(
-                Global("torch._utils", "_rebuild_tensor_v2"), (storage, offset, shape, stride, False, None)
-            )
-        }
+        {"w": Reduce(Global("torch._utils", "_rebuild_tensor_v2"), (storage, offset, shape, stride, False, None))}
     )
 
 
@@ -320,9 +307,7 @@ def test_tensors_outside_their_storage(tmp_path: Path, tree: bytes, what: str | 
         (lambda r: r.update({"x/byteorder": b"big"}), Refused),
     ],
 )
-def test_foreign_records(
-    tmp_path: Path, change: Callable[[dict[str, bytes]], object], error: type[DconvError]
-) -> None:
+def test_foreign_records(tmp_path: Path, change: Callable[[dict[str, bytes]], object], error: type[DconvError]) -> None:
     path = tmp_path / "x.pt"
     small(path)
     rezip(path, change)
@@ -348,17 +333,13 @@ def test_compressed_repeated_overlapping_and_flipped_records(tmp_path: Path) -> 
     with pytest.raises(Damaged, match="overlap"):
         read(path)
 
-    at = (
-        data.rindex(b"x/version") - 46 + 20
-    )  # both sizes in the central directory, of a record that nobody reads
+    at = data.rindex(b"x/version") - 46 + 20  # both sizes in the central directory, of a record that nobody reads
     path.write_bytes(data[:at] + struct.pack("<2L", 999, 999) + data[at + 8 :])
     with pytest.raises(Damaged, match="overlap"):
         read(path)
 
     at = data.index(b"x/data/1") - 2  # length of the extra field in the local header: moves the data
-    path.write_bytes(
-        data[:at] + struct.pack("<H", struct.unpack_from("<H", data, at)[0] + 100) + data[at + 2 :]
-    )
+    path.write_bytes(data[:at] + struct.pack("<H", struct.unpack_from("<H", data, at)[0] + 100) + data[at + 2 :])
     with pytest.raises(Damaged, match="overlap"):
         read(path)
 
