@@ -12,7 +12,7 @@ from typing import Final
 from dconv import __version__
 from dconv.arch import registry
 from dconv.arch.family import Family
-from dconv.arch.layouts import Facts
+from dconv.arch.layouts import Facts, check_heads
 from dconv.checkpoint import huggingface, megatron
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
@@ -184,6 +184,7 @@ def _megatron(request: Request, model: Described) -> Target:
             found=str(request.parallel.ep),
             do="leave --ep out",
         )
+    check_heads(model.facts, request.parallel.tp)
     config = _new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
     common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)

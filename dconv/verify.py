@@ -7,6 +7,7 @@ through the target's, in fp32. ``dconv check`` uses the first, ``convert --verif
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from dconv.checkpoint.files import read_json
 from dconv.errors import Damaged, DconvError, Refused, StorageFault, ToolMissing, VerifyFailed, group_names
 from dconv.pipeline import Job, Request
-from dconv.sharding.digest import ALGORITHMS, of_zeros, tree
+from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
 from dconv.sharding.receipt import RECEIPT, hash_stretch
@@ -209,19 +210,41 @@ def _digest(fd: int, tensor: _Tensor, algorithm: str) -> str:
         return ""
     for band in Region.whole(tensor.shape).bands(LEAF_BYTES // itemsize):
         nbytes = band.volume * itemsize
-        if _is_hole(fd, offset, nbytes):
-            leaves.append(of_zeros(algorithm, nbytes))
-        else:
-            leaves.append(hash_stretch(fd, offset, nbytes, algorithm))
+        leaves.append(_leaf(fd, offset, nbytes, algorithm))
         offset += nbytes
     return tree(algorithm, leaves)
 
 
-def _is_hole(fd: int, offset: int, nbytes: int) -> bool:
+def _leaf(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
+    """The digest of a stretch; holes of a sparse file are hashed as the zeros they are, without reading them."""
+    end = offset + nbytes
+    if (data := _next_data(fd, offset, end)) == offset and os.lseek(fd, offset, os.SEEK_HOLE) >= end:
+        return hash_stretch(fd, offset, nbytes, algorithm)
+    if data == end:
+        return of_zeros(algorithm, nbytes)
+    hasher = ALGORITHMS[algorithm]()
+    while offset < end:
+        update_zeros(hasher, data - offset)
+        stop = min(os.lseek(fd, data, os.SEEK_HOLE), end) if data < end else end
+        while data < stop:
+            read = os.pread(fd, min(_READ, stop - data), data)
+            if not read:
+                return ""
+            hasher.update(read)
+            data += len(read)
+        offset = data
+        data = _next_data(fd, offset, end)
+    return hasher.hexdigest()
+
+
+def _next_data(fd: int, offset: int, end: int) -> int:
+    """Where the next byte lies that is in no hole, at most ``end``."""
     try:
-        return os.lseek(fd, offset, os.SEEK_DATA) >= offset + nbytes
-    except OSError:  # ENXIO: no data up to the end; anything else shows again when it is read
-        return True
+        return min(os.lseek(fd, offset, os.SEEK_DATA), end)
+    except OSError as fault:
+        if fault.errno == errno.ENXIO:  # no data up to the end of the file
+            return end
+        raise
 
 
 def _between(fd: int, tensors: Iterable[_Tensor], algorithm: str) -> str:

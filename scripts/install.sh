@@ -45,7 +45,7 @@ quietly() { # run; show the output only when it fails
     }
 }
 
-if [[ ! -x $venv/bin/python ]]; then
+if ! { [[ -r $venv/pyvenv.cfg ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
     command -v "$python" >/dev/null || fail "no $python on PATH; dconv needs Python 3.11 or newer"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$("$python" --version) is too old; dconv needs Python 3.11 or newer" \
@@ -59,6 +59,14 @@ if [[ ! -x $venv/bin/python ]]; then
         quietly "$python" -m pip --python "$venv/bin/python" install pip
     fi
 fi
+
+"$venv/bin/python" - "$extras" <<'EOF' || exit 1
+import sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    known = tomllib.load(file)["project"]["optional-dependencies"]
+if unknown := [extra for extra in sys.argv[1].split(",") if extra and extra not in known]:
+    sys.exit(f"install: no extra is called {', '.join(unknown)}; there are {', '.join(known)}")
+EOF
 
 quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
     -c constraints.txt -e ".${extras:+[$extras]}"

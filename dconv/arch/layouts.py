@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dconv.errors import Refused
 from dconv.sharding.layout import Fused, Part, Run
 from dconv.sharding.tensor import TensorSpec
 
@@ -65,6 +66,33 @@ def vocab_rows(*dims: str) -> Layout:
 
 #: Gate and up: two parts of ``ffn`` rows, each cut by itself.
 gate_up = rows
+
+
+def heads_divide(facts: Facts, tp: int) -> bool:
+    """Whether each tensor-parallel rank gets whole query heads, and whole query groups or an equal share of one.
+
+    Source: ``megatron/core/transformer/attention.py`` and ``transformer_config.py``.
+    """
+    heads, groups = int(facts["heads"]), int(facts["groups"])
+    rows = (heads + 2 * groups) * int(facts["head_dim"])
+    return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and rows % tp == 0
+
+
+def check_heads(facts: Facts, tp: int) -> None:
+    """Refuse a tensor-parallel size that Megatron's attention does not run with.
+
+    Raises:
+        Refused: see `heads_divide`.
+    """
+    if not heads_divide(facts, tp):
+        heads = int(facts["heads"])
+        raise Refused(
+            f"the attention heads do not divide over tensor parallel {tp}, nothing was written",
+            where="--tp",
+            expected="a divisor of the query heads that divides the query groups or is a multiple of them",
+            found=f"{heads} query heads in {facts['groups']} query groups",
+            do="--tp " + ", ".join(str(n) for n in range(1, heads + 1) if heads_divide(facts, n)),
+        )
 
 
 def query_groups(*dims: str) -> Layout:

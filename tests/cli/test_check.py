@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from dconv import verify
+from dconv.arch.llama import LLAMA
 from dconv.checkpoint import safetensors
 from dconv.errors import Damaged, ToolMissing, VerifyFailed
 from dconv.pipeline import Request, convert, prepare
 from dconv.sharding.coords import Parallel
 from tests.cli.conftest import Dconv, flip
+from tests.models import config_of, write_random
 
 FORMATS = ("hf", "legacy", "torch_dist")
 
@@ -150,6 +152,26 @@ def test_receipts_that_lie(dconv: Dconv, made: Callable[[str], Path]) -> None:
     assert entry["digest"]
 
 
+def test_holes_are_zeros(dconv: Dconv, tmp_path: Path) -> None:
+    """A sparse source: its output has holes, which check hashes without reading; data in a hole is damage."""
+    config = config_of(LLAMA, hidden_size=512, intermediate_size=2048, num_hidden_layers=1, head_dim=128)
+    model = write_random(tmp_path / "model", LLAMA, config)
+    path = model / "model.safetensors"
+    size, stored = path.stat().st_size, safetensors.read_header(path)
+    begin = min(tensor.extents[0].offset for tensor in stored.values())
+    head = path.read_bytes()[:begin]
+    path.write_bytes(head)
+    os.truncate(path, size)
+    at = stored["model.layers.0.mlp.down_proj.weight"].extents[0].offset + 700_000
+    flip(path, at)
+    out = tmp_path / "out"
+    convert(Request(model, "hf", out))
+    assert (out / "model.safetensors").stat().st_blocks * 512 < size / 2
+    assert verify.reread(out).whole
+    flip(out / "model.safetensors", at + 400_000)
+    assert verify.reread(out).damaged == ("model.layers.0.mlp.down_proj.weight in model.safetensors",)
+
+
 def test_without_a_receipt(dconv: Dconv, hf: Path) -> None:
     ran = dconv("check", hf, "--no-run")
     assert ran.code == 0
@@ -162,7 +184,7 @@ def test_without_a_receipt(dconv: Dconv, hf: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_are_tensors_and_literals_without_gaps(hf: Path, tmp_path: Path, format: str) -> None:
     """What the digest of a frame rests on: literals in order, and nothing else between the tensors."""
-    options = {"megatron_format": format} if format != "hf" else {}
+    options: dict[str, Any] = {"megatron_format": format} if format != "hf" else {}
     name = "megatron" if options else "hf"
     plan = prepare(Request(hf, name, tmp_path / "m", parallel=Parallel(tp=2, pp=2, etp=2), **options)).plan
     for file in plan.target.files:

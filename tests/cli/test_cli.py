@@ -153,7 +153,7 @@ def test_refusals_leave_nothing_behind(dconv: Dconv, hf: Path, tmp_path: Path) -
     assert ran.err.startswith("refused (3)  ")
     assert "nothing was written" in ran.err
     fields = [line.split()[0] for line in ran.err.splitlines()[1:] if line.startswith("  ") and line[2] != " "]
-    assert fields == ["where", "expected", "do"]
+    assert fields == ["where", "expected", "found", "do"]
     assert listing(tmp_path) == before
     told = dconv("convert", hf, "megatron", "--tp", 3, "-o", tmp_path / "m", "--json")
     assert told.code == told.json["exit_code"] == 3

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dconv.arch.family import Family
+from dconv.arch.layouts import heads_divide
 from dconv.arch.registry import families
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert
@@ -38,12 +39,11 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, Parallel, i
         "num_hidden_layers": layers,
         "tie_word_embeddings": draw(st.booleans()),
     }
-    rows = groups * (per_group + 2) * head_dim
-    columns = groups * per_group * head_dim
+    facts = {"heads": groups * per_group, "groups": groups, "head_dim": head_dim}
     targets = []
     for _ in range(2):
-        tp = draw(st.sampled_from([t for t in (1, 2, 3, 4, 8) if rows % t == 0 and columns % t == 0
-                                   and sizes["intermediate_size"] % t == 0]))  # fmt: skip
+        divides = [t for t in (1, 2, 3, 4, 8) if heads_divide(facts, t) and sizes["intermediate_size"] % t == 0]
+        tp = draw(st.sampled_from(divides))
         stages = draw(st.lists(st.integers(0, layers), max_size=3))
         cuts = [0, *sorted(min(s, layers) for s in stages), layers]
         counts = [b - a for a, b in itertools.pairwise(cuts)]
