@@ -3,7 +3,9 @@
 Everything is a ratio of two things timed alternately in one run. Prints a table and writes ``docs/benchmarks.md``.
 
     python scripts/bench.py                 460M model, speed and memory (a few minutes)
-    python scripts/bench.py --all           also 3B, the sparse 70B, and Megatron-Bridge if --bridge names its python
+    python scripts/bench.py --all           also the memory of 3B and of a sparse 70B, and planning of the 70B
+    python scripts/bench.py --speed-3b      also the speed of the 3B model (60 GB of traffic)
+    python scripts/bench.py --bridge .venvs/bridge/bin/python      also Megatron-Bridge (scripts/bridge_env.sh makes it)
 """
 
 from __future__ import annotations
@@ -230,17 +232,25 @@ print(f"{time.perf_counter() - began:.2f} {len(job.plan.tasks)}")
 
 
 def bridge(bench: Bench, python: Path) -> None:
-    """Megatron-Bridge's import of the same model, in an environment of its own (``scripts/bridge_peer.py``)."""
+    """Megatron-Bridge's import of the same model (``scripts/bridge_peer.py``), alternately with dconv's command."""
     source = bench.work / "460M"
-    out = bench.fresh("bridge")
-    times = []
+    theirs, ours = [], []
     for _ in range(3):
-        shutil.rmtree(out, ignore_errors=True)
+        out = bench.fresh("bridge")
         command = [str(python), str(ROOT / "scripts" / "bridge_peer.py"), str(source), str(out)]
-        times.append(timed(lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)))
-    whole = next(r for r in bench.results if "whole" in r.what)
-    bench.results.append(Result("Megatron-Bridge 460M import, whole process", statistics.median(times),
-                                "dconv whole under torchrun", whole.seconds))  # fmt: skip
+        theirs.append(
+            timed(
+                lambda command=command: subprocess.run(
+                    command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            )
+        )
+        argv = [str(source), "megatron", "--tp", "2", "-o", str(bench.fresh("out"))]
+        ours.append(timed(lambda argv=argv: torchrun(2, "-m", "dconv.launch", *argv)))
+    result = Result("Megatron-Bridge 0.6.2 460M import, whole process", statistics.median(theirs),
+                    "dconv torch_dist tp2, torchrun x 2, whole", statistics.median(ours))  # fmt: skip
+    bench.results.append(result)
+    print(f"{result.what:48} {result.seconds:6.2f} s  dconv {result.base:5.2f} s  x{result.ratio:4.1f}", flush=True)
 
 
 def write(bench: Bench, memory_lines: list[str], plan_line: str, path: Path, command: str) -> None:
@@ -280,13 +290,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "bench")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--speed-3b", action="store_true")
     parser.add_argument("--bridge", type=Path, help="python of an environment with megatron-bridge")
     parser.add_argument("--write", type=Path, default=ROOT / "docs" / "benchmarks.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work, args.repeat)
     speed(bench, "460M")
-    if args.all:
+    if args.speed_3b:
         speed(bench, "3B")
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
     plan_line = ""
@@ -297,7 +308,8 @@ def main() -> None:
         print(plan_line)
     if args.bridge:
         bridge(bench, args.bridge)
-    write(bench, lines, plan_line, args.write, "python scripts/bench.py" + " --all" * args.all)
+    words = ["--all"] * args.all + ["--speed-3b"] * args.speed_3b + ["--bridge PYTHON"] * bool(args.bridge)
+    write(bench, lines, plan_line, args.write, " ".join(["python scripts/bench.py", *words]))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class Worker:
             out[...] = 0  # vocabulary padding
         for copy in copies:
             place = zip(tile.start, copy.region.start, copy.region.shape, strict=True)
-            box = out[tuple(slice(b - a, b - a + n) for a, b, n in place)]
+            box = out[(..., *(slice(b - a, b - a + n) for a, b, n in place))]  # "...": a view also of a 0-d tensor
             if copy.op is MOVE:
                 self.reader.read_box(copy, box)
             else:

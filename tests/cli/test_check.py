@@ -236,6 +236,19 @@ def test_runs_megatron(dconv: Dconv, tiny: Path, tmp_path: Path, format: str) ->
     assert f"pp {2 if format == 'legacy' else 1}" in run["model"]
 
 
+def test_megatron_logits_that_differ(tiny: Path, tmp_path: Path) -> None:
+    """The comparison across frameworks sees an output whose weights are wrong."""
+    pytest.importorskip("megatron.core")
+    job = prepare(Request(tiny, "megatron", tmp_path / "m"))
+    convert(job.request)
+    entry = next(t for key, t in receipt(tmp_path / "m")["tensors"].items() if "layers.1.mlp.linear_fc2" in key)
+    with (tmp_path / "m" / entry["file"]).open("r+b") as file:
+        file.seek(entry["offset"])
+        file.write(bytes(4 * 344))
+    with pytest.raises(VerifyFailed, match="does not compute what the source computes"):
+        verify.logits(job, tmp_path / "m")
+
+
 def test_logits_that_differ(tiny: Path, tmp_path: Path) -> None:
     job = prepare(Request(tiny, "hf", tmp_path / "a", shard_size=100_000))
     convert(job.request)
