@@ -364,18 +364,21 @@ class Machine:
             return self._symbols.setdefault((module, name), DTypeRef(FROM_TORCH[name]))
         builder = _BUILDERS.get((module, name))
         if builder is None and not (module.partition(".")[0] in _ROOTS or name in _INERT_MODULES.get(module, ())):
-            raise Damaged(
-                "a pickle with a foreign global",
-                where=self.where,
-                expected="tensors, plain values, classes of torch and megatron",
-                found=f"{module}.{name}"[:200],
-                do="do not load this file with torch either: loading would run that name",
-            )
+            self.foreign(f"{module}.{name}")
         symbol = Symbol(module, name)
         self._symbols[module, name] = symbol
         if builder is not None:
             self._builders[id(symbol)] = builder
         return symbol
+
+    def foreign(self, name: str) -> NoReturn:
+        raise Damaged(
+            "a pickle with a foreign global",
+            where=self.where,
+            expected="tensors, plain values, classes of torch and megatron",
+            found=name[:200],
+            do="do not load this file with torch either: loading would run that name",
+        )
 
     def _call(self, symbol: object, args: object) -> Any:
         if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
@@ -550,7 +553,18 @@ def _scalar(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
 
 
 _Builder = Callable[[Machine, Symbol, tuple[Any, ...]], Any]
+
+
+def _member(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Record:
+    """``getattr(SomeEnum, "NAME")``, as Python 3.11.0 to 3.11.3 pickles an enum's member; noted down, not looked up."""
+    plain = len(args) == 2 and type(args[0]) is Symbol and isinstance(args[1], str) and args[1].isidentifier()
+    if not plain or args[1].startswith("_") or args[0].module == "builtins":
+        machine.foreign(str(symbol))
+    return Record(args[0], (args[1],))
+
+
 _BUILDERS: Final[dict[tuple[str, str], _Builder]] = {
+    ("builtins", "getattr"): _member,
     ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): _mapping,
     ("collections", "Counter"): _mapping,
