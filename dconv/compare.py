@@ -122,8 +122,8 @@ class Comparison:
 
 
 def diff(
-    a: Path,
-    b: Path,
+    a: str | Path,
+    b: str | Path,
     *,
     model_type: str | None = None,
     hf_config: Path | None = None,
@@ -137,7 +137,7 @@ def diff(
     Raises:
         DconvError: one of them cannot be described or read.
     """
-    models = [describe_model(path, model_type=model_type, hf_config=hf_config, drop=drop) for path in (a, b)]
+    models = [describe_model(Path(path), model_type=model_type, hf_config=hf_config, drop=drop) for path in (a, b)]
     specs_a, specs_b = (model.logical.specs for model in models)
     sides = [_Side(model) for model in models]
     differences: list[Difference] = []
@@ -160,8 +160,8 @@ def diff(
     differences.sort(key=lambda d: -(math.inf if d.elements is None else d.largest or 0.0))
     common = sum(1 for name in specs_a if name in specs_b)
     return Comparison(
-        a,
-        b,
+        Path(a),
+        Path(b),
         tensors=len({*specs_a, *specs_b}),
         equal_tensors=common - len(differences),
         only_a=tuple(name for name in specs_a if name not in specs_b),

@@ -132,7 +132,7 @@ def _row(label: str, value: str) -> Iterable[str]:
 
 
 def inspect(
-    path: Path,
+    path: str | Path,
     *,
     source_format: str | None = None,
     model_type: str | None = None,
@@ -144,6 +144,7 @@ def inspect(
     Raises:
         DconvError: there is no checkpoint at ``path``, or its container cannot be read at all.
     """
+    path = Path(path)
     try:
         model = describe_model(path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop)
     except DconvError as error:
@@ -270,7 +271,7 @@ class Checked:
 
 
 def check(
-    path: Path,
+    path: str | Path,
     *,
     source_format: str | None = None,
     model_type: str | None = None,
@@ -293,6 +294,7 @@ def check(
         Refused: names or layouts that dconv does not know.
         ToolMissing: the runtime is not installed, or failed.
     """
+    path = Path(path)
     covered = verify.find_receipt(path)
     read = verify.reread(covered) if covered else None
     if covered and read and not read.whole:

@@ -22,7 +22,9 @@ def test_there_and_back(model: Path, tmp_path: Path) -> None:
     assert outcome.committed
     dconv.convert(tmp_path / "m", "hf", tmp_path / "back", verify="digest")
     assert tensors(tmp_path / "back") == tensors(model)
-    assert dconv.diff(model, tmp_path / "m").equal
+    assert dconv.diff(str(model), tmp_path / "m").equal
+    assert dconv.inspect(str(model)).family == "llama"
+    assert dconv.check(str(tmp_path / "m"), run=False)
 
 
 def test_plan_writes_nothing(model: Path, tmp_path: Path) -> None:
