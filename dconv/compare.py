@@ -23,6 +23,7 @@ from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy
 from dconv.sharding.reader import Reader
 from dconv.sharding.region import Region
+from dconv.sharding.replicas import torn
 from dconv.sharding.tensor import Piece, TensorSpec
 
 #: Bytes of one buffer; there are four (a tile and a scratch a side) and the temporaries of a difference.
@@ -174,7 +175,12 @@ def diff(
 
 def _notes(models: Sequence[Described]) -> tuple[str, ...]:
     names = [model.family.name for model in models]
-    return (f"different families: {names[0]} and {names[1]}",) if names[0] != names[1] else ()
+    notes = [f"different families: {names[0]} and {names[1]}"] if names[0] != names[1] else []
+    for model in models:
+        if disagree := torn(model.logical):
+            named = group_names(disagree).replace("\n", "\n  ")
+            notes.append(f"{model.logical.root}: shards disagree, the first was compared, on\n  {named}")
+    return tuple(notes)
 
 
 def _form(spec: TensorSpec) -> str:

@@ -18,9 +18,9 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
-from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.receipt import RECEIPT
+from dconv.sharding.replicas import torn
 
 _WIDTH: Final = 100
 _LABEL: Final = 13
@@ -306,6 +306,14 @@ def check(
         "drop": drop,
     }
     model = describe_model(path, **options)
+    if disagree := torn(model.logical):
+        raise Damaged(
+            f"{len(disagree)} tensors are not the same in all the shards that hold them",
+            where=f"{group_names(disagree)}\nin {model.source.root}",
+            expected="the same bytes in every shard",
+            do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
+            "takes the first shard's",
+        )
     report = _in_full(path, model, hf_config)
     notes = []
     if read and read.strangers:
@@ -371,7 +379,7 @@ def _shares(job: Job, world: int) -> list[dict[str, Any]]:
         for task in tasks:
             for copy in plan.copies[task.tensor] if task.tensor >= 0 else ():
                 part = copy.clip(task.region)
-                read += part.region.volume * ITEMSIZE[part.dtype] if part is not None else 0
+                read += part.nbytes if part is not None else 0
         files = {task.file for task in tasks}
         owners = {plan.target.files[file].owner for file in files}
         owner = owners.pop() if len(owners) == 1 else -1

@@ -32,6 +32,9 @@ FORMATS: Final = {
     "megatron": "megatron", "hf2megatron": "megatron",
 }  # fmt: skip
 
+#: What to do about tensors that several shards of a source hold (`Request.replicas`).
+REPLICAS: Final = ("equal", "first")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,6 +47,7 @@ class Request:
         parallel: the target's layout (Megatron).
         dtype: dconv's short name, or None to keep every tensor's own.
         shard_size: bytes of one HuggingFace file.
+        replicas: a tensor that several shards hold must be ``equal`` in all of them, or the ``first`` is taken.
     """
 
     model: Path
@@ -59,6 +63,7 @@ class Request:
     dtype: str | None = None
     shard_size: int = 5_000_000_000
     drop: tuple[str, ...] = ()
+    replicas: str = "equal"
 
     @property
     def output(self) -> Path:
@@ -151,9 +156,19 @@ def prepare(request: Request) -> Job:
         hf_config=request.hf_config,
         drop=request.drop,
     )
+    if request.replicas == "first":
+        model = replace(model, logical=_first_replicas(model.logical))
     target = _huggingface(request, model) if engine == "huggingface" else _megatron(request, model)
     plan = build_plan(model.logical, target)
     return Job(request, model.source, model.family, model.facts, model.logical, plan)
+
+
+def _first_replicas(logical: Logical) -> Logical:
+    """Forget the replicas, and say so."""
+    if not logical.replicas:
+        return logical
+    what = f"the other shards' copies of {len(logical.replicas)} tensors"
+    return replace(logical, replicas={}, left_out={**logical.left_out, what: "--replicas first"})
 
 
 def _new_config(request: Request, model: Described) -> dict[str, object] | None:

@@ -112,24 +112,24 @@ def copy_synced(source: Path, target: Path) -> None:
             os.close(fd)
 
 
-def ranks(argv: list[str], count: int) -> int:
-    """Run ``count`` plain processes of the launch module; returns the largest peak memory of a rank in bytes."""
-    procs = []
-    for rank in range(count):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "dconv.launch", *argv, "--json"]
-        procs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [proc.communicate()[0] for proc in procs]
-    if any(proc.returncode for proc in procs):
-        raise SystemExit(f"{argv}: exit codes {[proc.returncode for proc in procs]}\n{''.join(outputs)}")
-    result = next(json.loads(text) for text in outputs if text.strip())
+def torchrun(count: int, *module: str) -> str:
+    """Run ``count`` ranks under torchrun; returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *module]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def convert(argv: list[str], count: int) -> int:
+    """Convert with ``count`` ranks under torchrun; returns the largest peak memory of a rank in bytes."""
+    result = json.loads(torchrun(count, "-m", "dconv.launch", *argv, "--json"))
     return max(result["peak_memory"].values())
 
 
-def torchrun(count: int, *module: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *module]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)  # fmt: skip
+def no_op(count: int) -> None:
+    """What torchrun alone takes: start, rendezvous, watch ``count`` processes that do nothing, end."""
+    torchrun(count, "--no-python", "true")
 
 
 class Bench:
@@ -146,19 +146,18 @@ class Bench:
         return path
 
     def against_copy(self, what: str, source: Path, same_bytes: Path, argv: list[str], count: int) -> None:
-        """Time a conversion by plain rank processes, start-up of an idle rank taken off, against ``cp`` + fsync."""
-        times, copies, idles, peak = [], [], [], 0
+        """Time a conversion under torchrun, a no-op torchrun taken off, against ``cp`` + fsync of as many bytes."""
+        nets, copies, peak = [], [], 0
         for _ in range(self.repeat):
             copy = self.fresh("copy")
             copies.append(timed(lambda copy=copy: copy_synced(same_bytes, copy)))
             shutil.rmtree(copy)
-            out = self.fresh("out")
+            idle = timed(lambda: no_op(count))
+            command = [str(source), *argv, "-o", str(self.fresh("out"))]
             began = time.perf_counter()
-            peak = max(peak, ranks([str(source), *argv, "-o", str(out)], count))
-            times.append(time.perf_counter() - began)
-            idles.append(timed(lambda: [p.wait() for p in [_idle() for _ in range(count)]]))
-        net = [t - i for t, i in zip(times, idles, strict=True)]
-        result = Result(what, statistics.median(net), "cp + fsync", statistics.median(copies), peak)
+            peak = max(peak, convert(command, count))
+            nets.append(time.perf_counter() - began - idle)
+        result = Result(what, statistics.median(nets), "cp + fsync", statistics.median(copies), peak)
         self.results.append(result)
         print(f"{what:48} {result.seconds:6.2f} s  cp {result.base:5.2f} s  x{result.ratio:4.2f}  "
               f"{peak / 2**20:5.0f} MiB", flush=True)  # fmt: skip
@@ -166,17 +165,13 @@ class Bench:
     def whole(self, what: str, argv: list[str], count: int) -> None:
         """Time the whole command under torchrun against a no-op under torchrun."""
         times, noops = [], []
-        for _ in range(max(3, self.repeat // 2)):
-            noops.append(timed(lambda: torchrun(count, "--no-python", "true")))
+        for _ in range(self.repeat):
+            noops.append(timed(lambda: no_op(count)))
             out = self.fresh("out")
-            times.append(timed(lambda out=out: torchrun(count, "-m", "dconv.launch", *argv, "-o", str(out))))
+            times.append(timed(lambda out=out: convert([*argv, "-o", str(out)], count)))
         result = Result(what, statistics.median(times), "no-op torchrun", statistics.median(noops))
         self.results.append(result)
         print(f"{what:48} {result.seconds:6.2f} s  no-op {result.base:5.2f} s", flush=True)
-
-
-def _idle() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", "import numpy"])
 
 
 def speed(bench: Bench, name: str) -> None:
@@ -188,7 +183,7 @@ def speed(bench: Bench, name: str) -> None:
         bench.against_copy(f"{name} HF -> {container} tp2, 2 ranks", source, source, megatron, 2)
         kept = bench.work / f"{name}-{container}"
         shutil.rmtree(kept, ignore_errors=True)
-        ranks([str(source), *megatron, "-o", str(kept)], 2)
+        convert([str(source), *megatron, "-o", str(kept)], 2)
         bench.against_copy(f"{name} {container} tp2 -> HF, 2 ranks", kept, source, ["hf"], 2)
         if name == "460M":
             layout = ["megatron", "--tp", "2", "--pp", "2", "--megatron-format", container]
@@ -209,7 +204,7 @@ def memory(bench: Bench, names: list[str]) -> list[str]:
         for budget in ("32MiB", "256MiB"):
             out = bench.fresh("out")
             began = time.perf_counter()
-            peak = ranks([str(source), "megatron", *layout, "--max-memory", budget, "-o", str(out)], 2)
+            peak = convert([str(source), "megatron", *layout, "--max-memory", budget, "-o", str(out)], 2)
             seconds = time.perf_counter() - began
             bound = 64 + int(budget[:-3]) + 64
             disk = sum(path.stat().st_blocks * 512 for path in out.rglob("*"))
@@ -246,7 +241,7 @@ def bridge(bench: Bench, python: Path) -> None:
             )
         )
         argv = [str(source), "megatron", "--tp", "2", "-o", str(bench.fresh("out"))]
-        ours.append(timed(lambda argv=argv: torchrun(2, "-m", "dconv.launch", *argv)))
+        ours.append(timed(lambda argv=argv: convert(argv, 2)))
     result = Result("Megatron-Bridge 0.6.2 460M import, whole process", statistics.median(theirs),
                     "dconv torch_dist tp2, torchrun x 2, whole", statistics.median(ours))  # fmt: skip
     bench.results.append(result)
@@ -264,8 +259,8 @@ def write(bench: Bench, memory_lines: list[str], plan_line: str, path: Path, com
         "",
         f"Made by `{command}` with dconv {__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}. Times are medians; each pair was run "
-        "alternately. Seconds are wall time of all ranks less the start of as many idle Python processes with numpy; "
-        "digests and fsync included.",
+        "alternately. Against cp, seconds are the whole torchrun command less a no-op torchrun of as many ranks timed "
+        "right before it; digests and fsync included.",
         "",
         "| what | time | against | ratio | peak memory of a rank |",
         "|---|---|---|---|---|",

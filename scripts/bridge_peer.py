@@ -174,18 +174,23 @@ def peak_mib() -> float:
 
 
 def provider_for_cpu(bridge: Any) -> Any:
-    """The provider of ``import_ckpt``, made to build megatron-core's local layers without fused CUDA kernels."""
+    """The provider of ``import_ckpt``, made to build what runs on a CPU."""
+    provider = bridge.to_megatron_provider(load_weights=True)
+    local_layers(provider)
+    provider.finalize()
+    return provider
+
+
+def local_layers(provider: Any) -> None:
+    """Let a provider build megatron-core's local layers, without fused CUDA kernels."""
     from megatron.bridge.models.gpt_provider import local_layer_spec  # pyright: ignore[reportMissingImports]
 
-    provider = bridge.to_megatron_provider(load_weights=True)
     provider.transformer_layer_spec = local_layer_spec
     for fusion in (
         "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
         "apply_rope_fusion", "cross_entropy_loss_fusion", "persist_layer_norm",
     ):  # fmt: skip
         setattr(provider, fusion, False)
-    provider.finalize()
-    return provider
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from dconv.checkpoint.inert import DTypeRef, Record
 from dconv.checkpoint.source import Located, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Parallel
+from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.layout import pieces
 from dconv.sharding.tensor import Piece, Stored
 
@@ -103,19 +104,22 @@ def locate(shards: Shards, family: Family, facts: Facts) -> Located:
     used: set[str] = set()
     for entry in family.entries(facts):
         name = entry.fused.name
-        found = name if name in shards else local_name(name)
-        for shard in shards.get(found, ()):
+        names = [name if name in shards else local_name(name)]
+        if facts["tied"] and _is_embedding(entry):
+            names.append(HEAD)
+        for shard in (shard for name in names for shard in shards.get(name, ())):
             for piece in _pieces(entry, shard):
                 located.pieces.setdefault(piece.tensor, []).append(piece)
-        used.add(found)
+        used.update(names)
     for name, held in shards.items():
-        if name in used:
-            continue
-        if name == HEAD and facts["tied"]:
-            located.left_out[name] = "the last stage's copy of the tied embedding"
-        else:
+        if name not in used:
             located.unknown[name] = held[0].stored.extents[0].file if held[0].stored.extents else "?"
     return located
+
+
+def _is_embedding(entry: Entry) -> bool:
+    """Of words, that is: the one that a tied model uses twice."""
+    return entry.first_stage and entry.fused.padded
 
 
 def _pieces(entry: Entry, shard: Shard) -> Iterable[Piece]:
@@ -174,7 +178,7 @@ def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str,
             stages[pp].append(Placed(entry, vp, name.replace("*", str(at))))
         elif entry.first_stage:
             stages[0].append(Placed(entry, 0, name))
-            if facts["tied"] and parallel.pp > 1 and entry.fused.padded:
+            if facts["tied"] and parallel.pp > 1 and _is_embedding(entry):
                 stages[-1].append(Placed(entry, last, HEAD, again=True))
         else:
             stages[-1].append(Placed(entry, last, name))
@@ -326,5 +330,5 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, DTypeRef):
-        return value.name
+        return f"torch.{TO_TORCH[value.name]}"
     return str(value)

@@ -89,10 +89,10 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
             do=f"dconv inspect {source.root}  shows what they are;  --drop '{group_names([first])}'  leaves it out",
         )
     specs = expected_specs(family, facts, located.pieces)
-    pieces = check_pieces(specs, located.pieces)
-    used = {piece.file for found in pieces.values() for piece in found}
+    pieces, replicas = check_pieces(specs, located.pieces)
+    used = {piece.file for found in (*pieces.values(), *replicas.values()) for piece in found}
     files = {name: stamp for name, stamp in source.files.items() if name in used}
-    return Logical(source.root, specs, pieces, files, left_out)
+    return Logical(source.root, specs, pieces, files, left_out, replicas)
 
 
 def expected_specs(

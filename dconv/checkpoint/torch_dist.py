@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import dcp, megatron, pickling, torchzip
+from dconv.checkpoint import dcp, megatron, pickling, run_config, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
@@ -90,15 +90,17 @@ def _weights(metadata: dcp.DcpMetadata) -> tuple[dict[str, dcp.DcpTensor], dict[
 
 
 def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | None:
+    """Megatron-LM's args from the common state; Megatron-Bridge has a file of its own for them."""
+    common: Any = None
     if (iteration / _COMMON).exists():
-        common: Any = torchzip.read(iteration / _COMMON).tree
+        common = torchzip.read(iteration / _COMMON).tree
     elif _COMMON_STATE in metadata.objects:
         name, offset, length = metadata.objects[_COMMON_STATE]
         common = torchzip.read(iteration / name, offset, length).tree
         common = common[0] if isinstance(common, list) and common else common
-    else:
-        return None
-    return megatron.plain_args(common.get("args")) if isinstance(common, Mapping) else None
+    if isinstance(common, Mapping) and "args" in common:
+        return megatron.plain_args(common["args"])
+    return run_config.read_args(iteration / run_config.NAME)
 
 
 def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], layers: int) -> megatron.Shards:
@@ -179,6 +181,10 @@ def lay_out(model: megatron.Model) -> Target:
         common = torchzip.frame(_common(model), [])
         yield f"{megatron.RELEASE}/{_COMMON}", _joined(common)
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
+        yield (
+            f"{megatron.RELEASE}/{run_config.NAME}",
+            run_config.dump(model.args, int(model.facts["vocab"]), model.parallel.tp),
+        )
         marker = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         yield f"{megatron.RELEASE}/{_MARKER}", json.dumps(marker).encode()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import UsageError
-from dconv.pipeline import Request
+from dconv.pipeline import REPLICAS, Request
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION
@@ -58,13 +58,14 @@ def pp_layout(text: str) -> tuple[int, ...]:
     return tuple(chunk.count("t") for chunk in chunks)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How to read MODEL."""
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How to read MODEL; returns the group for options that only some commands have."""
     group = parser.add_argument_group("source")
     group.add_argument("--from", dest="source_format", metavar="FORMAT", help="container of MODEL (normally detected)")
     group.add_argument("--model-type", metavar="FAMILY", help="model family (normally detected)")
     group.add_argument("--hf-config", type=Path, metavar="DIR", help="take config.json and tokenizer from DIR")
     group.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave matching tensors out")
+    return group
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, megatron")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
-    add_model_options(parser)
+    group = add_model_options(parser)
+    group.add_argument("--replicas", choices=REPLICAS, default=REPLICAS[0],
+                       help="tensors that several ranks hold: refuse unless equal, or take the first")  # fmt: skip
     group = parser.add_argument_group("Megatron layout")
     for name, text in (
         ("tp", "tensor parallel size"),
@@ -211,4 +214,5 @@ def to_request(args: argparse.Namespace) -> Request:
         dtype=args.dtype,
         shard_size=args.shard_size,
         drop=tuple(args.drop),
+        replicas=args.replicas,
     )

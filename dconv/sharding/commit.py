@@ -120,10 +120,11 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         if complete and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
         return Outcome(committed, complete, share, written, kept)
-    except DconvError:
+    except DconvError as error:
         if not run.is_ours() and is_result(plan, out):
             return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
-        if isinstance(fault := _source_fault(plan), Damaged):
+        fault = _source_fault(plan) or error
+        if isinstance(fault, Damaged):
             run.abandon()
             raise fault from None
         raise
@@ -322,7 +323,7 @@ class _Run:
         return True
 
     def abandon(self) -> None:
-        """Remove the partial folder: its plan names a source that is no more, so no run can go on with it."""
+        """Remove the partial folder: no run can bring the plan of a damaged source to its end."""
         with _locked(self.partial):
             if self.is_ours():
                 shutil.rmtree(self.partial, ignore_errors=True)

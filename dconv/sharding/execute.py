@@ -17,10 +17,10 @@ from dconv.errors import StorageFault
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE, Kernel
-from dconv.sharding.plan import Copy, Plan, Task
+from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
 from dconv.sharding.reader import Reader, ReadLog
 from dconv.sharding.region import Region
-from dconv.sharding.tensor import TensorSpec
+from dconv.sharding.replicas import disagreement, equal
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -161,7 +161,7 @@ class Worker:
             return self._frame(task)
         tensor = self._plan.target.tensors[task.tensor]
         copies = [c for copy in self._plan.copies[task.tensor] if (c := copy.clip(task.region)) is not None]
-        if all(self.reader.is_hole(copy) for copy in copies):
+        if all(map(self._is_hole, copies)):
             self._outputs.blank(task.file, task.offset, task.nbytes)
             return Done(task, of_zeros(self._algorithm, task.nbytes), 0)
         hasher = ALGORITHMS[self._algorithm]()
@@ -169,15 +169,18 @@ class Worker:
         itemsize = ITEMSIZE[tensor.spec.dtype]
         for tile, clipped in _tiles(task.region, copies, max(1, self._tile_bytes // itemsize)):
             nbytes = tile.volume * itemsize
-            if all(self.reader.is_hole(copy) for copy in clipped):
+            if all(map(self._is_hole, clipped)):
                 self._outputs.blank(task.file, offset, nbytes)
                 update_zeros(hasher, nbytes)
             else:
-                data = self._fill(tile, clipped, tensor.spec)
+                data = self._fill(tile, clipped, tensor)
                 hasher.update(data)
                 written += self._write(task.file, data, offset, clipped)
             offset += nbytes
         return Done(task, hasher.hexdigest(), written)
+
+    def _is_hole(self, copy: Copy) -> bool:
+        return self.reader.is_hole(copy) and all(map(self.reader.is_hole, copy.twins))
 
     def _write(self, file: int, data: memoryview, offset: int, copies: Sequence[Copy]) -> int:
         """Write a tile; of one from sparse files only the blocks with data. Returns the bytes written."""
@@ -193,20 +196,22 @@ class Worker:
                 written += stop - start
         return written
 
-    def _fill(self, tile: Region, copies: Sequence[Copy], spec: TensorSpec) -> memoryview:
-        itemsize = ITEMSIZE[spec.dtype]
-        flat = self._tile[: tile.volume * itemsize]
-        out = flat.view(carrier(spec.dtype)).reshape(tile.shape)
+    def _fill(self, tile: Region, copies: Sequence[Copy], tensor: TargetTensor) -> memoryview:
+        dtype = tensor.spec.dtype
+        flat = self._tile[: tile.volume * ITEMSIZE[dtype]]
+        out = flat.view(carrier(dtype)).reshape(tile.shape)
         if sum(copy.region.volume for copy in copies) < tile.volume:
             out[...] = 0  # vocabulary padding
         for copy in copies:
             place = zip(tile.start, copy.region.start, copy.region.shape, strict=True)
             box = out[(..., *(slice(b - a, b - a + n) for a, b, n in place))]  # "...": a view also of a 0-d tensor
-            if copy.op is MOVE:
-                self.reader.read_box(copy, box)
-            else:
-                raw = np.empty(copy.region.shape, carrier(copy.dtype))
-                self.reader.read_box(copy, raw)
+            raw = box if copy.op is MOVE else np.empty(copy.region.shape, carrier(copy.dtype))
+            self.reader.read_box(copy, raw)
+            for twin in copy.twins:
+                if not equal(self.reader, raw, twin):
+                    name = next(s.tensor for s in tensor.slots if s.stored.intersect(copy.region) is not None)
+                    raise disagreement(name, copy, twin)
+            if raw is not box:
                 box[...] = self._kernel(copy.op, raw)
         return flat.data
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -85,6 +85,7 @@ class Copy:
         strides: source bytes from one index to the next, per target axis.
         dtype: of the source.
         op: from source value to target value.
+        twins: the same box where other shards of the source have it: read and compared, never written.
     """
 
     region: Region
@@ -93,6 +94,12 @@ class Copy:
     strides: Index
     dtype: str
     op: Op
+    twins: tuple[Copy, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes to read."""
+        return self.region.volume * ITEMSIZE[self.dtype] * (1 + len(self.twins))
 
     def clip(self, region: Region) -> Copy | None:
         """The part of this copy inside ``region``."""
@@ -102,7 +109,8 @@ class Copy:
         if box == self.region:
             return self
         shift = sum((b - a) * s for a, b, s in zip(self.region.start, box.start, self.strides, strict=True))
-        return Copy(box, self.file, self.offset + shift, self.strides, self.dtype, self.op)
+        twins = tuple(c for twin in self.twins if (c := twin.clip(region)) is not None)
+        return Copy(box, self.file, self.offset + shift, self.strides, self.dtype, self.op, twins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +176,7 @@ class Plan:
             digest.update(f"{tensor.key} {tensor.file} {tensor.offset} {tensor.spec}\n".encode())
             for c in copies:
                 place = (c.region.start, c.region.shape, c.file, c.offset, c.strides, c.dtype, c.op)
-                digest.update(repr(place).encode())
+                digest.update(repr((*place, c.twins) if c.twins else place).encode())
         return digest.hexdigest()[:12]
 
     @cached_property
@@ -177,8 +185,8 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Source bytes that the copies need."""
-        return sum(c.region.volume * ITEMSIZE[c.dtype] for copies in self.copies for c in copies)
+        """Source bytes that the copies need, those that are only compared included."""
+        return sum(c.nbytes for copies in self.copies for c in copies)
 
     def share(self, rank: int, world: int) -> tuple[Task, ...]:
         """The tasks of one rank.
@@ -217,6 +225,7 @@ def build_plan(source: Logical, target: Target) -> Plan:
     missing: list[str] = []
     used: set[str] = set()
     copies: list[tuple[Copy, ...]] = []
+    compared: set[tuple[str, Region]] = set()
     for tensor in target.tensors:
         mine: list[Copy] = []
         for slot in tensor.slots:
@@ -225,7 +234,12 @@ def build_plan(source: Logical, target: Target) -> Plan:
                 missing.append(slot.tensor)
                 continue
             used.add(slot.tensor)
-            mine.extend(_copies(tensor, slot, pieces))
+            for box, copy in _copies(tensor, slot, pieces):
+                replicas = source.replicas.get(slot.tensor)
+                if replicas and (slot.tensor, box) not in compared:  # once in the whole plan is enough
+                    compared.add((slot.tensor, box))
+                    copy = replace(copy, twins=tuple(c for b, c in _copies(tensor, slot, replicas) if b == box))
+                mine.append(copy)
         mine.sort(key=lambda c: c.region.start)
         copies.append(tuple(mine))
     if missing:
@@ -248,7 +262,8 @@ def build_plan(source: Logical, target: Target) -> Plan:
     return plan
 
 
-def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterable[Copy]:
+def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterable[tuple[Region, Copy]]:
+    """The boxes of a slot that pieces hold, in the logical tensor's coordinates, each with the copy that fills it."""
     for piece in pieces:
         box = slot.region.intersect(piece.region)
         if box is None:
@@ -263,7 +278,7 @@ def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterab
         shape = tuple(1 if axis < 0 else box.shape[axis] for axis in slot.axes)
         strides = tuple(0 if axis < 0 else piece.strides[axis] for axis in slot.axes)
         op = op_between(piece.dtype, tensor.spec.dtype)
-        yield Copy(Region(start, shape), piece.file, offset, strides, piece.dtype, op)
+        yield box, Copy(Region(start, shape), piece.file, offset, strides, piece.dtype, op)
 
 
 def _prove(plan: Plan) -> None:
@@ -296,19 +311,29 @@ def _prove(plan: Plan) -> None:
             raise Refused(f"{last} reaches past the end of {file.path} in the plan, nothing was written")
 
 
-def check_pieces(specs: dict[str, TensorSpec], pieces: dict[str, list[Piece]]) -> dict[str, tuple[Piece, ...]]:
-    """Drop replicas (a box that several shards hold) and prove that the rest covers each tensor exactly once.
+def check_pieces(
+    specs: dict[str, TensorSpec], pieces: dict[str, list[Piece]]
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, tuple[Piece, ...]]]:
+    """Set replicas (a box that an earlier shard has, too) apart and prove that the rest covers each tensor once.
+
+    Returns:
+        The pieces and, for tensors that have any, the replicas.
 
     Raises:
         Damaged: a gap, an overlap that is not a whole replica, or a box out of bounds, with the tensors named.
     """
     proved: dict[str, tuple[Piece, ...]] = {}
+    replicas: dict[str, tuple[Piece, ...]] = {}
     gaps: list[str] = []
     for name, spec in specs.items():
         distinct: dict[tuple[Index, Index], Piece] = {}
+        again: list[Piece] = []
         for piece in pieces.get(name, ()):
-            distinct.setdefault((piece.region.start, piece.region.shape), piece)
+            if distinct.setdefault((piece.region.start, piece.region.shape), piece) is not piece:
+                again.append(piece)
         kept = tuple(distinct.values())
+        if again:
+            replicas[name] = tuple(again)
         regions = [piece.region for piece in kept]
         whole = Region.whole(spec.shape)
         covered = sum(region.volume for region in regions) == whole.volume
@@ -325,7 +350,7 @@ def check_pieces(specs: dict[str, TensorSpec], pieces: dict[str, list[Piece]]) -
             found=f"{have} elements in {len(proved[name])} pieces" if have else "nothing of it",
             do="a shard may be missing or from another checkpoint",
         )
-    return proved
+    return proved, replicas
 
 
 def dense_piece(spec: TensorSpec, file: str, offset: int) -> Piece:

@@ -110,6 +110,7 @@ class Logical:
         root: directory that piece files are relative to.
         specs: logical tensors by name, in the model's own order.
         pieces: for each name, disjoint boxes that cover it.
+        replicas: for some names, boxes of ``pieces`` once more, from other shards; to be equal, byte by byte.
         files: every file that pieces name.
         left_out: stored tensors that no logical tensor has, with the reason.
     """
@@ -119,3 +120,4 @@ class Logical:
     pieces: dict[str, tuple[Piece, ...]]
     files: dict[str, FileStamp]
     left_out: dict[str, str] = field(default_factory=dict)
+    replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict)

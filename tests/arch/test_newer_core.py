@@ -1,4 +1,4 @@
-"""Law 4 with a newer judge: megatron-core 0.19.2 computes what transformers does, and what it saves converts.
+"""Newer judges: megatron-core 0.19.2 computes what transformers does (law 4), Megatron-Bridge 0.6.2 reads and is read.
 
 It lives in an environment of its own (``bash scripts/bridge_env.sh``), in which `tests.oracles.newer_core` runs. Newer
 megatron-core has no ``common.pt``: its common state is an entry of the checkpoint (``common_state``).
@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: the o
 
 import numpy as np  # noqa: E402
 
+from dconv.compare import diff  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
 from tests.oracles import hf  # noqa: E402
@@ -78,3 +79,18 @@ def test_dconv_reads_what_newer_core_wrote(judged: Judged, tmp_path: Path) -> No
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert torch.equal(hf.logits(tmp_path / "hf", TOKENS), judged.expected)
+
+
+def test_bridge_loads_what_dconv_wrote_and_the_other_way_round(tmp_path: Path) -> None:
+    """Bridge has a config file of its own in the place of Megatron-LM's args."""
+    _, model = hf.tiny("qwen2", seed=5, tie_word_embeddings=True, vocab_size=302)
+    source = hf.save(model, tmp_path / "hf")
+    convert(Request(source, "megatron", tmp_path / "made", parallel=Parallel(tp=2, pp=2)))
+    made, bridges, back = tmp_path / "made" / "release", tmp_path / "bridges", tmp_path / "back"
+    command = [PYTHON, ROOT / "tests" / "oracles" / "bridge.py", source, made, bridges, back]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert diff(source, back).equal
+    convert(Request(bridges, "hf", tmp_path / "again"))  # from run_config.yaml alone
+    assert diff(source, tmp_path / "again").equal
+    assert torch.equal(hf.logits(tmp_path / "again", TOKENS), hf.logits(model, TOKENS))

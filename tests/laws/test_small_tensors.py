@@ -24,7 +24,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path, dtype: str) -> None:
     assert source.stat().st_size == size
     found = {s.name: [dense_piece(s, source.name, at)] for s, at in zip(specs, offsets, strict=True)}
     named = {spec.name: spec for spec in specs}
-    logical = Logical(tmp_path, named, check_pieces(named, found), {source.name: stamp(source)})
+    logical = Logical(tmp_path, named, check_pieces(named, found)[0], {source.name: stamp(source)})
     wanted = [TensorSpec(spec.name, spec.shape, dtype) for spec in specs]
     target = huggingface.lay_out(wanted, config={}, side={}, shard_size=10**9, left_out={})
     run_rank(build_plan(logical, target), tmp_path / "out", apply, Settings())

@@ -1,0 +1,121 @@
+"""Megatron-Bridge's ``run_config.yaml``: the model's config as its checkpoints carry it, instead of Megatron-LM's args.
+
+Read as plain data (``_target_`` names what Bridge would call; here it is only compared), and written beside the args,
+so that Bridge loads a converted checkpoint as one of its own. Source: ``megatron/bridge/models/gpt_provider.py`` (field
+names), ``megatron/bridge/training/model_load_save.py`` (what is read), Megatron-Bridge 0.6.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dconv.errors import Damaged, StorageFault
+
+NAME: Final = "run_config.yaml"
+
+_PROVIDER: Final = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+_SILU: Final = "torch.nn.functional.silu"
+_TARGET: Final = "_target_"
+
+#: Fields whose arg has another name.
+_ARG_OF: Final = {
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+}
+#: Fields written under their arg's own name.
+_SAME: Final = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
+    "layernorm_epsilon", "layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+    "attention_dropout", "hidden_dropout", "init_method_std", "position_embedding_type", "rotary_percent",
+    "rotary_base", "rotary_interleaved", "rope_scaling_factor", "yarn_original_max_position_embeddings",
+    "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int", "seq_length", "window_size",
+    "window_attn_skip_freq", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "vocab_size",
+    "make_vocab_size_divisible_by", "multi_latent_attention", "bf16", "fp16", "tensor_model_parallel_size",
+    "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+
+
+def read_args(path: Path) -> dict[str, object] | None:
+    """Megatron-LM's args for a ``run_config.yaml``; None when there is no such file.
+
+    Raises:
+        Damaged: it is no YAML, or has no model.
+    """
+    import yaml  # most checkpoints have no such file
+
+    try:
+        run: Any = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as fault:
+        raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
+    except (ValueError, yaml.YAMLError) as fault:
+        raise Damaged("not a YAML file", where=str(path), found=str(fault)[:200]) from fault
+    model = run.get("model") if isinstance(run, Mapping) else None
+    if not isinstance(model, Mapping):
+        raise Damaged("no model in Megatron-Bridge's run config", where=str(path), expected="a mapping under model")
+    return _to_args({str(key): value for key, value in model.items()})
+
+
+def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
+    plain = {key: _plain(value) for key, value in model.items()}
+    args: dict[str, object] = {**plain, **{arg: plain.get(field) for field, arg in _ARG_OF.items()}}
+    args["max_position_embeddings"] = plain.get("seq_length")
+    args["untie_embeddings_and_output_weights"] = not plain.get("share_embeddings_and_output_weights")
+    args["group_query_attention"] = plain.get("num_query_groups") is not None
+    args["swiglu"] = plain.get("gated_linear_unit") is True and plain.get("activation_func") == _SILU
+    if plain.get("should_pad_vocab") is not True:  # then the size is that of the tensor
+        args["padded_vocab_size"] = plain.get("vocab_size")
+    return args
+
+
+def _plain(value: Any) -> object:
+    """A ``_target_`` by its name, everything else as it is."""
+    return str(value[_TARGET]) if isinstance(value, Mapping) and _TARGET in value else value
+
+
+def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
+    """The ``run_config.yaml`` of a model with these args, ``vocabulary`` rows before padding, on ``tp`` ranks."""
+    grouped = args.get("group_query_attention")
+    dtype = "torch." + ("bfloat16" if args.get("bf16") else "float16" if args.get("fp16") else "float32")
+    model = {
+        _TARGET: _PROVIDER,
+        **{name: args[name] for name in _SAME if name in args},
+        **{field: args[arg] for field, arg in _ARG_OF.items() if arg in args},
+        "num_query_groups": args.get("num_query_groups") if grouped else args.get("num_attention_heads"),
+        "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
+        "gated_linear_unit": True,
+        "activation_func": _named(_SILU),
+        # Bridge pads nothing that it imports and exports the padding, too: asked for only where it cannot do without
+        "should_pad_vocab": vocabulary % tp != 0,
+        "params_dtype": _named(dtype),
+        "pipeline_dtype": _named(dtype),
+    }
+    stored = {"save_optim": False, "save_rng": False, "ckpt_format": "torch_dist", "fully_parallel_save": False}
+    lines = [
+        line
+        for section, entries in (("checkpoint", stored), ("model", model))
+        for line in (f"{section}:", *(f"  {name}: {_scalar(value)}" for name, value in entries.items()))
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _scalar(value: object) -> str:
+    """JSON is YAML but for small numbers: 1e-05 would be read as text."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
+
+
+def _named(target: str) -> dict[str, object]:
+    return {_TARGET: target, "_call_": False}

@@ -1,0 +1,92 @@
+"""Megatron-Bridge's run_config.yaml is read as data and says the same model as the args that it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dconv.arch.registry import families
+from dconv.checkpoint import run_config
+from dconv.errors import Damaged, Refused
+from dconv.pipeline import Request, convert, describe_model
+from dconv.sharding.coords import Parallel
+from tests.models import config_of, write_random
+
+
+def without_args(made: Path) -> Path:
+    """An iteration of dconv's with the args taken out, as Bridge leaves one."""
+    iteration = made / "release"
+    (iteration / "common.pt").unlink()
+    for path in (made / "huggingface").iterdir():
+        path.unlink()
+    (made / "huggingface").rmdir()
+    metadata = iteration / ".metadata"
+    data = metadata.read_bytes()
+    assert data.count(b"common_state") == 1
+    metadata.write_bytes(data.replace(b"common_state", b"absent_state"))
+    return iteration
+
+
+SCALED = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+TIED = {"tie_word_embeddings": True, "num_key_value_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("sizes", [{}, TIED, *({"rope_scaling": scaling} for scaling in (SCALED, LINEAR, YARN))])
+@pytest.mark.parametrize("name", sorted(families()))
+def test_says_what_the_args_say(tmp_path: Path, name: str, sizes: dict[str, Any]) -> None:
+    family = families()[name]
+    source = write_random(tmp_path / "hf", family, config_of(family, **sizes))
+    parallel = Parallel(tp=2, pp=2, etp=2)
+    convert(Request(source, "megatron", tmp_path / "made", parallel=parallel, divisor=2))
+    by_args = describe_model(tmp_path / "made")
+    assert by_args.source.args is not None
+    expected = family.config.to_hf(by_args.source.args)
+    found = describe_model(without_args(tmp_path / "made"), model_type=name)
+    assert found.rebuilt
+    assert expected["torch_dtype"] == "bfloat16"  # a name that transformers has
+    assert found.config == expected
+    assert found.logical.specs == by_args.logical.specs
+
+
+@pytest.mark.parametrize(
+    "text", ["model: [1", "[]", "model: 3", "model: !!python/object/apply:os.system [true]", "\x00", "a: &a [*a]"]
+)
+def test_a_broken_one_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run_config.yaml").write_text(text)
+    with pytest.raises(Damaged) as caught:
+        run_config.read_args(tmp_path / "run_config.yaml")
+    assert "run_config.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation_func", {"_target_": "torch.nn.functional.gelu", "_call_": False}),
+        ("gated_linear_unit", False),
+        ("num_moe_experts", 8),
+        ("multi_latent_attention", True),
+        ("qk_l2_norm", True),
+        ("layernorm_zero_centered_gamma", True),
+        ("position_embedding_type", "learned_absolute"),
+        ("experimental_attention_variant", "gated_delta_net"),
+    ],
+)
+def test_another_function_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    family = families()["llama"]
+    source = write_random(tmp_path / "hf", family, config_of(family))
+    convert(Request(source, "megatron", tmp_path / "made"))
+    iteration = without_args(tmp_path / "made")
+    written = yaml.safe_load((iteration / "run_config.yaml").read_text())
+    written["model"][field] = value
+    (iteration / "run_config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(Refused):
+        convert(Request(iteration, "hf", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
