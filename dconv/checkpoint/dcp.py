@@ -14,9 +14,9 @@ from pathlib import Path
 from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final, NoReturn, TypeGuard
 
-from dconv.checkpoint import inert, pickling, torchzip
+from dconv.checkpoint import inert, pickling, torchframe, torchzip
 from dconv.checkpoint.files import check_plain_name
-from dconv.checkpoint.inert import DTypeRef, Record, TensorRef
+from dconv.checkpoint.pickled import DTypeRef, Record, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged, Refused, StorageFault
 
@@ -185,7 +185,7 @@ def read_object(directory: Path, place: tuple[str, int, int]) -> Any:
 
 def object_blob(tree: object) -> bytes:
     """A container of plain data, as at an object's place; Megatron's ``_extra_state`` is ``[None]``."""
-    frame = torchzip.frame(tree, ())
+    frame = torchframe.frame(tree, ())
     return frame.literals[0][1]
 
 

@@ -16,7 +16,7 @@ from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import safetensors, torchzip
 from dconv.checkpoint.files import check_plain_name, read_json, stamp
-from dconv.checkpoint.inert import TensorRef
+from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.source import Located, Source, expected_specs, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE

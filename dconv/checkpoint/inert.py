@@ -14,11 +14,20 @@ from __future__ import annotations
 
 import gc
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, Final, NoReturn
 
+from dconv.checkpoint.allowed import (
+    BUILDERS,
+    INERT_MODULES,
+    PY2_MODULES,
+    PY2_NAMES,
+    ROOTS,
+    STORAGE_DTYPES,
+    Builder,
+    is_size,
+)
+from dconv.checkpoint.pickled import DTypeRef, OrderedMap, Record, StorageRef, Symbol
 from dconv.errors import Damaged
 from dconv.sharding.dtypes import FROM_TORCH
 
@@ -28,83 +37,6 @@ MAX_BYTES: Final = 256 << 20
 _MAX_CONTAINERS: Final = 16 << 20
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """The name of a class or function. Nothing was imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class DTypeRef:
-    """A torch dtype, by dconv's short name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """The bytes behind tensors: record ``key`` of the container, ``numel`` elements of ``dtype``.
-
-    ``dtype`` is dconv's short name, or torch's own where dconv has none (``ComplexDouble``).
-    """
-
-    dtype: str
-    key: str
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A strided view of a storage, not yet checked against its size; offset and strides in elements."""
-
-    storage: StorageRef
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-
-
-class Record:
-    """What a file wanted to build: ``symbol(*args)``, its state, the list or dict entries it put in.
-
-    Compared and hashed by identity, so that a hostile tree costs nothing as a dict key.
-    """
-
-    __slots__ = ("args", "items", "state", "symbol")
-
-    def __init__(self, symbol: Symbol, args: tuple[Any, ...] = (), state: object = None) -> None:
-        self.symbol = symbol
-        self.args = args
-        self.state = state
-        self.items: list[object] = []
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Attributes by name; empty where the state is no mapping."""
-        state = self.state
-        if isinstance(state, dict):
-            return state
-        if isinstance(state, tuple) and len(state) == 2:  # (__dict__, __slots__)
-            return {k: v for part in state if isinstance(part, dict) for k, v in part.items()}
-        return {}
-
-    def __repr__(self) -> str:
-        # members of an enum and paths are read off this; nested arguments may be huge
-        args = (repr(a) if isinstance(a, int | float | str) else "..." for a in self.args[:8])
-        return f"{self.symbol}({', '.join(args)})"
-
-
-class OrderedMap(dict[Any, Any]):
-    """A dict that drops the attributes (torch's ``_metadata``) with which an ``OrderedDict`` may come."""
-
-    __slots__ = ()
 
 
 def load(data: bytes, *, where: str) -> Any:
@@ -161,7 +93,7 @@ class Machine:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._symbols: dict[tuple[str, str], Symbol | DTypeRef] = {}
-        self._builders: dict[int, _Builder] = {}  # by id of a symbol: faster than hashing two strings
+        self._builders: dict[int, Builder] = {}  # by id of a symbol: faster than hashing two strings
         # lists and strings that constructors copy; a real file copies each at most a few times
         self._copies = 4 * (self.limit - start) + 65536
 
@@ -236,7 +168,7 @@ class Machine:
             elif op == 0x75:  # SETITEMS
                 items, stack = stack, self._marks.pop()
                 self._stack = stack
-                self._put(stack[-1], items)
+                self.put(stack[-1], items)
             elif op == 0x74:  # TUPLE
                 items, stack = tuple(stack), self._marks.pop()
                 self._stack = stack
@@ -302,7 +234,7 @@ class Machine:
                 self._extend(self._stack[-1], items)
             case 0x73:  # SETITEM
                 value, key = stack.pop(), stack.pop()
-                self._put(stack[-1], [key, value])
+                self.put(stack[-1], [key, value])
             case 0x47:  # BINFLOAT
                 stack.append(struct.unpack(">d", self._take(8))[0])
             case 0x8A | 0x8B:  # LONG1, LONG4
@@ -320,10 +252,10 @@ class Machine:
                 stack.append(set())
             case 0x91:  # FROZENSET
                 items = self._pop_mark()
-                self._stack.append(frozenset(self._keys(items)))
+                self._stack.append(frozenset(self.keys(items)))
             case 0x92:  # NEWOBJ_EX
                 kwargs, args, symbol = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self._call(symbol, (*args, kwargs) if kwargs else args))
+                stack.append(self.call(symbol, (*args, kwargs) if kwargs else args))
             case 0x30:  # POP
                 _ = stack.pop() if stack else self._pop_mark()
             case 0x31:  # POP_MARK
@@ -358,12 +290,12 @@ class Machine:
             self.bad("a global whose name is no string")
         if not f"{module}.{name}".replace(".", "_").isidentifier():  # also keeps control characters off terminals
             self.bad("a global of odd name")
-        if module in _PY2_MODULES:
-            module, name = _PY2_MODULES[module], _PY2_NAMES.get(name, name)
+        if module in PY2_MODULES:
+            module, name = PY2_MODULES[module], PY2_NAMES.get(name, name)
         if module == "torch" and name in FROM_TORCH:
             return self._symbols.setdefault((module, name), DTypeRef(FROM_TORCH[name]))
-        builder = _BUILDERS.get((module, name))
-        if builder is None and not (module.partition(".")[0] in _ROOTS or name in _INERT_MODULES.get(module, ())):
+        builder = BUILDERS.get((module, name))
+        if builder is None and not (module.partition(".")[0] in ROOTS or name in INERT_MODULES.get(module, ())):
             self.foreign(f"{module}.{name}")
         symbol = Symbol(module, name)
         self._symbols[module, name] = symbol
@@ -380,7 +312,7 @@ class Machine:
             do="do not load this file with torch either: loading would run that name",
         )
 
-    def _call(self, symbol: object, args: object) -> Any:
+    def call(self, symbol: object, args: object) -> Any:
         if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
             self.bad("a call of something that is no global")
         builder = self._builders.get(id(symbol))
@@ -392,14 +324,14 @@ class Machine:
         elif type(target) is not OrderedMap:
             self.bad(f"a state for a {type(target).__name__}")
 
-    def _put(self, target: Any, items: list[Any]) -> None:
+    def put(self, target: Any, items: list[Any]) -> None:
         """``target[items[0]] = items[1]`` and so on."""
         if len(items) % 2:
             self.bad("a key without a value")
         if type(target) is Record:
             target.items.extend(zip(items[::2], items[1::2], strict=True))
         elif isinstance(target, dict):
-            target.update(zip(self._keys(items[::2]), items[1::2], strict=True))
+            target.update(zip(self.keys(items[::2]), items[1::2], strict=True))
         else:
             self.bad(f"entries for a {type(target).__name__}")
 
@@ -407,13 +339,13 @@ class Machine:
         if type(target) is list:
             target.extend(items)
         elif type(target) is set:
-            target.update(self._keys(items))
+            target.update(self.keys(items))
         elif type(target) is Record:
             target.items.extend(items)
         else:
             self.bad(f"elements for a {type(target).__name__}")
 
-    def _keys(self, keys: list[Any]) -> list[Any]:
+    def keys(self, keys: list[Any]) -> list[Any]:
         """The same keys, each cheap to hash and compare."""
         for key in keys:
             if type(key) is tuple or type(key) is frozenset:
@@ -439,187 +371,13 @@ class Machine:
         kind, key, _location, numel = pid[1:5]
         if not isinstance(kind, Symbol) or not kind.name.endswith("Storage") or type(key) is not str:
             self.bad("a storage of wrong form")
-        if not _size(numel):
+        if not is_size(numel):
             self.bad("a storage of wrong size")
         dtype = STORAGE_DTYPES.get(kind.name, kind.name.replace("Storage", ""))
         ref = StorageRef(dtype, key, numel)
         self.storages.setdefault(key, ref)
         return ref
 
-
-def _size(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _sizes(value: object) -> tuple[int, ...]:
-    """A tensor's shape, strides or offsets; torch allows 64 axes."""
-    if not isinstance(value, tuple | list) or len(value) > 64 or not all(map(_size, value)):
-        raise ValueError("a shape of wrong form")
-    return tuple(value)
-
-
-def _tensor(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> TensorRef:
-    """``_rebuild_tensor(storage, offset, size, stride)``; v2 adds four arguments of no interest."""
-    storage, offset, shape, stride = args[:4]
-    if not isinstance(storage, StorageRef) or not _size(offset):
-        machine.bad("a tensor of wrong form")
-    return TensorRef(storage, offset, _sizes(shape), _sizes(stride), storage.dtype)
-
-
-def _tensor_v3(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> TensorRef:
-    """``_rebuild_tensor_v3``: dtypes without a storage class of their own, over untyped storages."""
-    plain = _tensor(machine, symbol, args)
-    dtype = args[6]
-    if not isinstance(dtype, DTypeRef | Symbol):
-        machine.bad("a tensor of wrong form")
-    return TensorRef(plain.storage, plain.offset, plain.shape, plain.stride, dtype.name)
-
-
-def _parameter(_machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    return args[0]
-
-
-def _from_type(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    """``_rebuild_from_type_v2(function, class, args, state)``: a subclass, read as the tensor it wraps."""
-    return machine._call(args[0], args[2])
-
-
-def _reconstructor(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    """``copyreg._reconstructor(class, base, state)``, how protocols 0 and 1 make an object."""
-    kind, base, state = args
-    return machine._call(kind, () if base == Symbol("builtins", "object") else (state,))
-
-
-def _new(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    return machine._call(args[0], args[1:])
-
-
-def _shape(_machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> tuple[int, ...]:
-    return _sizes(args[0]) if args else ()
-
-
-def _mapping(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> dict[Any, Any]:
-    """dict, OrderedDict and Counter of nothing, of a dict or of pairs; ``defaultdict(factory, ...)``."""
-    if symbol.name == "defaultdict":
-        args = args[1:]
-    content = args[0] if args else ()
-    if not _concrete(content):
-        machine.bad("a dict of no pairs")
-    machine.copied(len(content))
-    pairs = list(content.items()) if isinstance(content, dict) else list(content)
-    made: dict[Any, Any] = {} if symbol.module == "builtins" else OrderedMap()
-    machine._put(made, [part for key, value in pairs for part in (key, value)])
-    return made
-
-
-def _concrete(value: object) -> bool:
-    """Not a range: its elements cost the file nothing."""
-    return isinstance(value, list | tuple | set | frozenset | dict)
-
-
-def _collection(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    content = args[0] if args else ()
-    if len(args) > 1 or not _concrete(content):
-        machine.bad(f"a {symbol.name} of no elements")
-    machine.copied(len(content))
-    kind: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[symbol.name]
-    return kind(content if symbol.name in ("list", "tuple") else machine._keys(list(content)))
-
-
-def _text(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    """str, bytes, bytearray and ``_codecs.encode`` of text; bytes of a number would ask for memory."""
-    source = args[0] if args else b""
-    encoding = args[1] if len(args) > 1 else "utf-8"
-    if encoding not in ("latin1", "latin-1", "ascii", "utf-8"):  # others import a module by name
-        machine.bad("an encoding of no use")
-    if symbol.name == "str" and isinstance(source, int | float):
-        return str(source)
-    if isinstance(source, list) and symbol.name != "str":
-        source = bytes(source)
-    if not isinstance(source, str | bytes | bytearray):
-        machine.bad(f"a {symbol.name} of {type(source).__name__}")
-    machine.copied(len(source))
-    if symbol.name == "str":
-        return source if isinstance(source, str) else bytes(source).decode(encoding)
-    raw = source.encode(encoding) if isinstance(source, str) else bytes(source)
-    return bytearray(raw) if symbol.name == "bytearray" else raw
-
-
-def _scalar(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
-    if not all(arg is None or isinstance(arg, int | float | str) for arg in args):
-        machine.bad(f"a {symbol.name} of wrong form")
-    kind: Any = {"int": int, "float": float, "bool": bool, "complex": complex, "slice": slice, "range": range}
-    return kind[symbol.name](*args)
-
-
-_Builder = Callable[[Machine, Symbol, tuple[Any, ...]], Any]
-
-
-def _member(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Record:
-    """``getattr(SomeEnum, "NAME")``, as Python 3.11.0 to 3.11.3 pickles an enum's member; noted down, not looked up."""
-    plain = len(args) == 2 and type(args[0]) is Symbol and isinstance(args[1], str) and args[1].isidentifier()
-    if not plain or args[1].startswith("_") or args[0].module == "builtins":
-        machine.foreign(str(symbol))
-    return Record(args[0], (args[1],))
-
-
-_BUILDERS: Final[dict[tuple[str, str], _Builder]] = {
-    ("builtins", "getattr"): _member,
-    ("collections", "OrderedDict"): _mapping,
-    ("collections", "defaultdict"): _mapping,
-    ("collections", "Counter"): _mapping,
-    ("builtins", "dict"): _mapping,
-    **{("builtins", name): _collection for name in ("list", "tuple", "set", "frozenset")},
-    **{("builtins", name): _text for name in ("str", "bytes", "bytearray")},
-    **{("builtins", name): _scalar for name in ("int", "float", "bool", "complex", "slice", "range")},
-    ("_codecs", "encode"): _text,
-    ("copyreg", "_reconstructor"): _reconstructor,
-    ("copyreg", "__newobj__"): _new,
-    ("torch", "Size"): _shape,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
-}
-
-#: Packages whose classes may stand in a checkpoint under any name; they become a `Record`.
-_ROOTS: Final = frozenset({"torch", "megatron", "transformer_engine", "omegaconf"})
-_NUMPY = ("_reconstruct", "scalar")
-#: Other names that real arguments and random states hold; also `Record`. From megatron/core/safe_globals.py,
-#: pickles of ``np.random.get_state()`` and of DCP's ``StorageMeta``.
-_INERT_MODULES: Final[dict[str, tuple[str, ...]]] = {
-    "argparse": ("Namespace",),
-    "types": ("SimpleNamespace",),
-    "builtins": ("object",),
-    "collections": ("deque",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath", "PurePath", "WindowsPath", "PureWindowsPath"),
-    "signal": ("Signals", "Handlers"),
-    "io": ("BytesIO",),
-    "_io": ("BytesIO",),
-    "datetime": ("timedelta", "datetime", "date"),
-    "numpy": (
-        "ndarray", "dtype", "bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64",
-        "uint8", "uint16", "uint32", "uint64", "str_",
-    ),
-    "numpy.core.multiarray": _NUMPY,
-    "numpy._core.multiarray": _NUMPY,
-    "numpy.core.numeric": ("_frombuffer",),
-    "numpy._core.numeric": ("_frombuffer",),
-    "numpy.dtypes": ("UInt32DType", "UInt64DType", "Int64DType", "Float32DType", "Float64DType"),
-}  # fmt: skip
-
-#: What Python 2 called things; protocols 0 to 2 still write these names.
-_PY2_MODULES: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_PY2_NAMES: Final = {"xrange": "range", "unicode": "str", "long": "int"}
-
-#: torch's typed storages -> dconv's short name; an untyped one counts bytes.
-STORAGE_DTYPES: Final[dict[str, str]] = {
-    "DoubleStorage": "f64", "FloatStorage": "f32", "HalfStorage": "f16", "BFloat16Storage": "bf16",
-    "LongStorage": "i64", "IntStorage": "i32", "ShortStorage": "i16", "CharStorage": "i8",
-    "ByteStorage": "u8", "BoolStorage": "bool", "ComplexFloatStorage": "c64", "UntypedStorage": "u8",
-}  # fmt: skip
 
 _U16, _U32, _I32 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
 # what opcodes and constructors raise on wrong operands; none of them runs code of the file

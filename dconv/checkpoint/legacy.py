@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron, pickling, torchzip
+from dconv.checkpoint import megatron, pickling, torchframe, torchzip
 from dconv.checkpoint.files import stamp
-from dconv.checkpoint.inert import TensorRef
+from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Parallel
@@ -196,14 +196,14 @@ def _tensor(
     return TargetTensor(f"{folder}:{chunk}{name}", path, 0, spec, slots, padding)
 
 
-def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequence[int]) -> torchzip.Frame:
+def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequence[int]) -> torchframe.Frame:
     states: list[dict[str, object]] = [{} for _ in range(model.parallel.vpp)]
     for i, (tensor, chunk) in enumerate(zip(shard, chunks, strict=True)):
         name = tensor.spec.name
-        states[chunk][name] = torchzip.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
+        states[chunk][name] = torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
         module, _, parameter = name.rpartition(".")
         if parameter == "weight" and module.rpartition(".")[2] in _WITH_STATE:
             states[chunk][f"{module}._extra_state"] = None
     named = {"model": states[0]} if len(states) == 1 else {f"model{i}": state for i, state in enumerate(states)}
     tree = {"args": pickling.namespace(model.args), "checkpoint_version": 3.0, "iteration": 0, **named}
-    return torchzip.frame(tree, [(str(i), tensor.spec.nbytes) for i, tensor in enumerate(shard)])
+    return torchframe.frame(tree, [(str(i), tensor.spec.nbytes) for i, tensor in enumerate(shard)])

@@ -16,7 +16,7 @@ from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import pickling
 from dconv.checkpoint.files import read_json
-from dconv.checkpoint.inert import DTypeRef, Record
+from dconv.checkpoint.pickled import DTypeRef, Record
 from dconv.checkpoint.source import Located, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Parallel

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import dcp, megatron, pickling, run_config, torchzip
+from dconv.checkpoint import dcp, megatron, pickling, run_config, torchframe, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
@@ -178,7 +178,7 @@ def lay_out(model: megatron.Model) -> Target:
 
     def closing() -> Iterable[tuple[str, bytes]]:
         yield from model.closing()
-        common = torchzip.frame(_common(model), [])
+        common = torchframe.frame(_common(model), [])
         yield f"{megatron.RELEASE}/{_COMMON}", _joined(common)
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
         yield (
@@ -237,7 +237,7 @@ def _file(
     at = 0
     for chunk in group:
         spec = chunk.tensor.spec
-        frame = torchzip.frame(torchzip.tensor(spec.dtype, spec.shape, "0"), [("0", spec.nbytes)], base=at)
+        frame = torchframe.frame(torchframe.tensor(spec.dtype, spec.shape, "0"), [("0", spec.nbytes)], base=at)
         literals.extend(frame.literals)
         tensor = replace(chunk.tensor, file=path, offset=frame.data["0"])
         blobs[tensor.key] = (path.rpartition("/")[2], at, frame.size)
@@ -280,7 +280,7 @@ def _common(model: megatron.Model) -> dict[str, object]:
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
 
 
-def _joined(frame: torchzip.Frame) -> bytes:
+def _joined(frame: torchframe.Frame) -> bytes:
     data = bytearray(frame.size)
     for offset, piece in frame.literals:
         data[offset : offset + len(piece)] = piece

@@ -1,4 +1,4 @@
-"""The container of ``torch.save``: where each tensor's bytes lie, and how to write one around bytes to come.
+"""The container of ``torch.save``, read: where each tensor's bytes lie. `dconv.checkpoint.torchframe` writes it.
 
 Since torch 1.6 it is a zip of uncompressed records: ``<root>/data.pkl`` is the pickled tree and each
 ``<root>/data/<key>`` a storage. Before, it was a row of pickles and then the raw storages; that form is read
@@ -21,18 +21,17 @@ from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final
 
 from dconv.checkpoint import inert
-from dconv.checkpoint.inert import DTypeRef, StorageRef, TensorRef
-from dconv.checkpoint.pickling import Global, Persistent, Reduce, dtype, dumps
+from dconv.checkpoint.pickled import StorageRef, TensorRef
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 
-_LOCAL: Final = struct.Struct("<4s5H3L2H")
-_CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
-_END: Final = struct.Struct("<4s4H2LH")
-_END64: Final = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR: Final = struct.Struct("<4sLQL")
-_U16_MAX: Final = 0xFFFF
-_U32_MAX: Final = 0xFFFFFFFF
+LOCAL: Final = struct.Struct("<4s5H3L2H")
+CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
+END: Final = struct.Struct("<4s4H2LH")
+END64: Final = struct.Struct("<4sQ2H2L4Q")
+LOCATOR: Final = struct.Struct("<4sLQL")
+U16_MAX: Final = 0xFFFF
+U32_MAX: Final = 0xFFFFFFFF
 # a directory of 10^6 records takes about 80 MB
 _MAX_DIRECTORY: Final = 256 << 20
 #: Start of the older form: the pickled number 0x1950a86a20f9469cfc6c.
@@ -76,14 +75,14 @@ class TorchFile:
         if nbytes != ref.storage.numel * ITEMSIZE[ref.storage.dtype]:
             expected = f"{ref.storage.numel} x {ref.storage.dtype}"
             raise Damaged("a storage of wrong size", where=where, expected=expected, found=f"{nbytes} bytes")
-        if len(ref.shape) != len(ref.stride) or _reach(ref.offset, ref.shape, ref.stride) * size > nbytes:
+        if len(ref.shape) != len(ref.stride) or reach(ref.offset, ref.shape, ref.stride) * size > nbytes:
             found = f"offset {ref.offset}, shape {ref.shape}, strides {ref.stride} of {ref.dtype}"
             raise Damaged("a tensor larger than its storage", where=where, expected=f"{nbytes} bytes", found=found)
         offset = 0 if 0 in ref.shape else ref.offset * size
         return Located(start + offset, tuple(s * size for s in ref.stride), ref.shape, ref.dtype)
 
 
-def _reach(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
+def reach(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements of the storage up to the end of the tensor; torch lets an empty one start anywhere."""
     if 0 in shape:
         return 0
@@ -204,7 +203,7 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
     found.sort(key=lambda entry: entry[1])
     records = {}
     for (name, header, size, crc), (_, limit, _, _) in zip(found, [*found[1:], (b"", start, 0, 0)], strict=True):
-        if header + _LOCAL.size + len(name) + size > limit:
+        if header + LOCAL.size + len(name) + size > limit:
             raise blob.damaged("records that overlap", _shown(name))
         if name in records:
             raise blob.damaged("two records of one name", _shown(name))
@@ -214,23 +213,23 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
 
 def _find_directory(blob: _Blob) -> tuple[int, int, bytes]:
     """(offset, number of entries, bytes) of the central directory."""
-    for span in (4096, _END.size + _U16_MAX):  # a comment may follow the end record; torch writes none
+    for span in (4096, END.size + U16_MAX):  # a comment may follow the end record; torch writes none
         tail = blob.pread(max(0, blob.length - span), min(span, blob.length))
         at = tail.rfind(b"PK\x05\x06")
-        while at >= 0 and (len(tail) < at + 22 or at + 22 + _END.unpack_from(tail, at)[7] != len(tail)):
+        while at >= 0 and (len(tail) < at + 22 or at + 22 + END.unpack_from(tail, at)[7] != len(tail)):
             at = tail.rfind(b"PK\x05\x06", 0, at)
         if at >= 0:
             break
     else:
         raise blob.damaged("a truncated file", "no zip directory at its end")
-    _, disk, first, here, count, size, start, _ = _END.unpack_from(tail, at)
+    _, disk, first, here, count, size, start, _ = END.unpack_from(tail, at)
     end = blob.length - len(tail) + at
-    locator = blob.pread(end - _LOCATOR.size, _LOCATOR.size) if end >= _LOCATOR.size else b""
+    locator = blob.pread(end - LOCATOR.size, LOCATOR.size) if end >= LOCATOR.size else b""
     if locator[:4] == b"PK\x06\x07":
-        _, disk, end64, _ = _LOCATOR.unpack(locator)
-        raw = blob.pread(end64, _END64.size)
-        mark, extent, _, _, first, disk, here, count, size, start = _END64.unpack(raw)
-        if mark != b"PK\x06\x06" or end64 + 12 + extent != end - _LOCATOR.size:
+        _, disk, end64, _ = LOCATOR.unpack(locator)
+        raw = blob.pread(end64, END64.size)
+        mark, extent, _, _, first, disk, here, count, size, start = END64.unpack(raw)
+        if mark != b"PK\x06\x06" or end64 + 12 + extent != end - LOCATOR.size:
             raise blob.damaged("a broken zip directory", "no zip64 end record where it should be")
         end = end64
     if disk or first or here != count or start + size != end or size > _MAX_DIRECTORY:
@@ -240,19 +239,19 @@ def _find_directory(blob: _Blob) -> tuple[int, int, bytes]:
 
 def _entry(blob: _Blob, data: bytes, at: int) -> tuple[tuple[bytes, int, int, int], int]:
     """((name, offset of the local header, size, crc), offset of the next entry) from the directory."""
-    fields = _CENTRAL.unpack_from(data, at)
+    fields = CENTRAL.unpack_from(data, at)
     flags, method, crc, packed, size, n_name, n_extra, n_comment = *fields[3:5], *fields[7:13]
     header = fields[16]
-    at += _CENTRAL.size
+    at += CENTRAL.size
     name, extra = data[at : at + n_name], data[at + n_name : at + n_name + n_extra]
     at += n_name + n_extra + n_comment
     if fields[0] != b"PK\x01\x02" or at > len(data) or method or flags & 0x2041:
         shown = _shown(name)
         raise blob.damaged("a record that torch does not write", f"{shown}, compression {method}, flags {flags:#x}")
     wide = iter(_zip64(extra))
-    size = next(wide, -1) if size == _U32_MAX else size
-    packed = next(wide, -1) if packed == _U32_MAX else packed
-    header = next(wide, -1) if header == _U32_MAX else header
+    size = next(wide, -1) if size == U32_MAX else size
+    packed = next(wide, -1) if packed == U32_MAX else packed
+    header = next(wide, -1) if header == U32_MAX else header
     if size < 0 or packed != size or header < 0:
         raise blob.damaged("a record of wrong size", _shown(name))
     return (name, header, size, crc), at
@@ -271,10 +270,10 @@ def _zip64(extra: bytes) -> tuple[int, ...]:
 
 def _data(blob: _Blob, record: _Record) -> int:
     """Offset in the blob of a record's bytes: its local header may be longer than the directory says."""
-    head = blob.pread(record.header, _LOCAL.size + len(record.name))
-    fields = _LOCAL.unpack_from(head)
+    head = blob.pread(record.header, LOCAL.size + len(record.name))
+    fields = LOCAL.unpack_from(head)
     start = record.header + len(head) + fields[10]
-    if fields[0] != b"PK\x03\x04" or fields[3] or head[_LOCAL.size :] != record.name or fields[9] != len(record.name):
+    if fields[0] != b"PK\x03\x04" or fields[3] or head[LOCAL.size :] != record.name or fields[9] != len(record.name):
         raise blob.damaged("a broken local header", _shown(record.name))
     if start + record.size > record.limit:
         raise blob.damaged("records that overlap", _shown(record.name))
@@ -324,165 +323,3 @@ def _read_legacy(blob: _Blob) -> TorchFile:
             raise blob.damaged("a storage of wrong size", f"{short(key)}: {numel} elements, tree says {ref.numel}")
         storages[key] = (at - nbytes, nbytes)
     return TorchFile(blob.path, tree, storages)
-
-
-#: Typed storages by dconv's dtype; the others lie in untyped ones and are named by ``_rebuild_tensor_v3``.
-_STORAGE: Final = {
-    short: Global("torch", name) for name, short in inert.STORAGE_DTYPES.items() if name != "UntypedStorage"
-}
-_UNTYPED: Final = Global("torch.storage", "UntypedStorage")
-_NO_HOOKS: Final = Reduce(Global("collections", "OrderedDict"), ())
-_KEY: Final = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
-#: torch aligns storages to 64 bytes so that a mapped tensor is aligned for vector loads.
-_ALIGN: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor in a tree to be written; see `tensor`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    key: str
-    offset: int
-    stride: tuple[int, ...]
-
-
-def tensor(dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: Sequence[int] | None = None) -> Tensor:
-    """The node of a tensor that lies in storage ``key``.
-
-    Args:
-        dtype: dconv's short name.
-        offset: elements before the first one.
-        stride: elements from one to the next along each axis; row-major without gaps by default.
-    """
-    shape = tuple(shape)
-    if stride is None:
-        made, step = [], 1
-        for n in reversed(shape):
-            made.append(step)
-            step *= max(n, 1)
-        stride = made[::-1]
-    return Tensor(dtype, shape, key, offset, tuple(stride))
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Everything of a container but its storages' bytes.
-
-    Attributes:
-        size: bytes of the whole container.
-        literals: (absolute file offset, bytes) to write as they are; with no storages exactly one.
-        data: storage key -> absolute file offset of its first byte, a multiple of 64.
-    """
-
-    size: int
-    literals: tuple[tuple[int, bytes], ...]
-    data: dict[str, int]
-
-
-def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, root: str = "archive") -> Frame:
-    """A container for ``tree``, to lie at byte ``base`` of a file.
-
-    Its storages' checksums are 0: torch never looks at them, and the bytes are not known yet.
-
-    Args:
-        tree: what `dconv.checkpoint.pickling.dumps` takes, and nodes of `tensor`, and `DTypeRef`.
-        storages: (key, bytes) of each storage, in file order.
-
-    Raises:
-        ValueError: a key twice or of odd form, a tensor that is not inside its storage.
-    """
-    sizes = dict(storages)
-    if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, [root, *sizes])):
-        raise ValueError("storage keys must be plain and unique")
-    writer = _ZipWriter(base, root)
-    writer.add("data.pkl", dumps(tree, lambda node: _lower(node, sizes)))
-    writer.add("version", b"3\n")
-    writer.add("byteorder", b"little")
-    data = {key: writer.reserve(f"data/{key}", nbytes) for key, nbytes in storages}
-    return Frame(writer.finish(), tuple(writer.literals), data)
-
-
-def _lower(node: object, sizes: Mapping[str, int]) -> object:
-    if isinstance(node, DTypeRef):
-        return dtype(node.name)
-    if not isinstance(node, Tensor):
-        raise TypeError(f"no pickle form for {type(node).__name__}")
-    size, nbytes = ITEMSIZE[node.dtype], sizes.get(node.key, -1)
-    if nbytes < 0 or len(node.shape) != len(node.stride):
-        raise ValueError(f"a tensor without its storage {node.key!r}")
-    if nbytes % size or _reach(node.offset, node.shape, node.stride) * size > nbytes:
-        raise ValueError(f"a tensor that is not inside its storage {node.key!r}")
-    kind = _STORAGE.get(node.dtype)
-    storage = Persistent(("storage", kind or _UNTYPED, node.key, "cpu", nbytes // size if kind else nbytes))
-    common = (storage, node.offset, node.shape, node.stride, False, _NO_HOOKS)
-    if kind:
-        return Reduce(Global("torch._utils", "_rebuild_tensor_v2"), common)
-    return Reduce(Global("torch._utils", "_rebuild_tensor_v3"), (*common, dtype(node.dtype)))
-
-
-class _ZipWriter:
-    """Zip records one after the other, the directory last. Positions count from the container's start."""
-
-    def __init__(self, base: int, root: str) -> None:
-        self.literals: list[tuple[int, bytes]] = []
-        self._base = base
-        self._root = root
-        self._at = 0
-        self._pending = bytearray()  # written since the last gap
-        self._central: list[bytes] = []
-
-    def add(self, name: str, content: bytes) -> None:
-        """A record whose bytes are known."""
-        self._header(name, len(content), zlib.crc32(content), b"")
-        self._write(content)
-
-    def reserve(self, name: str, nbytes: int) -> int:
-        """A record whose bytes come later; their absolute offset."""
-        fixed = self._base + self._at + _LOCAL.size + len(f"{self._root}/{name}") + _zip64_size(nbytes) + 4
-        gap = -fixed % _ALIGN
-        self._header(name, nbytes, 0, b"FB" + struct.pack("<H", gap) + b"Z" * gap)  # torch's padding field
-        start = self._base + self._at
-        if nbytes:
-            self._flush()
-            self._at += nbytes
-        return start
-
-    def finish(self) -> int:
-        """Write the directory; the size of the whole container."""
-        start, count = self._at, len(self._central)
-        directory = b"".join(self._central)
-        self._write(directory)
-        size, end64 = len(directory), self._at
-        self._write(_END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start))
-        self._write(_LOCATOR.pack(b"PK\x06\x07", 0, end64, 1))
-        short, low_size, low_start = min(count, _U16_MAX), min(size, _U32_MAX), min(start, _U32_MAX)
-        self._write(_END.pack(b"PK\x05\x06", 0, 0, short, short, low_size, low_start, 0))
-        self._flush()
-        return self._at
-
-    def _header(self, name: str, nbytes: int, crc: int, padding: bytes) -> None:
-        raw = f"{self._root}/{name}".encode("ascii")
-        header, low = self._at, min(nbytes, _U32_MAX)
-        wide = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if low == _U32_MAX else b""
-        extra = wide + padding
-        # version 4.5 (zip64), no flags, stored, 1980-01-01: the same bytes whenever they are written
-        self._write(_LOCAL.pack(b"PK\x03\x04", 45, 0, 0, 0, 0x21, crc, low, low, len(raw), len(extra)) + raw + extra)
-        numbers = ([nbytes, nbytes] if wide else []) + ([header] if header >= _U32_MAX else [])
-        extra = struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
-        place = (len(raw), len(extra), 0, 0, 0, 0, min(header, _U32_MAX))
-        self._central.append(_CENTRAL.pack(b"PK\x01\x02", 45, 45, 0, 0, 0, 0x21, crc, low, low, *place) + raw + extra)
-
-    def _write(self, data: bytes) -> None:
-        self._pending += data
-        self._at += len(data)
-
-    def _flush(self) -> None:
-        if self._pending:
-            self.literals.append((self._base + self._at - len(self._pending), bytes(self._pending)))
-            self._pending.clear()
-
-
-def _zip64_size(nbytes: int) -> int:
-    return 20 if nbytes >= _U32_MAX else 0

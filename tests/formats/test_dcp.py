@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dconv.checkpoint import dcp, torchzip
+from dconv.checkpoint import dcp
 from dconv.checkpoint.dcp import DcpChunk, DcpTensor
-from dconv.checkpoint.torchzip import frame, tensor
+from dconv.checkpoint.torchframe import frame, tensor
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 from tests.formats.test_torchzip import gather, random_tensor, raw
@@ -287,7 +287,7 @@ def test_objects_are_loaded_by_torch_as_safe() -> None:
     blob = dcp.object_blob([{"iteration": 3, "name": "x"}])
     assert blob == dcp.object_blob([{"iteration": 3, "name": "x"}])
     assert torch.load(io.BytesIO(blob), weights_only=True) == [{"iteration": 3, "name": "x"}]
-    assert len(torchzip.frame([None], []).literals) == 1
+    assert len(frame([None], []).literals) == 1
 
 
 def test_metadata_of_a_large_model_is_fast_and_exact(tmp_path: Path) -> None:

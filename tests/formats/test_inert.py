@@ -27,7 +27,7 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.core.transformer.enums import AttnBackend
 
 from dconv.checkpoint import inert, pickling
-from dconv.checkpoint.inert import DTypeRef, Record, Symbol, TensorRef
+from dconv.checkpoint.pickled import DTypeRef, Record, Symbol, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged
 

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dconv.checkpoint import torchzip
-from dconv.checkpoint.inert import DTypeRef, TensorRef
+from dconv.checkpoint.pickled import DTypeRef, TensorRef
 from dconv.checkpoint.pickling import Global, Persistent, Reduce, dumps, namespace
-from dconv.checkpoint.torchzip import Frame, Located, Tensor, frame, read, tensor
+from dconv.checkpoint.torchframe import Frame, Tensor, frame, tensor
+from dconv.checkpoint.torchzip import Located, read
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 
