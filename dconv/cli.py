@@ -51,38 +51,22 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _add_launch(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("launch")
-    group.add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks to start on this machine (1)")
-    group.add_argument("--launcher", choices=("local",), default="local",
-                       help="who starts them; under torchrun or srun: python -m dconv.launch")  # fmt: skip
-    group.add_argument("--debug", action="store_true", help="show where an internal error happened")
-
-
-def _count(text: str | int) -> int:
-    if not str(text).isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
-    return int(text)
-
-
 def _convert_options(parser: argparse.ArgumentParser) -> None:
-    from dconv.launch.options import add_run_options, add_target_options
+    from dconv.launch.options import add_launch_options, add_run_options, add_target_options
 
     add_target_options(parser)
     add_run_options(parser)
-    _add_launch(parser)
+    add_launch_options(parser)
 
 
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.launch import worker
-    from dconv.launch.options import parse
+    from dconv.launch.options import add_launch_options, parse
 
     args = parse(parser, words)
     here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_launch(here)
-    mine, others = here.parse_known_args(words)  # the started ranks know the other options only
-    if mine.nproc != args.nproc:
-        raise UsageError("nproc is given on the command line, not in the config file", where=str(args.config))
+    add_launch_options(here)
+    others = here.parse_known_args(words)[1]  # the started ranks know the other options only
     where = worker.place()
     if args.nproc == 1:
         return worker.main(args, where)
@@ -97,10 +81,10 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    from dconv.launch.options import add_target_options
+    from dconv.launch.options import add_target_options, positive
 
     add_target_options(parser)
-    parser.add_argument("--world", type=_count, metavar="N", help="show the shares of N ranks (default: one a shard)")
+    parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
     _add_json(parser)
     _add_debug(parser)
 

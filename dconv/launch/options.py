@@ -117,6 +117,26 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Who runs it: ``dconv convert``'s own; a rank under another launcher has no say in them."""
+    group = parser.add_argument_group("launch")
+    group.add_argument("--nproc", type=positive, default=1, metavar="N", help="ranks to start on this machine (1)")
+    group.add_argument("--launcher", choices=("local",), default="local",
+                       help="who starts them; under torchrun or srun: python -m dconv.launch")  # fmt: skip
+    group.add_argument("--debug", action="store_true", help="show where an internal error happened")
+
+
+def positive(text: str | int) -> int:
+    """A count of 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    if not str(text).isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
+    return int(text)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse with ``--config``: the file's values are defaults that the command line overrides.
 
@@ -133,12 +153,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
-def _apply_file(parser: argparse.ArgumentParser, path: Path) -> None:
-    values = _load(path)
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:  # argparse offers no public way to look its options up
         actions[action.dest] = action
         actions.update({option.lstrip("-"): action for option in action.option_strings})
+    return actions
+
+
+def _apply_file(parser: argparse.ArgumentParser, path: Path) -> None:
+    values = _load(path)
+    # One file serves plan, convert and the ranks of any launcher: what is another's option is checked, and not used.
+    whole = argparse.ArgumentParser(add_help=False)
+    for add in (add_target_options, add_run_options, add_launch_options):
+        add(whole)
+    actions = {**_actions(whole), **_actions(parser)}
+    mine = {action.dest for action in parser._actions}
     defaults: dict[str, object] = {}
     for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
@@ -149,7 +179,9 @@ def _apply_file(parser: argparse.ArgumentParser, path: Path) -> None:
             raise UsageError(
                 f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"
             )
-        defaults[action.dest] = _typed(action, value, path)
+        typed = _typed(action, value, path)
+        if action.dest in mine:
+            defaults[action.dest] = typed
     parser.set_defaults(**defaults)
 
 

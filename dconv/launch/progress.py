@@ -13,6 +13,8 @@ from typing import Final, TextIO
 #: Seconds between notes and between redraws.
 _TICK: Final = 0.2
 _PLAIN_TICK: Final = 5.0
+#: Seconds without news after which a rank is not waited for: it may have died.
+_PATIENCE: Final = 10.0
 
 
 def peak_memory() -> int:
@@ -85,6 +87,15 @@ class Display:
         if self._live:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
+
+    def linger(self, stop: threading.Event) -> None:
+        """Go on drawing for the ranks that are still at work, as long as they note progress; for a live bar only."""
+        if not self._live:
+            return
+        seen, changed = self._board.read(), time.monotonic()
+        while self._board.folder.exists() and time.monotonic() - changed < _PATIENCE and not stop.wait(_TICK):
+            if (now := self._board.read()) != seen:
+                seen, changed = now, time.monotonic()
 
     def _run(self) -> None:
         while not self._stop.wait(_TICK if self._live else _PLAIN_TICK):

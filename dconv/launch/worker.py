@@ -144,10 +144,13 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: t
         stop=stop,
         algorithm=args.digest,
     )
-    draws = where.rank == 0 and not args.quiet and not args.json
-    shown = Display(board, job.plan.bytes_written, where.world) if draws else contextlib.nullcontext()
-    with shown:
+    with contextlib.ExitStack() as stack:
+        shown = None
+        if where.rank == 0 and not args.quiet and not args.json:
+            shown = stack.enter_context(Display(board, job.plan.bytes_written, where.world))
         outcome = run(job, settings)
+        if shown is not None and not outcome.complete:
+            shown.linger(stop)
     if outcome.committed:
         seconds = time.monotonic() - began
         notes[where.rank] = {"peak": peak_memory()}  # of the conversion, not of what verifies it

@@ -103,9 +103,34 @@ def test_two_launchers_are_refused(dconv: Dconv, hf: Path, tmp_path: Path, monke
     assert "rank 1 of 4" in ran.err
 
 
-def test_nproc_in_the_config_file(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"model": str(hf), "format": "megatron", "nproc": 2}))
-    assert dconv("convert", "--config", tmp_path / "run.json").code == 2
+def test_one_config_file_for_plan_convert_and_a_launchers_ranks(
+    dconv: Dconv, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"model": str(hf), "format": "megatron", "nproc": 2, "max_memory": "32MiB", "verify": "digest"}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(values))
+    plan = dconv("plan", "--config", config, "--json").json["plan"]
+    command = [sys.executable, "-m", "dconv", "convert", "--config", config, "--json", "-o", tmp_path / "a"]
+    made = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert made["ranks"] == 2
+    assert made["plan"] == plan
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "dconv.launch", "--config", config, "--json", "-o", tmp_path / "b"]
+    alone = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert alone["ranks"] == 1
+    assert alone["plan"] == plan
+
+
+@pytest.mark.parametrize("wrong", [{"nproc": 0}, {"nproc": "many"}, {"max_memory": "lots"}, {"resume": 1}, {"tpp": 2}])
+def test_a_wrong_value_in_the_config_file_is_refused_wherever_it_is_read(
+    dconv: Dconv, hf: Path, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"model": str(hf), "format": "megatron", **wrong}))
+    for command in ("plan", "convert"):
+        ran = dconv(command, "--config", tmp_path / "run.json")
+        assert ran.code == 2
+        assert next(iter(wrong)) in ran.err
 
 
 @pytest.mark.parametrize(

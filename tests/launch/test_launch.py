@@ -16,12 +16,10 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.errors import UsageError
 from dconv.launch.__main__ import main
-from dconv.launch.progress import Board, Display
 from dconv.launch.worker import place
 from dconv.pipeline import Request, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
-from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tree_digest, write_random
 
 #: A launch that takes longer than this hangs.
@@ -333,29 +331,3 @@ def test_peak_memory(tmp_path: Path, threads: int) -> None:
         assert isinstance(peak, int)
         assert peak <= limit, f"{target}: {peak >> 20} MiB"
     assert tree_digest(tmp_path / "back")["model.safetensors"] == tree_digest(source)["model.safetensors"]
-
-
-# ------------------------------------------------------------------------------------------------------- progress
-
-
-def test_board_ignores_ranks_of_a_killed_run(model: Path, tmp_path: Path) -> None:
-    """Notes that an earlier world left in the partial folder are neither drawn nor reported."""
-    job = prepare(Request(model, "megatron", tmp_path / "out"))
-    partial = partial_folder(tmp_path / "out", job.plan)
-    ranks = partial / ".dconv" / "ranks"
-    ranks.mkdir(parents=True)
-    (ranks / "7.json").write_text(json.dumps({"done": 10, "total": 10, "peak": 5}))
-    os.utime(ranks / "7.json", (1, 1))
-    board = Board(partial, 0, time.time() - 1)
-    board.note(3, 3)
-    assert set(board.read()) == {0}
-    assert main([str(model), "megatron", "-o", str(tmp_path / "out"), "--quiet"]) == 0
-
-
-def test_display_line() -> None:
-    """One line says bytes, rate, time left and ranks, at the start and at the end too."""
-    board = Board(Path("nowhere"), 0, 0.0)
-    display = Display(board, 4_000_000_000, 2)
-    assert display.line(1_000_000_000, 2.0) == "[#####---------------]  25%  1.00/4.00 GB  0.50 GB/s  6 s left  2 ranks"
-    assert "  0%" in display.line(0, 0.0)
-    assert "100%" in Display(board, 0, 1).line(0, 1.0)
