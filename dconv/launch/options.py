@@ -109,7 +109,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                        help="bytes that one rank's buffers may take (256MiB)")  # fmt: skip
     group.add_argument("--threads", type=int, default=1, metavar="N", help="threads a rank (1)")
     group.add_argument("--resume", action="store_true", help="go on after a kill; done already counts as success")
-    group.add_argument("--overwrite", action="store_true", help="replace OUT once the new one is whole")
+    group.add_argument("--overwrite", action="store_true", help="replace an OUT of dconv once the new one is whole")
     group.add_argument("--digest", choices=sorted(ALGORITHMS), default="xxh3", help="digest kept in the receipt")
     group.add_argument("--verify", choices=("none", "digest", "logits"), default="none",
                        help="read the output back, or compare logits with the source")  # fmt: skip

@@ -60,8 +60,15 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
         finished = receipt.get("finished")
         if resume or (isinstance(finished, float) and finished >= launched):
             return True
-    if overwrite:
+    if overwrite and _is_ours(out):
         return False
+    if overwrite:
+        raise UsageError(
+            "--overwrite replaces outputs of dconv only, nothing was written",
+            where=str(out),
+            found=f"something without a {RECEIPT}",
+            do="remove it yourself if it is not needed, or name another -o",
+        )
     what = "a finished dconv output" if receipt is not None else "something without a dconv receipt"
     raise UsageError(
         "the output exists, nothing was written",
@@ -69,6 +76,13 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
         found=what,
         do="name another -o, or --overwrite replaces it once the new one is whole",
     )
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether nothing of anyone else's would be lost: an output of dconv, an empty directory, a link."""
+    if out.is_symlink():
+        return True
+    return out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)
 
 
 def _is_whole(plan: Plan, out: Path) -> bool:

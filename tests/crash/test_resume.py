@@ -561,6 +561,7 @@ def test_kill_while_an_old_output_is_replaced(
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    (out / "dconv.json").write_text("{}")
     words = [*options(model, out, "legacy"), "--overwrite"]
     code, said = Launch(words, 1, hook, call=f"os:rename:{renames}").end()
     assert code == -signal.SIGKILL, said
@@ -588,7 +589,7 @@ def test_resume_of_a_finished_output_is_done(
     check_result(out, undisturbed["torch_dist"])
 
 
-@pytest.mark.parametrize("old", ["folder", "file", "link", "receipt"])
+@pytest.mark.parametrize("old", ["spoilt", "empty", "link", "receipt"])
 def test_overwrite_replaces_only_at_commit(
     model: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, old: str
 ) -> None:
@@ -598,18 +599,19 @@ def test_overwrite_replaces_only_at_commit(
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").write_text("kept")
-    if old == "file":
-        out.write_text("old")
-    elif old == "link":
+    if old == "link":
         out.symlink_to(other)
-    elif old == "folder":
+    elif old == "empty":
+        out.mkdir()
+    elif old == "spoilt":
         shutil.copytree(other, out)
+        (out / "dconv.json").write_text("{")
     else:
         run(prepare(Request(model, "megatron", out)), Settings())
-    before = tree_digest(out) if out.is_dir() else {"": out.read_text()}
+    before = tree_digest(out)
 
     def intact() -> bool:
-        return (tree_digest(out) if out.is_dir() else {"": out.read_text()}) == before
+        return tree_digest(out) == before
 
     job = job_of(model, out)
     stop_after(job, 20, overwrite=True)

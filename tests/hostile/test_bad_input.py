@@ -507,6 +507,8 @@ def test_out_exists(model: Path, attempt: Attempt, kind: str) -> None:
     attempt(USAGE, "exists", "--overwrite", model=model, out=out)
     if kind != "receipt":
         attempt(USAGE, "exists", model=model, out=out, options="megatron --resume")
+    if kind in ("folder", "file"):  # nobody's thesis goes, whatever was typed
+        attempt(USAGE, "outputs of dconv only", model=model, out=out, options="megatron --overwrite")
 
 
 def test_finished_output_of_another_plan_is_not_taken_for_this_one(model: Path, attempt: Attempt) -> None:
