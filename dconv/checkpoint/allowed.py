@@ -163,7 +163,11 @@ INERT_MODULES: Final[dict[str, tuple[str, ...]]] = {
     "builtins": ("object",),
     "collections": ("deque",),
     "pathlib": ("Path", "PosixPath", "PurePosixPath", "PurePath", "WindowsPath", "PureWindowsPath"),
-    "signal": ("Signals", "Handlers"),
+    # Python 3.11.0 to 3.11.3 pickles a signal by its name: --exit-signal
+    "signal": (
+        "Signals", "Handlers", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGABRT", "SIGALRM",
+        "SIGCHLD", "SIGCONT", "SIGTSTP", "SIGPIPE", "SIGKILL", "SIGSTOP",
+    ),
     "io": ("BytesIO",),
     "_io": ("BytesIO",),
     "datetime": ("timedelta", "datetime", "date"),

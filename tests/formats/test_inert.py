@@ -287,7 +287,7 @@ def test_enum_members_of_early_python_3_11() -> None:
     """3.11.2, Debian's, writes ``getattr(SomeEnum, "NAME")``: noted down; any other use of getattr is refused."""
     good = b"\x80\x02cbuiltins\ngetattr\ncmegatron.core.enums\nModelType\nX\x0a\x00\x00\x00encoder_or\x86R."
     found = inert.load(good, where="x")
-    assert isinstance(found, inert.Record)
+    assert isinstance(found, Record)
     assert str(found.symbol) == "megatron.core.enums.ModelType"
     assert found.args == ("encoder_or",)
     for odd in (good.replace(b"encoder_or", b"__reduce__"), good.replace(b"R.", b"R(R.")):
@@ -295,3 +295,6 @@ def test_enum_members_of_early_python_3_11() -> None:
             inert.load(odd, where="x")
     with pytest.raises(Damaged, match="foreign global"):
         inert.load(good.replace(b"megatron.core.enums\nModelType", b"os\nsystem"), where="x")
+    assert str(inert.load(b"\x80\x02csignal\nSIGTERM\n.", where="x")) == "signal.SIGTERM"  # argparse's --exit-signal
+    with pytest.raises(Damaged, match="foreign global"):
+        inert.load(b"\x80\x02csignal\nraise_signal\n.", where="x")
