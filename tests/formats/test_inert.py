@@ -115,8 +115,9 @@ def test_megatron_args_with_odd_members() -> None:
     assert fields["num_layers"] == 2
     assert fields["params_dtype"] == DTypeRef("bf16")
     assert fields["odd_dtype"] == Symbol("torch", "complex128")
-    assert fields["attention_backend"].args == (AttnBackend.auto.value,)
-    assert str(fields["model_type"]) == "megatron.core.enums.ModelType(1)"
+    # by value; Python 3.11.0 to 3.11.3 pickles a member by its name
+    assert fields["attention_backend"].args in ((AttnBackend.auto.value,), ("auto",))
+    assert str(fields["model_type"]).removeprefix("megatron.core.enums.ModelType") in ("(1)", "('encoder_or_decoder')")
     assert fields["activation"].name == "gelu"
     assert fields["extra"].fields == {"q": 1}
     assert fields["optimizer"].fields["lr"] == 0.5
