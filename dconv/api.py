@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dconv.compare import diff
 from dconv.errors import UsageError
 from dconv.examine import check, inspect
-from dconv.launch.options import add_run_options, add_target_options, to_request
+from dconv.launch.options import add_run_options, add_target_options, parse, to_request
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.commit import Outcome, Settings
 
@@ -25,7 +25,7 @@ def plan(model: str | Path, format: str, out: str | Path | None = None, **option
         format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``.
         out: output directory; ``./<model>-<format>`` by default.
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,
-            ``shard_size="5GB"``).
+            ``shard_size="5GB"``); ``config`` names a file with more of them, which these override.
 
     Returns:
         The job; ``job.plan`` has the copies, tasks, bytes and id.
@@ -67,13 +67,20 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
     return outcome
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that raises where the command's own ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def _parsed(model: str | Path, format: str, out: str | Path | None, options: dict[str, Any]) -> argparse.Namespace:
     """Options by keyword, read by the command line's own parser so that both know the same ones."""
-    parser = argparse.ArgumentParser("dconv", exit_on_error=False, add_help=False)
+    parser = _Parser("dconv", add_help=False, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
     flags = {action.dest: action for action in parser._actions if action.option_strings}
-    words = [str(model), format]
+    words: list[str] = []
     for name, value in ({"out": out} | options).items():
         action = flags.get(name)
         if action is None:
@@ -83,11 +90,11 @@ def _parsed(model: str | Path, format: str, out: str | Path | None, options: dic
             continue
         option = action.option_strings[-1]
         if action.nargs == 0:
+            if value is not True:
+                raise UsageError(f"{name} is True or False", found=f"{value!r:.80}")
             words.append(option)
+        elif isinstance(value, list | tuple) and isinstance(action, argparse._AppendAction):
+            words += [f"{option}={item}" for item in value]
         else:
-            for item in value if isinstance(value, list | tuple) else [value]:
-                words.append(f"{option}={item}")
-    try:
-        return parser.parse_args(words)
-    except argparse.ArgumentError as fault:
-        raise UsageError(str(fault)) from fault
+            words.append(f"{option}={value}")
+    return parse(parser, [*words, "--", str(model), str(format)])  # whatever they begin with, they are no options

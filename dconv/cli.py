@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv import __version__
-from dconv.errors import DconvError, UsageError
+from dconv.errors import DconvError, StorageFault, UsageError
+from dconv.launch.process import say, tolerate
 
 #: What one rank reads or writes a second on a plain NVMe disk; the plan's floor is priced with it.
 _RATE: Final = 2e9
@@ -96,7 +97,7 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parse(parser, words)
     priced = price(prepare(to_request(args)), args.world)
-    print(json.dumps(priced) if args.json else plan_text(priced))
+    say(json.dumps(priced) if args.json else plan_text(priced))
     return 0
 
 
@@ -168,7 +169,7 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     found = diff(args.a, args.b, model_type=args.model_type, hf_config=args.hf_config, drop=tuple(args.drop))
-    print(json.dumps(found.to_dict()) if args.json else found.text())
+    say(json.dumps(found.to_dict()) if args.json else found.text())
     return 0 if found.equal else 1
 
 
@@ -195,7 +196,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     report = inspect(args.path, **_described(args))
-    print(json.dumps(report.to_dict()) if args.json else report.text())
+    say(json.dumps(report.to_dict()) if args.json else report.text())
     return 0
 
 
@@ -211,7 +212,7 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     found = check(args.path, **_described(args), run=not args.no_run, force=args.force_run)
-    print(json.dumps(found.to_dict()) if args.json else found.text())
+    say(json.dumps(found.to_dict()) if args.json else found.text())
     return 0
 
 
@@ -220,7 +221,7 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     known = {name: family.config.architecture for name, family in sorted(families().items())}
-    print(json.dumps(known) if args.json else "\n".join(f"{name:<12} {known[name]}" for name in known))
+    say(json.dumps(known) if args.json else "\n".join(f"{name:<12} {known[name]}" for name in known))
     return 0
 
 
@@ -234,12 +235,12 @@ def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         spellings.setdefault(engine, []).append(spelling)
     known = {"read": sorted(CONTAINERS), "write": spellings}
     if args.json:
-        print(json.dumps(known))
+        say(json.dumps(known))
         return 0
-    print(f"reads (--from)   {', '.join(known['read'])}")
+    say(f"reads (--from)   {', '.join(known['read'])}")
     for engine, names in spellings.items():
         also = [name for name in names if name != engine]
-        print(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
+        say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
     return 0
 
 
@@ -299,6 +300,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         description=f"{command.help[0].upper()}{command.help[1:]}.",
         epilog=f"examples:\n{command.examples}\n\n{_EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     command.options(parser)
     return parser
@@ -310,6 +312,7 @@ def _overview() -> argparse.ArgumentParser:
         description="Moves large-language-model checkpoints between where they were trained and where they will run.",
         epilog=f"dconv COMMAND --help explains one, with examples.\n\n{_EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dconv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -320,6 +323,7 @@ def _overview() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see ``dconv --help``)."""
+    tolerate()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] not in COMMANDS:
@@ -329,23 +333,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as left:  # argparse's way out: 0 after --help, 2 after a wrong option
         return left.code if isinstance(left.code, int) else 2
     except DconvError as error:
-        if "--json" in words:
-            print(json.dumps(error.to_dict()), flush=True)
-        else:
-            print(error, file=sys.stderr, flush=True)
-        return error.exit_code
+        return _told(error, words)
+    except OSError as fault:
+        return _told(StorageFault(f"the file system failed: {fault}"), words)
+    except MemoryError:
+        return _told(StorageFault("out of memory"), words)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        sys.stderr.close()
-        return 0
     except Exception as fault:
         if "--debug" in words:
             traceback.print_exc()
         hint = "" if "--debug" in words else ", --debug shows where"
-        print(f"internal error: {type(fault).__name__}: {fault}{hint}", file=sys.stderr)
+        say(f"internal error: {type(fault).__name__}: {fault}{hint}", sys.stderr)
         return 1
+
+
+def _told(error: DconvError, words: Sequence[str]) -> int:
+    if "--json" in words:
+        say(json.dumps(error.to_dict()))
+    else:
+        say(error, sys.stderr)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def diff(
     b: str | Path,
     *,
     model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
 ) -> Comparison:
     """Compare two checkpoints as logical tensors.
 

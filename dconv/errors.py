@@ -104,13 +104,15 @@ class Preempted(DconvError):
     label = "preempted"
 
 
-_NUMBER = re.compile(r"\d+")
+#: Longer ones are no layer's or expert's.
+_NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
 
 
 def group_names(names: Iterable[str], limit: int = 8) -> str:
     """Names folded by their numbers: ``a.0.x``, ``a.1.x`` become ``a.{0..1}.x``; at most ``limit`` lines."""
     groups: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
+        name = name.replace("\0", "?")
         groups.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
     lines = []
     for template, members in groups.items():

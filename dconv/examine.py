@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from dconv.arch import registry
 from dconv.arch.layouts import Facts
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
-from dconv.errors import Damaged, DconvError, group_names
+from dconv.errors import Damaged, DconvError, UsageError, group_names
+from dconv.export.runtimes import runs, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.receipt import RECEIPT
@@ -136,23 +137,26 @@ def inspect(
     *,
     source_format: str | None = None,
     model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
 ) -> Report:
     """Describe a checkpoint from its headers; what a conversion would refuse is reported, not raised.
 
     Raises:
-        DconvError: there is no checkpoint at ``path``, or its container cannot be read at all.
+        UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory.
+        DconvError: its container cannot be read at all.
     """
     path = Path(path)
     try:
         model = describe_model(path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop)
+    except UsageError:
+        raise
     except DconvError as error:
         return _in_part(path, open_source(path, source_format), str(error))
     return _in_full(path, model, hf_config)
 
 
-def _in_full(path: Path, model: Described, hf_config: Path | None) -> Report:
+def _in_full(path: Path, model: Described, hf_config: str | Path | None) -> Report:
     specs = model.logical.specs.values()
     return Report(
         **_container(path, model.source, model.facts),
@@ -185,7 +189,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     )
 
 
-def _config_from(model: Described, hf_config: Path | None) -> str:
+def _config_from(model: Described, hf_config: str | Path | None) -> str:
     if hf_config is not None:
         return f"config.json of {hf_config}"
     return "rebuilt from Megatron's args" if model.rebuilt else "config.json"
@@ -275,8 +279,8 @@ def check(
     *,
     source_format: str | None = None,
     model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
     run: bool = True,
     force: bool = False,
 ) -> Checked:
@@ -302,7 +306,7 @@ def check(
     options: dict[str, Any] = {
         "source_format": source_format,
         "model_type": model_type,
-        "hf_config": hf_config,
+        "hf_config": None if hf_config is None else Path(hf_config),
         "drop": drop,
     }
     model = describe_model(path, **options)
@@ -319,14 +323,14 @@ def check(
     if read and read.strangers:
         notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, _MANY).splitlines())}")
     not_run = "not asked for" if not run else ""
-    if run and not force and (short := verify.shortage(report.parameters or 0, report.format)):
+    if run and not force and (short := shortage(report.parameters or 0, report.format)):
         not_run = f"{short}; --force-run runs it all the same"
-    if run and not verify.runs(report.format):
+    if run and not runs(report.format):
         not_run = f"no runtime here runs a {report.format} checkpoint"
     if not_run:
         return Checked(report, read, None, not_run, tuple(notes))
     tokens = verify.random_tokens(int(model.facts["vocab"]))
-    found = verify.runtime_of(report.format).can_infer(model.source.root, tokens, **options)
+    found = runtime_of(report.format).can_infer(model.source.root, tokens, **options)
     return Checked(report, read, found, notes=tuple(notes))
 
 

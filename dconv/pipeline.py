@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.codec.kernels import apply
-from dconv.errors import Refused, StorageFault
+from dconv.errors import Refused, StorageFault, UsageError
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
@@ -32,6 +33,8 @@ FORMATS: Final = {
     "megatron": "megatron", "hf2megatron": "megatron",
 }  # fmt: skip
 
+#: No vocabulary has as many rows.
+_MOST_ROWS: Final = 2**31
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -47,6 +50,8 @@ class Request:
         parallel: the target's layout (Megatron).
         dtype: dconv's short name, or None to keep every tensor's own.
         shard_size: bytes of one HuggingFace file.
+        divisor: the vocabulary is padded to a multiple of this times tp (Megatron).
+        drop: patterns of tensors to leave out; one may stand without a tuple around it.
         replicas: a tensor that several shards hold must be ``equal`` in all of them, or the ``first`` is taken.
     """
 
@@ -62,7 +67,7 @@ class Request:
     divisor: int = 128
     dtype: str | None = None
     shard_size: int = 5_000_000_000
-    drop: tuple[str, ...] = ()
+    drop: str | Sequence[str] = ()
     replicas: str = "equal"
 
     @property
@@ -102,14 +107,31 @@ def describe_model(
     *,
     source_format: str | None = None,
     model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
 ) -> Described:
     """Open a checkpoint, find its family, and lay the family's table over it.
 
+    Args:
+        path: a directory, or a name on the hub.
+        source_format: its container; None detects it.
+        model_type: its family; None detects it.
+        hf_config: a directory whose config.json and tokenizer are used instead of its own.
+        drop: a pattern, or several, of tensors to leave out.
+
     Raises:
+        UsageError: ``hf_config`` is no directory.
         DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
     """
+    drop = (drop,) if isinstance(drop, str) else tuple(drop)
+    hf_config = None if hf_config is None else Path(hf_config)
+    if hf_config is not None and not hf_config.is_dir():
+        raise UsageError(
+            "--hf-config names no directory",
+            where=str(hf_config),
+            expected="a directory with a config.json",
+            found="a file" if hf_config.exists() else "nothing of that name",
+        )
     source = open_source(path, source_format, own_config=hf_config is None)
     if hf_config is not None:
         config = read_json(hf_config / "config.json", what="config.json")
@@ -191,15 +213,7 @@ def _huggingface(request: Request, model: Described) -> Target:
 
 
 def _megatron(request: Request, model: Described) -> Target:
-    if request.parallel.ep > 1:  # no family of this version has experts
-        raise Refused(
-            f"{model.family.name} has no experts to divide, nothing was written",
-            where="--ep",
-            expected="1",
-            found=str(request.parallel.ep),
-            do="leave --ep out",
-        )
-    check_heads(model.facts, request.parallel.tp)
+    _check_layout(request, model)
     config = _new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
     common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)
@@ -229,6 +243,28 @@ def _megatron(request: Request, model: Described) -> Target:
     from dconv.checkpoint import torch_dist
 
     return torch_dist.lay_out(described)
+
+
+def _check_layout(request: Request, model: Described) -> None:
+    """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
+    parallel = request.parallel
+    if parallel.ep > 1 or parallel.inner > parallel.tp:  # no family of this version has experts
+        raise Refused(
+            f"{model.family.name} has no experts to divide, nothing was written",
+            where="--ep, --etp",
+            expected=f"ep 1, etp at most tp {parallel.tp}",
+            found=f"ep {parallel.ep}, etp {parallel.etp}",
+            do="leave --ep and --etp out",
+        )
+    if not 1 <= request.divisor < _MOST_ROWS:
+        raise Refused(
+            "the vocabulary cannot be padded to such a multiple, nothing was written",
+            where="--make-vocab-size-divisible-by",
+            expected="1 or more (Megatron's own is 128)",
+            found=str(request.divisor),
+        )
+    check_heads(model.facts, parallel.tp)
+    parallel.chunks(int(model.facts["layers"]))
 
 
 def run(job: Job, settings: Settings) -> Outcome:

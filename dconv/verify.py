@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dconv.checkpoint.files import read_json
-from dconv.errors import Damaged, DconvError, Refused, StorageFault, ToolMissing, VerifyFailed, group_names
+from dconv.errors import Damaged, DconvError, Refused, StorageFault, VerifyFailed, group_names
+from dconv.export.runtimes import runtime_of, shortage
 from dconv.pipeline import Job, Request
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
@@ -114,13 +115,16 @@ def reread(folder: Path) -> Reread:
     nbytes = 0
     for name, said in {**closing, **frames}.items():
         try:
-            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            fd = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold it up
+        except (FileNotFoundError, NotADirectoryError):
             broken.append(f"{name} (missing)")
             continue
         except OSError as fault:
             raise StorageFault(f"cannot read: {fault.strerror}", where=str(folder / name)) from fault
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                broken.append(f"{name} (not a regular file)")
+                continue
             held = sorted(tensors.get(name, ()), key=lambda t: t.offset)
             if _between(fd, held, algorithm) != said:
                 broken.append(f"the header of {name}" if held else name)
@@ -175,7 +179,12 @@ def _broken_receipt(folder: Path, part: str, expected: str, found: object) -> Da
 
 def _plain_path(folder: Path, part: str, name: object) -> str:
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in str(path):
+    plain = not path.is_absolute() and ".." not in path.parts and bool(path.parts) and "\0" not in str(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair: no file has such a name
+        plain = False
+    if not plain:
         raise _broken_receipt(folder, part, "paths inside the directory", name)
     return str(path)
 
@@ -195,7 +204,7 @@ def _tensors(folder: Path, receipt: Mapping[str, object]) -> Iterator[_Tensor]:
         fields: Any = entry if isinstance(entry, dict) else {}
         dtype, shape, offset = fields.get("dtype"), fields.get("shape"), fields.get("offset")
         numbers = [*shape, offset] if isinstance(shape, list) else [None]
-        if dtype not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if str(dtype) not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise _broken_receipt(folder, key, "dtype, shape and offset", entry)
         file = _plain_path(folder, key, fields.get("file"))
         yield _Tensor(key, file, offset, dtype, tuple(shape), str(fields.get("digest")))
@@ -262,50 +271,6 @@ def _between(fd: int, tensors: Iterable[_Tensor], algorithm: str) -> str:
     return hasher.hexdigest()
 
 
-def runs(container: str) -> bool:
-    """Whether `runtime_of` has one."""
-    return container == "huggingface" or container.startswith("megatron")
-
-
-def runtime_of(container: str) -> ModuleType:
-    """The module with ``can_infer`` and ``logits_of`` for a container (`dconv.checkpoint.source.Source.format`).
-
-    Raises:
-        ToolMissing: nothing here runs it.
-    """
-    if not runs(container):
-        raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="--verify digest needs none")
-    if container == "huggingface":
-        from dconv.export import huggingface
-
-        return huggingface
-    from dconv.export import megatron
-
-    return megatron
-
-
-def shortage(parameters: int, container: str) -> str:
-    """Why a model cannot be run in fp32 in the memory that is free now; empty when it can."""
-    copies = 2.0 if container.startswith("megatron") else 1.25  # megatron-core fills a state dict, then the model
-    needed, free = int(parameters * 4 * copies), _available_memory()
-    return f"fp32 needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
-
-
-def _available_memory() -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit.isdecimal():
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return free
-
-
 def random_tokens(vocabulary: int, length: int = 16) -> NDArray[np.int64]:
     """Two rows of the same random tokens every time."""
     return np.random.default_rng(0).integers(0, vocabulary, (2, length), np.int64)
@@ -340,7 +305,7 @@ def logits(job: Job, out: Path) -> dict[str, object]:
     except (Refused, Damaged) as error:
         raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
     reference, result = reference[..., :vocabulary], result[..., :vocabulary]
-    scale = float(np.abs(reference).max())
+    scale = float(np.abs(reference).max()) or 1.0
     difference = float(np.abs(reference - result).max()) / scale
     bound, why = _bound(job)
     if not difference <= bound:  # also when either side is NaN

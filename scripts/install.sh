@@ -24,7 +24,7 @@ fingerprint() {
 
 extras=$(printf '%s\n' "$@" | tr ', ' '\n\n' | tr -d '[]')
 if [[ -r $stamp ]]; then
-    { read -r was; read -r had || true; } <"$stamp"
+    { read -r was || true; read -r had || true; } <"$stamp"
     extras=$(printf '%s\n' "$extras" ${had//,/ })
 else
     was=

@@ -1,8 +1,13 @@
-"""Shared by all tests: the longer matrices run with ``--long``."""
+"""Shared by all tests: the longer matrices run with ``--long``; signals and processes are tidied up after each test."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+
 import pytest
+
+from tests import processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,3 +21,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "long" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`dconv.launch` takes the process's signals over, which pytest needs back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _processes() -> Iterator[None]:
+    """What a failed test leaves running would slow down, or spoil, those after it."""
+    yield
+    processes.kill_all()

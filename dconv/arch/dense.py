@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from dconv.arch.args import ARGS, RENAMED, biases, dtype_name, named_as_of_old, read, window
-from dconv.arch.fields import count, deep, flag, multiple, number, whole
+from dconv.arch.fields import count, deep, flag, heads, multiple, number, whole
 from dconv.arch.rope import rope_from_args, rope_parameters, rope_to_args
 from dconv.errors import Damaged, Refused
 
@@ -71,6 +71,19 @@ _WRITTEN: Final[Mapping[str, object]] = {
     "apply_query_key_layer_scaling": False,
     "attention_softmax_in_fp32": True,
 }
+#: Keys of config.json by which other families scale, clip or position what flows, with the value that changes nothing.
+_RESCALING: Final[Mapping[str, object]] = {
+    "scale_emb": None,  # MiniCPM
+    "scale_depth": None,
+    "dim_model_base": None,
+    "logits_scaling": 1,  # Granite
+    "logit_scale": 1,  # Cohere
+    "query_pre_attn_scalar": None,  # Gemma
+    "clip_qkv": None,  # OLMo
+    "no_rope_layers": None,  # SmolLM3
+}
+#: The same for keys that end so.
+_RESCALING_ENDS: Final[Mapping[str, object]] = {"_multiplier": 1, "_multipliers": None, "_softcapping": None}
 _WEIGHTS_ONLY: Final = "the weights alone can be moved when config.json travels with them"
 
 
@@ -111,20 +124,20 @@ class DenseConfig:
             Damaged: a wrong type, not positive, or does not divide.
         """
         said = self._filled(hf)
-        heads, hidden = (whole(said, key, _CONFIG) for key in ("num_attention_heads", "hidden_size"))
-        groups, head_dim = (whole(said, key, _CONFIG) for key in ("num_key_value_heads", "head_dim"))
-        multiple("num_attention_heads", heads, "num_key_value_heads", groups, _CONFIG)
+        queries, groups = (heads(said, key, _CONFIG) for key in ("num_attention_heads", "num_key_value_heads"))
+        hidden, head_dim = (whole(said, key, _CONFIG) for key in ("hidden_size", "head_dim"))
+        multiple("num_attention_heads", queries, "num_key_value_heads", groups, _CONFIG)
         multiple("head_dim", head_dim, "the two halves that are rotated", 2, _CONFIG)
         tied = flag(said, "tie_word_embeddings", _CONFIG)
         return {
             "layers": deep(said, "num_hidden_layers", _CONFIG),
             "hidden": hidden,
             "ffn": whole(said, "intermediate_size", _CONFIG),
-            "heads": heads,
+            "heads": queries,
             "groups": groups,
             "head_dim": head_dim,
             "vocab": whole(said, "vocab_size", _CONFIG),
-            "q": heads * head_dim,
+            "q": queries * head_dim,
             "kv": groups * head_dim,
             "tied": tied,
             "untied": not tied,
@@ -236,12 +249,12 @@ class DenseConfig:
     def _filled(self, hf: Mapping[str, object]) -> dict[str, object]:
         """The config with the keys that it leaves to transformers' classes."""
         said = {**self.defaults, **hf}
-        heads = whole(said, "num_attention_heads", _CONFIG)
+        queries = whole(said, "num_attention_heads", _CONFIG)
         if said.get("num_key_value_heads") is None:
-            said["num_key_value_heads"] = heads
+            said["num_key_value_heads"] = queries
         if said.get("head_dim") is None:
             hidden = whole(said, "hidden_size", _CONFIG)
-            said["head_dim"] = multiple("hidden_size", hidden, "num_attention_heads", heads, _CONFIG)
+            said["head_dim"] = multiple("hidden_size", hidden, "num_attention_heads", queries, _CONFIG)
         said["attention_dropout"] = said.get("attention_dropout") or 0.0
         return said
 
@@ -250,7 +263,7 @@ class DenseConfig:
         said, facts = self._filled(hf), self.facts(hf)
         rotary, lost = rope_to_args(rope_parameters(said))
         window, kinds = self._window_args(said, int(facts["layers"]))
-        lost += kinds
+        lost += kinds + self._of_others(hf)
         if said.get("hidden_act", "silu") not in ("silu", "swish"):
             lost.append(f"hidden_act {said['hidden_act']}: Megatron's --swiglu is gated SiLU")
         if facts["out_bias"] != facts["mlp_bias"] or (facts["out_bias"] and not facts["qkv_bias"]):
@@ -276,6 +289,20 @@ class DenseConfig:
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
         }, lost
+
+    def _of_others(self, hf: Mapping[str, object]) -> list[str]:
+        """Keys by which another family, read as this one (``--model-type``), would compute something else."""
+        lost = [
+            f"{key} {value!r:.60}: {self.model_type} computes nothing with it"
+            for key, value in sorted(hf.items())
+            if value is not None and _rescales(key, value)
+        ]
+        named = hf.get("architectures") or [hf.get("model_type")]
+        own = isinstance(named, list) and named[0] in (self.architecture, self.model_type)
+        slides = hf.get("sliding_window") is not None and hf.get("use_sliding_window") is not False
+        if self.window == "none" and slides and not own:
+            lost.append(f"sliding_window {hf['sliding_window']!r:.60}: {self.model_type} has no such layers")
+        return lost
 
     def _describe(self, said: Mapping[str, object]) -> dict[str, object]:
         """config.json without its vocabulary, for args that went through `read`."""
@@ -341,6 +368,11 @@ _COMPARED: Final = {
 #: Args that change what others mean: not filled in where a checkpoint lacks them.
 _OVERRIDING: Final = {"use_rotary_position_embeddings", "group_query_attention"}
 _ARGS_OF_BIAS: Final = "add_qkv_bias for q, k, v, or add_bias_linear for every linear layer"
+
+
+def _rescales(key: str, value: object) -> bool:
+    neutral = next((one for end, one in _RESCALING_ENDS.items() if key.endswith(end)), _RESCALING.get(key, value))
+    return value != neutral
 
 
 def _switch(declared: bool | str, said: Mapping[str, object]) -> bool:

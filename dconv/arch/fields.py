@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 from dconv.errors import Damaged
 
@@ -11,6 +12,8 @@ from dconv.errors import Damaged
 _LARGEST = 2**31
 #: Far above every decoder; lists of one entry a layer are built from it.
 _DEEPEST = 100_000
+#: The same for lists of one entry a query group.
+_MOST_HEADS = 65_536
 
 
 def whole(said: Mapping[str, object], key: str, where: str) -> int:
@@ -37,6 +40,18 @@ def deep(said: Mapping[str, object], key: str, where: str) -> int:
     return layers
 
 
+def heads(said: Mapping[str, object], key: str, where: str) -> int:
+    """A number of attention heads, or of their groups.
+
+    Raises:
+        Damaged: it is not.
+    """
+    found = whole(said, key, where)
+    if found > _MOST_HEADS:
+        raise _damaged(key, where, f"at most {_MOST_HEADS} heads", found)
+    return found
+
+
 def count(said: Mapping[str, object], key: str, where: str) -> int:
     """A whole number, zero included.
 
@@ -53,9 +68,25 @@ def number(said: Mapping[str, object], key: str, where: str) -> float:
         Damaged: it is not.
     """
     value = said.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    real = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # a whole number of hundreds of digits
+            real = float(value)
+    if not math.isfinite(real):
         raise _damaged(key, where, "a finite number", value)
-    return float(value)
+    return real
+
+
+def not_negative(said: Mapping[str, object], key: str, where: str) -> float:
+    """A finite number of 0 or more.
+
+    Raises:
+        Damaged: it is not.
+    """
+    real = number(said, key, where)
+    if real < 0:
+        raise _damaged(key, where, "0 or more", real)
+    return real
 
 
 def flag(said: Mapping[str, object], key: str, where: str) -> bool:
@@ -94,6 +125,8 @@ def multiple(of: str, size: int, by: str, divisor: int, where: str) -> int:
 
 
 def _damaged(key: str, where: str, expected: str, found: object) -> Damaged:
-    return Damaged(
-        f"{key} is {found!r:.80}, not {expected}", where=f"{where}: {key}", expected=expected, found=f"{found!r:.80}"
-    )
+    try:
+        shown = f"{found!r:.80}"
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        shown = "thousands of digits"
+    return Damaged(f"{key} is {shown}, not {expected}", where=f"{where}: {key}", expected=expected, found=shown)

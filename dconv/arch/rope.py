@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dconv.arch.fields import flag, number, table, whole
+from dconv.arch.fields import flag, not_negative, number, table, whole
 
 _CONFIG: Final = "config.json"
 
@@ -96,9 +96,13 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
         whole(rope, "original_max_position_embeddings", _CONFIG)
     if rope["rope_type"] in ("llama3", "yarn", "linear"):
         number(rope, "factor", _CONFIG)
-    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+    for key in ("beta_fast", "beta_slow", "attention_factor"):
         if rope.get(key) is not None:
             number(rope, key, _CONFIG)
+    for key in ("mscale", "mscale_all_dim"):  # 0 is their way to say none; below it `_attention_factor` can divide by 0
+        if rope.get(key) is not None:
+            not_negative(rope, key, _CONFIG)
+    flag(rope, "truncate", _CONFIG)
     return {key: value for key, value in rope.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def is_size(value: object) -> bool:
     """A count of bytes, elements or indices."""
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _sizes(value: object) -> tuple[int, ...]:
@@ -26,9 +26,11 @@ def _sizes(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _tensor(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> TensorRef:
-    """``_rebuild_tensor(storage, offset, size, stride)``; v2 adds four arguments of no interest."""
+def _tensor(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> TensorRef:
+    """``_rebuild_tensor(storage, offset, size, stride)``; v2 adds what needs a gradient, hooks, and pending changes."""
     storage, offset, shape, stride = args[:4]
+    if any(args[6:]) and symbol.name != "_rebuild_tensor_v3":
+        machine.bad("a tensor whose negation or conjugation is pending")
     if not isinstance(storage, StorageRef) or not is_size(offset):
         machine.bad("a tensor of wrong form")
     return TensorRef(storage, offset, _sizes(shape), _sizes(stride), storage.dtype)
@@ -38,6 +40,8 @@ def _tensor_v3(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Tenso
     """``_rebuild_tensor_v3``: dtypes without a storage class of their own, over untyped storages."""
     plain = _tensor(machine, symbol, args)
     dtype = args[6]
+    if any(args[7:]):
+        machine.bad("a tensor whose negation or conjugation is pending")
     if not isinstance(dtype, DTypeRef | Symbol):
         machine.bad("a tensor of wrong form")
     return TensorRef(plain.storage, plain.offset, plain.shape, plain.stride, dtype.name)

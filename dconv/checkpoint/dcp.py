@@ -15,7 +15,8 @@ from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final, NoReturn, TypeGuard
 
 from dconv.checkpoint import inert, pickling, torchframe, torchzip
-from dconv.checkpoint.files import check_plain_name
+from dconv.checkpoint.allowed import is_size
+from dconv.checkpoint.files import check_plain_name, stamp
 from dconv.checkpoint.pickled import DTypeRef, Record, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged, Refused, StorageFault
@@ -64,11 +65,10 @@ def read_metadata(path: Path) -> DcpMetadata:
         StorageFault: the file cannot be read.
     """
     path = path / ".metadata" if path.is_dir() else path
+    stamp(path)  # it is a file, not a pipe that nobody writes to
     try:
         with open(path, "rb") as file:
             data = file.read(inert.MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise Damaged("a file is missing", where=str(path)) from None
     except OSError as fault:
         raise StorageFault(f"cannot read a file: {fault.strerror}", where=str(path)) from fault
     return _Reader(path).metadata(inert.load(data, where=str(path)))
@@ -78,6 +78,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._names: set[str] = set()
+        self._chunks = 0
 
     def bad(self, what: str, key: object, found: object = "") -> NoReturn:
         raise Damaged(what, where=f"{self._path}\n{short(key)}", found="" if found == "" else short(found))
@@ -94,6 +95,7 @@ class _Reader:
             if not isinstance(key[0], str) or not (key[1] is None or _sizes(key[1])) or key in places:
                 self.bad("a wrong or repeated place in storage_data", key[0])
             places[key] = self._place(info, key[0])
+        self._chunks = 2 * len(places)
         tensors: dict[str, DcpTensor] = {}
         objects: dict[str, tuple[str, int, int]] = {}
         for key, entry in entries.items():
@@ -137,7 +139,7 @@ class _Reader:
         dtype = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
         if not isinstance(dtype, DTypeRef):
             raise Refused(f"a tensor of {short(dtype)}", where=f"{self._path}\n{short(key)}")
-        found = []
+        found: dict[tuple[int, ...], DcpChunk] = {}
         for chunk in chunks:
             box = self._fields(chunk, "ChunkStorageMetadata", key)
             offsets, sizes = box.get("offsets"), box.get("sizes")
@@ -148,19 +150,22 @@ class _Reader:
             place = places.get((key, offsets))
             if place is None:
                 self.bad("a chunk without a place", key, offsets)
-            found.append(DcpChunk(offsets, sizes, *place))
-        return DcpTensor(dtype.name, shape, tuple(found))
+            self._chunks -= 1  # a list may hold one entry a million times, and many tensors one list
+            if self._chunks < 0 or (offsets in found and 0 not in sizes):
+                self.bad("two chunks at one place", key, offsets)
+            found[offsets] = DcpChunk(offsets, sizes, *place)
+        return DcpTensor(dtype.name, shape, tuple(found.values()))
 
 
 def _sizes(value: object) -> TypeGuard[tuple[int, ...]]:
-    return type(value) is tuple and all(type(n) is int and n >= 0 for n in value)
+    return type(value) is tuple and len(value) <= 64 and all(map(is_size, value))
 
 
-def locate_chunk(directory: Path, chunk: DcpChunk, *, dtype: str | None = None) -> torchzip.Located:
+def locate_chunk(directory: Path, chunk: DcpChunk, dtype: str) -> torchzip.Located:
     """Where a chunk's elements lie in ``directory / chunk.file``; offset and strides in bytes.
 
     Args:
-        dtype: that of the tensor (dconv's short name), checked when given.
+        dtype: that of the tensor (dconv's short name).
 
     Raises:
         Damaged: the container there is broken or holds anything but one tensor of the chunk's sizes.
@@ -170,8 +175,8 @@ def locate_chunk(directory: Path, chunk: DcpChunk, *, dtype: str | None = None) 
     if not isinstance(file.tree, TensorRef):
         raise Damaged("a chunk that is no tensor", where=where, found=type(file.tree).__name__)
     located = file.locate(file.tree)
-    if located.shape != chunk.sizes or located.dtype != (dtype or located.dtype):
-        expected = f"{dtype or ''} {chunk.sizes}"
+    if located.shape != chunk.sizes or located.dtype != dtype:
+        expected = f"{dtype} {chunk.sizes}"
         found = f"{located.dtype} {located.shape}"
         raise Damaged("a chunk that is not what .metadata says", where=where, expected=expected, found=found)
     return located

@@ -11,8 +11,8 @@ from typing import Final
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.tensor import FileStamp
 
-#: JSON larger than this is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
-MAX_JSON: Final = 256 << 20
+#: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
+MAX_SMALL: Final = 256 << 20
 
 
 def stamp(path: Path) -> FileStamp:
@@ -33,6 +33,27 @@ def stamp(path: Path) -> FileStamp:
     return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_blocks * 512)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
+    """The stamps of a directory's files by name; to be taken before the files are read.
+
+    Args:
+        suffixes: how their names end.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes) and entry.is_file())
+    except OSError as fault:
+        raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
+    return {name: stamp(folder / name) for name in names}
+
+
 def check_plain_name(name: object, *, said_by: Path) -> str:
     """A file name that an index or header gives, which must name a file beside it.
 
@@ -43,7 +64,8 @@ def check_plain_name(name: object, *, said_by: Path) -> str:
         not isinstance(name, str)
         or not name
         or name in (".", "..")
-        or len(name.encode("utf-8", "surrogatepass")) > 255
+        or not _is_text(name)
+        or len(name.encode()) > 255
         or any(c in name for c in "/\\:")
         or any(ord(c) < 32 for c in name)
     ):
@@ -62,10 +84,20 @@ def read_json(path: Path, *, what: str) -> dict[str, object]:
     Raises:
         Damaged: not JSON, not an object, or implausibly large.
     """
-    if stamp(path).size > MAX_JSON:
-        raise Damaged(f"{what} is implausibly large", where=str(path), expected=f"at most {MAX_JSON >> 20} MiB")
+    return parse_json(read_small(path, what=what), where=str(path), what=what)
+
+
+def read_small(path: Path, *, what: str) -> bytes:
+    """The content of a file that fits into memory.
+
+    Raises:
+        Damaged: it is missing, no regular file, or implausibly large.
+        StorageFault: it cannot be read.
+    """
+    if stamp(path).size > MAX_SMALL:
+        raise Damaged(f"{what} is implausibly large", where=str(path), expected=f"at most {MAX_SMALL >> 20} MiB")
     try:
-        return parse_json(path.read_bytes(), where=str(path), what=what)
+        return path.read_bytes()
     except OSError as fault:
         raise StorageFault(f"cannot read {what}: {fault.strerror}", where=str(path)) from fault
 
@@ -74,6 +106,8 @@ def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
     """`read_json` for bytes at hand."""
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates)
+        if b"\\ud" in data.lower():  # half of a surrogate pair is no text: it could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as fault:
         raise Damaged(f"{what} is not valid JSON", where=where, found=str(fault)[:200]) from fault
     if not isinstance(value, dict):

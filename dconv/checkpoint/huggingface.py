@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import safetensors, torchzip
-from dconv.checkpoint.files import check_plain_name, read_json, stamp
+from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.pickled import TensorRef
-from dconv.checkpoint.source import Located, Source, expected_specs, shape_error, side_bytes, side_files
+from dconv.checkpoint.source import Located, Source, expected_specs, seal, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import MOVE
@@ -27,6 +27,8 @@ from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
+#: How files that may hold weights end.
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
 #: Bytes compared at a time.
 _COMPARED: Final = 1 << 20
 
@@ -42,8 +44,9 @@ def open_source(folder: Path) -> Source:
         Damaged: a missing shard, a broken header, an index that points outside or disagrees with the files.
     """
     config = read_json(folder / "config.json", what="config.json") if (folder / "config.json").exists() else None
+    before = stamps(folder, _WEIGHTS)
     shards = _shards(folder)
-    files = {name: stamp(folder / name) for shard in shards for name in shard}
+    files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
     names = tuple(dict.fromkeys(name for shard in shards for tensors in shard.values() for name in tensors))
 
     def locate(family: Family, facts: Facts) -> Located:
@@ -59,7 +62,7 @@ def open_source(folder: Path) -> Source:
         files=files,
         parallel=None,
         locate=locate,
-        left_out=_left_out(folder),
+        left_out=_left_out(folder, before.keys() - files.keys()),
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
         tensor_names=names,
     )
@@ -182,8 +185,9 @@ def stored(file: torchzip.TorchFile, ref: TensorRef, name: str) -> Stored:
     return Stored(spec, (Extent(Region.whole(at.shape), file.path.name, at.offset, at.strides),))
 
 
-def _left_out(folder: Path) -> dict[str, str]:
-    return {path.name: "code is never run nor copied" for path in sorted(folder.glob("*.py"))}
+def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
+    code = {path.name: "code is never run nor copied" for path in sorted(folder.glob("*.py"))}
+    return code | dict.fromkeys(sorted(others), "not a file of the model's weights")
 
 
 def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) -> Located:
@@ -330,13 +334,13 @@ def lay_out(
             yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
         yield from side_bytes(config, side)
 
-    return Target(tuple(files), tuple(tensors), closing, left_out=left_out)
+    return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
-    """A config that says another dtype (torch's name), under the key that it uses."""
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: dtype}
+    """A config that says another dtype (torch's name), under the keys that it uses: transformers 4 and 5 differ."""
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, dtype)}
 
 
 def refuse_quantized(config: Mapping[str, object], where: Path) -> None:

@@ -35,8 +35,14 @@ from dconv.sharding.dtypes import FROM_TORCH
 MAX_BYTES: Final = 256 << 20
 # One byte of pickle makes a container of up to 216 bytes: without a bound 256 MiB of input asks for 50 GB.
 _MAX_CONTAINERS: Final = 16 << 20
+# Other opcodes of one byte make up to 83; a 1 M chunk ``.metadata`` takes about half as many.
+_MAX_STEPS: Final = 64 << 20
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
+# hash() repeats above: larger keys could be made to collide
+_MAX_KEY: Final = (1 << 61) - 1
+#: Bytes of a whole number; seeds of random states have 16, and printing thousands of digits is slow or refused.
+_MAX_INT: Final = 64
 
 
 def load(data: bytes, *, where: str) -> Any:
@@ -122,9 +128,10 @@ class Machine:
         """The opcodes that make up nearly all of a real file, most frequent first; `_rare` has the others."""
         data, limit, memo, builders = self.data, self.limit, self._memo, self._builders
         stack, pos = self._stack, self.pos
-        containers = _MAX_CONTAINERS
+        containers, steps = _MAX_CONTAINERS, _MAX_STEPS
         while True:
             self.pos = pos
+            steps -= 1
             if pos >= limit:
                 self.bad("no end" if limit == len(data) else f"longer than {MAX_BYTES >> 20} MiB")
             op = data[pos]
@@ -211,8 +218,8 @@ class Machine:
                 self.pos = pos  # past the opcode, where its argument begins
                 self._rare(op)
                 stack, pos = self._stack, self.pos
-            if containers < 0:
-                self.bad(f"more than {_MAX_CONTAINERS} containers")
+            if containers < 0 or steps < 0:
+                self.bad(f"more than {_MAX_CONTAINERS} containers or {_MAX_STEPS} steps")
 
     def _rare(self, op: int) -> None:
         stack = self._stack
@@ -238,8 +245,10 @@ class Machine:
             case 0x47:  # BINFLOAT
                 stack.append(struct.unpack(">d", self._take(8))[0])
             case 0x8A | 0x8B:  # LONG1, LONG4
-                raw = self._take(self._number(1 if op == 0x8A else 4))
-                stack.append(int.from_bytes(raw, "little", signed=True))
+                size = self._number(1 if op == 0x8A else 4)
+                if size > _MAX_INT:
+                    self.bad(f"a number of {size} bytes")
+                stack.append(int.from_bytes(self._take(size), "little", signed=True))
             case 0x8D:  # BINUNICODE8
                 stack.append(str(self._take(self._number(8)), "utf-8", "surrogatepass"))
             case 0x43 | 0x42 | 0x8E | 0x96:  # SHORT_BINBYTES, BINBYTES, BINBYTES8, BYTEARRAY8
@@ -283,11 +292,11 @@ class Machine:
         return items
 
     def _global(self, module: object, name: object) -> Symbol | DTypeRef:
-        known = self._symbols.get((module, name))  # type: ignore[arg-type]
+        if type(module) is not str or type(name) is not str:  # before they are hashed
+            self.bad("a global whose name is no string")
+        known = self._symbols.get((module, name))
         if known is not None:
             return known
-        if not isinstance(module, str) or not isinstance(name, str):
-            self.bad("a global whose name is no string")
         if not f"{module}.{name}".replace(".", "_").isidentifier():  # also keeps control characters off terminals
             self.bad("a global of odd name")
         if module in PY2_MODULES:
@@ -348,6 +357,8 @@ class Machine:
     def keys(self, keys: list[Any]) -> list[Any]:
         """The same keys, each cheap to hash and compare."""
         for key in keys:
+            if type(key) is int and not -_MAX_KEY < key < _MAX_KEY:
+                self.bad("a number too large for a key")
             if type(key) is tuple or type(key) is frozenset:
                 nodes, todo = 0, [key]
                 while todo:

@@ -10,7 +10,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final
 
 from dconv.arch.family import Family
@@ -27,7 +29,9 @@ from dconv.sharding.tensor import Extent, Stored, TensorSpec
 
 _FOLDER: Final = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE: Final = "model_optim_rng.pt"
-_CHUNK: Final = re.compile(r"model(\d*)")
+_CHUNK: Final = re.compile(r"model\d*")
+#: Missing shards that are looked at for an error's text.
+_NAMED: Final = 10_000
 #: Modules whose (empty) extra state a strict load asks for.
 _WITH_STATE: Final = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
@@ -42,13 +46,14 @@ def open_source(iteration: Path) -> Source:
     """
     folders = _folders(iteration)
     tp, pp = 1 + max(t for t, _ in folders), 1 + max(p for _, p in folders)
-    absent = [(t, p) for p in range(pp) for t in range(tp) if (t, p) not in folders]
-    if absent:
+    if len(folders) != tp * pp:
+        absent = ((t, p) for p in range(pp) for t in range(tp) if (t, p) not in folders)
         raise Damaged(
-            f"{len(absent)} of {tp * pp} shards are missing, nothing was written",
-            where=group_names(_folder_name(t, p, pp) for t, p in absent) + f"\nin {iteration}",
+            f"{tp * pp - len(folders)} of {tp * pp} shards are missing, nothing was written",
+            where=group_names(_folder_name(t, p, pp) for t, p in islice(absent, _NAMED)) + f"\nin {iteration}",
             expected=f"tensor parallel {tp} x pipeline parallel {pp}",
         )
+    files = {f"{folder.name}/{_FILE}": stamp(folder / _FILE) for folder in folders.values()}  # before what they hold
     opened = {place: _open(folder) for place, folder in folders.items()}
     chunks = {place: _chunks(file) for place, file in opened.items()}
     parallel = _parallel(tp, pp, chunks)
@@ -62,9 +67,11 @@ def open_source(iteration: Path) -> Source:
                     at = _stored(iteration, file, value, name)
                     key = megatron.renumber(name, layers[p][vp])
                     shards.setdefault(key, []).append(megatron.Shard(t, tp, at))
-        for key in _NOT_WEIGHTS:
-            if key in file.tree:
+        for key, value in file.tree.items():
+            if key in _NOT_WEIGHTS:
                 left_out[key] = "not weights"
+            elif not _CHUNK.fullmatch(str(key)) and not _is_plain(value) and key != "args":
+                left_out[str(key)] = "not the model"
     config, side = megatron.sides(iteration)
 
     def locate(family: Family, facts: Facts) -> Located:
@@ -76,7 +83,7 @@ def open_source(iteration: Path) -> Source:
         config=config,
         args=megatron.plain_args(opened[0, 0].tree.get("args")),
         side=side,
-        files={f"{folder.name}/{_FILE}": stamp(folder / _FILE) for folder in folders.values()},
+        files=files,
         parallel=parallel,
         locate=locate,
         left_out=left_out,
@@ -89,7 +96,7 @@ def _folders(iteration: Path) -> dict[tuple[int, int], Path]:
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(iteration.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
-        if match is None:
+        if match is None or not path.is_dir():
             continue
         if match[3] is not None:
             raise Refused(
@@ -97,7 +104,10 @@ def _folders(iteration: Path) -> dict[tuple[int, int], Path]:
                 where=str(path),
                 expected="mp_rank_XX or mp_rank_XX_YYY",
             )
-        found[int(match[1]), int(match[2] or 0)] = path
+        place = int(match[1]), int(match[2] or 0)
+        if place in found:
+            raise Damaged("two directories of one rank", where=str(path), found=found[place].name)
+        found[place] = path
     return found
 
 
@@ -109,19 +119,18 @@ def _open(folder: Path) -> torchzip.TorchFile:
 
 
 def _chunks(file: torchzip.TorchFile) -> list[Mapping[str, Any]]:
-    numbered = {
-        int(match[1] or 0): value
-        for key, value in file.tree.items()
-        if (match := _CHUNK.fullmatch(str(key))) and isinstance(value, Mapping)
-    }
-    if sorted(numbered) != list(range(len(numbered))) or not numbered:
+    held = {str(key): value for key, value in file.tree.items() if _CHUNK.fullmatch(str(key))}
+    names = ["model"] if "model" in held else [f"model{i}" for i in range(len(held))]
+    chunks = [value for name in names if isinstance(value := held.get(name), Mapping)]
+    if not chunks or len(chunks) != len(held):
         raise Damaged(
             "no model in a Megatron checkpoint",
             where=str(file.path),
             expected="model, or model0, model1 …",
             found=", ".join(map(str, file.tree))[:200],
         )
-    chunks = [numbered[i] for i in range(len(numbered))]
+    for chunk in chunks:
+        _check_chunk(file, chunk)
     if any("language_model" in chunk for chunk in chunks):
         raise Refused(
             "a classic (pre-core) Megatron model, which this version does not read",
@@ -130,6 +139,30 @@ def _chunks(file: torchzip.TorchFile) -> list[Mapping[str, Any]]:
             found="language_model",
         )
     return chunks
+
+
+def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
+    """Nothing may be in a state dict that would be passed over without a word.
+
+    Raises:
+        Refused: a value that is neither a tensor, nor plain, nor an extra state.
+    """
+    if "language_model" in chunk:
+        return
+    for name, value in chunk.items():
+        if not isinstance(name, str):
+            raise Damaged("a tensor whose name is no text", where=str(file.path), found=short(name))
+        if not isinstance(value, TensorRef) and not _is_plain(value) and not megatron.is_state(name):
+            raise Refused(
+                "a value in the model that is no tensor, nothing was written",
+                where=f"{short(name)} in {file.path}",
+                expected="tensors by name",
+                found=short(value),
+            )
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
 
 
 def _parallel(tp: int, pp: int, chunks: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]) -> Parallel:
@@ -178,7 +211,7 @@ def lay_out(model: megatron.Model, *, local_spec: bool) -> Target:
         frame = _frame(model, shard, [item.chunk for item in placed])
         files.append(TargetFile(path, frame.size, frame.literals, rank))
         tensors.extend(replace(tensor, offset=frame.data[str(i)]) for i, tensor in enumerate(shard))
-    return Target(tuple(files), tuple(tensors), model.closing, model.parallel.world, model.left_out)
+    return Target(tuple(files), tuple(tensors), model.closing, model.seal, model.parallel.world, model.left_out)
 
 
 def _tensor(

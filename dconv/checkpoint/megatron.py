@@ -15,9 +15,9 @@ from typing import Final
 from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import pickling
-from dconv.checkpoint.files import read_json
+from dconv.checkpoint.files import read_json, read_small
 from dconv.checkpoint.pickled import DTypeRef, Record
-from dconv.checkpoint.source import Located, shape_error, side_bytes, side_files
+from dconv.checkpoint.source import Located, seal, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
@@ -42,7 +42,7 @@ LOCAL_SPEC: Final = {
 #: The output layer; a tied model's last stage keeps its copy of the embedding under this name.
 HEAD: Final = "output_layer.weight"
 
-_LAYER: Final = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+_LAYER: Final = re.compile(r"(decoder\.layers\.)(\d{1,9})(\..+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,9 @@ def locate(shards: Shards, family: Family, facts: Facts) -> Located:
         for shard in (shard for name in names for shard in shards.get(name, ())):
             for piece in _pieces(entry, shard):
                 located.pieces.setdefault(piece.tensor, []).append(piece)
+            if (length := _length(entry, shard)) > entry.fused.length:
+                rows = f"{name}, rows {entry.fused.length} to {length - 1}"
+                located.left_out[rows] = "padding of the vocabulary"
         used.update(names)
     for name, held in shards.items():
         if name not in used:
@@ -126,7 +129,7 @@ def _pieces(entry: Entry, shard: Shard) -> Iterable[Piece]:
     fused, stored = entry.fused, shard.stored
     count = shard.count or 1
     shape = stored.spec.shape
-    length = shape[fused.axis] * (count if fused.parallel else 1) if len(shape) == len(fused.order) else -1
+    length = _length(entry, shard)
     if length < fused.length or (length > fused.length and not fused.padded):
         per_rank = fused.length // count if fused.parallel else fused.length
         raise shape_error(fused.name, _where(stored), fused.shape(per_rank), shape)
@@ -135,6 +138,14 @@ def _pieces(entry: Entry, shard: Shard) -> Iterable[Piece]:
     if expected != shape:
         raise shape_error(fused.name, _where(stored), expected, shape)
     return pieces(fused.slots(stretches), stored.extents, stored.spec.dtype)
+
+
+def _length(entry: Entry, shard: Shard) -> int:
+    """Indices of the fused tensor along its axis, padding included, as a shard says; -1 for one of other axes."""
+    shape = shard.stored.spec.shape
+    if len(shape) != len(entry.fused.order):
+        return -1
+    return shape[entry.fused.axis] * (max(shard.count, 1) if entry.fused.parallel else 1)
 
 
 def _where(stored: Stored) -> str:
@@ -218,6 +229,11 @@ class Model:
     def padded_vocab(self) -> int:
         return padded_vocab(int(self.facts["vocab"]), self.divisor, self.parallel.tp)
 
+    @property
+    def seal(self) -> str:
+        """See `dconv.sharding.plan.Target`."""
+        return seal(self.config, self.side, repr(sorted(self.args.items())))
+
     def stages(self) -> list[list[Placed]]:
         return place(self.family, self.facts, self.parallel, self.dtypes)
 
@@ -286,7 +302,7 @@ def find_iteration(folder: Path) -> Path:
     tracker = folder / LATEST
     if not tracker.exists():
         return folder
-    word = tracker.read_text("utf-8", "replace").strip()
+    word = read_small(tracker, what="the tracker file").decode("utf-8", "replace").strip()
     name = RELEASE if word == RELEASE else f"iter_{int(word):07d}" if word.isdecimal() and len(word) < 10 else ""
     if not name or not (folder / name).is_dir():
         raise Damaged(

@@ -19,7 +19,7 @@ from typing import Final
 from dconv.arch.config import hf_config_from_meta
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint.files import read_json, stamp
+from dconv.checkpoint.files import read_json, stamp, stamps
 from dconv.checkpoint.huggingface import cut_region, differ, equal, read_ranks, with_dtype
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
 from dconv.errors import Damaged, Refused
@@ -68,11 +68,12 @@ def open_source(folder: Path, *, own_config: bool = True) -> Source:
         Damaged: a missing or broken shard, a params.json that is not JSON or impossible.
         Refused: a params.json of another model, quantised weights.
     """
+    before = stamps(folder, (".pth",))
     shards = read_ranks(folder, _SHARD)
     if not shards:
         raise Damaged("no weights of Meta's kind", where=str(folder), expected="consolidated.00.pth and its siblings")
     _refuse_quantized(shards)
-    files = {file: stamp(folder / file) for file, _ in shards}
+    files = {file: before[file] if file in before else stamp(folder / file) for file, _ in shards}
     names = dict.fromkeys(name for _, tensors in shards for name in tensors)
 
     @cache

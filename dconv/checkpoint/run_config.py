@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.errors import Damaged, StorageFault
+from dconv.checkpoint.files import read_small
+from dconv.checkpoint.inert import bounded
+from dconv.errors import Damaged
 
 NAME: Final = "run_config.yaml"
 
+#: Its dataclasses take some 15 kB.
+_MAX_BYTES: Final = 4 << 20
 _PROVIDER: Final = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 _SILU: Final = "torch.nn.functional.silu"
 _TARGET: Final = "_target_"
@@ -54,14 +58,16 @@ def read_args(path: Path) -> dict[str, object] | None:
     """
     import yaml  # most checkpoints have no such file
 
-    try:
-        run: Any = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as fault:
-        raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
-    except (ValueError, yaml.YAMLError) as fault:
+    data = read_small(path, what=NAME)
+    if len(data) > _MAX_BYTES or b"<<" in data:  # merged maps may double at every level
+        raise Damaged("no run config that Megatron-Bridge writes", where=str(path), found=f"{len(data)} bytes")
+    try:
+        run: Any = yaml.safe_load(data)
+    except (ValueError, RecursionError, yaml.YAMLError) as fault:
         raise Damaged("not a YAML file", where=str(path), found=str(fault)[:200]) from fault
+    bounded(run, where=str(path))
     model = run.get("model") if isinstance(run, Mapping) else None
     if not isinstance(model, Mapping):
         raise Damaged("no model in Megatron-Bridge's run config", where=str(path), expected="a mapping under model")
@@ -82,7 +88,8 @@ def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
 
 def _plain(value: Any) -> object:
     """A ``_target_`` by its name, everything else as it is."""
-    return str(value[_TARGET]) if isinstance(value, Mapping) and _TARGET in value else value
+    named = value.get(_TARGET) if isinstance(value, Mapping) else None
+    return named if isinstance(named, str) else value
 
 
 def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:

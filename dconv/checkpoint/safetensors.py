@@ -28,7 +28,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """All tensors of one file, in file order; the extents' ``file`` is the file's own name.
 
     Raises:
-        Damaged: anything that the reference implementation refuses, with the file and the tensor.
+        Damaged: a header with which the reference implementation would read other bytes, or none.
     """
     size = stamp(path).size
     data = _header_bytes(path, size)

@@ -9,8 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
+from dconv.checkpoint.files import read_small
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import check_pieces
@@ -29,7 +32,7 @@ class Source:
     """A checkpoint as found.
 
     Attributes:
-        format: container name as ``--from`` takes it.
+        format: container in words: ``huggingface``, ``megatron legacy`` …
         root: directory that file names are relative to.
         config: HuggingFace config, when one came along.
         args: Megatron's args, when the container has them.
@@ -131,12 +134,26 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) -> Iterable[tuple[str, bytes]]:
-    """config.json and the side files, as (name, bytes)."""
+    """config.json and the side files, as (name, bytes).
+
+    Raises:
+        Damaged: a side file of a size that none has.
+        StorageFault: one cannot be read.
+    """
     if config is not None:
         yield "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     for name, path in side.items():
         if name != "config.json" or config is None:
-            yield name, path.read_bytes()
+            yield name, read_small(path, what="a file that travels along")
+
+
+def seal(config: Mapping[str, object] | None, side: Mapping[str, Path], also: str = "") -> str:
+    """A digest of what `side_bytes` gives, and of ``also``; see `dconv.sharding.plan.Target`."""
+    digest = xxhash.xxh3_128(also.encode("utf-8", "surrogatepass"))
+    for name, data in side_bytes(config, side):
+        digest.update(f"\n{name} {len(data)}\n".encode("utf-8", "surrogatepass"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def shape_error(name: str, where: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Damaged:

@@ -53,6 +53,7 @@ def open_source(iteration: Path) -> Source:
     metadata = dcp.read_metadata(iteration / _METADATA)
     weights, left_out = _weights(metadata)
     names = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
+    files = {name: stamp(iteration / name) for name in names}  # before what they hold
     config, side = megatron.sides(iteration)
 
     def locate(family: Family, facts: Facts) -> Located:
@@ -64,7 +65,7 @@ def open_source(iteration: Path) -> Source:
         config=config,
         args=_args(iteration, metadata),
         side=side,
-        files={name: stamp(iteration / name) for name in names},
+        files=files,
         parallel=None,
         locate=locate,
         left_out=left_out,
@@ -95,8 +96,7 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
     if (iteration / _COMMON).exists():
         common = torchzip.read(iteration / _COMMON).tree
     elif _COMMON_STATE in metadata.objects:
-        name, offset, length = metadata.objects[_COMMON_STATE]
-        common = torchzip.read(iteration / name, offset, length).tree
+        common = dcp.read_object(iteration, metadata.objects[_COMMON_STATE])
         common = common[0] if isinstance(common, list) and common else common
     if isinstance(common, Mapping) and "args" in common:
         return megatron.plain_args(common["args"])
@@ -106,11 +106,11 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
 def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], layers: int) -> megatron.Shards:
     shards: megatron.Shards = {}
     for key, tensor in weights.items():
-        extents = [_extent(iteration, chunk) for chunk in tensor.chunks]
+        extents = [_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks]
         stacked = _STACKED.fullmatch(key)
         if stacked is None:
             stored = Stored(TensorSpec(key, tensor.shape, tensor.dtype), tuple(extents))
-            shards[key] = [megatron.Shard(0, 0, stored)]
+            shards.setdefault(key, []).append(megatron.Shard(0, 0, stored))
             continue
         if not tensor.shape or tensor.shape[0] != layers:
             raise Damaged(
@@ -126,12 +126,12 @@ def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], layers: int) 
         for layer, held in enumerate(by_layer):
             name = f"{stacked[1]}{layer}.{stacked[2]}"
             spec = TensorSpec(name, tensor.shape[1:], tensor.dtype)
-            shards[name] = [megatron.Shard(0, 0, Stored(spec, tuple(held)))]
+            shards.setdefault(name, []).append(megatron.Shard(0, 0, Stored(spec, tuple(held))))
     return shards
 
 
-def _extent(iteration: Path, chunk: dcp.DcpChunk) -> Extent:
-    at = dcp.locate_chunk(iteration, chunk)
+def _extent(iteration: Path, chunk: dcp.DcpChunk, dtype: str) -> Extent:
+    at = dcp.locate_chunk(iteration, chunk, dtype)
     return Extent(Region(chunk.offsets, chunk.sizes), chunk.file, at.offset, at.strides)
 
 
@@ -178,8 +178,7 @@ def lay_out(model: megatron.Model) -> Target:
 
     def closing() -> Iterable[tuple[str, bytes]]:
         yield from model.closing()
-        common = torchframe.frame(_common(model), [])
-        yield f"{megatron.RELEASE}/{_COMMON}", _joined(common)
+        yield f"{megatron.RELEASE}/{_COMMON}", dcp.object_blob(_common(model))
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
         yield (
             f"{megatron.RELEASE}/{run_config.NAME}",
@@ -189,7 +188,7 @@ def lay_out(model: megatron.Model) -> Target:
         yield f"{megatron.RELEASE}/{_MARKER}", json.dumps(marker).encode()
 
     tensors = tuple(chunk.tensor for chunk in chunks)
-    return Target(tuple(files), tensors, closing, model.parallel.world, model.left_out)
+    return Target(tuple(files), tensors, closing, model.seal, model.parallel.world, model.left_out)
 
 
 def _chunks(model: megatron.Model, item: megatron.Placed, tp: int) -> Iterable[_Chunk]:
@@ -278,10 +277,3 @@ def _objects(name: str, layers: int, common: object) -> tuple[TargetFile, dict[s
 def _common(model: megatron.Model) -> dict[str, object]:
     args = pickling.namespace(model.args)
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": {}}
-
-
-def _joined(frame: torchframe.Frame) -> bytes:
-    data = bytearray(frame.size)
-    for offset, piece in frame.literals:
-        data[offset : offset + len(piece)] = piece
-    return bytes(data)

@@ -21,6 +21,7 @@ from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final
 
 from dconv.checkpoint import inert
+from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import StorageRef, TensorRef
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
@@ -98,10 +99,9 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
         StorageFault: the file cannot be read.
     """
     path = Path(path)
+    stamp(path)  # it is a file, not a pipe that nobody writes to
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise Damaged("a file is missing", where=str(path)) from None
     except OSError as fault:
         raise StorageFault(f"cannot open a file: {fault.strerror}", where=str(path)) from fault
     try:

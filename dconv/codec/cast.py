@@ -1,11 +1,12 @@
 """Casts between the plain floating types, in numpy, which has no bfloat16 of its own.
 
-Source of the rule: IEEE 754 round to nearest, ties to even; NaN stays NaN (quieted), infinities stay.
+Source of the rule: IEEE 754 round to nearest, ties to even; infinities stay, NaN stays NaN and becomes a quiet one (but
+bf16 → fp32 only appends zeros, so that it is undone bit by bit).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from dconv.sharding.dtypes import carrier
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+#: The bit that tells a quiet NaN from a signalling one.
+_QUIET: Final = {"f16": 1 << 9, "f32": 1 << 22, "f64": 1 << 51}
 
 
 def cast(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.generic]:
@@ -29,7 +33,11 @@ def cast(values: NDArray[np.generic], source: str, target: str) -> NDArray[np.ge
 
 def _narrow(values: NDArray[np.generic], target: str) -> NDArray[np.generic]:
     with np.errstate(over="ignore", invalid="ignore"):  # past the range becomes infinity, as IEEE says
-        return values.astype(carrier(target))
+        found = values.astype(carrier(target), order="C")
+    if (nan := np.isnan(found)).any():  # numpy quiets them or not, by how it was built
+        bits = found.reshape(-1).view(f"<u{found.itemsize}")
+        bits[nan.reshape(-1)] |= bits.dtype.type(_QUIET[target])
+    return found
 
 
 def _from_bf16(bits: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -39,7 +47,7 @@ def _from_bf16(bits: NDArray[np.generic]) -> NDArray[np.generic]:
 def _to_bf16(values: NDArray[np.generic]) -> NDArray[np.generic]:
     if values.dtype == np.float64:
         values = _round_to_odd_f32(values)
-    values = np.ascontiguousarray(values)
+    values = np.asarray(values, order="C")
     bits = values.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)

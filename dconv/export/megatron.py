@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -52,7 +52,7 @@ def can_infer(
     source_format: str | None = None,
     model_type: str | None = None,
     hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    drop: str | Sequence[str] = (),
 ) -> dict[str, object]:
     """Run a few tokens through megatron-core's own GPTModel.
 
@@ -87,7 +87,7 @@ def logits_of(
     source_format: str | None = None,
     model_type: str | None = None,
     hf_config: Path | None = None,
-    drop: tuple[str, ...] = (),
+    drop: str | Sequence[str] = (),
 ) -> NDArray[np.float32]:
     """fp32 logits [batch, sequence, padded vocabulary]; arguments and errors as for `can_infer`."""
     return _logits(Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop), tokens)[0]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from collections.abc import Sequence
+
+from dconv.launch.process import Stop, tolerate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # `worker.listen`, but before the imports that take a while: see there.
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()  # before the imports that take a while
+    tolerate()
 
     from dconv.errors import UsageError
     from dconv.launch.options import add_run_options, add_target_options, parse
     from dconv.launch.worker import main as run_rank
     from dconv.launch.worker import place, report
 
-    parser = argparse.ArgumentParser("python -m dconv.launch", description=__doc__)
+    parser = argparse.ArgumentParser("python -m dconv.launch", description=__doc__, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
     words = sys.argv[1:] if argv is None else argv

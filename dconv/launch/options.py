@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import UsageError
-from dconv.pipeline import REPLICAS, Request
+from dconv.launch.config_file import read_config
+from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION
 
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+#: Bytes that no file system's offset reaches.
+_LARGEST: Final = 2.0**63
+#: The options that only a Megatron target has, with what stands for them where they are not given.
+_LAYOUT: Final = {
+    "tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": None, "pp_layout": None,
+    "first_stage_layers": None, "last_stage_layers": None, "count_embedding": False, "count_loss": False,
+    "megatron_format": "torch_dist", "transformer_impl": "transformer_engine", "make_vocab_size_divisible_by": 128,
+}  # fmt: skip
 
 
 def byte_count(text: str | int) -> int:
@@ -28,10 +38,10 @@ def byte_count(text: str | int) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 256MiB or 5GB")
-    count = int(float(match[1]) * unit)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 256MiB or 5GB")
-    return count
+    count = float(match[1]) * unit
+    if not 1 <= count < _LARGEST:
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no size such as 256MiB or 5GB")
+    return int(count)
 
 
 def dtype(text: str) -> str:
@@ -84,18 +94,19 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         ("vpp", "virtual pipeline chunks a stage"),
         ("ep", "expert parallel size"),
     ):
-        group.add_argument(f"--{name}", type=int, default=1, metavar="N", help=text)
-    group.add_argument("--etp", type=int, metavar="N", help="expert tensor parallel size (as --tp)")
+        group.add_argument(f"--{name}", type=whole, metavar="N", help=text)
+    group.add_argument("--etp", type=whole, metavar="N", help="expert tensor parallel size (as --tp)")
     group.add_argument("--pp-layout", type=pp_layout, metavar="LAYOUT",
                        help="layers by pipeline chunk: 3|4|4|2, or as Megatron spells it, Ettt|tttt|ttL")  # fmt: skip
-    group.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage")
-    group.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage")
+    group.add_argument("--first-stage-layers", type=positive, metavar="N", help="layers of the first stage")
+    group.add_argument("--last-stage-layers", type=positive, metavar="N", help="layers of the last stage")
     group.add_argument("--count-embedding", action="store_true", help="the embedding counts as a layer")
     group.add_argument("--count-loss", action="store_true", help="the loss counts as a layer")
-    group.add_argument("--megatron-format", choices=("torch_dist", "legacy"), default="torch_dist")
-    group.add_argument("--transformer-impl", choices=("transformer_engine", "local"), default="transformer_engine",
+    group.add_argument("--megatron-format", choices=("torch_dist", "legacy"))
+    group.add_argument("--transformer-impl", choices=("transformer_engine", "local"),
                        help="layer names in legacy files")  # fmt: skip
-    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N")
+    group.add_argument("--make-vocab-size-divisible-by", type=positive, metavar="N",
+                       help="the vocabulary is padded to a multiple of this times tp (128)")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--dtype", type=dtype, metavar="DTYPE", help="bf16, f16 or f32 (default: as it is)")
     group.add_argument("--shard-size", type=byte_count, default=byte_count("5GB"), metavar="SIZE",
@@ -107,7 +118,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--max-memory", type=byte_count, default=byte_count("256MiB"), metavar="SIZE",
                        help="bytes that one rank's buffers may take (256MiB)")  # fmt: skip
-    group.add_argument("--threads", type=int, default=1, metavar="N", help="threads a rank (1)")
+    group.add_argument("--threads", type=positive, default=1, metavar="N", help="threads a rank (1)")
     group.add_argument("--resume", action="store_true", help="go on after a kill; done already counts as success")
     group.add_argument("--overwrite", action="store_true", help="replace an OUT of dconv once the new one is whole")
     group.add_argument("--digest", choices=sorted(ALGORITHMS), default="xxh3", help="digest kept in the receipt")
@@ -126,26 +137,41 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show where an internal error happened")
 
 
+def whole(text: str | int) -> int:
+    """A whole number; `Parallel` refuses those that are no size.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    if not re.fullmatch(r"[+-]?\d{1,18}", str(text), re.ASCII):  # more digits are no size of anything
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no whole number")
+    return int(text)
+
+
 def positive(text: str | int) -> int:
     """A count of 1 or more.
 
     Raises:
         argparse.ArgumentTypeError: it is no such thing.
     """
-    if not str(text).isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count of 1 or more")
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", str(text), re.ASCII):  # more digits are no count of anything
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no count of 1 or more")
     return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse with ``--config``: the file's values are defaults that the command line overrides.
+    """Parse with ``--config``: the line overrides the values of the file, and its ``--drop`` adds to them.
 
     Raises:
         UsageError: an option, in the file or on the line, that is not known; MODEL or FORMAT missing.
     """
     args = parser.parse_args(argv)
     if getattr(args, "config", None) is not None:
-        _apply_file(parser, args.config)
+        # One file serves plan, convert and the ranks of any launcher: what is another's option is checked, not used.
+        whole = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for add in (add_target_options, add_run_options, add_launch_options):
+            add(whole)
+        parser.set_defaults(**read_config(args.config, parser, whole))
         args = parser.parse_args(argv)
     for name in ("model", "format"):
         if hasattr(args, name) and getattr(args, name) is None:
@@ -153,84 +179,31 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:  # argparse offers no public way to look its options up
-        actions[action.dest] = action
-        actions.update({option.lstrip("-"): action for option in action.option_strings})
-    return actions
-
-
-def _apply_file(parser: argparse.ArgumentParser, path: Path) -> None:
-    values = _load(path)
-    # One file serves plan, convert and the ranks of any launcher: what is another's option is checked, and not used.
-    whole = argparse.ArgumentParser(add_help=False)
-    for add in (add_target_options, add_run_options, add_launch_options):
-        add(whole)
-    actions = {**_actions(whole), **_actions(parser)}
-    mine = {action.dest for action in parser._actions}
-    defaults: dict[str, object] = {}
-    for key, value in values.items():
-        action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
-        if action is None:
-            import difflib
-
-            close = difflib.get_close_matches(str(key), actions, 1)
-            raise UsageError(
-                f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"
-            )
-        typed = _typed(action, value, path)
-        if action.dest in mine:
-            defaults[action.dest] = typed
-    parser.set_defaults(**defaults)
-
-
-def _typed(action: argparse.Action, value: Any, path: Path) -> object:
-    convert: Callable[[Any], object] | None = action.type if callable(action.type) else None
-    try:
-        typed = convert(value) if convert is not None and value is not None else value
-    except (argparse.ArgumentTypeError, TypeError, ValueError) as fault:
-        raise UsageError(f"{action.dest}: {fault}", where=str(path)) from fault
-    if action.choices is not None and typed not in action.choices:
-        raise UsageError(f"{action.dest} cannot be {value!r}", where=str(path), expected=", ".join(action.choices))
-    if action.nargs == 0 and not isinstance(typed, bool):
-        raise UsageError(f"{action.dest} is true or false", where=str(path), found=repr(value))
-    return typed
-
-
-def _load(path: Path) -> dict[Any, Any]:
-    import yaml  # a rank without --config does not pay for it
-
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as fault:
-        raise UsageError(f"cannot read the config file: {fault}", where=str(path)) from fault
-    if not isinstance(values, dict):
-        raise UsageError("the config file is no mapping of options", where=str(path))
-    return values
-
-
 def to_request(args: argparse.Namespace) -> Request:
-    """The request that parsed options describe."""
-    flat = args.pp_layout
-    pp = len(flat) if flat and args.pp == 1 else args.pp
-    if flat and len(flat) % pp:
+    """The request that parsed options describe.
+
+    Raises:
+        UsageError: layout options that contradict each other, or that FORMAT has no use for.
+        Refused: a layout that no world of ranks has.
+    """
+    given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
+    if given and FORMATS.get(args.format, "megatron") != "megatron":
         raise UsageError(
-            f"--pp-layout has {len(flat)} chunks, which do not divide by --pp {pp}",
-            do="--pp must divide the number of chunks; leave it out for one chunk a stage",
+            f"{args.format} has no such layout, nothing was written",
+            where=", ".join("--" + name.replace("_", "-") for name in given),
+            expected="these options with FORMAT megatron only: they say how the output is cut, not the source",
+            do="leave them out",
         )
-    vpp = len(flat) // pp if flat else args.vpp
+    said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
     parallel = Parallel(
-        tp=args.tp,
-        pp=pp,
-        vpp=vpp,
-        ep=args.ep,
-        etp=args.tp if args.etp is None else args.etp,
-        first=args.first_stage_layers,
-        last=args.last_stage_layers,
-        count_embedding=args.count_embedding,
-        count_loss=args.count_loss,
-        stages=tuple(tuple(flat[v * pp + p] for v in range(vpp)) for p in range(pp)) if flat else None,
+        tp=said["tp"],
+        ep=said["ep"],
+        etp=said["tp"] if args.etp is None else args.etp,
+        first=said["first_stage_layers"],
+        last=said["last_stage_layers"],
+        count_embedding=said["count_embedding"],
+        count_loss=said["count_loss"],
+        **_pipeline(args.pp, args.vpp, args.pp_layout),
     )
     return Request(
         model=args.model,
@@ -240,11 +213,32 @@ def to_request(args: argparse.Namespace) -> Request:
         model_type=args.model_type,
         hf_config=args.hf_config,
         parallel=parallel,
-        megatron_format=args.megatron_format,
-        transformer_impl=args.transformer_impl,
-        divisor=args.make_vocab_size_divisible_by,
+        megatron_format=said["megatron_format"],
+        transformer_impl=said["transformer_impl"],
+        divisor=said["make_vocab_size_divisible_by"],
         dtype=args.dtype,
         shard_size=args.shard_size,
         drop=tuple(args.drop),
         replicas=args.replicas,
     )
+
+
+def _pipeline(pp: int | None, vpp: int | None, flat: tuple[int, ...] | None) -> dict[str, Any]:
+    """``pp``, ``vpp`` and ``stages``, where sizes that are not given follow from the layout's chunks."""
+    if flat is None or 0 in (pp, vpp):
+        return {"pp": 1 if pp is None else pp, "vpp": 1 if vpp is None else vpp}
+    chunks = len(flat)
+    stages = pp or max(chunks // (vpp or 1), 1)
+    each = vpp or max(chunks // stages, 1)
+    if stages * each != chunks or (stages == 1 and each > 1):
+        sizes = ((f"--pp {pp}", pp), (f"--vpp {vpp}", vpp))
+        raise UsageError(
+            f"--pp-layout has {chunks} chunks, which {' '.join(text for text, size in sizes if size)} does not have",
+            expected="pp x vpp chunks",
+            do="leave --pp and --vpp out for one chunk a stage, or give the two that make up the layout",
+        )
+    return {
+        "pp": stages,
+        "vpp": each,
+        "stages": tuple(tuple(flat[v * stages + p] for v in range(each)) for p in range(stages)),
+    }

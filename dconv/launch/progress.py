@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Final, TextIO
 
+from dconv.launch.process import mute
+
 #: Seconds between notes and between redraws.
 _TICK: Final = 0.2
 _PLAIN_TICK: Final = 5.0
@@ -85,8 +87,7 @@ class Display:
         self._stop.set()
         self._thread.join()
         if self._live:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            self._draw("\r\x1b[K")
 
     def linger(self, stop: threading.Event) -> None:
         """Go on drawing for the ranks that are still at work, as long as they note progress; for a live bar only."""
@@ -101,8 +102,14 @@ class Display:
         while not self._stop.wait(_TICK if self._live else _PLAIN_TICK):
             notes = self._board.read()
             line = self.line(sum(note["done"] for note in notes.values()), time.monotonic() - self._began)
-            self._stream.write(f"\r\x1b[K{line}" if self._live else line + "\n")
+            self._draw(f"\r\x1b[K{line}" if self._live else line + "\n")
+
+    def _draw(self, text: str) -> None:
+        try:
+            self._stream.write(text)
             self._stream.flush()
+        except BrokenPipeError:  # nobody looks any more
+            mute(self._stream)
 
     def line(self, done: int, seconds: float) -> str:
         """``[######----]  58%  0.54/0.92 GB  0.61 GB/s  1 s left  2 ranks``"""

@@ -9,15 +9,15 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.options import to_request
+from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.commit import Outcome, Settings
@@ -25,6 +25,10 @@ from dconv.sharding.receipt import partial_folder, read_receipt
 
 if TYPE_CHECKING:
     from subprocess import Popen
+
+
+#: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
+_GRACE: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,10 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
                     expected=f"numbers, {rank} below {world}",
                     found=", ".join(values),
                 )
-            return Place(int(values[0]), int(values[1]), int(values[2]), _parent_started())
+            found = [int(value) for value in values]
+            # The parent of a lone rank may be a shell of hours ago: what it made since is not of this run.
+            launched = _parent_started() if found[1] > 1 else math.inf
+            return Place(found[0], found[1], found[2], launched)
     return Place(0, 1, 0, math.inf)
 
 
@@ -74,29 +81,33 @@ def _parent_started() -> float:
         return math.inf
 
 
-def listen() -> threading.Event:
-    """An event that the signals of a preemption (and Ctrl-C) set, instead of ending this process at once."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
-
-
-def main(args: argparse.Namespace, where: Place, stop: threading.Event | None = None) -> int:
+def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> int:
     """Run one rank to its exit code; errors are printed in their one form.
 
     Args:
-        stop: made by `listen` earlier in this process, if it was.
+        stop: made earlier in this process, if it was.
     """
     began = time.monotonic()
-    # Before the planning: when one rank refuses, a launcher stops the others, and the one that reports must get to it.
-    stop = stop or listen()
+    stop = stop or Stop()
+
+    def last_words() -> None:
+        if where.local == 0:  # every rank meets the same: one of each machine says it
+            report(preempted(), args.json)
+
+    # When one rank refuses, a launcher stops the others, and the one that reports must get to its own refusal.
+    grace = _GRACE if where.local == 0 and where.world > 1 else 0.0
     try:
-        job = prepare(to_request(args))
+        with stop.planning(grace, last_words):
+            job = prepare(to_request(args))
+    except Stopped:
+        last_words()
+        return Preempted.exit_code
     except DconvError as error:
-        if where.local == 0:  # every rank meets the same refusal: one of each machine says it
+        if where.local == 0:
             report(error, args.json)
         return error.exit_code
+    except (OSError, MemoryError) as fault:
+        return _failed(fault, args, where)
     try:
         return _run(job, args, where, began, stop)
     except DconvError as error:
@@ -104,12 +115,17 @@ def main(args: argparse.Namespace, where: Place, stop: threading.Event | None = 
         if where.local == 0 or not common:
             report(error, args.json, None if common else where)
         return error.exit_code
-    except OSError as fault:
-        report(StorageFault(f"the file system failed: {fault}"), args.json, where)
-        return StorageFault.exit_code
-    except MemoryError:
-        report(StorageFault("out of memory", do="a smaller --max-memory"), args.json, where)
-        return StorageFault.exit_code
+    except (OSError, MemoryError) as fault:
+        return _failed(fault, args, where)
+
+
+def _failed(fault: OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
+    if isinstance(fault, OSError):
+        error = StorageFault(f"the file system failed: {fault}")
+    else:
+        error = StorageFault("out of memory", do="a smaller --max-memory")
+    report(error, args.json, where)
+    return error.exit_code
 
 
 def _is_common(error: DconvError, job: Job) -> bool:
@@ -119,9 +135,9 @@ def _is_common(error: DconvError, job: Job) -> bool:
     return isinstance(error, UsageError | Refused)
 
 
-def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: threading.Event) -> int:
+def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: Stop) -> int:
     if stop.is_set():
-        raise Preempted("stopped by a signal, nothing was written", do="run the same command again")
+        raise preempted()
     # File times come from a clock that may lag behind by a tick.
     since = where.launched if math.isfinite(where.launched) else time.time()
     board = Board(partial_folder(job.request.output, job.plan), where.rank, since - 0.1)
@@ -156,11 +172,12 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: t
         notes[where.rank] = {"peak": peak_memory()}  # of the conversion, not of what verifies it
         _summary(job, args, where, outcome, notes, seconds, _verify(job, args.verify))
     elif outcome.complete and where.rank == 0 and _was_there(job, since):
-        result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True}
+        verified = _verify(job, args.verify)
+        result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True, "verified": verified}
         if args.json:
-            print(json.dumps(result), flush=True)
+            say(json.dumps(result))
         elif not args.quiet:
-            print(f"already done: {job.request.output}", flush=True)
+            say("\n".join([f"already done: {job.request.output}", *_sentences(verified)]))
     return 0
 
 
@@ -171,18 +188,26 @@ def _was_there(job: Job, since: float) -> bool:
 
 
 def _verify(job: Job, mode: str) -> dict[str, object] | None:
-    """What ``--verify`` found, by the rank that committed; the others have nothing to wait for.
+    """What ``--verify`` found, by the rank that committed or found it done; the others have nothing to wait for.
 
     Raises:
         VerifyFailed: see `dconv.verify.told`; the output stays, and is not to be used.
     """
     if mode == "none":
         return None
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # nothing is lost by ending at once now
+    for number in SIGNALS:  # nothing is lost by ending at once now
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     from dconv import verify  # a rank that only moves bytes does not pay for it
 
     return verify.told(mode, job, job.request.output)
+
+
+def _sentences(verified: dict[str, object] | None) -> list[str]:
+    if verified is None:
+        return []
+    from dconv import verify
+
+    return [verify.sentence(verified)]
 
 
 def _summary(
@@ -213,7 +238,7 @@ def _summary(
         "verified": verified,
     }
     if args.json:
-        print(json.dumps(result), flush=True)
+        say(json.dumps(result))
         return
     if args.quiet:
         return
@@ -223,23 +248,20 @@ def _summary(
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
         f"peak memory a rank: {max(peaks.values()) / 2**20:.0f} MiB   plan {plan.id}   receipt dconv.json",
     ]
-    if verified is not None:
-        from dconv import verify
-
-        lines.append(verify.sentence(verified))
+    lines += _sentences(verified)
     if outcome.kept:
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def report(error: DconvError, as_json: bool, where: Place | None = None) -> None:
     """Print an error in its form, or as JSON on standard output."""
     if as_json:
-        print(json.dumps(error.to_dict()), flush=True)
+        say(json.dumps(error.to_dict()))
         return
     prefix = f"[rank {where.rank}] " if where is not None and where.world > 1 else ""
-    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    say(f"{prefix}{error}", sys.stderr)
 
 
 def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
@@ -247,7 +269,7 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     import subprocess
 
     launched = time.time()
-    stop = listen()  # before there are children, that a signal to this process must not leave behind
+    stop = Stop()  # before there are children, that a signal to this process must not leave behind
     code = 1
     children = [
         subprocess.Popen(

@@ -32,6 +32,7 @@ from dconv.sharding.receipt import (
     check_output,
     hash_bytes,
     is_result,
+    is_whole,
     make_receipt,
     partial_folder,
     read_receipt,
@@ -98,9 +99,10 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         DconvError: bad input or storage; what is finished is journaled.
     """
     began = time.time()
-    if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
-        return Outcome(False, True, 0, 0, 0)
     partial = partial_folder(out, plan)
+    if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
+        _remove(_aside(out, partial))  # of a run that was killed before it came to that
+        return Outcome(False, True, 0, 0, 0)
     tasks = plan.share(settings.rank, settings.world)
     share = sum(task.nbytes for task in tasks)
     with _locked(partial):
@@ -108,7 +110,8 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         launched = min(settings.launched, began)
         if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=launched):
             return Outcome(False, True, share, 0, 0)
-        if (earlier := read_receipt(partial)) is not None:  # killed between receipt and rename
+        earlier = read_receipt(partial)
+        if earlier is not None and is_whole(plan, partial):  # killed between receipt and rename
             _finish_earlier(out, partial, settings.overwrite, earlier)
             return Outcome(True, True, share, 0, share)
         outputs, journal = _open(partial, plan)
@@ -316,6 +319,7 @@ class _Run:
         for name, data in self.plan.target.closing():
             _write_synced(self.partial / name, data)
             closing[name] = hash_bytes(data, self.settings.algorithm)
+        _sync_folders(self.partial)
         done = {task: line.digest for task, line in noted.items()}
         receipt = make_receipt(self.plan, done, closing, self.settings.algorithm, self.settings.about)
         _write_synced(self.partial / RECEIPT, to_json(receipt))
@@ -340,11 +344,15 @@ def _finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str
     _finish(out, partial, overwrite)
 
 
+def _sync_folders(partial: Path) -> None:
+    for folder, _, _ in os.walk(partial):
+        sync_folder(Path(folder))
+
+
 def _finish(out: Path, partial: Path, overwrite: bool) -> None:
     """From a receipt to a result. A kill on the way is made good by the next run."""
     try:
-        for folder, _, _ in os.walk(partial):
-            sync_folder(Path(folder))
+        _sync_folders(partial)
         # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
         shutil.rmtree(partial / _STATE, ignore_errors=True)
         _rename(out, partial, overwrite)
@@ -389,12 +397,22 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _rename(out: Path, partial: Path, overwrite: bool) -> None:
-    aside = out.with_name(f"{out.name}.replaced-{partial.name.rpartition('-')[2]}")
+    aside = _aside(out, partial)
     if overwrite and os.path.lexists(out):
+        _remove(aside)
         os.rename(out, aside)
     os.rename(partial, out)
     sync_folder(out.parent)
+    _remove(aside)
+
+
+def _aside(out: Path, partial: Path) -> Path:
+    """Where an old output waits until the new one is in its place."""
+    return out.with_name(f"{out.name}.replaced-{partial.name.rpartition('-')[2]}")
+
+
+def _remove(aside: Path) -> None:
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside, ignore_errors=True)
-    elif os.path.lexists(aside):
-        os.unlink(aside)
+    else:
+        aside.unlink(missing_ok=True)

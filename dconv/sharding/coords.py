@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from dconv.errors import Refused
+from dconv.errors import Refused, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,11 @@ class Parallel:
     Attributes:
         first, last: layers of the first and last stage when they differ from the rest.
         count_embedding, count_loss: the embedding / the loss take a layer's place in an even split.
-        stages: explicit layer counts, one list a stage with one entry a virtual chunk; overrides all of the above.
+        stages: explicit layer counts, one list a stage with one entry a virtual chunk; instead of the four above.
+
+    Raises:
+        Refused: sizes that no world of ranks has.
+        UsageError: two ways at once to say which stage has which layers: Megatron refuses such args.
     """
 
     tp: int = 1
@@ -57,6 +61,19 @@ class Parallel:
             )
         if self.vpp > 1 and self.pp < 2:
             raise Refused("a virtual pipeline needs a pipeline", expected="--pp of at least 2 with --vpp")
+        # the conflicts of TransformerConfig.__post_init__
+        ends, counted = self.first is not None or self.last is not None, self.count_embedding or self.count_loss
+        ways = {
+            "--pp-layout": self.stages is not None,
+            "--first-stage-layers, --last-stage-layers": ends,
+            "--count-embedding, --count-loss": counted,
+        }
+        if sum(ways.values()) > 1:
+            raise UsageError(
+                "two ways at once to divide the layers over the pipeline, nothing was written",
+                where="\n".join(way for way, taken in ways.items() if taken),
+                do="keep one of them",
+            )
 
     @property
     def inner(self) -> int:
@@ -113,6 +130,12 @@ class Parallel:
                     expected=f"{self.pp} stages of {self.vpp} chunks",
                     found=f"{len(self.stages)} stages",
                 )
+            if any(n < 0 for stage in self.stages for n in stage):
+                raise Refused(
+                    "the pipeline layout has a chunk of less than no layers, nothing was written",
+                    expected="0 or more layers a chunk",
+                    found="|".join("+".join(map(str, stage)) for stage in self.stages)[:200],
+                )
             return [list(stage) for stage in self.stages]
         if self.first is not None or self.last is not None:
             return self._uneven(layers)
@@ -124,6 +147,13 @@ class Parallel:
         return counts
 
     def _uneven(self, layers: int) -> list[list[int]]:
+        ends = [n for n in (self.first, self.last) if n is not None]
+        if min(ends) < 1 or not len(ends) <= self.pp <= layers or self.vpp > layers:
+            raise Refused(
+                "the layers do not make such a first and last stage, nothing was written",
+                expected=f"stages of 1 or more of {layers} layers, as many stages as are named",
+                found=f"first {self.first}, last {self.last}, {self.described}",
+            )
         stages: list[int | None] = [None] * self.pp
         if self.first is not None:
             stages[0] = self.first
@@ -131,7 +161,7 @@ class Parallel:
             stages[-1] = self.last
         rest = layers - sum(n for n in stages if n is not None)
         middle = stages.count(None)
-        if rest < 0 or (middle == 0 and rest):
+        if rest < 0 or bool(rest) != bool(middle):  # Megatron has no stages in the middle without layers
             raise Refused(
                 "the first and last stage do not add up",
                 expected=f"{layers} layers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 _TILE_BYTES: Final = 1 << 20
+#: Source files, journals, libraries.
+_OTHER_FILES: Final = 512
 #: The usual block of a file system: a hole is made of whole ones.
 _BLOCK: Final = 4096
 
@@ -53,6 +56,7 @@ class Outputs:
         self._files = plan.target.files
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
+        _allow_files(len(self._files))
 
     def fd(self, file: int) -> int:
         with self._lock:
@@ -120,6 +124,14 @@ class Outputs:
             self.folder = -1
 
 
+def _allow_files(count: int) -> None:
+    """Let this process hold as many files open as it may write, as far as it is allowed to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(hard, count + _OTHER_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _next_data(fd: int, offset: int, end: int) -> int:
     """Where data begin at or after ``offset``, ``end`` when there are none before it."""
     try:
@@ -148,7 +160,7 @@ class Worker:
         log: ReadLog | None = None,
     ) -> None:
         # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
-        self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 12))
+        self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 24))
         self._plan = plan
         self._outputs = outputs
         self._kernel = kernel

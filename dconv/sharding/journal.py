@@ -74,7 +74,8 @@ class Journal:
     def _all(self) -> Iterator[tuple[str, list[str]]]:
         """Every good line with its journal's name, oldest journal first."""
         try:
-            for path in sorted(self._folder.iterdir()):
+            # A network file system names what was removed while open: .nfs…
+            for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
                 for words in _lines(path):
                     yield path.name, words
         except FileNotFoundError:

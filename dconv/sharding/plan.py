@@ -5,6 +5,7 @@ A plan is a pure function of the described source and the described target. Ever
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import xxhash
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import Op, op_between
-from dconv.sharding.region import Index, Region, first_overlap, row_major
+from dconv.sharding.region import Index, Region, first_overlap
 from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
 
 #: Bytes of a tensor that one task writes and one digest covers. Part of the digest's definition: changing it changes
@@ -65,12 +66,14 @@ class Target:
     Attributes:
         world: number of parallel ranks that own shards (1 when the target has none).
         closing: makes the small files that are written at commit, as (path, bytes).
+        seal: stands for what ``closing`` makes: another config or tokenizer, another seal.
         left_out: source tensors left out on purpose, with the reason.
     """
 
     files: tuple[TargetFile, ...]
     tensors: tuple[TargetTensor, ...]
     closing: Callable[[], Iterable[tuple[str, bytes]]]
+    seal: str
     world: int = 1
     left_out: dict[str, str] | None = None
 
@@ -164,8 +167,12 @@ class Plan:
 
     @cached_property
     def id(self) -> str:
-        """Hash of the whole plan and of the source files' sizes and times: same id, same output bytes."""
-        digest = xxhash.xxh3_128(b"dconv plan 1\n")
+        """Hash of the whole plan, of where the source is and its files' sizes and times: same id, same output bytes.
+
+        The place counts since archives and object stores give every file one time.
+        """
+        place = os.fsencode(os.path.realpath(self.source.root))
+        digest = xxhash.xxh3_128(b"dconv plan 2\n" + place + f"\n{self.target.seal}\n".encode())
         for path, stamp in sorted(self.source.files.items()):
             digest.update(f"{path} {stamp.size} {stamp.mtime_ns}\n".encode())
         for file in self.target.files:
@@ -351,9 +358,3 @@ def check_pieces(
             do="a shard may be missing or from another checkpoint",
         )
     return proved, replicas
-
-
-def dense_piece(spec: TensorSpec, file: str, offset: int) -> Piece:
-    """A whole logical tensor that lies in one row-major stretch."""
-    strides = row_major(spec.shape, ITEMSIZE[spec.dtype])
-    return Piece(spec.name, Region.whole(spec.shape), file, offset, strides, spec.dtype)

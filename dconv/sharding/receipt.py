@@ -37,7 +37,7 @@ def read_receipt(folder: Path) -> dict[str, object] | None:
     """The receipt of a finished output, or None when there is none that parses."""
     try:
         receipt = json.loads((folder / RECEIPT).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return receipt if isinstance(receipt, dict) and "plan" in receipt else None
 
@@ -49,14 +49,16 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
         UsageError: something else is there and may not be replaced, or ``out`` is no place for an output.
     """
     partial_folder(out, plan)
-    if Path(os.path.realpath(plan.source.root)).is_relative_to(os.path.realpath(out)):
+    real = os.path.realpath(out)
+    sources = [plan.source.root, *((plan.source.root / name for name in plan.source.files) if overwrite else ())]
+    if any(Path(os.path.realpath(source)).is_relative_to(real) for source in sources):
         raise UsageError(
             "the output would replace its own source, nothing was written", where=str(out), do="name another -o"
         )
     if not os.path.lexists(out):
         return False
     receipt = read_receipt(out)
-    if receipt is not None and receipt["plan"] == plan.id and _is_whole(plan, out):
+    if receipt is not None and receipt["plan"] == plan.id and is_whole(plan, out):
         finished = receipt.get("finished")
         if resume or (isinstance(finished, float) and finished >= launched):
             return True
@@ -85,7 +87,7 @@ def _is_ours(out: Path) -> bool:
     return out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)
 
 
-def _is_whole(plan: Plan, out: Path) -> bool:
+def is_whole(plan: Plan, out: Path) -> bool:
     """Whether every weight file of a finished output is still there with its size."""
     try:
         return all(os.stat(out / file.path).st_size == file.size for file in plan.target.files)

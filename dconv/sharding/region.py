@@ -44,28 +44,11 @@ class Region:
             shape.append(high - low)
         return Region(tuple(start), tuple(shape))
 
-    def translate(self, delta: Sequence[int]) -> Region:
-        return Region(tuple(a + d for a, d in zip(self.start, delta, strict=True)), self.shape)
-
     def contains(self, other: Region) -> bool:
         return all(
             a <= b and b + m <= a + n
             for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True)
         )
-
-    def split(self, axis: int, at: int) -> tuple[Region, Region]:
-        """Two boxes, cut before index ``start[axis] + at``.
-
-        Raises:
-            ValueError: the cut is outside the box.
-        """
-        if not 0 <= at <= self.shape[axis]:
-            raise ValueError(f"cut {at} is outside 0..{self.shape[axis]}")
-        first, second = list(self.shape), list(self.shape)
-        first[axis], second[axis] = at, self.shape[axis] - at
-        start = list(self.start)
-        start[axis] += at
-        return Region(self.start, tuple(first)), Region(tuple(start), tuple(second))
 
     def bands(self, limit: int) -> Iterator[Region]:
         """Cut into row-major contiguous boxes of at most ``limit`` elements (one element at least), in order.
@@ -103,17 +86,18 @@ def row_major(shape: Sequence[int], itemsize: int) -> Index:
 def first_overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
     """Positions of two regions that share an element, or None. Empty regions share nothing.
 
-    A sweep along each pair's first axis: near-linear for the row bands that layouts are made of.
+    A sweep along the axis on which most of them begin apart: near-linear for the bands that layouts are made of.
     """
     if len(regions) < 2:
         return None
     if not regions[0].shape:
         return (0, 1)
-    order = sorted((i for i, r in enumerate(regions) if r.volume), key=lambda i: regions[i].start)
+    axis = max(range(len(regions[0].shape)), key=lambda axis: len({region.start[axis] for region in regions}))
+    order = sorted((i for i, r in enumerate(regions) if r.volume), key=lambda i: regions[i].start[axis])
     active: list[int] = []
     for i in order:
-        low = regions[i].start[0]
-        active = [j for j in active if regions[j].start[0] + regions[j].shape[0] > low]
+        low = regions[i].start[axis]
+        active = [j for j in active if regions[j].start[axis] + regions[j].shape[axis] > low]
         for j in active:
             if regions[i].intersect(regions[j]) is not None:
                 return (j, i)

@@ -15,12 +15,11 @@ from dconv.sharding.region import Index, Region
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor by name, shape (elements), dtype (`dconv.sharding.dtypes`) and axis names."""
+    """A tensor by name, shape (elements) and dtype (`dconv.sharding.dtypes`)."""
 
     name: str
     shape: Index
     dtype: str
-    axes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

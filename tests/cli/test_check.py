@@ -7,14 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dconv import verify
 from dconv.arch.llama import LLAMA
 from dconv.checkpoint import safetensors
 from dconv.errors import Damaged, ToolMissing, VerifyFailed
+from dconv.export import runtimes
 from dconv.pipeline import Request, convert, prepare
 from dconv.sharding.coords import Parallel
 from tests.cli.conftest import Dconv, flip
@@ -281,7 +284,7 @@ def test_nonsense_is_damage(dconv: Dconv, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_memory(dconv: Dconv, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(runtimes, "_available_memory", lambda: 1000)
     ran = dconv("check", tiny)
     assert ran.code == 0
     assert "not run      fp32 needs about" in ran.out
@@ -304,3 +307,31 @@ def test_missing_runtimes(
 def test_a_receipt_is_needed(tmp_path: Path) -> None:
     with pytest.raises(Damaged):
         verify.reread(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["tensors"]["lm_head.weight"].update(dtype=["bf16"]),
+        lambda said: said["frames"].update({"half-\ud800-a-pair": "0"}),
+        lambda said: said["closing"].update({"config.json/inside": "0"}),
+        lambda said: said["closing"].update({"fifo": "0"}),
+    ],
+)
+def test_a_hostile_receipt(dconv: Dconv, made: Callable[[str], Path], change: Callable[[dict[str, Any]], None]) -> None:
+    out = made("hf")
+    os.mkfifo(out / "fifo")  # whoever opens it waits for a writer
+    said = receipt(out)
+    change(said)
+    (out / "dconv.json").write_text(json.dumps(said))
+    ran = dconv("check", out, "--no-run")
+    assert ran.code == Damaged.exit_code, ran.err
+    assert ran.err.startswith("damaged (4)")
+
+
+def test_a_model_that_computes_zero(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal logits are equal, also when the largest is 0."""
+    job = prepare(Request(tiny, "hf", tmp_path / "a"))
+    nothing = SimpleNamespace(logits_of=lambda *_, **__: np.zeros((2, 16, 512), np.float32))
+    monkeypatch.setattr(verify, "runtime_of", lambda _: nothing)
+    assert verify.logits(job, tmp_path / "a")["difference"] == 0.0

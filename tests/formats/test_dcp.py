@@ -84,7 +84,7 @@ def test_a_directory_of_torch_is_located(tmp_path: Path) -> None:
             str(value.dtype).split(".")[1],
         )
         (chunk,) = described.chunks
-        at = dcp.locate_chunk(tmp_path, chunk, dtype=described.dtype)
+        at = dcp.locate_chunk(tmp_path, chunk, described.dtype)
         assert gather(tmp_path / chunk.file, at) == raw(value)
     assert {key: dcp.read_object(tmp_path, place) for key, place in found.objects.items()} == {
         "x/shard_0_1": [None],
@@ -171,7 +171,7 @@ def test_a_directory_of_megatron_core_is_read(tmp_path: Path, monkeypatch: pytes
     assert (weight.dtype, weight.shape) == ("bf16", (2, 4, 3))
     for chunk in weight.chunks:
         assert chunk.sizes == (1, 4, 3)
-        at = dcp.locate_chunk(tmp_path, chunk, dtype="bf16")
+        at = dcp.locate_chunk(tmp_path, chunk, "bf16")
         assert gather(tmp_path / chunk.file, at) == raw(layers[chunk.offsets[0]])
     assert dcp.read_object(tmp_path, found.objects["layers.x._extra_state/shard_0_1"]) == [None]
 
@@ -273,14 +273,14 @@ def test_chunks_that_are_not_what_metadata_says(tmp_path: Path, change: Callable
     save_real(tmp_path, {"w": torch.zeros(2, 3), "x": [1]})
     found = dcp.read_metadata(tmp_path)
     (chunk,) = found.tensors["w"].chunks
-    assert dcp.locate_chunk(tmp_path, chunk).shape == (2, 3)
+    assert dcp.locate_chunk(tmp_path, chunk, "f32").shape == (2, 3)
     with pytest.raises(Damaged):
-        dcp.locate_chunk(tmp_path, change(chunk))
+        dcp.locate_chunk(tmp_path, change(chunk), "f32")
     with pytest.raises(Damaged):
-        dcp.locate_chunk(tmp_path, chunk, dtype="f16")
+        dcp.locate_chunk(tmp_path, chunk, "f16")
     name, offset, length = found.objects["x"]
     with pytest.raises(Damaged, match="no tensor"):
-        dcp.locate_chunk(tmp_path, replace(chunk, file=name, offset=offset, length=length))
+        dcp.locate_chunk(tmp_path, replace(chunk, file=name, offset=offset, length=length), "f32")
 
 
 def test_objects_are_loaded_by_torch_as_safe() -> None:

@@ -43,12 +43,3 @@ def test_overlap_is_found_exactly_when_there_is_one(boxes: list[Region]) -> None
     assert (found is not None) == shared
     if found:
         assert indices(boxes[found[0]]) & indices(boxes[found[1]])
-
-
-@given(regions(2), st.data())
-def test_split_parts_join_to_the_whole(region: Region, data: st.DataObject) -> None:
-    axis = data.draw(st.integers(0, 1))
-    at = data.draw(st.integers(0, region.shape[axis]))
-    low, high = region.split(axis, at)
-    assert indices(low) | indices(high) == indices(region)
-    assert not indices(low) & indices(high)

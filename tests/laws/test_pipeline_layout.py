@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dconv.errors import Refused
+from dconv.errors import Refused, UsageError
 from dconv.launch.options import pp_layout
 from dconv.sharding.coords import Parallel
 
@@ -75,6 +76,32 @@ def test_layouts_as_people_write_them() -> None:
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:
-    for parallel in (Parallel(pp=3), Parallel(pp=2, stages=((3,), (3,))), Parallel(pp=2, first=9)):
+    for parallel in (
+        Parallel(pp=3),
+        Parallel(pp=2, stages=((3,), (3,))),
+        Parallel(pp=2, stages=((9,), (-1,))),
+        Parallel(pp=2, first=9),
+        Parallel(pp=2, first=0),
+        Parallel(pp=3, last=-1),
+        Parallel(pp=2, first=-1, last=9),
+        Parallel(pp=1, first=3, last=8),
+        Parallel(pp=4, first=4, last=4),  # Megatron has no stages in the middle without layers
+        Parallel(pp=10**12, first=8),
+        Parallel(pp=2, vpp=10**12, last=8),
+    ):
         with pytest.raises(Refused):
             parallel.chunks(8)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"first": 1, "count_embedding": True},
+        {"last": 1, "count_loss": True},
+        {"stages": ((4,), (4,)), "first": 4},
+        {"stages": ((4,), (4,)), "count_loss": True},
+    ],
+)
+def test_two_ways_at_once_are_refused(ways: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Parallel(pp=2, **ways)
