@@ -8,7 +8,6 @@ without a valid receipt is not a result.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import math
 import os
@@ -23,6 +22,7 @@ from typing import Final
 from dconv.errors import Damaged, DconvError, Preempted, StorageFault
 from dconv.sharding.digest import ALGORITHMS, DEFAULT
 from dconv.sharding.execute import Done, Outputs, run_tasks
+from dconv.sharding.finish import STATE, aside_of, cannot, finish, finish_earlier, remove, sync_folders, write_synced
 from dconv.sharding.journal import Flusher, Journal, Noted, sync_folder
 from dconv.sharding.ops import Kernel
 from dconv.sharding.plan import Plan, Task
@@ -40,7 +40,6 @@ from dconv.sharding.receipt import (
     update_from_file,
 )
 
-_STATE: Final = ".dconv"
 #: Tasks that a committing rank looks at again before it asks the journal what the others did meanwhile.
 _LOOK: Final = 8
 
@@ -101,7 +100,7 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
     began = time.time()
     partial = partial_folder(out, plan)
     if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
-        _remove(_aside(out, partial))  # of a run that was killed before it came to that
+        remove(aside_of(out, partial))  # of a run that was killed before it came to that
         return Outcome(False, True, 0, 0, 0)
     tasks = plan.share(settings.rank, settings.world)
     share = sum(task.nbytes for task in tasks)
@@ -112,7 +111,7 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
             return Outcome(False, True, share, 0, 0)
         earlier = read_receipt(partial)
         if earlier is not None and is_whole(plan, partial):  # killed between receipt and rename
-            _finish_earlier(out, partial, settings.overwrite, earlier)
+            finish_earlier(out, partial, settings.overwrite, earlier)
             return Outcome(True, True, share, 0, share)
         outputs, journal = _open(partial, plan)
     run = _Run(plan, out, partial, kernel, settings, outputs, journal)
@@ -148,7 +147,7 @@ def _locked(partial: Path) -> Iterator[None]:
                 break
             os.close(fd)  # whoever held it removed the file: the lock is now another file
     except OSError as fault:
-        raise _cannot("create the output", path, fault) from fault
+        raise cannot("create the output", path, fault) from fault
     try:
         yield
     finally:
@@ -165,15 +164,9 @@ def _same(seen: os.stat_result, path: Path) -> bool:
         return False
 
 
-def _cannot(what: str, where: Path, fault: OSError) -> StorageFault:
-    full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
-    do = "free space and run again with --resume: what is finished is kept" if full else ""
-    return StorageFault(f"cannot {what}: {fault.strerror}", where=str(fault.filename or where), do=do)
-
-
 def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
     """The partial folder, made if need be. Both hold it open, so that a commit by another process moves them along."""
-    folder = partial / _STATE / "journal"
+    folder = partial / STATE / "journal"
     fresh = not partial.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +176,7 @@ def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
     except OSError as fault:
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot("create the output", partial, fault) from fault
+        raise cannot("create the output", partial, fault) from fault
 
 
 def _hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
@@ -302,7 +295,7 @@ class _Run:
             try:
                 return self._commit_locked()
             except OSError as fault:
-                raise _cannot("commit", self.partial, fault) from fault
+                raise cannot("commit", self.partial, fault) from fault
 
     def _is_old(self, line: Noted) -> bool:
         return line.journal != self.journal.name and line.opened < self.settings.launched
@@ -317,13 +310,13 @@ class _Run:
             raise fault
         closing: dict[str, str] = {}
         for name, data in self.plan.target.closing():
-            _write_synced(self.partial / name, data)
+            write_synced(self.partial / name, data)
             closing[name] = hash_bytes(data, self.settings.algorithm)
-        _sync_folders(self.partial)
+        sync_folders(self.partial)
         done = {task: line.digest for task, line in noted.items()}
         receipt = make_receipt(self.plan, done, closing, self.settings.algorithm, self.settings.about)
-        _write_synced(self.partial / RECEIPT, to_json(receipt))
-        _finish(self.out, self.partial, self.settings.overwrite)
+        write_synced(self.partial / RECEIPT, to_json(receipt))
+        finish(self.out, self.partial, self.settings.overwrite)
         return True
 
     def abandon(self) -> None:
@@ -331,33 +324,6 @@ class _Run:
         with _locked(self.partial):
             if self.is_ours():
                 shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str, object]) -> None:
-    """Finish what a killed run began; finished *now*, by which the other ranks of this run know it for their own."""
-    fresh = partial / f"{RECEIPT}.new"
-    try:
-        _write_synced(fresh, to_json(receipt | {"finished": time.time()}))
-        os.replace(fresh, partial / RECEIPT)
-    except OSError as fault:
-        raise _cannot("commit", partial, fault) from fault
-    _finish(out, partial, overwrite)
-
-
-def _sync_folders(partial: Path) -> None:
-    for folder, _, _ in os.walk(partial):
-        sync_folder(Path(folder))
-
-
-def _finish(out: Path, partial: Path, overwrite: bool) -> None:
-    """From a receipt to a result. A kill on the way is made good by the next run."""
-    try:
-        _sync_folders(partial)
-        # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
-        shutil.rmtree(partial / _STATE, ignore_errors=True)
-        _rename(out, partial, overwrite)
-    except OSError as fault:
-        raise _cannot("commit", partial, fault) from fault
 
 
 def _source_fault(plan: Plan) -> DconvError | None:
@@ -382,37 +348,3 @@ def _source_fault(plan: Plan) -> DconvError | None:
             do="run again when nothing writes to the source",
         )
     return None
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _rename(out: Path, partial: Path, overwrite: bool) -> None:
-    aside = _aside(out, partial)
-    if overwrite and os.path.lexists(out):
-        _remove(aside)
-        os.rename(out, aside)
-    os.rename(partial, out)
-    sync_folder(out.parent)
-    _remove(aside)
-
-
-def _aside(out: Path, partial: Path) -> Path:
-    """Where an old output waits until the new one is in its place."""
-    return out.with_name(f"{out.name}.replaced-{partial.name.rpartition('-')[2]}")
-
-
-def _remove(aside: Path) -> None:
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)

@@ -57,13 +57,13 @@ if setting("CALL"):
     setattr(place, name, called)
 if setting("TORN"):
     from dconv.sharding import commit
-    real_write = commit._write_synced
+    real_write = commit.write_synced
     def write(path, data):
         if path.name == commit.RECEIPT:
             real_write(path, data[: len(data) // 2])
             die()
         real_write(path, data)
-    commit._write_synced = write
+    commit.write_synced = write
 if setting("SLOW"):
     from dconv.sharding.execute import Worker
     real_do = Worker.do

@@ -40,9 +40,9 @@ from tests.processes import PATIENCE
     "moment",
     [
         {"torn": 1},
-        {"call": "dconv.sharding.commit:_finish:1"},
-        {"call": "dconv.sharding.commit:_rename:1"},
-        {"call": "dconv.sharding.commit:_write_synced:2"},
+        {"call": "dconv.sharding.commit:finish:1"},
+        {"call": "dconv.sharding.finish:_rename:1"},
+        {"call": "dconv.sharding.commit:write_synced:2"},
     ],
     ids=["half a receipt", "receipt", "before the rename", "half of the closing files"],
 )

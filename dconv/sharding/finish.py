@@ -1,0 +1,88 @@
+"""From a whole partial folder to a result: everything durable, then one rename.
+
+A kill at any moment is made good by the next run: an old output that was set aside is put away, a receipt in a partial
+folder is carried to its end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+from dconv.errors import StorageFault
+from dconv.sharding.journal import sync_folder
+from dconv.sharding.receipt import RECEIPT, to_json
+
+#: Working state inside a partial folder, and never in a result.
+STATE: Final = ".dconv"
+
+
+def cannot(what: str, where: Path, fault: OSError) -> StorageFault:
+    full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    do = "free space and run again with --resume: what is finished is kept" if full else ""
+    return StorageFault(f"cannot {what}: {fault.strerror}", where=str(fault.filename or where), do=do)
+
+
+def finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str, object]) -> None:
+    """Finish what a killed run began; finished *now*, by which the other ranks of this run know it for their own."""
+    fresh = partial / f"{RECEIPT}.new"
+    try:
+        write_synced(fresh, to_json(receipt | {"finished": time.time()}))
+        os.replace(fresh, partial / RECEIPT)
+    except OSError as fault:
+        raise cannot("commit", partial, fault) from fault
+    finish(out, partial, overwrite)
+
+
+def sync_folders(partial: Path) -> None:
+    for folder, _, _ in os.walk(partial):
+        sync_folder(Path(folder))
+
+
+def finish(out: Path, partial: Path, overwrite: bool) -> None:
+    """From a receipt to a result. A kill on the way is made good by the next run."""
+    try:
+        sync_folders(partial)
+        # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
+        shutil.rmtree(partial / STATE, ignore_errors=True)
+        _rename(out, partial, overwrite)
+    except OSError as fault:
+        raise cannot("commit", partial, fault) from fault
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _rename(out: Path, partial: Path, overwrite: bool) -> None:
+    aside = aside_of(out, partial)
+    if overwrite and os.path.lexists(out):
+        remove(aside)
+        os.rename(out, aside)
+    os.rename(partial, out)
+    sync_folder(out.parent)
+    remove(aside)
+
+
+def aside_of(out: Path, partial: Path) -> Path:
+    """Where an old output waits until the new one is in its place."""
+    return out.with_name(f"{out.name}.replaced-{partial.name.rpartition('-')[2]}")
+
+
+def remove(aside: Path) -> None:
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
