@@ -4,7 +4,7 @@ Everything is a ratio of two things timed alternately in one run. Prints a table
 
     python scripts/bench.py                 460M model, speed and memory (a few minutes)
     python scripts/bench.py --all           also the memory of 3B and of a sparse 70B, and planning of the 70B
-    python scripts/bench.py --speed-3b      also the speed of the 3B model (60 GB of traffic)
+    python scripts/bench.py --speed-3b      also the speed of the 3B model (200 GB of traffic; medians of 3)
     python scripts/bench.py --bridge .venvs/bridge/bin/python      also Megatron-Bridge (scripts/bridge_env.sh makes it)
 """
 
@@ -174,7 +174,8 @@ class Bench:
         print(f"{what:48} {result.seconds:6.2f} s  no-op {result.base:5.2f} s", flush=True)
 
 
-def speed(bench: Bench, name: str) -> None:
+def speed(bench: Bench, name: str, repeat: int) -> None:
+    bench.repeat = repeat
     source = bench.work / name
     size = make_model(source, name)
     print(f"{name}: {size / 1e9:.2f} GB", flush=True)
@@ -291,9 +292,9 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work, args.repeat)
-    speed(bench, "460M")
+    speed(bench, "460M", args.repeat)
     if args.speed_3b:
-        speed(bench, "3B")
+        speed(bench, "3B", min(3, args.repeat))
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
     plan_line = ""
     if args.all:
