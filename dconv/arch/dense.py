@@ -102,6 +102,7 @@ class DenseConfig:
         qk_norm: whether query and key heads are normalised (``qk_layernorm``).
         window: which layers ``sliding_window`` concerns: none (the key is not read), all, or those that
             ``use_sliding_window``, ``max_window_layers`` and ``layer_types`` single out.
+        ropes: the only ``rope_type`` that transformers' class understands as the others do; none means all.
     """
 
     model_type: str
@@ -112,6 +113,7 @@ class DenseConfig:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     window: Literal["none", "all", "layers"] = "none"
+    ropes: tuple[str, ...] = ()
 
     def facts(self, hf: Mapping[str, object]) -> dict[str, int | bool]:
         """Sizes and switches that shapes follow from.
@@ -209,7 +211,8 @@ class DenseConfig:
             for arg, value in {**_SAME, "qk_layernorm": self.qk_norm, **_UNSET}.items()
             if said.get(arg) != value and (said.get(arg) or value)
         ]
-        reasons += rope_from_args(said)[1]
+        rope, odd = rope_from_args(said)
+        reasons += odd + self._rope(rope["rope_scaling"])
         keys: dict[str, bool] = {}
         for part, here in biases(said).items():
             declared = getattr(self, part)
@@ -263,7 +266,7 @@ class DenseConfig:
         said, facts = self._filled(hf), self.facts(hf)
         rotary, lost = rope_to_args(rope_parameters(said))
         window, kinds = self._window_args(said, int(facts["layers"]))
-        lost += kinds + self._of_others(hf)
+        lost += kinds + self._of_others(hf) + self._rope(rope_parameters(said))
         if said.get("hidden_act", "silu") not in ("silu", "swish"):
             lost.append(f"hidden_act {said['hidden_act']}: Megatron's --swiglu is gated SiLU")
         if facts["out_bias"] != facts["mlp_bias"] or (facts["out_bias"] and not facts["qkv_bias"]):
@@ -289,6 +292,11 @@ class DenseConfig:
             "bf16": dtype == "bfloat16",
             "fp16": dtype == "float16",
         }, lost
+
+    def _rope(self, rope: object) -> list[str]:
+        kind = str(rope.get("rope_type")) if isinstance(rope, Mapping) else "default"
+        known = not self.ropes or kind in self.ropes
+        return [] if known else [f"rope_type {kind}: {self.model_type} has {', '.join(self.ropes)}"]
 
     def _of_others(self, hf: Mapping[str, object]) -> list[str]:
         """Keys by which another family, read as this one (``--model-type``), would compute something else."""

@@ -68,6 +68,16 @@ def vocab_rows(*dims: str) -> Layout:
 gate_up = rows
 
 
+def gate_up_in_one(*dims: str) -> Layout:
+    """One logical tensor whose first half of rows is gate and whose second is up; otherwise as `gate_up`."""
+
+    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        ffn, *rest = (int(facts[dim]) for dim in dims)
+        return [(2 * ffn, *rest)], tuple(Part((Run(logical[0], half, ffn),)) for half in (0, ffn))
+
+    return Layout(shape, axis=0, parallel=True)
+
+
 def heads_divide(facts: Facts, tp: int) -> bool:
     """Whether each tensor-parallel rank gets whole query heads, and whole query groups or an equal share of one.
 
@@ -110,5 +120,22 @@ def query_groups(*dims: str) -> Layout:
             Run(name, group * n, n) for group in range(groups) for name, n in zip(logical, per_group, strict=True)
         )
         return [(groups * n, *rest) for n in per_group], (Part(runs),)
+
+    return Layout(shape, axis=0, parallel=True)
+
+
+def query_groups_in_one(*dims: str) -> Layout:
+    """One logical tensor that holds [all q heads, all k heads, all v heads]; otherwise as `query_groups`."""
+
+    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        heads, groups, size = int(facts["heads"]), int(facts["groups"]), int(facts["head_dim"])
+        rest = tuple(int(facts[dim]) for dim in dims)
+        starts, per_group = (0, heads * size, (heads + groups) * size), (heads // groups * size, size, size)
+        runs = tuple(
+            Run(logical[0], start + group * n, n)
+            for group in range(groups)
+            for start, n in zip(starts, per_group, strict=True)
+        )
+        return [((heads + 2 * groups) * size, *rest)], (Part(runs),)
 
     return Layout(shape, axis=0, parallel=True)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import llama
+from dconv.arch import llama, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_BUILT_IN: Final = {family.name: family for family in llama.FAMILIES}
+_BUILT_IN: Final = {family.name: family for family in (*llama.FAMILIES, *phi.FAMILIES)}
 
 
 @cache

@@ -13,23 +13,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from dconv.arch import phi
 from dconv.arch.config import LLAMA, MISTRAL, QWEN2, QWEN3, detect_by_args, hf_config_from_meta
 from dconv.errors import Damaged, Refused
 
-FAMILIES = [LLAMA, MISTRAL, QWEN2, QWEN3]
-CLASSES = {LLAMA: LlamaConfig, MISTRAL: MistralConfig, QWEN2: Qwen2Config, QWEN3: Qwen3Config}
+PHI3 = phi.PHI3.config
+FAMILIES = [LLAMA, MISTRAL, QWEN2, QWEN3, PHI3]
+CLASSES = {LLAMA: LlamaConfig, MISTRAL: MistralConfig, QWEN2: Qwen2Config, QWEN3: Qwen3Config, PHI3: Phi3Config}
 ROTARY = {
     LLAMA: LlamaRotaryEmbedding,
     MISTRAL: MistralRotaryEmbedding,
     QWEN2: Qwen2RotaryEmbedding,
     QWEN3: Qwen3RotaryEmbedding,
+    PHI3: Phi3RotaryEmbedding,
 }
 BY_NAME = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 
@@ -214,7 +218,7 @@ def windows(config, family):
     """Width of each layer's sliding window, as modeling_*.py takes it; None is full attention."""
     if family is LLAMA:
         return [None] * config.num_hidden_layers
-    if family is MISTRAL:
+    if family in (MISTRAL, PHI3):
         return [config.sliding_window] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
@@ -242,8 +246,9 @@ def old_style(hf):
     return old
 
 
+PLAIN = st.just({"rope_type": "default"})
 ROPES = st.one_of(
-    st.just({"rope_type": "default"}),
+    PLAIN,
     st.builds(lambda f: {"rope_type": "linear", "factor": float(f)}, st.integers(2, 16)),
     st.builds(lambda f: {**LLAMA3_ROPE, "factor": f}, st.sampled_from([8.0, 32.0, 4.5])),
     st.builds(
@@ -280,13 +285,16 @@ def configs(draw, family):
         "attention_dropout": draw(st.sampled_from([0.0, 0.1])),
         "tie_word_embeddings": draw(st.booleans()),
         "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
-        "rope_parameters": {"rope_theta": draw(st.sampled_from([10000.0, 5e5, 1e6, 12345.5])), **draw(ROPES)},
+        "rope_parameters": {
+            "rope_theta": draw(st.sampled_from([10000.0, 5e5, 1e6, 12345.5])),
+            **draw(PLAIN if family is PHI3 else ROPES),
+        },
     }
     if family is not QWEN2:
         said["head_dim"] = head_dim
     if family is LLAMA:
         said["attention_bias"] = said["mlp_bias"] = draw(st.booleans())
-    if family is MISTRAL:
+    if family in (MISTRAL, PHI3):
         said["sliding_window"] = draw(st.none() | st.integers(1, 4096))
     if family in (QWEN2, QWEN3) and draw(st.booleans()):
         said |= {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 4096))}
@@ -339,7 +347,7 @@ def test_facts_are_the_shapes_of_the_real_class(family, data):
     )
 
 
-@BY_NAME
+@pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: family.model_type)  # of own q, k and v
 def test_facts_follow_the_real_model(family):
     """Biases, norms and head sizes: the parameters that transformers really makes."""
     from transformers import AutoModelForCausalLM

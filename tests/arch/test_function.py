@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-odd": ("qwen2", {"vocab_size": 301}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "phi3": ("phi3", {"sliding_window": 8, "num_key_value_heads": 2}),
 }
 
 #: tp, pp, vpp. Four layers in all models.

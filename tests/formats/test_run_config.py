@@ -39,8 +39,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 TIED = {"tie_word_embeddings": True, "num_key_value_heads": 4, "vocab_size": 64}
 
 
-@pytest.mark.parametrize("sizes", [{}, TIED, *({"rope_scaling": scaling} for scaling in (SCALED, LINEAR, YARN))])
-@pytest.mark.parametrize("name", sorted(families()))
+ROPES: list[dict[str, Any]] = [SCALED, LINEAR, YARN]
+CASES = [
+    (name, sizes)
+    for name, family in sorted(families().items())
+    for sizes in ({}, TIED, *({"rope_scaling": rope} for rope in ROPES if not family.config.ropes))
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES)
 def test_says_what_the_args_say(tmp_path: Path, name: str, sizes: dict[str, Any]) -> None:
     family = families()[name]
     source = write_random(tmp_path / "hf", family, config_of(family, **sizes))

@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -25,6 +27,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
 }
 
 # divisible by 4 where tensor parallelism cuts (heads, ffn); 8 heads of 16 make 128, but head_dim may be overridden
@@ -52,7 +55,7 @@ def tiny(family: str, *, seed: int = 0, **overrides: Any) -> tuple[PretrainedCon
     and MLP both move the logits.
 
     Args:
-        family: llama, mistral, qwen2 (QKV bias) or qwen3 (q/k norms).
+        family: llama, mistral, qwen2 (QKV bias), qwen3 (q/k norms) or phi3 (fused projections).
         seed: of all weights.
         overrides: fields of the family's config, over `SIZES`.
 
