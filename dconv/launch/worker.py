@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
 _GRACE: Final = 10.0
+#: Seconds that a rank with nothing to report waits before it ends: its end makes a launcher stop the one that reports,
+#: which may hardly have started.
+_POLITE: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
     except DconvError as error:
         if where.local == 0:
             report(error, args.json)
+        else:
+            stop.wait(_POLITE)
         return error.exit_code
     except (OSError, MemoryError) as fault:
         return _failed(fault, args, where)
@@ -114,6 +119,8 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
         common = _is_common(error, job)
         if where.local == 0 or not common:
             report(error, args.json, None if common else where)
+        else:
+            stop.wait(_POLITE)
         return error.exit_code
     except (OSError, MemoryError) as fault:
         return _failed(fault, args, where)

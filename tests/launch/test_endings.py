@@ -15,6 +15,7 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.launch import worker
 from dconv.launch.__main__ import main
+from dconv.launch.process import Stop
 from dconv.launch.worker import place
 from tests.launch.test_launch import call, ended, one_rank, start
 from tests.models import config_of, write_random
@@ -154,3 +155,18 @@ def test_one_rank_has_no_faster_ranks(model: Path, tmp_path: Path) -> None:
         code, _, err = call(*words, **variables)
         assert code == 2, err
         assert "the output exists" in err
+
+
+def test_a_rank_with_nothing_to_say_lets_the_one_that_reports_get_to_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end makes torchrun stop rank 0, which on a busy machine has hardly started."""
+    waited: list[float | None] = []
+    monkeypatch.setattr(Stop, "wait", lambda _, timeout=None: waited.append(timeout))
+    for rank in range(2):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        assert main([str(model), "megatron", "-o", str(tmp_path / "out"), "--tp", "3"]) == 3
+        said = capsys.readouterr().err
+        assert ("refused (3)" in said) == (rank == 0)
+        assert len(waited) == rank
