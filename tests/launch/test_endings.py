@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from dconv.launch import worker
 from dconv.launch.__main__ import main
 from dconv.launch.process import Stop
 from dconv.launch.worker import place
-from tests.launch.test_launch import call, ended, one_rank, start
 from tests.models import config_of, write_random
+from tests.processes import call, ended, one_rank, start
 
 #: A rank whose planning takes as long as a download may, and says when it has begun.
 PLANNING = """
@@ -47,16 +46,6 @@ worker.prepare = globals()[sys.argv.pop(1)]
 from dconv.launch.__main__ import main
 sys.exit(main())
 """
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the process's signals over, which pytest needs back."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture

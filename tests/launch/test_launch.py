@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,23 +18,9 @@ from dconv.pipeline import Request, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from tests.models import config_of, tree_digest, write_random
+from tests.processes import call, ended, local, one_rank, start
 
-#: A launch that takes longer than this hangs.
-PATIENCE = 300
-ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-#: Variables of launchers that this test may itself run under.
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "TORCHELASTIC", "MASTER_")
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """`main` takes the process's signals over, which pytest needs back."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -59,45 +42,14 @@ def expected(model: Path) -> dict[str, str]:
 OPTIONS = ["--tp", "2", "--megatron-format", "legacy"]
 
 
-def start(*command: str, **variables: str) -> subprocess.Popen[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
-def call(*command: str, **variables: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command outside this test's own launcher."""
-    return ended(start(*command, **variables))
-
-
-def dconv_launch(*words: object) -> list[str]:
-    return ["-m", "dconv.launch", *map(str, words)]
-
-
-def one_rank(*words: object) -> list[str]:
-    return [sys.executable, *dconv_launch(*words)]
-
-
-def local(count: int, *words: object) -> list[str]:
-    return [sys.executable, "-m", "dconv", "convert", *map(str, words), "--nproc", str(count)]
-
-
 # ------------------------------------------------------------------------------------------------------- torchrun
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_torchrun(model: Path, expected: dict[str, str], tmp_path: Path, ranks: int) -> None:
     """As many ranks as shards, and another number: the same bytes, one summary, no litter."""
-    words = dconv_launch(model, "megatron", "-o", tmp_path / "out", *OPTIONS)
-    code, out, err = call(*TORCHRUN, "--nproc-per-node", str(ranks), *words)
+    words = one_rank(model, "megatron", "-o", tmp_path / "out", *OPTIONS)
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", str(ranks), *words[1:])
     assert code == 0, err
     assert tree_digest(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -112,7 +64,7 @@ def test_torchrun_with_a_config_file(model: Path, expected: dict[str, str], tmp_
     values = {"model": str(model), "format": "megatron", "out": str(tmp_path / "work" / "out"), "json": True}
     config = tmp_path / "run.yaml"
     config.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in values.items()) + "\nmegatron-format: legacy\n")
-    code, out, err = call(*TORCHRUN, "--nproc-per-node", "2", *dconv_launch("--tp", 2, "--config", config))
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", "2", *one_rank("--tp", 2, "--config", config)[1:])
     assert code == 0, err
     result = json.loads(out)
     assert result["ranks"] == 2
@@ -121,8 +73,8 @@ def test_torchrun_with_a_config_file(model: Path, expected: dict[str, str], tmp_
 
 
 def test_torchrun_says_a_refusal_once(model: Path, tmp_path: Path) -> None:
-    words = dconv_launch(model, "megatron", "-o", tmp_path / "out", "--tp", 3)
-    code, out, err = call(*TORCHRUN, "--nproc-per-node", "3", *words)
+    words = one_rank(model, "megatron", "-o", tmp_path / "out", "--tp", 3)
+    code, out, err = call(*TORCHRUN, "--nproc-per-node", "3", *words[1:])
     assert code != 0
     assert (out + err).count("refused (3)") == 1, err
     assert list(tmp_path.iterdir()) == []
