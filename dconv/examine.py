@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from dconv import verify
 from dconv.arch import registry
-from dconv.arch.layouts import Facts
+from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, UsageError, group_names
@@ -206,9 +206,9 @@ def _container(path: Path, source: Source, facts: Facts | None) -> dict[str, Any
         "files": {name: stamp.size for name, stamp in source.files.items()},
         "stored_bytes": source.stored_bytes,
         "parallel": _parallel(source),
-        "layers": int(facts["layers"]) if facts else None,
+        "layers": size(facts, "layers") if facts else None,
         "tied": bool(facts["tied"]) if facts else None,
-        "vocab": int(facts["vocab"]) if facts else None,
+        "vocab": size(facts, "vocab") if facts else None,
         "padded_vocab": padded if isinstance(padded, int) else None,
         "side": tuple(source.side),
         "receipt": verify.plan_of(covered) if covered else None,
@@ -329,7 +329,7 @@ def check(
         not_run = f"no runtime here runs a {report.format} checkpoint"
     if not_run:
         return Checked(report, read, None, not_run, tuple(notes))
-    tokens = verify.random_tokens(int(model.facts["vocab"]))
+    tokens = verify.random_tokens(size(model.facts, "vocab"))
     found = runtime_of(report.format).can_infer(model.source.root, tokens, **options)
     return Checked(report, read, found, notes=tuple(notes))
 
@@ -351,7 +351,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
     return {
         "plan": plan.id,
         "family": job.family.name,
-        "layers": int(job.facts["layers"]),
+        "layers": size(job.facts, "layers"),
         "parameters": sum(math.prod(spec.shape) for spec in specs),
         "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
         "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},

@@ -13,7 +13,7 @@ from typing import Final
 from dconv import __version__
 from dconv.arch import registry
 from dconv.arch.family import Family
-from dconv.arch.layouts import Facts, check_heads
+from dconv.arch.layouts import Facts, check_heads, size
 from dconv.checkpoint import huggingface, megatron
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
@@ -202,7 +202,11 @@ def _new_config(request: Request, model: Described) -> dict[str, object] | None:
 
 
 def _huggingface(request: Request, model: Described) -> Target:
-    specs = [replace(spec, dtype=request.dtype or spec.dtype) for spec in model.logical.specs.values()]
+    keeps = _keeps(model) if request.dtype else set[str]()
+    specs = [
+        spec if spec.name in keeps else replace(spec, dtype=request.dtype or spec.dtype)
+        for spec in model.logical.specs.values()
+    ]
     return huggingface.lay_out(
         specs,
         config=_new_config(request, model),
@@ -212,6 +216,12 @@ def _huggingface(request: Request, model: Described) -> Target:
     )
 
 
+def _keeps(model: Described) -> set[str]:
+    """Tensors that ``--dtype`` leaves as they are."""
+    entries = model.family.entries(model.facts)
+    return {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+
+
 def _megatron(request: Request, model: Described) -> Target:
     _check_layout(request, model)
     config = _new_config(request, model)
@@ -219,7 +229,7 @@ def _megatron(request: Request, model: Described) -> Target:
     common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)
     args = {
         **model.family.config.to_args(model.config),
-        **megatron.parallel_args(request.parallel, int(model.facts["vocab"]), request.divisor),
+        **megatron.parallel_args(request.parallel, size(model.facts, "vocab"), request.divisor),
         **megatron.dtype_args(common),
         "transformer_impl": request.transformer_impl,
         "ckpt_format": "torch" if request.megatron_format == "legacy" else "torch_dist",
@@ -231,6 +241,7 @@ def _megatron(request: Request, model: Described) -> Target:
         dtypes=dtypes,
         divisor=request.divisor,
         forced_dtype=request.dtype,
+        local_spec=request.transformer_impl == "local",
         args=args,
         config=config,
         side=model.source.side,
@@ -239,7 +250,7 @@ def _megatron(request: Request, model: Described) -> Target:
     if request.megatron_format == "legacy":
         from dconv.checkpoint import legacy
 
-        return legacy.lay_out(described, local_spec=request.transformer_impl == "local")
+        return legacy.lay_out(described)
     from dconv.checkpoint import torch_dist
 
     return torch_dist.lay_out(described)
@@ -248,13 +259,21 @@ def _megatron(request: Request, model: Described) -> Target:
 def _check_layout(request: Request, model: Described) -> None:
     """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
     parallel = request.parallel
-    if parallel.ep > 1 or parallel.inner > parallel.tp:  # no family of this version has experts
+    experts = size(model.facts, "experts") if "experts" in model.facts else 0
+    if not experts and (parallel.ep > 1 or parallel.inner > parallel.tp):
         raise Refused(
             f"{model.family.name} has no experts to divide, nothing was written",
             where="--ep, --etp",
             expected=f"ep 1, etp at most tp {parallel.tp}",
             found=f"ep {parallel.ep}, etp {parallel.etp}",
             do="leave --ep and --etp out",
+        )
+    if experts % parallel.ep:
+        raise Refused(
+            f"{experts} experts do not divide over expert parallel {parallel.ep}, nothing was written",
+            where="--ep",
+            expected=f"a divisor of {experts}",
+            found=str(parallel.ep),
         )
     if not 1 <= request.divisor < _MOST_ROWS:
         raise Refused(
@@ -264,7 +283,7 @@ def _check_layout(request: Request, model: Described) -> None:
             found=str(request.divisor),
         )
     check_heads(model.facts, parallel.tp)
-    parallel.chunks(int(model.facts["layers"]))
+    parallel.chunks(size(model.facts, "layers"))
 
 
 def run(job: Job, settings: Settings) -> Outcome:

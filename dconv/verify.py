@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.arch.layouts import size
 from dconv.checkpoint.files import read_json
 from dconv.errors import Damaged, DconvError, Refused, StorageFault, VerifyFailed, group_names
 from dconv.export.runtimes import runtime_of, shortage
@@ -288,7 +289,7 @@ def logits(job: Job, out: Path) -> dict[str, object]:
         ToolMissing: a runtime is not installed or failed.
     """
     target = "megatron" if job.plan.target.files[0].owner >= 0 else "huggingface"
-    vocabulary = int(job.facts["vocab"])
+    vocabulary = size(job.facts, "vocab")
     tokens = random_tokens(vocabulary)
     parameters = sum(Region.whole(spec.shape).volume for spec in job.logical.specs.values())
     short = next(filter(None, (shortage(parameters, kind) for kind in (job.source.format, target))), "")

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from dconv.arch.config import DenseConfig
-from dconv.arch.layouts import Facts, Layout
+from dconv.arch.layouts import Facts, Layout, size
 from dconv.sharding.layout import Fused
 
 
@@ -22,20 +22,40 @@ class Row:
     """One line of a family's table.
 
     Attributes:
-        megatron: Megatron's global name; ``*`` is the layer number.
+        megatron: Megatron's global name in TransformerEngine's spelling; ``*`` is the layer number, ``#`` the expert's.
         hf: HuggingFace's name; ``{q,k,v}`` spells several, in the layout's order.
         layout: the structural kind.
-        when: the fact that must hold for the row to exist ("" means always).
+        when: the fact that must hold for the row to exist ("" means always); it may differ by layer.
+        stack: the fact that numbers the layers. Only ``layers`` are spread over pipeline stages.
+        after: the fact that HuggingFace adds to the layer number ("" for none).
+        stage: the pipeline stage of what is in no pipelined layer: ``first`` or ``last``.
+        keeps: whether ``--dtype`` leaves it as it is (a router's bias is fp32 whatever the weights are).
     """
 
     megatron: str
     hf: str
     layout: Layout
     when: str = ""
+    stack: str = "layers"
+    after: str = ""
+    stage: str = ""
+    keeps: bool = False
 
     @property
     def per_layer(self) -> bool:
         return "*" in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        return "#" in self.megatron
+
+    @property
+    def pipelined(self) -> bool:
+        return self.per_layer and self.stack == "layers"
+
+    @property
+    def first_stage(self) -> bool:
+        return (self.stage or ("first" if self.megatron.startswith("embedding.") else "last")) == "first"
 
     @property
     def logical(self) -> tuple[str, ...]:
@@ -43,23 +63,32 @@ class Row:
         fields = [piece.split(",") for piece in re.split(r"[{}]", self.hf)]
         return tuple("".join(parts) for parts in itertools.product(*fields))
 
+    def exists(self, facts: Facts, layer: int) -> bool:
+        if not self.when:
+            return True
+        here = facts.get(self.when, False)
+        return here[layer] if isinstance(here, tuple) else bool(here)
+
 
 @dataclass(frozen=True)
 class Entry:
     """A row applied to a model: one Megatron tensor and the place it has in the pipeline.
 
     Attributes:
-        layer: global layer number, or -1.
         row: the row it came from.
+        layer: global layer number, or -1.
+        expert: global expert number, or -1.
     """
 
     fused: Fused
     row: Row
     layer: int
+    expert: int = -1
 
     @property
-    def first_stage(self) -> bool:
-        return self.layer < 0 and self.row.megatron.startswith("embedding.")
+    def is_embedding(self) -> bool:
+        """Of words, that is: the one that a tied model uses twice."""
+        return self.layer < 0 and self.row.first_stage and self.fused.padded
 
 
 @dataclass(frozen=True)
@@ -89,29 +118,40 @@ class Family:
         Args:
             dtypes: dtype of each logical tensor where known (bf16 otherwise).
         """
-        rows = [row for row in self.rows if not row.when or facts[row.when]]
-        first = [row for row in rows if not row.per_layer and row.megatron.startswith("embedding.")]
-        last = [row for row in rows if not row.per_layer and row not in first]
-        layered = [row for row in rows if row.per_layer]
-        for row in first:
-            yield self._entry(row, -1, facts, dtypes)
-        for layer in range(int(facts["layers"])):
-            for row in layered:
-                yield self._entry(row, layer, facts, dtypes)
-        for row in last:
-            yield self._entry(row, -1, facts, dtypes)
-
-    def _entry(self, row: Row, layer: int, facts: Facts, dtypes: Mapping[str, str] | None) -> Entry:
-        number = str(layer)
-        logical = [name.replace("*", number) for name in row.logical]
-        dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
-        return Entry(row.layout.fuse(row.megatron.replace("*", number), logical, facts, dtype), row, layer)
+        single = [row for row in self.rows if not row.per_layer and row.exists(facts, -1)]
+        stacks: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.per_layer:
+                stacks.setdefault(row.stack, []).append(row)
+        experts = size(facts, "experts") if "experts" in facts else 0
+        for row in single:
+            if row.first_stage:
+                yield _entry(row, -1, -1, facts, dtypes)
+        for stack, rows in stacks.items():
+            for layer in range(size(facts, stack) if stack in facts else 0):
+                for row in rows:
+                    if row.exists(facts, layer):
+                        for expert in range(experts) if row.per_expert else (-1,):
+                            yield _entry(row, layer, expert, facts, dtypes)
+        for row in single:
+            if not row.first_stage:
+                yield _entry(row, -1, -1, facts, dtypes)
 
     def reason_to_leave_out(self, name: str, facts: Facts) -> str:
         """Why a HuggingFace tensor that no row names may be left out; empty when it may not."""
         if facts["tied"] and name == TIED_HEAD:
             return "tied to the input embedding by the config"
         return next((reason for pattern, reason in self.recomputed if fnmatchcase(name, pattern)), "")
+
+
+def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str, str] | None) -> Entry:
+    def fill(name: str, number: int) -> str:
+        return name.replace("*", str(number)).replace("#", str(expert))
+
+    theirs = layer + size(facts, row.after) if row.after else layer
+    logical = [fill(name, theirs) for name in row.logical]
+    dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
+    return Entry(row.layout.fuse(fill(row.megatron, layer), logical, facts, dtype, expert), row, layer, expert)
 
 
 #: Where a tied model may still store a second copy of its embedding.

@@ -8,37 +8,59 @@ Source of the QKV and gate/up orders: ``megatron/core/transformer/attention.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dconv.errors import Refused
 from dconv.sharding.layout import Fused, Part, Run
 from dconv.sharding.tensor import TensorSpec
 
-Facts = Mapping[str, int | bool]
-#: (facts, logical names) -> (logical shapes, parts along the fused axis)
-_Shape = Callable[[Facts, Sequence[str]], tuple[list[tuple[int, ...]], tuple[Part, ...]]]
+#: What a config says of a model: sizes, switches, and switches of each layer.
+Facts = Mapping[str, int | bool | tuple[bool, ...]]
+#: (facts, logical names, expert) -> (logical shapes, parts along the fused axis)
+_Shape = Callable[[Facts, Sequence[str], int], tuple[list[tuple[int, ...]], tuple[Part, ...]]]
+
+
+def size(facts: Facts, dim: str) -> int:
+    """A fact that is one number."""
+    value = facts[dim]
+    if isinstance(value, tuple):
+        raise TypeError(f"{dim} is one value a layer")
+    return int(value)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A structural kind with its dimensions filled in by name."""
+    """A structural kind with its dimensions filled in by name.
+
+    Attributes:
+        shape: gives the logical shapes and the parts.
+        axis, parallel, padded, either: as in `dconv.sharding.layout.Fused`.
+        order: the logical axis behind each fused axis; None for all in order.
+        joined: whether files join the last two logical axes into one.
+    """
 
     shape: _Shape
     axis: int
     parallel: bool
     padded: bool = False
+    either: bool = False
+    order: tuple[int, ...] | None = None
+    joined: bool = False
 
-    def fuse(self, megatron: str, logical: Sequence[str], facts: Facts, dtype: str) -> Fused:
+    def fuse(self, megatron: str, logical: Sequence[str], facts: Facts, dtype: str, expert: int = -1) -> Fused:
         """The Megatron tensor ``megatron`` made of the logical tensors ``logical``."""
-        shapes, parts = self.shape(facts, logical)
-        specs = tuple(TensorSpec(name, shape, dtype) for name, shape in zip(logical, shapes, strict=True))
-        order = tuple(range(len(shapes[0])))
-        return Fused(megatron, self.axis, self.parallel, parts, specs, order, self.padded)
+        shapes, parts = self.shape(facts, logical, expert)
+        specs = tuple(
+            TensorSpec(name, shape, dtype, (*shape[:-2], shape[-2] * shape[-1]) if self.joined else None)
+            for name, shape in zip(logical, shapes, strict=True)
+        )
+        order = tuple(range(len(shapes[0]))) if self.order is None else self.order
+        return Fused(megatron, self.axis, self.parallel, parts, specs, order, self.padded, self.either)
 
 
 def _plain(axis: int, dims: Sequence[str]) -> _Shape:
-    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        sizes = tuple(int(facts[dim]) for dim in dims)
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        sizes = tuple(size(facts, dim) for dim in dims)
         return [sizes] * len(logical), tuple(Part((Run(name, 0, sizes[axis]),)) for name in logical)
 
     return shape
@@ -64,6 +86,21 @@ def vocab_rows(*dims: str) -> Layout:
     return Layout(_plain(0, dims), axis=0, parallel=True, padded=True)
 
 
+def rows_or_copied(*dims: str) -> Layout:
+    """Cut along the first axis by some layer specs and whole in others (the down-projections of latent attention)."""
+    return replace(rows(*dims), either=True)
+
+
+def transposed(layout: Layout) -> Layout:
+    """The same where HuggingFace stores [in, out] (GPT-2's ``Conv1D``)."""
+
+    def shape(facts: Facts, logical: Sequence[str], expert: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        shapes, parts = layout.shape(facts, logical, expert)
+        return [tuple(reversed(sizes)) for sizes in shapes], parts
+
+    return replace(layout, shape=shape, order=(1, 0))
+
+
 #: Gate and up: two parts of ``ffn`` rows, each cut by itself.
 gate_up = rows
 
@@ -71,11 +108,16 @@ gate_up = rows
 def gate_up_in_one(*dims: str) -> Layout:
     """One logical tensor whose first half of rows is gate and whose second is up; otherwise as `gate_up`."""
 
-    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        ffn, *rest = (int(facts[dim]) for dim in dims)
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        ffn, *rest = (size(facts, dim) for dim in dims)
         return [(2 * ffn, *rest)], tuple(Part((Run(logical[0], half, ffn),)) for half in (0, ffn))
 
     return Layout(shape, axis=0, parallel=True)
+
+
+def _heads(facts: Facts) -> tuple[int, int, int]:
+    """Query heads, query groups, and the width of a head."""
+    return size(facts, "heads"), size(facts, "groups"), size(facts, "head_dim")
 
 
 def heads_divide(facts: Facts, tp: int) -> bool:
@@ -83,8 +125,8 @@ def heads_divide(facts: Facts, tp: int) -> bool:
 
     Source: ``megatron/core/transformer/attention.py`` and ``transformer_config.py``.
     """
-    heads, groups = int(facts["heads"]), int(facts["groups"])
-    rows = (heads + 2 * groups) * int(facts["head_dim"])
+    heads, groups, width = _heads(facts)
+    rows = (heads + 2 * groups) * width
     return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and rows % tp == 0
 
 
@@ -95,7 +137,7 @@ def check_heads(facts: Facts, tp: int) -> None:
         Refused: see `heads_divide`.
     """
     if not heads_divide(facts, tp):
-        heads = int(facts["heads"])
+        heads = size(facts, "heads")
         raise Refused(
             f"the attention heads do not divide over tensor parallel {tp}, nothing was written",
             where="--tp",
@@ -112,10 +154,10 @@ def query_groups(*dims: str) -> Layout:
     the middle of a group when there are fewer groups than ranks.
     """
 
-    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        heads, groups, size = int(facts["heads"]), int(facts["groups"]), int(facts["head_dim"])
-        rest = tuple(int(facts[dim]) for dim in dims)
-        per_group = (heads // groups * size, size, size)
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        heads, groups, width = _heads(facts)
+        rest = tuple(size(facts, dim) for dim in dims)
+        per_group = (heads // groups * width, width, width)
         runs = tuple(
             Run(name, group * n, n) for group in range(groups) for name, n in zip(logical, per_group, strict=True)
         )
@@ -127,15 +169,47 @@ def query_groups(*dims: str) -> Layout:
 def query_groups_in_one(*dims: str) -> Layout:
     """One logical tensor that holds [all q heads, all k heads, all v heads]; otherwise as `query_groups`."""
 
-    def shape(facts: Facts, logical: Sequence[str]) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        heads, groups, size = int(facts["heads"]), int(facts["groups"]), int(facts["head_dim"])
-        rest = tuple(int(facts[dim]) for dim in dims)
-        starts, per_group = (0, heads * size, (heads + groups) * size), (heads // groups * size, size, size)
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        heads, groups, width = _heads(facts)
+        rest = tuple(size(facts, dim) for dim in dims)
+        starts, per_group = (0, heads * width, (heads + groups) * width), (heads // groups * width, width, width)
         runs = tuple(
             Run(logical[0], start + group * n, n)
             for group in range(groups)
             for start, n in zip(starts, per_group, strict=True)
         )
-        return [((heads + 2 * groups) * size, *rest)], (Part(runs),)
+        return [((heads + 2 * groups) * width, *rest)], (Part(runs),)
 
     return Layout(shape, axis=0, parallel=True)
+
+
+def expert_of(*dims: str, axis: int, parallel: bool = True) -> Layout:
+    """One expert of a logical tensor [expert, …] that holds them all, transposed where it is a matrix.
+
+    Args:
+        dims: of the expert in Megatron.
+        axis: the one that expert tensor parallelism cuts.
+    """
+
+    def shape(facts: Facts, logical: Sequence[str], expert: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        sizes = tuple(size(facts, dim) for dim in dims)
+        whole = (size(facts, "experts"), *reversed(sizes))
+        return [whole], (Part((Run(logical[0], 0, sizes[axis], ((0, expert),)),)),)
+
+    return Layout(shape, axis=axis, parallel=parallel, order=tuple(range(len(dims), 0, -1)))
+
+
+def gate_up_pairs(*dims: str) -> Layout:
+    """One expert of a logical tensor [expert, …, 2 x ffn] whose last axis alternates between gate and up.
+
+    Cut as `gate_up`; ``dims`` are those of Megatron's gate: ffn and what follows it. Source: ``GptOssExperts`` in
+    transformers' ``modeling_gpt_oss.py``.
+    """
+
+    def shape(facts: Facts, logical: Sequence[str], expert: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        sizes = tuple(size(facts, dim) for dim in dims)
+        whole = (size(facts, "experts"), *reversed(sizes), 2)
+        last = len(whole) - 1
+        return [whole], tuple(Part((Run(logical[0], 0, sizes[0], ((0, expert), (last, half))),)) for half in (0, 1))
+
+    return Layout(shape, axis=0, parallel=True, order=tuple(range(len(dims), 0, -1)), joined=True)

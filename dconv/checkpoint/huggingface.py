@@ -23,7 +23,7 @@ from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
 from dconv.sharding.reader import Reader
-from dconv.sharding.region import Region
+from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
@@ -266,8 +266,17 @@ def equal(root: Path, files: Mapping[str, FileStamp], one: Stored, other: Stored
 
 def _piece(spec: TensorSpec, tensor: Stored, rank: int, count: int) -> Piece:
     extent = tensor.extents[0]
+    if spec.published == tensor.spec.shape:
+        strides = _split_last(spec, extent)
+        return Piece(spec.name, Region.whole(spec.shape), extent.file, extent.offset, strides, tensor.spec.dtype)
     region = cut_region(spec, tensor, rank, count, ranked=_TP_BIN.fullmatch(extent.file) is not None)
     return Piece(spec.name, region, extent.file, extent.offset, extent.strides, tensor.spec.dtype)
+
+
+def _split_last(spec: TensorSpec, extent: Extent) -> Index:
+    """Strides of a tensor whose last axis in the file is two axes here."""
+    last = extent.strides[-1]
+    return (*extent.strides[:-1], last * spec.shape[-1], last)
 
 
 def cut_region(spec: TensorSpec, tensor: Stored, rank: int, count: int, *, ranked: bool) -> Region:
@@ -279,7 +288,7 @@ def cut_region(spec: TensorSpec, tensor: Stored, rank: int, count: int, *, ranke
     Raises:
         Damaged: it is no such part.
     """
-    whole, shape, file = spec.shape, tensor.spec.shape, tensor.extents[0].file
+    whole, shape, file = spec.file_shape, tensor.spec.shape, tensor.extents[0].file
     cut = [i for i, (n, m) in enumerate(zip(whole, shape, strict=False)) if n != m]
     if len(whole) != len(shape) or len(cut) > 1:
         raise shape_error(spec.name, file, whole, shape)

@@ -10,19 +10,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from reprlib import repr as short  # of nested hostile values too
 from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron, pickling, torchframe, torchzip
+from dconv.checkpoint import megatron, names, pickling, torchframe, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import TensorRef
+from dconv.checkpoint.shards import Holder, Shard, Shards, locate
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged, Refused, group_names
-from dconv.sharding.coords import Parallel
+from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
@@ -30,10 +30,13 @@ from dconv.sharding.tensor import Extent, Stored, TensorSpec
 _FOLDER: Final = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE: Final = "model_optim_rng.pt"
 _CHUNK: Final = re.compile(r"model\d*")
-#: Missing shards that are looked at for an error's text.
+#: No checkpoint was saved by more ranks of one replica; a damaged name must not size a list.
+_MOST_RANKS: Final = 1 << 17
+#: Missing shards that an error's text is made of.
 _NAMED: Final = 10_000
 #: Modules whose (empty) extra state a strict load asks for.
-_WITH_STATE: Final = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
+_WITH_STATE: Final = ("linear_", "output_layer")
+_EMBEDDING: Final = "embedding.word_embeddings.weight"
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
 
 
@@ -44,29 +47,22 @@ def open_source(iteration: Path) -> Source:
         Damaged: a rank's file is missing, torn, or its chunks do not fit together.
         Refused: a layout that no row describes (classic models, expert shards).
     """
-    folders = _folders(iteration)
-    tp, pp = 1 + max(t for t, _ in folders), 1 + max(p for _, p in folders)
-    if len(folders) != tp * pp:
-        absent = ((t, p) for p in range(pp) for t in range(tp) if (t, p) not in folders)
-        raise Damaged(
-            f"{tp * pp - len(folders)} of {tp * pp} shards are missing, nothing was written",
-            where=group_names(_folder_name(t, p, pp) for t, p in islice(absent, _NAMED)) + f"\nin {iteration}",
-            expected=f"tensor parallel {tp} x pipeline parallel {pp}",
-        )
+    folders, parallel = _ranks(iteration)
     files = {f"{folder.name}/{_FILE}": stamp(folder / _FILE) for folder in folders.values()}  # before what they hold
     opened = {place: _open(folder) for place, folder in folders.items()}
     chunks = {place: _chunks(file) for place, file in opened.items()}
-    parallel = _parallel(tp, pp, chunks)
+    parallel = _staged(parallel, chunks)
     layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
-    shards: megatron.Shards = {}
+    shards: Shards = {}
     left_out: dict[str, str] = {}
-    for (t, p), file in opened.items():
-        for vp, chunk in enumerate(chunks[t, p]):
+    for (t, p, e), file in opened.items():
+        holder = Holder(t, parallel.tp, e, parallel.ep)
+        for vp, chunk in enumerate(chunks[t, p, e]):
             for name, value in chunk.items():
-                if isinstance(value, TensorRef) and not megatron.is_state(name):
+                if isinstance(value, TensorRef) and not names.is_state(name):
                     at = _stored(iteration, file, value, name)
-                    key = megatron.renumber(name, layers[p][vp])
-                    shards.setdefault(key, []).append(megatron.Shard(t, tp, at))
+                    key = names.renumber(name, layers[p][vp])
+                    shards.setdefault(key, []).append(Shard(at, holder))
         for key, value in file.tree.items():
             if key in _NOT_WEIGHTS:
                 left_out[key] = "not weights"
@@ -74,41 +70,123 @@ def open_source(iteration: Path) -> Source:
                 left_out[str(key)] = "not the model"
     config, side = megatron.sides(iteration)
 
-    def locate(family: Family, facts: Facts) -> Located:
-        return megatron.locate(shards, family, facts)
+    def lay(family: Family, facts: Facts) -> Located:
+        return locate(shards, family, facts)
 
     return Source(
         format="megatron legacy",
         root=iteration,
         config=config,
-        args=megatron.plain_args(opened[0, 0].tree.get("args")),
+        args=_args(opened[min(opened)]),
         side=side,
         files=files,
         parallel=parallel,
-        locate=locate,
+        locate=lay,
         left_out=left_out,
         stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
         tensor_names=tuple(shards),
     )
 
 
-def _folders(iteration: Path) -> dict[tuple[int, int], Path]:
-    found: dict[tuple[int, int], Path] = {}
+def _args(file: torchzip.TorchFile) -> dict[str, object] | None:
+    return megatron.plain_args(file.tree.get("args"))
+
+
+#: (tensor-, pipeline-, expert-parallel rank) of a file.
+_Place = tuple[int, int, int]
+
+
+def _ranks(iteration: Path) -> tuple[dict[_Place, Path], Parallel]:
+    """Every rank's directory, and the layout without its stages.
+
+    Raises:
+        Damaged: some are missing, or two are of one rank.
+    """
+    found = _folders(iteration)
+    experts = _second_is_expert(found)
+    folders: dict[_Place, Path] = {}
+    for (tp, *others), folder in found.items():
+        place = (tp, 0, others[0]) if experts else (tp, others[0], others[1])
+        folders[place] = folder
+    tp, pp, ep = (1 + max((place[i] for place in folders), default=0) for i in range(3))
+    if pp * max(tp, ep) > _MOST_RANKS:
+        largest = max(folders.values(), key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
+        raise Damaged(
+            f"shards are missing: {pp * max(tp, ep)} would have to be there, nothing was written",
+            where=str(largest),
+            expected=f"at most {_MOST_RANKS} ranks",
+            found=f"{len(folders)} directories",
+        )
+    parallel = Parallel(tp=tp, pp=pp, ep=ep, etp=_expert_tensor_size(folders, tp, ep))
+    absent = [place for place in _places(parallel) if place not in folders]
+    if absent:
+        total = len(absent) + len(folders)
+        raise Damaged(
+            f"{len(absent)} of {total} shards are missing, nothing was written",
+            where=group_names(_folder_name(*place, parallel) for place in absent[:_NAMED]) + f"\nin {iteration}",
+            expected=parallel.described,
+        )
+    return folders, parallel
+
+
+def _places(parallel: Parallel) -> list[_Place]:
+    """The files of a layout: expert parallelism inside tensor parallelism does not have every pair of the two."""
+    return list(dict.fromkeys((coord.tp, coord.pp, coord.ep) for coord in parallel.coords()))
+
+
+def _expert_tensor_size(folders: Mapping[_Place, Path], tp: int, ep: int) -> int:
+    """The expert-tensor-parallel size that has just these files; else what the args say, or Megatron's default (tp)."""
+    if ep == 1:
+        return tp
+    args = _args(_open(folders[min(folders)])) or {}
+    said = args.get("expert_tensor_parallel_size") or tp
+    there = {(t, e) for t, _, e in folders}
+    for etp in dict.fromkeys((said, tp, *range(1, tp + 1))):
+        if isinstance(etp, int) and 0 < etp <= tp and not max(tp, ep * etp) % min(tp, ep * etp):
+            sizes = Parallel(tp=tp, ep=ep, etp=etp)
+            if {(t, e) for t, _, e in _places(sizes)} == there:
+                return etp
+    return tp
+
+
+def _folders(iteration: Path) -> dict[tuple[int, int, int], Path]:
+    """Directories by the numbers in their names (a missing one counts as 0)."""
+    found: dict[tuple[int, int, int], Path] = {}
+    depth = 0
     for path in sorted(iteration.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue
-        if match[3] is not None:
-            raise Refused(
-                "expert parallel shards are not read for this family",
+        numbers = len([number for number in match.groups() if number])
+        depth = depth or numbers
+        if numbers != depth:
+            raise Damaged(
+                "directories of two layouts stand side by side",
                 where=str(path),
-                expected="mp_rank_XX or mp_rank_XX_YYY",
+                expected=f"{depth} numbers, as {next(iter(found.values())).name} has",
+                found=f"{numbers} numbers",
             )
-        place = int(match[1]), int(match[2] or 0)
+        place = int(match[1]), int(match[2] or 0), int(match[3] or 0)
         if place in found:
             raise Damaged("two directories of one rank", where=str(path), found=found[place].name)
         found[place] = path
     return found
+
+
+def _second_is_expert(folders: Mapping[tuple[int, int, int], Path]) -> bool:
+    """Whether names with one number after the first (``mp_rank_TT_NNN``) mean expert parallelism, not a pipeline.
+
+    The args say so; where there are none, the embedding does: only the first stage has it, but every expert rank.
+    """
+    behind = [place for place in folders if place[1] > 0]
+    if not behind or any(place[2] > 0 for place in folders):
+        return False
+    file = _open(folders[behind[0]])
+    args = _args(file) or {}
+    stages, experts = args.get("pipeline_model_parallel_size"), args.get("expert_model_parallel_size")
+    if isinstance(stages, int) and isinstance(experts, int) and (stages > 1) != (experts > 1):
+        return experts > 1
+    return _EMBEDDING in _chunks(file)[0] and any(".experts." in str(name) for name in _chunks(file)[0])
 
 
 def _open(folder: Path) -> torchzip.TorchFile:
@@ -152,7 +230,7 @@ def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
     for name, value in chunk.items():
         if not isinstance(name, str):
             raise Damaged("a tensor whose name is no text", where=str(file.path), found=short(name))
-        if not isinstance(value, TensorRef) and not _is_plain(value) and not megatron.is_state(name):
+        if not isinstance(value, TensorRef) and not _is_plain(value) and not names.is_state(name):
             raise Refused(
                 "a value in the model that is no tensor, nothing was written",
                 where=f"{short(name)} in {file.path}",
@@ -165,22 +243,24 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _parallel(tp: int, pp: int, chunks: Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]) -> Parallel:
+def _staged(parallel: Parallel, chunks: Mapping[_Place, Sequence[Mapping[str, Any]]]) -> Parallel:
     """The pipeline layout, counted from the layers that are there: right for every way of dividing them."""
     vpp = {len(held) for held in chunks.values()}
     if len(vpp) != 1:
         raise Damaged("ranks disagree on the number of virtual pipeline chunks", found=str(sorted(vpp)))
     stages = []
-    for p in range(pp):
-        counts = {tuple(megatron.local_layers(chunk) for chunk in chunks[t, p]) for t in range(tp)}
+    for stage in range(parallel.pp):
+        counts = {
+            tuple(names.local_layers(chunk) for chunk in held) for (_, p, _), held in chunks.items() if p == stage
+        }
         if len(counts) != 1:
             raise Damaged(
                 "tensor-parallel ranks of one stage hold different layers",
-                where=f"pipeline stage {p}",
+                where=f"pipeline stage {stage}",
                 found=str(sorted(counts)),
             )
         stages.append(counts.pop())
-    return Parallel(tp=tp, pp=pp, vpp=vpp.pop(), stages=tuple(stages))
+    return replace(parallel, vpp=vpp.pop(), stages=tuple(stages))
 
 
 def _stored(iteration: Path, file: torchzip.TorchFile, ref: TensorRef, name: str) -> Stored:
@@ -190,43 +270,57 @@ def _stored(iteration: Path, file: torchzip.TorchFile, ref: TensorRef, name: str
     return Stored(spec, (Extent(Region.whole(at.shape), path, at.offset, at.strides),))
 
 
-def _folder_name(tp: int, pp: int, pp_size: int) -> str:
-    return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pp_size > 1 else "")
+def _folder_name(tp: int, pp: int, ep: int, parallel: Parallel) -> str:
+    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if parallel.pp > 1 else "")
+    return name + (f"_{ep:03d}" if parallel.ep > 1 else "")
 
 
-def lay_out(model: megatron.Model, *, local_spec: bool) -> Target:
+def lay_out(model: megatron.Model) -> Target:
     """A legacy checkpoint to be written, one file a rank under ``release/``.
 
-    Args:
-        local_spec: names of the local layer spec instead of TransformerEngine's.
+    Raises:
+        Refused: two ranks with different experts would have one file name.
     """
     files: list[TargetFile] = []
     tensors: list[TargetTensor] = []
     stages = model.stages()
+    _check_names(model)
     for rank, coord in enumerate(model.parallel.coords()):
-        folder = _folder_name(coord.tp, coord.pp, model.parallel.pp)
+        folder = _folder_name(coord.tp, coord.pp, coord.ep, model.parallel)
         path = f"{megatron.RELEASE}/{folder}/{_FILE}"
-        placed = stages[coord.pp]
-        shard = [_tensor(model, item, coord.tp, folder, path, local_spec) for item in placed]
+        placed = stages[coord.pp][coord.ep]
+        shard = [_tensor(model, item, coord, folder, path) for item in placed]
         frame = _frame(model, shard, [item.chunk for item in placed])
         files.append(TargetFile(path, frame.size, frame.literals, rank))
         tensors.extend(replace(tensor, offset=frame.data[str(i)]) for i, tensor in enumerate(shard))
     return Target(tuple(files), tuple(tensors), model.closing, model.seal, model.parallel.world, model.left_out)
 
 
-def _tensor(
-    model: megatron.Model, item: megatron.Placed, tp: int, folder: str, path: str, local_spec: bool
-) -> TargetTensor:
+def _check_names(model: megatron.Model) -> None:
+    """Megatron's names say nothing of expert tensor parallelism: ranks that differ in it alone overwrite each other."""
+    parallel = model.parallel
+    if len(_places(parallel)) == parallel.world:
+        return
+    raise Refused(
+        "the legacy format has one file name for ranks that hold different parts of the experts, nothing was written",
+        where="--ep, --etp",
+        expected="ranks of a stage that differ in tensor- or expert-parallel number",
+        found=parallel.described,
+        do="--megatron-format torch_dist, or --etp equal to --tp",
+    )
+
+
+def _tensor(model: megatron.Model, item: megatron.Placed, coord: Coord, folder: str, path: str) -> TargetTensor:
     """One tensor of a rank's file, its offset still to be filled in."""
     fused = item.entry.fused
-    stretches = fused.shard(tp, model.parallel.tp, model.padded_vocab)
+    stretches = model.shard(item.entry, coord)
     slots = fused.slots(stretches)
     shape = fused.shape(sum(s.stop - s.start for s in stretches))
-    name = megatron.local_name(item.name) if local_spec else item.name
-    spec = TensorSpec(name, shape, model.dtype(item.entry))
+    spelled = names.sequential(names.local_name(item.name)) if model.local_spec else names.grouped(item.name)
+    spec = TensorSpec(spelled, shape, model.dtype(item.entry))
     padding = math.prod(shape) - sum(slot.region.volume for slot in slots)
     chunk = f"model{item.chunk}." if model.parallel.vpp > 1 else ""
-    return TargetTensor(f"{folder}:{chunk}{name}", path, 0, spec, slots, padding)
+    return TargetTensor(f"{folder}:{chunk}{spelled}", path, 0, spec, slots, padding)
 
 
 def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequence[int]) -> torchframe.Frame:
@@ -235,7 +329,7 @@ def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequenc
         name = tensor.spec.name
         states[chunk][name] = torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
         module, _, parameter = name.rpartition(".")
-        if parameter == "weight" and module.rpartition(".")[2] in _WITH_STATE:
+        if parameter in ("weight", "weight0") and module.rpartition(".")[2].startswith(_WITH_STATE):
             states[chunk][f"{module}._extra_state"] = None
     named = {"model": states[0]} if len(states) == 1 else {f"model{i}": state for i, state in enumerate(states)}
     tree = {"args": pickling.namespace(model.args), "checkpoint_version": 3.0, "iteration": 0, **named}

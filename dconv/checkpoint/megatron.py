@@ -1,155 +1,29 @@
-"""What Megatron's two containers share: names, pipeline numbering, and laying a family's table over their shards.
-
-A stored tensor is known by its *global* name (global layer number, no chunk prefix) and by which stretch of the fused
-tensor it holds: one tensor-parallel shard (legacy), or the whole in global coordinates (torch_dist).
-"""
+"""What Megatron's two containers share: directories, args, and which rank holds what of a model to be written."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from dconv.arch.family import Entry, Family
-from dconv.arch.layouts import Facts
+from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import pickling
 from dconv.checkpoint.files import read_json, read_small
+from dconv.checkpoint.names import HEAD
 from dconv.checkpoint.pickled import DTypeRef, Record
-from dconv.checkpoint.source import Located, seal, shape_error, side_bytes, side_files
+from dconv.checkpoint.source import seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused
-from dconv.sharding.coords import Parallel
+from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import TO_TORCH
-from dconv.sharding.layout import pieces
-from dconv.sharding.tensor import Piece, Stored
+from dconv.sharding.layout import Stretch
 
 LATEST: Final = "latest_checkpointed_iteration.txt"
 #: The directory of a converted checkpoint: Megatron-LM takes it as iteration 0, without optimizer and RNG state.
 RELEASE: Final = "release"
 #: Where the HuggingFace side files wait inside a Megatron checkpoint.
 SIDE_FOLDER: Final = "huggingface"
-
-#: TransformerEngine's name -> the local layer spec's name, per layer. Source: ``sharded_state_dict_keys_map`` in
-#: ``megatron/core/models/gpt/gpt_layer_specs.py``.
-LOCAL_SPEC: Final = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
-}
-
-#: The output layer; a tied model's last stage keeps its copy of the embedding under this name.
-HEAD: Final = "output_layer.weight"
-
-_LAYER: Final = re.compile(r"(decoder\.layers\.)(\d{1,9})(\..+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A stored tensor and what part of the fused tensor it is: shard ``index`` of ``count``, or all (count 0)."""
-
-    index: int
-    count: int
-    stored: Stored
-
-
-Shards = dict[str, list[Shard]]
-
-
-def local_name(name: str) -> str:
-    """The local layer spec's spelling of a global name."""
-    match = _LAYER.fullmatch(name)
-    if match is None or match[3][1:] not in LOCAL_SPEC:
-        return name
-    return f"{match[1]}{match[2]}.{LOCAL_SPEC[match[3][1:]]}"
-
-
-def renumber(name: str, layers: range) -> str:
-    """A chunk's local layer number made global.
-
-    Raises:
-        Damaged: the chunk has more layers than its stage holds.
-    """
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return name
-    local = int(match[2])
-    if local >= len(layers):
-        raise Damaged("a layer number is outside its pipeline stage", where=name, expected=f"below {len(layers)}")
-    return f"{match[1]}{layers[local]}{match[3]}"
-
-
-def local_layers(names: Iterable[str]) -> int:
-    """How many layers a chunk holds.
-
-    Raises:
-        Damaged: the numbers have a gap.
-    """
-    numbers = {int(match[2]) for name in names if (match := _LAYER.fullmatch(name))}
-    if numbers != set(range(len(numbers))):
-        expected = f"layers 0 to {max(numbers)}"
-        raise Damaged("a pipeline stage lacks layers", expected=expected, found=str(sorted(numbers)))
-    return len(numbers)
-
-
-def is_state(name: str) -> bool:
-    """TransformerEngine's extra state: FP8 bookkeeping that carries no weights."""
-    return name.endswith("_extra_state") or "._extra_state" in name
-
-
-def locate(shards: Shards, family: Family, facts: Facts) -> Located:
-    """Pieces of the logical tensors from Megatron's shards."""
-    located = Located({}, {}, {})
-    used: set[str] = set()
-    for entry in family.entries(facts):
-        name = entry.fused.name
-        names = [name if name in shards else local_name(name)]
-        if facts["tied"] and _is_embedding(entry):
-            names.append(HEAD)
-        for shard in (shard for name in names for shard in shards.get(name, ())):
-            for piece in _pieces(entry, shard):
-                located.pieces.setdefault(piece.tensor, []).append(piece)
-            if (length := _length(entry, shard)) > entry.fused.length:
-                rows = f"{name}, rows {entry.fused.length} to {length - 1}"
-                located.left_out[rows] = "padding of the vocabulary"
-        used.update(names)
-    for name, held in shards.items():
-        if name not in used:
-            located.unknown[name] = held[0].stored.extents[0].file if held[0].stored.extents else "?"
-    return located
-
-
-def _is_embedding(entry: Entry) -> bool:
-    """Of words, that is: the one that a tied model uses twice."""
-    return entry.first_stage and entry.fused.padded
-
-
-def _pieces(entry: Entry, shard: Shard) -> Iterable[Piece]:
-    fused, stored = entry.fused, shard.stored
-    count = shard.count or 1
-    shape = stored.spec.shape
-    length = _length(entry, shard)
-    if length < fused.length or (length > fused.length and not fused.padded):
-        per_rank = fused.length // count if fused.parallel else fused.length
-        raise shape_error(fused.name, _where(stored), fused.shape(per_rank), shape)
-    stretches = fused.shard(shard.index, count, length)
-    expected = fused.shape(sum(s.stop - s.start for s in stretches))
-    if expected != shape:
-        raise shape_error(fused.name, _where(stored), expected, shape)
-    return pieces(fused.slots(stretches), stored.extents, stored.spec.dtype)
-
-
-def _length(entry: Entry, shard: Shard) -> int:
-    """Indices of the fused tensor along its axis, padding included, as a shard says; -1 for one of other axes."""
-    shape = shard.stored.spec.shape
-    if len(shape) != len(entry.fused.order):
-        return -1
-    return shape[entry.fused.axis] * (max(shard.count, 1) if entry.fused.parallel else 1)
-
-
-def _where(stored: Stored) -> str:
-    return stored.extents[0].file if stored.extents else "the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +32,7 @@ class Placed:
 
     Attributes:
         chunk: the virtual chunk that holds it.
-        name: its name there, with the layer's number inside the chunk.
+        name: its name there, with the layer's number inside the chunk and the expert's inside its rank.
         again: a tied embedding's second copy, on the last stage.
     """
 
@@ -168,12 +42,12 @@ class Placed:
     again: bool = False
 
 
-def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str, str]) -> list[list[Placed]]:
-    """What each pipeline stage holds, in the model's order.
+def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str, str]) -> list[list[list[Placed]]]:
+    """What each pipeline stage holds, in the model's order: ``place(…)[pp][ep]``.
 
     A tied model with several stages needs the embedding a second time on the last stage, where the loss is.
     """
-    chunks = parallel.chunks(int(facts["layers"]))
+    chunks = parallel.chunks(size(facts, "layers"))
     where = {
         layer: (pp, vp, at)
         for pp, stage in enumerate(chunks)
@@ -181,19 +55,30 @@ def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str,
         for at, layer in enumerate(layers)
     }
     last = parallel.vpp - 1
-    stages: list[list[Placed]] = [[] for _ in range(parallel.pp)]
+    a_rank = size(facts, "experts") // parallel.ep if "experts" in facts else 0
+    stages: list[list[list[Placed]]] = [[[] for _ in range(parallel.ep)] for _ in range(parallel.pp)]
     for entry in family.entries(facts, dtypes):
-        name = entry.row.megatron
-        if entry.layer >= 0:
+        row = entry.row
+        if row.pipelined:
             pp, vp, at = where[entry.layer]
-            stages[pp].append(Placed(entry, vp, name.replace("*", str(at))))
-        elif entry.first_stage:
-            stages[0].append(Placed(entry, 0, name))
-            if facts["tied"] and parallel.pp > 1 and _is_embedding(entry):
-                stages[-1].append(Placed(entry, last, HEAD, again=True))
         else:
-            stages[-1].append(Placed(entry, last, name))
+            pp, vp, at = (0, 0, entry.layer) if row.first_stage else (parallel.pp - 1, last, entry.layer)
+        name = row.megatron.replace("*", str(at))
+        if entry.expert >= 0:
+            ep, local = divmod(entry.expert, a_rank)
+            stages[pp][ep].append(Placed(entry, vp, name.replace("#", str(local))))
+            continue
+        for held in stages[pp]:
+            held.append(Placed(entry, vp, name))
+        if facts["tied"] and parallel.pp > 1 and entry.is_embedding:
+            for held in stages[-1]:
+                held.append(Placed(entry, last, HEAD, again=True))
     return stages
+
+
+def cut(entry: Entry, coord: Coord, parallel: Parallel) -> tuple[int, int]:
+    """Which stretch of how many of a tensor a rank holds."""
+    return (coord.tp, parallel.tp) if entry.expert < 0 else (coord.etp, parallel.etp)
 
 
 def padded_vocab(vocab: int, divisor: int, tp: int) -> int:
@@ -210,6 +95,7 @@ class Model:
         dtypes: dtype of each logical tensor.
         divisor: the padded vocabulary is a multiple of this times tp.
         forced_dtype: one dtype for all, or None to keep them.
+        local_spec: whether the local layer spec will load it; else TransformerEngine's.
         args: what Megatron's args Namespace will say.
         config, side: the HuggingFace config and side files that travel along.
     """
@@ -220,6 +106,7 @@ class Model:
     dtypes: Mapping[str, str]
     divisor: int
     forced_dtype: str | None
+    local_spec: bool
     args: Mapping[str, object]
     config: Mapping[str, object] | None
     side: Mapping[str, Path]
@@ -227,15 +114,29 @@ class Model:
 
     @property
     def padded_vocab(self) -> int:
-        return padded_vocab(int(self.facts["vocab"]), self.divisor, self.parallel.tp)
+        return padded_vocab(size(self.facts, "vocab"), self.divisor, self.parallel.tp)
 
     @property
     def seal(self) -> str:
         """See `dconv.sharding.plan.Target`."""
         return seal(self.config, self.side, repr(sorted(self.args.items())))
 
-    def stages(self) -> list[list[Placed]]:
+    def stages(self) -> list[list[list[Placed]]]:
+        """What each pipeline stage and each expert-parallel rank in it holds."""
         return place(self.family, self.facts, self.parallel, self.dtypes)
+
+    def is_cut(self, entry: Entry) -> bool:
+        """Whether ranks hold stretches of a tensor rather than all of it."""
+        return entry.fused.parallel and (self.local_spec or not entry.fused.either)
+
+    def shard(self, entry: Entry, coord: Coord) -> tuple[Stretch, ...]:
+        """What a rank holds of a tensor.
+
+        Raises:
+            Refused: it does not divide.
+        """
+        index, count = cut(entry, coord, self.parallel) if self.is_cut(entry) else (0, 1)
+        return entry.fused.shard(index, count, self.padded_vocab)
 
     def dtype(self, entry: Entry) -> str:
         """The dtype of a fused tensor.
@@ -243,7 +144,7 @@ class Model:
         Raises:
             Refused: its logical tensors differ and no ``--dtype`` settles it.
         """
-        if self.forced_dtype:
+        if self.forced_dtype and not entry.row.keeps:
             return self.forced_dtype
         found = {self.dtypes[spec.name] for spec in entry.fused.specs}
         if len(found) > 1:

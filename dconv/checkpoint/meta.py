@@ -18,7 +18,7 @@ from typing import Final
 
 from dconv.arch.config import hf_config_from_meta
 from dconv.arch.family import TIED_HEAD, Family
-from dconv.arch.layouts import Facts
+from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.files import read_json, stamp, stamps
 from dconv.checkpoint.huggingface import cut_region, differ, equal, read_ranks, with_dtype
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
@@ -165,7 +165,7 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts) -> Located:
         for name, tensor in tensors.items():
             hf = _rename(name)
             if hf in specs:
-                pieces = _pieces(specs[hf], tensor, rank, len(shards), int(facts["head_dim"]))
+                pieces = _pieces(specs[hf], tensor, rank, len(shards), size(facts, "head_dim"))
                 located.pieces.setdefault(hf, []).extend(pieces)
             elif _recomputed(name):
                 located.left_out[name] = "recomputed from the config"

@@ -112,7 +112,7 @@ def lay_out(specs: Sequence[TensorSpec]) -> tuple[int, bytes, list[int]]:
     for spec in specs:
         header[spec.name] = {
             "dtype": TO_SAFETENSORS[spec.dtype],
-            "shape": list(spec.shape),
+            "shape": list(spec.file_shape),
             "data_offsets": [at, at + spec.nbytes],
         }
         offsets.append(at)

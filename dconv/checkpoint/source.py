@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -109,6 +109,8 @@ def expected_specs(
     specs: dict[str, TensorSpec] = {}
     for entry in family.entries(facts):
         for spec in entry.fused.specs:
+            if spec.name in specs:  # one expert's part of a tensor that holds them all
+                continue
             dtypes = {piece.dtype for piece in pieces.get(spec.name, ())} if pieces else set[str]()
             if len(dtypes) > 1:
                 raise Damaged(
@@ -116,7 +118,7 @@ def expected_specs(
                     where=spec.name,
                     found=", ".join(sorted(dtypes)),
                 )
-            specs[spec.name] = TensorSpec(spec.name, spec.shape, dtypes.pop() if dtypes else spec.dtype)
+            specs[spec.name] = replace(spec, dtype=dtypes.pop() if dtypes else spec.dtype)
     return specs
 
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.arch.family import Family
-from dconv.arch.layouts import Facts
-from dconv.checkpoint import dcp, megatron, pickling, run_config, torchframe, torchzip
+from dconv.arch.family import Entry, Family
+from dconv.arch.layouts import Facts, size
+from dconv.checkpoint import dcp, megatron, names, pickling, run_config, torchframe, torchzip
 from dconv.checkpoint.files import stamp
+from dconv.checkpoint.shards import Shard, Shards, locate
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
+from dconv.sharding.coords import Coord
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
@@ -28,7 +30,12 @@ _METADATA: Final = ".metadata"
 _MARKER: Final = "metadata.json"
 _COMMON: Final = "common.pt"
 _COMMON_STATE: Final = "common_state/shard_0_1"
-_STACKED: Final = re.compile(r"(decoder\.layers\.)(?!\d)(.+)")
+_STACKED: Final = re.compile(r"(.+?\.layers\.)(?!\d)(.+)")
+_LAYERS: Final = re.compile(r"\.layers\.\*\.")
+#: All experts of a layer in one tensor.
+_EXPERTS: Final = re.compile(r"(.+\.experts\.)experts\.(?!\d)(.+)")
+#: Gate and up apart, as ``singleton_local_shards`` has them.
+_HALF: Final = re.compile(r"(.+\.linear_fc1\.(?:weight|bias))_([wv])")
 _OPTIMIZER: Final = ("optimizer", "chained_", "opt_param_scheduler")
 
 #: A shard's tensors go to several files so that several ranks can write one shard without contending for a file.
@@ -52,12 +59,12 @@ def open_source(iteration: Path) -> Source:
     """
     metadata = dcp.read_metadata(iteration / _METADATA)
     weights, left_out = _weights(metadata)
-    names = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
-    files = {name: stamp(iteration / name) for name in names}  # before what they hold
+    said = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
+    files = {name: stamp(iteration / name) for name in said}  # before what they hold
     config, side = megatron.sides(iteration)
 
-    def locate(family: Family, facts: Facts) -> Located:
-        return megatron.locate(_shards(iteration, weights, int(facts["layers"])), family, facts)
+    def lay(family: Family, facts: Facts) -> Located:
+        return locate(_shards(iteration, weights, family, facts), family, facts)
 
     return Source(
         format="megatron torch_dist",
@@ -67,7 +74,7 @@ def open_source(iteration: Path) -> Source:
         side=side,
         files=files,
         parallel=None,
-        locate=locate,
+        locate=lay,
         left_out=left_out,
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
         tensor_names=tuple(weights),
@@ -82,7 +89,7 @@ def _weights(metadata: dcp.DcpMetadata) -> tuple[dict[str, dcp.DcpTensor], dict[
             left_out["optimizer"] = "optimizer state is not weights"
         elif key.startswith(("rng_state", "rerun_state")):
             left_out[key.split("/")[0]] = "not weights"
-        elif not megatron.is_state(key):
+        elif not names.is_state(key):
             weights[key] = tensor
     for key in metadata.objects:
         if key.startswith("rng_state"):
@@ -103,31 +110,65 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
     return run_config.read_args(iteration / run_config.NAME)
 
 
-def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], layers: int) -> megatron.Shards:
-    shards: megatron.Shards = {}
+def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], family: Family, facts: Facts) -> Shards:
+    layers = {_LAYERS.sub(".layers.", row.megatron): row.stack for row in family.rows if row.per_layer}
+    depth = {_prefix(key): size(facts, stack) for key, stack in layers.items() if stack in facts}
+    experts = size(facts, "experts") if "experts" in facts else 0
+    shards: Shards = {}
     for key, tensor in weights.items():
-        extents = [_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks]
-        stacked = _STACKED.fullmatch(key)
-        if stacked is None:
-            stored = Stored(TensorSpec(key, tensor.shape, tensor.dtype), tuple(extents))
-            shards.setdefault(key, []).append(megatron.Shard(0, 0, stored))
-            continue
-        if not tensor.shape or tensor.shape[0] != layers:
-            raise Damaged(
-                "a stacked tensor has another number of layers than the config says",
-                where=key,
-                expected=str(layers),
-                found=str(tensor.shape),
-            )
-        by_layer: list[list[Extent]] = [[] for _ in range(layers)]
-        for extent in extents:
-            for i in range(extent.region.shape[0]):
-                by_layer[extent.region.start[0] + i].append(_one_layer(extent, i))
-        for layer, held in enumerate(by_layer):
-            name = f"{stacked[1]}{layer}.{stacked[2]}"
-            spec = TensorSpec(name, tensor.shape[1:], tensor.dtype)
-            shards.setdefault(name, []).append(megatron.Shard(0, 0, Stored(spec, tuple(held))))
+        extents = tuple(_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks)
+        whole = Stored(TensorSpec(key, tensor.shape, tensor.dtype), extents)
+        for name, stored in _one_by_one(whole, depth, experts):
+            half = _HALF.fullmatch(name)
+            part = "wv".index(half[2]) if half else -1
+            name = half[1] if half else name
+            shards.setdefault(name, []).append(Shard(stored, None, part))
     return shards
+
+
+def _prefix(key: str) -> str:
+    """What stands before a layer's number."""
+    return key[: key.index(".layers.") + len(".layers.")]
+
+
+def _one_by_one(whole: Stored, depth: Mapping[str, int], experts: int) -> Iterable[tuple[str, Stored]]:
+    """A stored tensor's layers and experts, each under its own name."""
+    key = whole.spec.name
+    stacked = _STACKED.fullmatch(key)
+    if stacked is None or stacked[1] not in depth:
+        layers = [(key, whole)]
+    else:
+        unstacked = _unstack(whole, depth[stacked[1]], "layers")
+        layers = [(f"{stacked[1]}{number}.{stacked[2]}", layer) for number, layer in enumerate(unstacked)]
+    for name, layer in layers:
+        if single := names.parse_single(name):
+            yield names.expert(*single), layer
+        elif together := _EXPERTS.fullmatch(name):
+            for number, one in enumerate(_unstack(layer, experts, "experts")):
+                yield names.expert(together[1], number, together[2]), one
+        else:
+            yield name, layer
+
+
+def _unstack(whole: Stored, count: int, what: str) -> list[Stored]:
+    """The slices of a stored tensor along its first axis.
+
+    Raises:
+        Damaged: there are not ``count`` of them.
+    """
+    spec = whole.spec
+    if not spec.shape or spec.shape[0] != count:
+        raise Damaged(
+            f"a stacked tensor has another number of {what} than the config says",
+            where=spec.name,
+            expected=str(count),
+            found=str(spec.shape),
+        )
+    held: list[list[Extent]] = [[] for _ in range(count)]
+    for extent in whole.extents:
+        for i in range(extent.region.shape[0]):
+            held[extent.region.start[0] + i].append(_slice(extent, i))
+    return [Stored(TensorSpec(spec.name, spec.shape[1:], spec.dtype), tuple(extents)) for extents in held]
 
 
 def _extent(iteration: Path, chunk: dcp.DcpChunk, dtype: str) -> Extent:
@@ -135,7 +176,7 @@ def _extent(iteration: Path, chunk: dcp.DcpChunk, dtype: str) -> Extent:
     return Extent(Region(chunk.offsets, chunk.sizes), chunk.file, at.offset, at.strides)
 
 
-def _one_layer(extent: Extent, i: int) -> Extent:
+def _slice(extent: Extent, i: int) -> Extent:
     region = Region(extent.region.start[1:], extent.region.shape[1:])
     return Extent(region, extent.file, extent.offset + i * extent.strides[0], extent.strides[1:])
 
@@ -163,9 +204,9 @@ def lay_out(model: megatron.Model) -> Target:
     for rank, coord in enumerate(model.parallel.coords()):
         mine = [
             chunk
-            for item in stages[coord.pp]
-            if not item.again and (item.entry.fused.parallel or coord.tp == 0)
-            for chunk in _chunks(model, item, coord.tp)
+            for item in stages[coord.pp][coord.ep]
+            if not item.again and _writes(model, item.entry, coord)
+            for chunk in _chunks(model, item, coord)
         ]
         for number, group in enumerate(_groups(mine)):
             name = f"__{rank}_{number}.distcp"
@@ -173,7 +214,7 @@ def lay_out(model: megatron.Model) -> Target:
             files.append(file)
             chunks.extend(placed)
     objects_name = f"__{model.parallel.world}_0.distcp"
-    objects_file, objects = _objects(objects_name, int(model.facts["layers"]), _common(model))
+    objects_file, objects = _objects(objects_name, model)
     files.append(objects_file)
 
     def closing() -> Iterable[tuple[str, bytes]]:
@@ -182,7 +223,7 @@ def lay_out(model: megatron.Model) -> Target:
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
         yield (
             f"{megatron.RELEASE}/{run_config.NAME}",
-            run_config.dump(model.args, int(model.facts["vocab"]), model.parallel.tp),
+            run_config.dump(model.args, size(model.facts, "vocab"), model.parallel.tp),
         )
         marker = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         yield f"{megatron.RELEASE}/{_MARKER}", json.dumps(marker).encode()
@@ -191,17 +232,39 @@ def lay_out(model: megatron.Model) -> Target:
     return Target(tuple(files), tensors, closing, model.seal, model.parallel.world, model.left_out)
 
 
-def _chunks(model: megatron.Model, item: megatron.Placed, tp: int) -> Iterable[_Chunk]:
+def _writes(model: megatron.Model, entry: Entry, coord: Coord) -> bool:
+    """Whether a rank is the first of those that hold a shard."""
+    parallel = model.parallel
+    several = parallel.ep * parallel.etp if entry.expert >= 0 else parallel.tp
+    return coord.inner < several and (model.is_cut(entry) or megatron.cut(entry, coord, parallel)[0] == 0)
+
+
+def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
+    """A tensor's key, its place along the axes that stack layers and experts there, and their lengths."""
+    place: list[int] = []
+    lengths: list[int] = []
+    key = entry.row.megatron
+    number = str(entry.layer)
+    if model.local_spec:  # its spelling may depend on what it is below the layer
+        key = names.local_key(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
+    if entry.layer >= 0 and entry.row.pipelined and model.facts.get("uniform_layers", True):
+        key = key.replace(".*", "")
+        place.append(entry.layer)
+        lengths.append(size(model.facts, entry.row.stack))
+    if entry.expert >= 0:
+        place.append(entry.expert)
+        lengths.append(size(model.facts, "experts"))
+    return key.replace("*", number).replace("#", "experts"), tuple(place), tuple(lengths)
+
+
+def _chunks(model: megatron.Model, item: megatron.Placed, coord: Coord) -> Iterable[_Chunk]:
     entry = item.entry
     fused = entry.fused
-    layer = entry.layer
-    lead: Index = (layer,) if layer >= 0 else ()
-    key = entry.row.megatron.replace(".*", "") if layer >= 0 else entry.row.megatron
+    key, lead, lengths = _key(model, entry)
     whole = fused.whole(model.padded_vocab)
-    layers = (int(model.facts["layers"]),) if layer >= 0 else ()
-    shape = layers + fused.shape(sum(s.stop - s.start for s in whole))
+    shape = lengths + fused.shape(sum(s.stop - s.start for s in whole))
     before = 0
-    for part, stretch in zip(whole, fused.shard(tp, model.parallel.tp, model.padded_vocab), strict=True):
+    for part, stretch in zip(whole, model.shard(entry, coord), strict=True):
         slots = fused.slots([stretch], (0,) * len(lead))
         sizes = (1,) * len(lead) + fused.shape(stretch.stop - stretch.start)
         spec = TensorSpec(key, sizes, model.dtype(entry))
@@ -255,23 +318,31 @@ def _tensors(chunks: Iterable[_Chunk], blobs: Mapping[str, tuple[str, int, int]]
     return {key: dcp.DcpTensor(dtype, shape, tuple(found[key])) for key, (dtype, shape) in shapes.items()}
 
 
-def _objects(name: str, layers: int, common: object) -> tuple[TargetFile, dict[str, tuple[str, int, int]]]:
-    """The file of extra states and of the common state (where newer Megatron looks for it)."""
-    empty = dcp.object_blob([None])
-    wanted = {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}": empty
-        for module in _LAYER_STATES
-        for layer in range(layers)
-    }
-    wanted |= {f"{module}._extra_state/shard_0_1": empty for module in _MODEL_STATES}
-    wanted[_COMMON_STATE] = dcp.object_blob([common])
+def _objects(name: str, model: megatron.Model) -> tuple[TargetFile, dict[str, tuple[str, int, int]]]:
+    """The file of extra states, all empty, and of the common state (where newer Megatron looks for it)."""
+    empty, common = dcp.object_blob([None]), dcp.object_blob([_common(model)])
     objects: dict[str, tuple[str, int, int]] = {}
-    data = bytearray()
-    for key, blob in wanted.items():
-        objects[key] = (name, len(data), len(blob))
-        data += blob
+    objects.update(dict.fromkeys(_states(model), (name, 0, len(empty))))
+    objects[_COMMON_STATE] = (name, len(empty), len(common))
     path = f"{megatron.RELEASE}/{name}"
-    return TargetFile(path, len(data), ((0, bytes(data)),), 0), objects
+    return TargetFile(path, len(empty) + len(common), ((0, empty), (len(empty), common)), 0), objects
+
+
+def _states(model: megatron.Model) -> Iterable[str]:
+    """Keys of all extra states that a model of either layer spec may ask for."""
+    layers = size(model.facts, "layers")
+    for prefix in dict.fromkeys(_prefix(row.megatron) for row in model.family.rows if row.pipelined):
+        for layer in range(layers):
+            stacked = model.facts.get("uniform_layers", True)
+            key, at = (prefix, f"{layer}_{layers}") if stacked else (f"{prefix}{layer}.", "0_1")
+            yield from (f"{key}{module}._extra_state/shard_{at}" for module in _LAYER_STATES)
+    for entry in model.family.entries(model.facts):
+        if entry.layer < 0 and entry.row.first_stage:
+            continue  # embeddings have none
+        key, place, lengths = _key(model, entry)
+        offset, shape = (".".join(map(str, axes)) for axes in (place or (0,), lengths or (1,)))
+        yield f"{key.rpartition('.')[0]}._extra_state/shard_{offset}_{shape}"
+    yield from (f"{module}._extra_state/shard_0_1" for module in _MODEL_STATES)
 
 
 def _common(model: megatron.Model) -> dict[str, object]:

@@ -17,11 +17,16 @@ from dconv.sharding.tensor import Extent, Piece, Slot, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``length`` indices of a logical tensor, from ``start``, along the fused axis."""
+    """``length`` indices of a logical tensor, from ``start``, along the fused axis.
+
+    Attributes:
+        at: (axis, index) of logical axes that the fused tensor lacks: one expert of a tensor that holds all.
+    """
 
     tensor: str
     start: int
     length: int
+    at: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,13 @@ class Fused:
     Attributes:
         name: global Megatron name, layer and expert numbers filled in.
         axis: the axis that parts lie along and that tensor parallelism cuts, in the fused tensor.
-        parallel: whether tensor parallelism cuts it; otherwise every rank holds it whole.
+        parallel: whether tensor parallelism (of experts: expert tensor parallelism) cuts it; otherwise every rank
+            holds it whole.
         parts: what lies along ``axis``.
         specs: the logical tensors in it; all agree on the other axes.
         order: the logical axis behind each fused axis (a transposed matrix has (1, 0)).
         padded: whether vocabulary padding may follow the (single) part.
+        either: some writers cut it, others leave it whole: its shape says which.
     """
 
     name: str
@@ -65,6 +72,7 @@ class Fused:
     specs: tuple[TensorSpec, ...]
     order: Index
     padded: bool = False
+    either: bool = False
 
     @property
     def length(self) -> int:
@@ -131,6 +139,8 @@ class Fused:
         logical = self.order[self.axis]
         low, size = [0] * len(shape), list(shape)
         low[logical], size[logical] = start, length
+        for axis, index in run.at:
+            low[axis], size[axis] = index, 1
         at = [0] * len(self.order)
         at[self.axis] = place
         return Slot(run.tensor, Region(tuple(low), tuple(size)), (*lead, *at), axes)

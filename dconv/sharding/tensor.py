@@ -15,11 +15,21 @@ from dconv.sharding.region import Index, Region
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor by name, shape (elements) and dtype (`dconv.sharding.dtypes`)."""
+    """A tensor by name, shape (elements) and dtype (`dconv.sharding.dtypes`).
+
+    Attributes:
+        published: the shape that files give, where ``shape`` splits one of its axes: rows that alternate between gate
+            and up are an axis of length 2 here.
+    """
 
     name: str
     shape: Index
     dtype: str
+    published: Index | None = None
+
+    @property
+    def file_shape(self) -> Index:
+        return self.shape if self.published is None else self.published
 
     @property
     def nbytes(self) -> int:

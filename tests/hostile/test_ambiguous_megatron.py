@@ -75,7 +75,7 @@ def test_other_trees_are_named(shards: Path, model: Path) -> None:
 def test_two_directories_of_one_rank(shards: Path) -> None:
     shutil.rmtree(shards / "mp_rank_00_001")
     shutil.rmtree(shards / "mp_rank_01_001")
-    shutil.copytree(shards / "mp_rank_00_000", shards / "mp_rank_00")
+    shutil.copytree(shards / "mp_rank_00_000", shards / "mp_rank_000_000")
     with pytest.raises(Damaged, match="two directories"):
         prepare(Request(shards, "hf", shards.parent / "out"))
 
