@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
-from dconv.arch.config import DenseConfig
 from dconv.arch.layouts import Facts, Layout
+from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 
 
@@ -74,11 +74,11 @@ class Family:
     """
 
     name: str
-    config: DenseConfig
+    config: Config
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
 
-    def derive(self, name: str, config: DenseConfig, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
+    def derive(self, name: str, config: Config, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
         return replace(self, name=name, config=config, rows=kept + add)

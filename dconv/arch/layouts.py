@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dconv.errors import Refused
 from dconv.sharding.layout import Fused, Part, Run
 from dconv.sharding.tensor import TensorSpec
 
-Facts = Mapping[str, int | bool]
+#: What shapes follow from: a size (int), a switch (bool), or a switch for each layer (tuple of bools).
+Facts = Mapping[str, Any]
 #: (facts, logical names) -> (logical shapes, parts along the fused axis)
 _Shape = Callable[[Facts, Sequence[str]], tuple[list[tuple[int, ...]], tuple[Part, ...]]]
 
