@@ -52,7 +52,7 @@ class Grouped:
         multiple("head_dim", head_dim, "the two halves that are rotated", 2, CONFIG)
         sizes = {"heads": queries, "groups": groups, "head_dim": head_dim}
         wide = {"q": queries * head_dim, "kv": groups * head_dim}
-        return {**sizes, **wide, "qk_norm": bool(self.qk_norm), "sinks": self.sinks}
+        return {**sizes, **wide, "qk_norm": bool(self.qk_norm), "sinks": self.sinks, "mla": False}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         return {

@@ -119,7 +119,8 @@ def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict
     return hf
 
 
-_COMMON: Final[Mapping[str, object]] = {
+#: What most of transformers' decoder classes take for keys that config.json omits.
+COMMON: Final[Mapping[str, object]] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -136,7 +137,7 @@ _COMMON: Final[Mapping[str, object]] = {
 }
 _MISTRAL: Final = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 _QWEN: Final[Mapping[str, object]] = {
-    **_COMMON,
+    **COMMON,
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -147,9 +148,9 @@ _QWEN: Final[Mapping[str, object]] = {
 
 _BIAS = "attention_bias"
 _LATE = Window("late", switch=True)
-LLAMA = DecoderConfig("llama", "LlamaForCausalLM", _COMMON, bias=Biases(_BIAS, _BIAS, "mlp_bias"))
+LLAMA = DecoderConfig("llama", "LlamaForCausalLM", COMMON, bias=Biases(_BIAS, _BIAS, "mlp_bias"))
 MISTRAL = DecoderConfig(
-    "mistral", "MistralForCausalLM", {**_COMMON, **_MISTRAL, "sliding_window": 4096}, window=Window("all")
+    "mistral", "MistralForCausalLM", {**COMMON, **_MISTRAL, "sliding_window": 4096}, window=Window("all")
 )
 QWEN2 = DecoderConfig("qwen2", "Qwen2ForCausalLM", _QWEN, bias=Biases(qkv=True), window=_LATE)
 QWEN3 = DecoderConfig(

@@ -108,7 +108,8 @@ class DecoderConfig:
         """Sizes and switches that shapes follow from.
 
         Returns:
-            layers, hidden, ffn, vocab, tied, untied, and what each aspect adds.
+            layers, hidden, ffn, vocab, tied, untied, uniform_layers (all layers have the same tensors), and what each
+            aspect adds.
 
         Raises:
             Damaged: a wrong type, not positive, or does not divide.
@@ -122,6 +123,7 @@ class DecoderConfig:
             "vocab": whole(said, "vocab_size", CONFIG),
             "tied": tied,
             "untied": not tied,
+            "uniform_layers": True,
         }
         for aspect in self.aspects:
             facts |= aspect.facts(said)
