@@ -94,7 +94,7 @@ class Experts:
             "num_experts": facts["experts"],
             "moe_ffn_hidden_size": facts["moe_ffn"],
             "moe_shared_expert_intermediate_size": facts["shared_ffn"] or None,
-            "moe_shared_expert_gate": any(facts["shared_gate"]),
+            "moe_shared_expert_gate": self.shared_gate and facts["shared_ffn"] > 0,
             "moe_layer_freq": 1 if facts["uniform_layers"] else [int(here) for here in facts["moe"]],
             **router,
         }, lost
