@@ -140,8 +140,8 @@ _UNSCALED: Final = {"factor": 1.0, "original_max_position_embeddings": 4096, **_
 class LatentRope:
     """Its rotation: neighbours of a head's rotated part together, unscaled or by YaRN.
 
-    megatron-core's MLA puts neighbours together by itself (``multi_latent_attention=True`` in its rotary functions),
-    which is ``rope_interleave`` of config.json, whatever ``rotary_interleaved`` says of other attention.
+    megatron-core's MLA parts neighbours into halves by itself (``multi_latent_attention=True`` in its rotary functions)
+    and then rotates halves: that is ``rope_interleave`` of config.json, and ``rotary_interleaved`` must be false.
     """
 
     @property
@@ -190,11 +190,9 @@ class LatentRope:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
-        reasons = []
+        reasons = differing(said, {"rotary_percent": 1.0, "rotary_interleaved": False})
         if said["position_embedding_type"] not in ("rope", "yarn", "none"):
             reasons.append(f"position_embedding_type is {said['position_embedding_type']}, not rope")
-        if said.get("rotary_percent") != 1.0:
-            reasons.append(f"rotary_percent is {said.get('rotary_percent')}, this family has 1.0")
         kind = said.get("rope_type", "yarn")  # MLATransformerConfig's own default
         given = {**_DEFAULTS, **said}
         both = number(given, "mscale", ARGS), number(given, "mscale_all_dim", ARGS)

@@ -764,6 +764,7 @@ ODD = [
     ("DeepSeek-V3", {"norm_epsilon": 1e-5, "layernorm_epsilon": 1e-5}, "norms of the latents"),
     ("DeepSeek-V3", {"qk_layernorm": False}, "qk_layernorm"),
     ("DeepSeek-V3", {"mscale": 0.5, "mscale_all_dim": 0.0}, "transformers wants both"),
+    ("DeepSeek-V3", {"rotary_interleaved": True}, "rotary_interleaved"),
     ("DeepSeek-V3", {"rope_type": "rope"}, "mscale_all_dim scales the softmax"),
     (
         "DeepSeek-V3",
