@@ -79,15 +79,8 @@ def test_what_mainline_lacks():
 def test_nobody_else_takes_its_args(other):
     args = FULL.to_args(HF)
     reasons = " ".join(other.matches_args(args))
-    for arg in (
-        "attn_logit_softcapping",
-        "softmax_scale",
-        "apply_layernorm_1p",
-        "embedding_scale",
-        "rotary_interleaved",
-    ):
-        if arg != "rotary_interleaved" or "latent" not in str(type(other.attention)).lower():
-            assert arg in reasons
+    for arg in ("attn_logit_softcapping", "softmax_scale", "apply_layernorm_1p", "embedding_scale"):
+        assert arg in reasons
     with pytest.raises(Refused):
         other.to_hf(args)
 
