@@ -259,7 +259,7 @@ def _megatron(request: Request, model: Described) -> Target:
 def _check_layout(request: Request, model: Described) -> None:
     """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
     parallel = request.parallel
-    experts = size(model.facts, "experts") if "experts" in model.facts else 0
+    experts = size(model.facts, "experts")
     if not experts and (parallel.ep > 1 or parallel.inner > parallel.tp):
         raise Refused(
             f"{model.family.name} has no experts to divide, nothing was written",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 from dconv.arch.args import ARGS
-from dconv.arch.dense import DenseConfig
+from dconv.arch.attention import Biases, Grouped, Window
+from dconv.arch.decoder import DecoderConfig
 from dconv.arch.fields import flag, multiple, number, table, whole
+from dconv.arch.translate import Config
 from dconv.errors import Refused
 
+C = TypeVar("C", bound=Config)
 
-def detect_by_args(args: Mapping[str, object], configs: Iterable[DenseConfig]) -> DenseConfig:
+
+def detect_by_args(args: Mapping[str, object], configs: Iterable[C]) -> C:
     """The first family that these args fit; a family that allows more stands after the one that allows less.
 
     Query-key norms are qwen3's, a bias on q, k, v alone qwen2's, a window on every layer mistral's; what mistral
@@ -115,7 +119,8 @@ def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict
     return hf
 
 
-_COMMON: Final[Mapping[str, object]] = {
+#: What most of transformers' decoder classes take for keys that config.json omits.
+COMMON: Final[Mapping[str, object]] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -132,7 +137,7 @@ _COMMON: Final[Mapping[str, object]] = {
 }
 _MISTRAL: Final = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 _QWEN: Final[Mapping[str, object]] = {
-    **_COMMON,
+    **COMMON,
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -142,9 +147,12 @@ _QWEN: Final[Mapping[str, object]] = {
 }
 
 _BIAS = "attention_bias"
-LLAMA = DenseConfig("llama", "LlamaForCausalLM", _COMMON, qkv_bias=_BIAS, out_bias=_BIAS, mlp_bias="mlp_bias")
-MISTRAL = DenseConfig("mistral", "MistralForCausalLM", {**_COMMON, **_MISTRAL, "sliding_window": 4096}, window="all")
-QWEN2 = DenseConfig("qwen2", "Qwen2ForCausalLM", _QWEN, qkv_bias=True, window="layers")
-QWEN3 = DenseConfig(
-    "qwen3", "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, _BIAS, _BIAS, qk_norm=True, window="layers"
+_LATE = Window("late", switch=True)
+LLAMA = DecoderConfig("llama", "LlamaForCausalLM", COMMON, bias=Biases(_BIAS, _BIAS, "mlp_bias"))
+MISTRAL = DecoderConfig(
+    "mistral", "MistralForCausalLM", {**COMMON, **_MISTRAL, "sliding_window": 4096}, window=Window("all")
+)
+QWEN2 = DecoderConfig("qwen2", "Qwen2ForCausalLM", _QWEN, bias=Biases(qkv=True), window=_LATE)
+QWEN3 = DecoderConfig(
+    "qwen3", "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, Grouped(True), Biases(_BIAS, _BIAS), _LATE
 )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
-from dconv.arch.config import DenseConfig
 from dconv.arch.layouts import Facts, Layout, size
+from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 
 
@@ -103,11 +103,11 @@ class Family:
     """
 
     name: str
-    config: DenseConfig
+    config: Config
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
 
-    def derive(self, name: str, config: DenseConfig, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
+    def derive(self, name: str, config: Config, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
         return replace(self, name=name, config=config, rows=kept + add)
@@ -123,12 +123,12 @@ class Family:
         for row in self.rows:
             if row.per_layer:
                 stacks.setdefault(row.stack, []).append(row)
-        experts = size(facts, "experts") if "experts" in facts else 0
+        experts = size(facts, "experts")
         for row in single:
             if row.first_stage:
                 yield _entry(row, -1, -1, facts, dtypes)
         for stack, rows in stacks.items():
-            for layer in range(size(facts, stack) if stack in facts else 0):
+            for layer in range(size(facts, stack)):
                 for row in rows:
                     if row.exists(facts, layer):
                         for expert in range(experts) if row.per_expert else (-1,):

@@ -89,6 +89,18 @@ def not_negative(said: Mapping[str, object], key: str, where: str) -> float:
     return real
 
 
+def positive(said: Mapping[str, object], key: str, where: str) -> float:
+    """A finite number above 0.
+
+    Raises:
+        Damaged: it is not.
+    """
+    real = number(said, key, where)
+    if real <= 0:
+        raise _damaged(key, where, "above 0", real)
+    return real
+
+
 def flag(said: Mapping[str, object], key: str, where: str) -> bool:
     """True or false; ``null`` and an absent key are false.
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dconv.errors import Refused
 from dconv.sharding.layout import Fused, Part, Run
 from dconv.sharding.tensor import TensorSpec
 
-#: What a config says of a model: sizes, switches, and switches of each layer.
-Facts = Mapping[str, int | bool | tuple[bool, ...]]
+#: What shapes follow from: a size (int), a switch (bool), or a switch for each layer (tuple of bools).
+Facts = Mapping[str, Any]
 #: (facts, logical names, expert) -> (logical shapes, parts along the fused axis)
 _Shape = Callable[[Facts, Sequence[str], int], tuple[list[tuple[int, ...]], tuple[Part, ...]]]
 
 
 def size(facts: Facts, dim: str) -> int:
-    """A fact that is one number."""
-    value = facts[dim]
-    if isinstance(value, tuple):
-        raise TypeError(f"{dim} is one value a layer")
-    return int(value)
+    """A fact that is one number; 0 where the model has no such thing."""
+    return int(facts.get(dim, 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dconv.arch.dense import DenseConfig
+from dconv.arch.attention import Window
+from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Row
 from dconv.arch.layouts import gate_up_in_one, query_groups_in_one
 from dconv.arch.llama import LLAMA
+from dconv.arch.rotary import Rope
 
-_CONFIG = DenseConfig(
+_CONFIG = DecoderConfig(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     defaults={
@@ -16,8 +18,8 @@ _CONFIG = DenseConfig(
         "max_position_embeddings": 4096, "initializer_range": 0.02, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False, "attention_dropout": 0.0, "sliding_window": None,
     },
-    window="all",
-    ropes=("default",),  # its class takes yarn for longrope, which Megatron lacks
+    window=Window("all"),
+    rope=Rope(kinds=("default",)),  # its class takes yarn for longrope, which Megatron lacks
 )  # fmt: skip
 
 _QKV, _FC1 = "decoder.layers.*.self_attention.linear_qkv.weight", "decoder.layers.*.mlp.linear_fc1.weight"

@@ -114,7 +114,7 @@ def rope_to_args(rope: Mapping[str, object]) -> tuple[dict[str, object], list[st
     known = _KINDS.get(str(rope["rope_type"]))
     kind = known or _KINDS["default"]
     reasons = [] if known else [f"rope_type {rope['rope_type']}: Megatron has {', '.join(_KINDS)}"]
-    said = _concentrated({**kind.defaults, **rope}) if kind is _KINDS["yarn"] else rope
+    said = concentrated({**kind.defaults, **rope}) if kind is _KINDS["yarn"] else rope
     theta = number(rope, "rope_theta", _CONFIG)
     scaled = kind is _KINDS["llama3"]
     args: dict[str, object] = {
@@ -185,7 +185,7 @@ def rope_from_args(args: Mapping[str, object]) -> tuple[dict[str, object], list[
     return {"rope_theta": theta, "rope_scaling": None if name == "default" else rope}, reasons
 
 
-def _concentrated(yarn: Mapping[str, object]) -> dict[str, object]:
+def concentrated(yarn: Mapping[str, object]) -> dict[str, object]:
     """YaRN's numbers with transformers' rule applied: one multiplier without the other counts for nothing."""
     both = yarn.get("mscale") and yarn.get("mscale_all_dim")
     return {**yarn} if both else {**yarn, "mscale": 1.0, "mscale_all_dim": 0.0}

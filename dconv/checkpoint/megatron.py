@@ -55,7 +55,7 @@ def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str,
         for at, layer in enumerate(layers)
     }
     last = parallel.vpp - 1
-    a_rank = size(facts, "experts") // parallel.ep if "experts" in facts else 0
+    a_rank = size(facts, "experts") // parallel.ep
     stages: list[list[list[Placed]]] = [[[] for _ in range(parallel.ep)] for _ in range(parallel.pp)]
     for entry in family.entries(facts, dtypes):
         row = entry.row

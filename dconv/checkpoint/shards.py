@@ -54,7 +54,7 @@ _ONE_MATRIX: Final = re.compile(r"(.+\.experts\.)weight([12])")
 
 def locate(shards: Shards, family: Family, facts: Facts) -> Located:
     """Pieces of the logical tensors from Megatron's shards."""
-    shards = _global_experts(shards, size(facts, "experts") if "experts" in facts else 0)
+    shards = _global_experts(shards, size(facts, "experts"))
     located = Located({}, {}, {})
     used: set[str] = set()
     for entry in family.entries(facts):

@@ -113,7 +113,7 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
 def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], family: Family, facts: Facts) -> Shards:
     layers = {_LAYERS.sub(".layers.", row.megatron): row.stack for row in family.rows if row.per_layer}
     depth = {_prefix(key): size(facts, stack) for key, stack in layers.items() if stack in facts}
-    experts = size(facts, "experts") if "experts" in facts else 0
+    experts = size(facts, "experts")
     shards: Shards = {}
     for key, tensor in weights.items():
         extents = tuple(_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dconv.arch.config import LLAMA, MISTRAL, QWEN2
-from dconv.arch.dense import DenseConfig
+from dconv.arch.decoder import DecoderConfig
 from dconv.arch.llama import LLAMA as LLAMA_FAMILY
 from dconv.errors import Damaged, Refused
 from tests.models import config_of
@@ -54,7 +54,7 @@ def test_keys_of_another_function_are_refused(keys: dict[str, object]) -> None:
         (QWEN2, {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}),
     ],
 )
-def test_keys_without_effect_are_taken(family: DenseConfig, keys: dict[str, object]) -> None:
+def test_keys_without_effect_are_taken(family: DecoderConfig, keys: dict[str, object]) -> None:
     assert family.unsayable(config(**keys)) == []
 
 

@@ -1,0 +1,77 @@
+"""Keys of config.json that change the function and that Megatron-LM has no argument for.
+
+They travel inside the args under their own name, so that a round trip through a Megatron checkpoint loses nothing. A
+family that does not declare them refuses them on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dconv.arch.args import ARGS
+from dconv.arch.fields import number
+from dconv.arch.translate import CONFIG, Said
+
+#: Keys by which some family scales, clips or positions what flows, with the value that changes nothing.
+RESCALING: Final[Mapping[str, object]] = {
+    "scale_emb": None,  # MiniCPM
+    "scale_depth": None,
+    "dim_model_base": None,
+    "embedding_multiplier": 1,  # Granite
+    "residual_multiplier": 1,
+    "attention_multiplier": None,
+    "logits_scaling": 1,
+    "logit_scale": 1,  # Cohere
+    "query_pre_attn_scalar": None,  # Gemma
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "embedding_scale": None,  # no key: a constant of Gemma's code, in the args under this name
+    "clip_qkv": None,  # OLMo
+    "no_rope_layers": None,  # SmolLM3
+}
+#: The same for keys that end so.
+_ENDS: Final[Mapping[str, object]] = {"_multiplier": 1, "_multipliers": None, "_softcapping": None}
+
+
+def rescales(key: str, value: object) -> bool:
+    """Whether this key of config.json, with this value, makes another function of the same weights."""
+    neutral = next((one for end, one in _ENDS.items() if key.endswith(end)), RESCALING.get(key, value))
+    return value is not None and value != neutral
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Keys with a real number each, or null.
+
+    Attributes:
+        keys: key, and what mainline megatron-core would have to compute with it, in words.
+    """
+
+    keys: Mapping[str, str] = field(hash=False)
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return tuple(self.keys)
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {key: key for key in self.keys}
+
+    def facts(self, _said: Said) -> dict[str, Any]:
+        return {}
+
+    def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        return {key: None if said.get(key) is None else number(said, key, CONFIG) for key in self.keys}, []
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        return {key: None if said.get(key) is None else number(said, key, ARGS) for key in self.keys}
+
+    def mismatches(self, said: Said) -> list[str]:
+        """Without any of them it is some other family's model, or one whose numbers nobody wrote down."""
+        lacking = all(said.get(key) is None for key in self.keys)
+        return [f"none of {', '.join(self.keys)} is in the args"] if lacking else []
+
+    def needs(self, said: Said) -> list[str]:
+        return [f"{key}: {words}" for key, words in self.keys.items() if rescales(key, said.get(key))]

@@ -1,0 +1,79 @@
+"""Rotary position embedding as an aspect of a family: which kinds it has, and which part of a head it rotates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dconv.arch.args import ARGS
+from dconv.arch.attention import differing
+from dconv.arch.fields import number, whole
+from dconv.arch.rope import rope_from_args, rope_parameters, rope_to_args
+from dconv.arch.translate import CONFIG, Said
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions are rotated.
+
+    Attributes:
+        kinds: the only ``rope_type`` that transformers' class understands as the others do; none means all.
+        part: the key that says which part of a head is rotated, the first ones: a fraction
+            (``partial_rotary_factor``), or a number of them where the key ends in ``_dim``; none means whole heads.
+        interleaved: whether neighbours are rotated together instead of the two halves of a head.
+    """
+
+    kinds: tuple[str, ...] = ()
+    part: str = ""
+    interleaved: bool = False
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return "rotary_percent", "rotary_interleaved"
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        keys = {"rope_theta": "rotary_base", "rope_scaling": "use_rope_scaling"}
+        return {**keys, self.part: "rotary_percent"} if self.part else keys
+
+    def facts(self, _said: Said) -> dict[str, Any]:
+        return {}
+
+    def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        said, percent = {**said}, 1.0
+        if self.part and said.get(self.part) is not None:
+            given = number(said, self.part, CONFIG)
+            said["partial_rotary_factor"] = given / facts["head_dim"] if self.part.endswith("_dim") else given
+        rope = rope_parameters(said)
+        if self.part:
+            percent = rope.pop("partial_rotary_factor")
+        args, lost = rope_to_args(rope)
+        kind = str(rope["rope_type"])
+        return {
+            **args,
+            "rotary_percent": percent,
+            "rotary_interleaved": self.interleaved,
+        }, lost + self._kind(kind)
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        hf = rope_from_args(said)[0]
+        if self.part:
+            percent = number(said, "rotary_percent", ARGS)
+            whole_head = whole(said, "kv_channels", ARGS)
+            hf[self.part] = round(percent * whole_head) if self.part.endswith("_dim") else percent
+        return hf
+
+    def mismatches(self, said: Said) -> list[str]:
+        rope, odd = rope_from_args(said)
+        scaling = rope["rope_scaling"]
+        kind = str(scaling.get("rope_type")) if isinstance(scaling, Mapping) else "default"
+        whole_heads = {} if self.part else {"rotary_percent": 1.0}
+        return differing(said, {**whole_heads, "rotary_interleaved": self.interleaved}) + odd + self._kind(kind)
+
+    def needs(self, _said: Said) -> list[str]:
+        return []
+
+    def _kind(self, kind: str) -> list[str]:
+        known = not self.kinds or kind in self.kinds
+        return [] if known else [f"rope_type {kind}: this family has {', '.join(self.kinds)}"]
