@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 from dconv.errors import Damaged, Refused, group_names
 
 if TYPE_CHECKING:
+    from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.T5 import T5Model
+
+    Model = GPTModel | BertModel | T5Model
 
 Args = Mapping[str, Any] | Namespace
 
@@ -36,7 +40,17 @@ _NOT_OF_THE_MODEL = re.compile(r"_extra_state|^optimizer\.|^chained_|^rng_state|
 _CONTENT_METADATA = {"singleton_local_shards": False}
 
 
-def seed_weights(models: Iterable[GPTModel], seed: int) -> None:
+def forget_weights(model: Model) -> None:
+    """Make all that a checkpoint should fill NaN: parameters and saved buffers."""
+    import torch
+
+    model.requires_grad_(False)
+    for value in model.state_dict().values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.fill_(torch.nan)
+
+
+def seed_weights(models: Iterable[Model], seed: int) -> None:
     """Fill every parameter with values that depend only on (seed, global name, layer and expert, global index).
 
     So each parallel layout of one architecture gets the same model; a larger vocabulary padding only adds rows.
@@ -69,7 +83,7 @@ def seed_weights(models: Iterable[GPTModel], seed: int) -> None:
                 piece.data.copy_(values[tuple(slice(start, start + size) for start, size in box)])
 
 
-def _named(models: list[GPTModel]) -> Iterator[tuple[str, GPTModel]]:
+def _named(models: Sequence[Model]) -> Iterator[tuple[str, Model]]:
     """Chunks under the names that Megatron-LM saves them by: ``model``, or ``model0``, ``model1`` …"""
     for index, model in enumerate(models):
         yield ("model" if len(models) == 1 else f"model{index}"), model
@@ -102,7 +116,7 @@ def _finish_iteration(root: str | Path, iteration: int) -> None:
     dist.barrier()
 
 
-def _common_state(models: list[GPTModel], args: Args, iteration: int) -> dict[str, Any]:
+def _common_state(models: Sequence[Model], args: Args, iteration: int) -> dict[str, Any]:
     """What Megatron-LM saves beside the weights; the parallel sizes in ``args`` are those of the running world."""
     config = models[0].config
     sizes = {
@@ -119,7 +133,7 @@ def _common_state(models: list[GPTModel], args: Args, iteration: int) -> dict[st
     }
 
 
-def save_torch_dist(models: list[GPTModel], root: str | Path, args: Args, iteration: int = 1) -> Path:
+def save_torch_dist(models: Sequence[Model], root: str | Path, args: Args, iteration: int = 1) -> Path:
     """Save as Megatron-LM does for ``--ckpt-format torch_dist`` (no optimizer); every rank of the world calls it.
 
     Returns:
@@ -136,7 +150,7 @@ def save_torch_dist(models: list[GPTModel], root: str | Path, args: Args, iterat
     return directory
 
 
-def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
+def load_torch_dist(models: Sequence[Model], path: str | Path) -> None:
     """Load a torch_dist checkpoint with megatron-core's own loader, in whatever layout the world has.
 
     A vocabulary padded to another size is loaded as megatron-core does: rows that the checkpoint lacks become 0.
@@ -182,7 +196,7 @@ def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
         _fill(model, state[name], directory)
 
 
-def save_legacy(models: list[GPTModel], root: str | Path, args: Args, iteration: int = 1) -> Path:
+def save_legacy(models: Sequence[Model], root: str | Path, args: Args, iteration: int = 1) -> Path:
     """Save as Megatron-LM does for ``--ckpt-format torch`` (no optimizer); every rank of the world calls it.
 
     Returns:
@@ -203,7 +217,7 @@ def save_legacy(models: list[GPTModel], root: str | Path, args: Args, iteration:
     return directory
 
 
-def load_legacy(models: list[GPTModel], path: str | Path) -> None:
+def load_legacy(models: Sequence[Model], path: str | Path) -> None:
     """Load this rank's own file of a legacy checkpoint, whose layout must be that of the world.
 
     Norms fused into linear layers and grouped experts, as the Transformer Engine spec names them, are renamed to the
@@ -277,7 +291,7 @@ def _local_name(key: str) -> str:
     return key
 
 
-def _fill(model: GPTModel, state: Mapping[str, Any], where: str) -> None:
+def _fill(model: Model, state: Mapping[str, Any], where: str) -> None:
     """``load_state_dict``, strict in names and shapes but for ``_extra_state`` (None without Transformer Engine)."""
     wanted, found = _shapes(model.state_dict()), _shapes(state)
     if wanted.keys() != found.keys():

@@ -109,8 +109,9 @@ FAMILIES: dict[str, Family] = {
         "T5Config",
         "T5ForConditionalGeneration",
         {
-            "num_layers": 4, "d_model": 128, "d_kv": 16, "d_ff": 352, "num_heads": 8, "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 20, "decoder_start_token_id": 0, "tie_word_embeddings": True,
+            "num_layers": 4, "d_model": 128, "d_kv": 16, "d_ff": 352, "num_heads": 8,
+            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
+            "decoder_start_token_id": 0, "tie_word_embeddings": True,
         },
     ),
     "mamba2": Family(

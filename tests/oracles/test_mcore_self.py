@@ -224,7 +224,7 @@ def build_only(rank: int, world: int, init_method: str, args: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"multi_latent_attention": True, "padded_vocab_size": 320}, "multi_latent_attention"),
+        ({"apply_layernorm_1p": True}, "apply_layernorm_1p"),
         ({"padded_vocab_size": None}, "padded_vocab_size"),
     ],
 )
