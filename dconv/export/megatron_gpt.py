@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dconv.errors import Refused
 from dconv.export.megatron_config import as_dict, position_embedding, transformer_config
 from dconv.export.megatron_cpu import cpu_patches
-from dconv.export.megatron_weights import Args, forget_weights
+from dconv.export.megatron_weights import Args, forget_weights, require_filled_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +131,16 @@ def _any_widths() -> type:
     return AnyWidths
 
 
+def require_tokens(vocabulary: int, tokens: torch.Tensor) -> None:
+    """Refuse all but a matrix of numbers below ``vocabulary``: for others, a parallel embedding answers zeros."""
+    if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise Refused(
+            "these tokens cannot be fed to the model",
+            expected=f"[batch, sequence] of numbers below {vocabulary}",
+            found=f"shape {tuple(tokens.shape)}, from {int(tokens.min())} to {int(tokens.max())}",
+        )
+
+
 def logits(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
     """One forward pass of the whole pipeline; every rank of the world calls it with the same tokens.
 
@@ -146,19 +156,14 @@ def logits(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
 
     Raises:
         Refused: tokens are not a matrix of numbers below the vocabulary size.
+        Damaged: a saved buffer has NaN (`require_filled_buffers`).
     """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    vocabulary = models[0].vocab_size
-    if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= vocabulary:
-        # Megatron's parallel embedding would answer zeros for a token of no rank
-        raise Refused(
-            "these tokens cannot be fed to the model",
-            expected=f"[batch, sequence] of numbers below {vocabulary}",
-            found=f"shape {tuple(tokens.shape)}, from {int(tokens.min())} to {int(tokens.max())}",
-        )
+    require_filled_buffers(models)
+    require_tokens(models[0].vocab_size, tokens)
     config = models[0].config
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
