@@ -58,6 +58,7 @@ def cpu_patches() -> None:
     - the CUDA random state is not forked: dropout is off here, nothing draws from it;
     - the two attention masks ask for ``device="cuda"`` literally: the original functions run with it redirected;
     - the MoE router looks up ``te_general_gemm``, which is unbound without Transformer Engine;
+    - multi-latent attention takes Transformer Engine for installed, since the import that it tries does not fail;
     - the torch_dist writer measures its memory with psutil for a debug message, and hangs where psutil is missing:
       there it measures nothing.
 
@@ -75,6 +76,7 @@ def cpu_patches() -> None:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.fusions import fused_softmax
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+        from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils
 
     torch.cuda.current_device = lambda: torch.device("cpu")
@@ -85,6 +87,8 @@ def cpu_patches() -> None:
         setattr(fused_softmax, name, _cuda_means_cpu(getattr(fused_softmax, name)))
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    if not isinstance(multi_latent_attention.TELinear, type):  # a mock stands for it
+        multi_latent_attention.HAVE_TE = False
     if importlib.util.find_spec("psutil") is None:
         filesystem_async._process_memory = lambda: 0
     _patched = True

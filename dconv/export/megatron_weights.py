@@ -1,7 +1,7 @@
 """Weights into and out of megatron-core models: its own savers and loaders, and seeded values for tests.
 
-Nothing here knows a layout or a name of a weight beyond what megatron-core itself says, save for the renaming of
-Transformer Engine names to those of the local layer spec.
+Nothing here knows a layout or a name of a weight beyond what megatron-core itself says, save for the two spellings of
+`dconv.export.megatron_spelling`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ import hashlib
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Damaged, Refused, group_names
+from dconv.export import megatron_spelling
 
 if TYPE_CHECKING:
+    from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.T5 import T5Model
+
+    Model = GPTModel | BertModel | T5Model
 
 Args = Mapping[str, Any] | Namespace
-
-# the fused norms of the Transformer Engine spec and its grouped experts, under their names in the local spec
-_TO_LOCAL_SPEC = (
-    (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r".input_layernorm.\1"),
-    (re.compile(r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r".pre_mlp_layernorm.\1"),
-    (re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$"), r".experts.local_experts.\3.\1.\2"),
-)
 
 # saved beside the model, in a torch_dist checkpoint, by a training run
 _NOT_OF_THE_MODEL = re.compile(r"_extra_state|^optimizer\.|^chained_|^rng_state|^rerun_state|^common_state")
@@ -36,7 +34,37 @@ _NOT_OF_THE_MODEL = re.compile(r"_extra_state|^optimizer\.|^chained_|^rng_state|
 _CONTENT_METADATA = {"singleton_local_shards": False}
 
 
-def seed_weights(models: Iterable[GPTModel], seed: int) -> None:
+def forget_weights(model: Model) -> None:
+    """Make all that a checkpoint should fill NaN: parameters and saved buffers."""
+    import torch
+
+    model.requires_grad_(False)
+    for value in model.state_dict().values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.fill_(torch.nan)
+
+
+def require_filled_buffers(models: Sequence[Model]) -> None:
+    """Refuse NaN in saved buffers: as a router's correction it only changes which experts are chosen, unseen.
+
+    Raises:
+        Damaged: a saved buffer has NaN. NaN in a parameter needs no such check, it reaches every logit.
+    """
+    import torch
+
+    for model in models:
+        parameters = {name for name, _ in model.named_parameters()}
+        buffers = {
+            name: value
+            for name, value in model.state_dict().items()
+            if isinstance(value, torch.Tensor) and name not in parameters
+        }
+        empty = [name for name, value in buffers.items() if value.isnan().any()]
+        if empty:
+            raise Damaged("buffers of the model were not loaded or are NaN", found=group_names(empty))
+
+
+def seed_weights(models: Iterable[Model], seed: int) -> None:
     """Fill every parameter with values that depend only on (seed, global name, layer and expert, global index).
 
     So each parallel layout of one architecture gets the same model; a larger vocabulary padding only adds rows.
@@ -69,7 +97,7 @@ def seed_weights(models: Iterable[GPTModel], seed: int) -> None:
                 piece.data.copy_(values[tuple(slice(start, start + size) for start, size in box)])
 
 
-def _named(models: list[GPTModel]) -> Iterator[tuple[str, GPTModel]]:
+def _named(models: Sequence[Model]) -> Iterator[tuple[str, Model]]:
     """Chunks under the names that Megatron-LM saves them by: ``model``, or ``model0``, ``model1`` …"""
     for index, model in enumerate(models):
         yield ("model" if len(models) == 1 else f"model{index}"), model
@@ -102,7 +130,11 @@ def _finish_iteration(root: str | Path, iteration: int) -> None:
     dist.barrier()
 
 
-def _common_state(models: list[GPTModel], args: Args, iteration: int) -> dict[str, Any]:
+def _as_dict(args: Args) -> dict[str, Any]:
+    return dict(vars(args) if isinstance(args, Namespace) else args)
+
+
+def _common_state(models: Sequence[Model], args: Args, iteration: int) -> dict[str, Any]:
     """What Megatron-LM saves beside the weights; the parallel sizes in ``args`` are those of the running world."""
     config = models[0].config
     sizes = {
@@ -113,14 +145,16 @@ def _common_state(models: list[GPTModel], args: Args, iteration: int) -> dict[st
         )
     }  # fmt: skip
     return {
-        "args": Namespace(**{**(vars(args) if isinstance(args, Namespace) else args), **sizes}),
+        "args": Namespace(**{**_as_dict(args), **sizes}),
         "checkpoint_version": 3.0,
         "iteration": iteration,
     }
 
 
-def save_torch_dist(models: list[GPTModel], root: str | Path, args: Args, iteration: int = 1) -> Path:
+def save_torch_dist(models: Sequence[Model], root: str | Path, args: Args, iteration: int = 1) -> Path:
     """Save as Megatron-LM does for ``--ckpt-format torch_dist`` (no optimizer); every rank of the world calls it.
+
+    Where ``args`` say ``transformer_impl="transformer_engine"``, norms have the names that this has, else the local.
 
     Returns:
         The directory of the iteration, under ``root``.
@@ -130,13 +164,16 @@ def save_torch_dist(models: list[GPTModel], root: str | Path, args: Args, iterat
     directory = _start_iteration(root, iteration)
     state = _common_state(models, args, iteration)
     for name, model in _named(models):
-        state[name] = model.sharded_state_dict(metadata=dict(_CONTENT_METADATA))
+        state[name] = sharded = model.sharded_state_dict(metadata=dict(_CONTENT_METADATA))
+        if _as_dict(args).get("transformer_impl") == "transformer_engine":
+            keys = megatron_spelling.global_names(sharded)
+            megatron_spelling.rename(sharded, megatron_spelling.to_fused(keys, grouped=False))
     dist_checkpointing.save(state, str(directory), content_metadata=dict(_CONTENT_METADATA))
     _finish_iteration(root, iteration)
     return directory
 
 
-def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
+def load_torch_dist(models: Sequence[Model], path: str | Path) -> None:
     """Load a torch_dist checkpoint with megatron-core's own loader, in whatever layout the world has.
 
     A vocabulary padded to another size is loaded as megatron-core does: rows that the checkpoint lacks become 0.
@@ -152,6 +189,7 @@ def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -166,6 +204,10 @@ def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
         with _megatron_classes():
             metadata = dist_checkpointing.load_content_metadata(directory) or {}
             wanted = {name: model.sharded_state_dict(metadata=dict(metadata)) for name, model in _named(models)}
+            saved = load_sharded_metadata(directory).keys()
+            for sharded in wanted.values():
+                names = megatron_spelling.as_saved(megatron_spelling.global_names(sharded), saved)
+                megatron_spelling.rename(sharded, names)
             # in its words, missing: saved but not asked for; unexpected: asked for but not saved
             loaded: Any = dist_checkpointing.load(wanted, directory, strict=StrictHandling.RETURN_ALL)
             state, missing, unexpected = loaded
@@ -182,20 +224,38 @@ def load_torch_dist(models: list[GPTModel], path: str | Path) -> None:
         _fill(model, state[name], directory)
 
 
-def save_legacy(models: list[GPTModel], root: str | Path, args: Args, iteration: int = 1) -> Path:
+def save_legacy(models: Sequence[Model], root: str | Path, args: Args, iteration: int = 1) -> Path:
     """Save as Megatron-LM does for ``--ckpt-format torch`` (no optimizer); every rank of the world calls it.
+
+    A rank writes if it is the first of its dense or of its expert data parallel group. Where ``args`` say
+    ``transformer_impl="transformer_engine"``, norms have the names that this has, and with ``moe_grouped_gemm`` the
+    experts, too; else the local ones.
 
     Returns:
         The directory of the iteration, under ``root``.
+
+    Raises:
+        Refused: expert tensor parallel ranks would write one file, since its name has no number for them.
     """
     import torch
     from megatron.core import parallel_state
 
+    cut = parallel_state.get_expert_tensor_parallel_world_size() or 1
+    if cut > parallel_state.get_tensor_model_parallel_world_size():
+        raise Refused(
+            "legacy files cannot hold experts that are cut further than the rest of the model",
+            expected="expert tensor parallel size up to the tensor parallel size",
+            found=str(cut),
+        )
+    given = _as_dict(args)
     directory = _start_iteration(root, iteration)
     if 0 in (parallel_state.get_data_parallel_rank(), parallel_state.get_expert_data_parallel_rank()):
         state = _common_state(models, args, iteration)
         for name, model in _named(models):
-            state[name] = model.state_dict_for_save_checkpoint()
+            state[name] = weights = model.state_dict_for_save_checkpoint()
+            if given.get("transformer_impl") == "transformer_engine":
+                spelled = megatron_spelling.to_fused(weights, grouped=bool(given.get("moe_grouped_gemm")))
+                state[name] = {spelled[key]: value for key, value in weights.items()}
         file = directory / _rank_directory() / "model_optim_rng.pt"
         file.parent.mkdir(exist_ok=True)
         torch.save(state, file)
@@ -203,7 +263,7 @@ def save_legacy(models: list[GPTModel], root: str | Path, args: Args, iteration:
     return directory
 
 
-def load_legacy(models: list[GPTModel], path: str | Path) -> None:
+def load_legacy(models: Sequence[Model], path: str | Path) -> None:
     """Load this rank's own file of a legacy checkpoint, whose layout must be that of the world.
 
     Norms fused into linear layers and grouped experts, as the Transformer Engine spec names them, are renamed to the
@@ -238,7 +298,7 @@ def load_legacy(models: list[GPTModel], path: str | Path) -> None:
     for name, model in chunks.items():
         renamed: dict[str, Any] = {}
         for key, value in state[name].items():
-            local = _local_name(key)
+            local = megatron_spelling.to_local(key)
             if local in renamed:
                 raise Damaged("one weight is there under two names", where=f"{file}: {name}", found=local)
             renamed[local] = value
@@ -271,13 +331,7 @@ def _rank_directory() -> str:
     return name
 
 
-def _local_name(key: str) -> str:
-    for pattern, replacement in _TO_LOCAL_SPEC:
-        key = pattern.sub(replacement, key)
-    return key
-
-
-def _fill(model: GPTModel, state: Mapping[str, Any], where: str) -> None:
+def _fill(model: Model, state: Mapping[str, Any], where: str) -> None:
     """``load_state_dict``, strict in names and shapes but for ``_extra_state`` (None without Transformer Engine)."""
     wanted, found = _shapes(model.state_dict()), _shapes(state)
     if wanted.keys() != found.keys():

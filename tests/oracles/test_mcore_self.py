@@ -43,6 +43,53 @@ GPT2 = LLAMA | {
     "max_position_embeddings": 64,
 }
 MOE = LLAMA | {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+QWEN_MOE = MOE | {
+    "qk_layernorm": True,
+    "add_qkv_bias": True,
+    "moe_router_pre_softmax": True,
+    "moe_shared_expert_intermediate_size": 56,
+    "moe_shared_expert_gate": True,
+}
+DEEPSEEK = LLAMA | {
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 24,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 12,
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "mscale_all_dim": 1.0,
+    "num_experts": 8,
+    "moe_ffn_hidden_size": 48,
+    "moe_layer_freq": [0, 1, 1, 1],
+    "moe_shared_expert_intermediate_size": 96,
+    "moe_router_topk": 4,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+}
+LITE = DEEPSEEK | {"q_lora_rank": None, "rope_type": "rope", "mscale_all_dim": 0.0, "moe_router_num_groups": None,
+                   "moe_router_group_topk": None, "moe_router_score_function": "softmax", "moe_layer_freq": 1,
+                   "moe_router_enable_expert_bias": False, "transformer_impl": "transformer_engine"}  # fmt: skip
+GPT_OSS = MOE | {
+    "swiglu": False,
+    "quick_geglu": True,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 7.0,
+    "add_bias_linear": True,
+    "softmax_type": "learnable",
+    "window_size": (7, 0),
+    "window_attn_skip_freq": [1, 0, 1, 0],
+    "position_embedding_type": "yarn",
+    "yarn_rotary_scaling_factor": 32.0,
+    "yarn_original_max_position_embeddings": 4096,
+}
 
 TOKENS = torch.randint(0, 301, (2, 24), generator=torch.Generator().manual_seed(0))
 TOLERANCE = 2e-5  # fp32, logits around 1; tensor parallelism only changes the order of sums (3e-6 seen)
@@ -92,7 +139,14 @@ FUNCTIONS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]] = {
     "bias and q/k norms, groups < tp": (QWEN, [(2, 2), (4, 1)]),
     "one query group": (ONE_GROUP, [(2, 2)]),
     "gpt2": (GPT2, [(2, 2)]),
-    "experts": (MOE, [(1, 1, 1, 2), (2, 2, 1, 2), (2, 1, 1, 2, 2)]),
+}
+# besides plain ones: experts cut less than attention, more, over the same ranks and over others
+EXPERTS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]] = {
+    "experts": (MOE, [(1, 1, 1, 2), (2, 1, 1, 2, 2), (1, 1, 1, 2, 2), (4, 1, 1, 2, 2), (4, 1, 1, 2, 1), (2, 1)]),
+    "shared and gated": (QWEN_MOE, [(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 1, 1, 2)]),
+    "latent attention": (DEEPSEEK, [(2, 2, 1, 2), (1, 2, 2, 2), (4, 1, 1, 2, 2), (2, 1, 1, 4)]),
+    "latent attention, one projection": (LITE, [(2, 2, 1, 2), (4, 1, 1, 1, 4)]),
+    "sinks and biases": (GPT_OSS, [(2, 2, 1, 2), (1, 2, 2, 2)]),
 }
 SPLITS: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]] = {
     "embedding and loss counted": (
@@ -121,7 +175,10 @@ def seeded_layouts(
     return {name: [ranks.run(args, *sizes) for sizes in ((1, 1), *layouts)] for name, (args, layouts) in cases.items()}
 
 
-@pytest.mark.parametrize("cases", [pytest.param(FUNCTIONS, id="functions"), pytest.param(SPLITS, id="splits")])
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param(FUNCTIONS, id="functions"), pytest.param(EXPERTS, id="experts"), pytest.param(SPLITS, id="splits")],
+)
 def test_every_layout_is_the_same_model(cases: dict[str, tuple[dict[str, Any], list[tuple[int, ...]]]]) -> None:
     results = megatron.spawn(seeded_layouts, 4, cases, timeout=300)
     differences = {name: max(spread([result[name] for result in results])) for name in cases}
@@ -175,6 +232,79 @@ def test_legacy_chunks_load_under_both_sets_of_names(tmp_path: Path) -> None:
     assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in last["model0"]  # renamed above, local numbers
 
 
+#: layout -> the files that a legacy checkpoint has
+EXPERT_FILES: dict[tuple[int, ...], set[str]] = {
+    (2, 1, 1, 2, 1): {"mp_rank_00_000", "mp_rank_01_001"},
+    (1, 1, 1, 2): {"mp_rank_00_000", "mp_rank_00_001"},
+    (2, 1, 1, 2, 2): {"mp_rank_00_000", "mp_rank_01_000", "mp_rank_00_001", "mp_rank_01_001"},
+    (4, 1, 1, 2, 2): {"mp_rank_00_000", "mp_rank_01_000", "mp_rank_02_001", "mp_rank_03_001"},
+    (1, 2, 2, 2): {"mp_rank_00_000_000", "mp_rank_00_000_001", "mp_rank_00_001_000", "mp_rank_00_001_001"},
+    (2, 1, 1, 1, 1): {"mp_rank_00", "mp_rank_01"},
+}
+TE = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True}
+
+
+def through_expert_files(rank: int, world: int, init_method: str, root: str) -> list[list[torch.Tensor | None]]:
+    """Per model, logits of seeded weights and of what each container gives back in each layout."""
+    ranks = Ranks(rank, init_method)
+    found = []
+    for name, args in (("shared", QWEN_MOE), ("latent", DEEPSEEK)):
+        found.append([ranks.run(args, 1, 1)])
+        for layout in EXPERT_FILES:
+            spelled = args | (TE if layout[0] == 2 else {})
+            place = f"{root}/{name}-{'-'.join(map(str, layout))}"
+            ranks.run(spelled, *layout, save="legacy", root=place)
+            found[-1].append(ranks.run(spelled, *layout, load="legacy", root=place))
+        for layout, impl in (((2, 1, 1, 2, 2), TE), ((1, 2, 2, 2, 1), {})):
+            place = f"{root}/{name}-torch_dist-{layout[0]}"
+            ranks.run(args | impl, *layout, save="torch_dist", root=place)
+            found[-1].append(ranks.run(args, *layout, load="torch_dist", root=place))
+            found[-1].append(ranks.run(args, 2, 2, 1, 2, load="torch_dist", root=place))
+    return found
+
+
+def test_experts_come_back_from_files_of_every_layout(tmp_path: Path) -> None:
+    results = megatron.spawn(through_expert_files, 4, str(tmp_path), timeout=300)
+    for name, cases in zip(("shared", "latent"), zip(*results, strict=True), strict=True):
+        assert max(spread(list(cases))) < TOLERANCE
+        for layout, files in EXPERT_FILES.items():
+            written = tmp_path / f"{name}-{'-'.join(map(str, layout))}" / "iter_0000001"
+            assert {directory.name for directory in written.iterdir()} == files
+    file = tmp_path / "latent-2-1-1-2-1/iter_0000001/mp_rank_01_001/model_optim_rng.pt"
+    fused = torch.load(file, weights_only=False)["model"]
+    assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in fused
+    assert "decoder.layers.1.mlp.experts.linear_fc1.weight3" in fused  # this rank's last
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in fused
+    assert fused["decoder.layers.1.mlp.router.expert_bias"].dtype == torch.float32
+    assert fused["decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight"].shape == (48,)
+    assert fused["decoder.layers.0.self_attention.linear_q_down_proj.weight"].shape == (48, 64)  # whole on each rank
+
+
+def loses_expert_bias(rank: int, world: int, init_method: str) -> bool:
+    with megatron.parallel_world(1, 1, rank=rank, world=world, init_method=init_method):
+        (model,) = models = megatron.build_gpt(DEEPSEEK)
+        untouched = all(value.isnan().all() for value in model.state_dict().values() if value is not None)
+        megatron.seed_weights(models, seed=1)
+        megatron.logits(models, TOKENS)
+        model.decoder.layers[1].mlp.router.expert_bias.fill_(torch.nan)
+        with pytest.raises(Damaged, match=r"decoder.layers.1.mlp.router.expert_bias"):
+            megatron.logits(models, TOKENS)
+        return untouched
+
+
+def test_a_router_bias_that_no_loader_filled_is_seen() -> None:
+    assert megatron.spawn(loses_expert_bias, 1, timeout=300) == [True]
+
+
+def cuts_experts_further(rank: int, world: int, init_method: str, root: str) -> None:
+    Ranks(rank, init_method).run(MOE, 1, 1, 1, 1, 2, save="legacy", root=root)
+
+
+def test_legacy_files_of_experts_cut_further_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cut further"):
+        megatron.spawn(cuts_experts_further, 2, str(tmp_path), timeout=300)
+
+
 def wrong_checkpoints(rank: int, world: int, init_method: str, root: str) -> list[str]:
     """Saves LLAMA, then loads it as models that have more, less or other weights; says how each was refused."""
     ranks = Ranks(rank, init_method)
@@ -224,7 +354,7 @@ def build_only(rank: int, world: int, init_method: str, args: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"multi_latent_attention": True, "padded_vocab_size": 320}, "multi_latent_attention"),
+        ({"apply_layernorm_1p": True}, "apply_layernorm_1p"),
         ({"padded_vocab_size": None}, "padded_vocab_size"),
     ],
 )
