@@ -13,10 +13,35 @@ from dconv.arch.family import Family
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import expected_specs
 
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATE = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+_LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+    "num_key_value_heads": None, "head_dim": None,
+}  # fmt: skip
+#: What the families' configs say beside the common keys.
+KEYS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        **_ROUTED, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1], "head_dim": None,
+        "layer_types": "full_attention",
+    },
+    "qwen3_moe": _ROUTED,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek": {**_LATE, "head_dim": None},
+    "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
+}  # fmt: skip
+
 
 def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
-    """A small config.json of a family; ``sizes`` are its keys."""
-    return {
+    """A small config.json of a family; ``sizes`` are its keys (those that the family does not have are left out)."""
+    config = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,
         "hidden_size": 32,
@@ -32,8 +57,15 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        **KEYS.get(family.name, {}),
         **sizes,
     }
+    config |= {key: None for key, value in KEYS.get(family.name, {}).items() if value is None}
+    if config["head_dim"] is None:  # it is not a key of this family
+        config["hidden_size"] = 8 * config["num_attention_heads"]
+    if isinstance(config.get("layer_types"), str):  # one kind for all layers
+        config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
+    return config
 
 
 def write_random(

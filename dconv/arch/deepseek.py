@@ -36,7 +36,7 @@ def predictors(inner: tuple[Row, ...]) -> tuple[Row, ...]:
     around = (
         Row(f"{there}.enorm.weight",           f"{here}.enorm.weight",             copied("hidden")),
         Row(f"{there}.hnorm.weight",           f"{here}.hnorm.weight",             copied("hidden")),
-        Row(f"{there}.eh_proj.weight",         f"{here}.eh_proj.weight",           rows("hidden", "two_hidden")),
+        Row(f"{there}.eh_proj.weight",         f"{here}.eh_proj.weight",           rows("hidden", "2 hidden")),
         Row(f"{there}.final_layernorm.weight", f"{here}.shared_head.norm.weight",  copied("hidden")),
     )
     layer = tuple(replace(row, megatron=row.megatron.replace("decoder.layers.*", f"{there}.transformer_layer"), when=_when(row)) for row in inner)

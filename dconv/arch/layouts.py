@@ -7,6 +7,7 @@ Source of the QKV and gate/up orders: ``megatron/core/transformer/attention.py``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,8 @@ _Shape = Callable[[Facts, Sequence[str], int], tuple[list[tuple[int, ...]], tupl
 
 
 def size(facts: Facts, dim: str) -> int:
-    """A fact that is one number; 0 where the model has no such thing."""
-    return int(facts.get(dim, 0))
+    """A fact that is one number (0 where the model has no such thing), a number itself, or ``2 hidden``: a product."""
+    return math.prod(int(word) if word.isdecimal() else int(facts.get(word, 0)) for word in dim.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,12 @@ def _block_sparse(bias: bool) -> tuple[Row, ...]:
     """Mixtral's names of the same."""
     here = "model.layers.*.block_sparse_moe"
     return (
-        replace(ROUTED[0]),
+        ROUTED[0],
         replace(ROUTED[1], hf=f"{here}.gate.weight"),
         replace(ROUTED[2], hf=f"{here}.experts.#.w{{1,3}}.weight"),
         replace(ROUTED[3], hf=f"{here}.experts.#.w2.weight"),
-    ) + ((Row(f"{_MLP}.router.expert_bias", f"{here}.e_score_correction_bias", copied("experts"), keeps=True),) if bias else ())
+        *((Row(f"{_MLP}.router.expert_bias", f"{here}.e_score_correction_bias", copied("experts"), keeps=True),) if bias else ()),
+    )
 
 
 def head_norms(width_q: str, width_k: str) -> tuple[Row, ...]:
@@ -54,7 +55,7 @@ def head_norms(width_q: str, width_k: str) -> tuple[Row, ...]:
 
 MIXTRAL = LLAMA.derive("mixtral", configs.MIXTRAL, drop=_DENSE_NAMES, add=_block_sparse(False))
 QWEN2_MOE = LLAMA.derive("qwen2_moe", configs.QWEN2_MOE, drop=_DENSE_NAMES, add=DENSE + ROUTED + shared("shared_expert") + (
-    Row(f"{_MLP}.shared_experts.gate_weight",         f"{_HF}.shared_expert_gate.weight",         copied("one", "hidden"),        when="shared_gate"),
+    Row(f"{_MLP}.shared_experts.gate_weight",         f"{_HF}.shared_expert_gate.weight",         copied("1", "hidden"),          when="shared_gate"),
 ))
 QWEN3_MOE = LLAMA.derive("qwen3_moe", configs.QWEN3_MOE, drop=_DENSE_NAMES, add=DENSE + ROUTED + head_norms("head_dim", "head_dim"))
 OLMOE = LLAMA.derive("olmoe", configs.OLMOE, drop=_DENSE_NAMES, add=ROUTED + head_norms("q", "kv"))

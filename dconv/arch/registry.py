@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import llama, phi
+from dconv.arch import deepseek, llama, moe, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_BUILT_IN: Final = {family.name: family for family in (*llama.FAMILIES, *phi.FAMILIES)}
+_MODULES: Final = (llama, phi, moe, deepseek)
+_BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
 @cache

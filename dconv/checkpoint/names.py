@@ -32,6 +32,10 @@ _SAVED_AS_FUSED: Final = {
     local: te for te, local in _LOCAL_SPEC.items() if local.startswith(("input_layernorm", "pre_mlp_layernorm"))
 }
 
+#: The decoder layer inside a token predictor, now and from 2026 on.
+_PREDICTOR: Final = "mtp.layers."
+_INNER: Final = (".transformer_layer.", ".mtp_model_layer.")
+
 #: Layers that a pipeline stage numbers from 0.
 _LAYER: Final = re.compile(r"((?:language_model\.)?(?:decoder|encoder)\.layers\.)(\d{1,9})\.(.+)")
 _ENCODER: Final = "encoder."
@@ -59,7 +63,9 @@ def local_key(name: str) -> str:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """A canonical name, and the other that may stand for it."""
+    """A canonical name, and others that may stand for it."""
+    if name.startswith(_PREDICTOR):
+        return tuple(name.replace(_INNER[0], inner, 1) for inner in _INNER)
     match = _LAYER.fullmatch(name)
     if match is None or match[3] not in _OTHER:
         return (name,)

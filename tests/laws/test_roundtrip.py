@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dconv.arch.family import Family
-from dconv.arch.layouts import heads_divide
+from dconv.arch.layouts import heads_divide, size
 from dconv.arch.registry import families
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert
@@ -22,38 +24,59 @@ from tests.models import config_of, tensors, tree_digest, write_random
 CONTAINERS = ("torch_dist", "legacy")
 
 
+def fits(family: Family, facts: Mapping[str, Any], parallel: Parallel) -> bool:
+    """Whether every tensor of a model divides over the tensor-parallel ranks (of experts: their own)."""
+    try:
+        for entry in family.entries(facts):
+            if not entry.fused.padded:
+                entry.fused.shard(0, parallel.tp if entry.expert < 0 else parallel.etp)
+    except Refused:
+        return False
+    return heads_divide(facts, parallel.tp)
+
+
 @st.composite
-def models(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, Parallel, int, str]]]:
+def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[str, Parallel, int, str]]]:
     """A config and two Megatron targets (container, layout, vocabulary divisor, layer names) that it divides by."""
     groups = draw(st.sampled_from([1, 2, 4]))
-    per_group = draw(st.sampled_from([1, 2, 3]))
-    head_dim = draw(st.sampled_from([4, 8]))
     layers = draw(st.integers(1, 6))
-    sizes = {
-        "num_attention_heads": groups * per_group,
-        "num_key_value_heads": groups,
-        "head_dim": head_dim,
-        "hidden_size": draw(st.sampled_from([16, 24])),
-        "intermediate_size": draw(st.sampled_from([16, 48])),
-        "vocab_size": draw(st.integers(1, 70)),
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": draw(st.booleans()),
-    }
-    facts = {"heads": groups * per_group, "groups": groups, "head_dim": head_dim}
+    config = config_of(
+        family,
+        num_attention_heads=groups * draw(st.sampled_from([1, 2, 3])),
+        num_key_value_heads=groups,
+        head_dim=draw(st.sampled_from([4, 8])),
+        hidden_size=draw(st.sampled_from([16, 24])),
+        intermediate_size=draw(st.sampled_from([16, 48])),
+        vocab_size=draw(st.integers(1, 70)),
+        num_hidden_layers=layers,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    facts = family.config.facts(config)
     targets = []
     for _ in range(2):
-        divides = [t for t in (1, 2, 3, 4, 8) if heads_divide(facts, t) and sizes["intermediate_size"] % t == 0]
-        tp = draw(st.sampled_from(divides))
         stages = draw(st.lists(st.integers(0, layers), max_size=3))
         cuts = [0, *sorted(min(s, layers) for s in stages), layers]
         counts = [b - a for a, b in itertools.pairwise(cuts)]
         vpp = 2 if len(counts) == 4 and draw(st.booleans()) else 1
         pp = len(counts) // vpp
         layout = tuple(tuple(counts[v * pp + p] for v in range(vpp)) for p in range(pp))
-        parallel = Parallel(tp=tp, pp=pp, vpp=vpp, etp=tp, stages=layout)
+        inner = draw(st.sampled_from([sizes for sizes in INNER if fits(family, facts, sizes)]))
+        parallel = replace(inner, pp=pp, vpp=vpp, stages=layout)
+        one_file_a_rank = len({(coord.tp, coord.ep) for coord in inner.coords()}) == inner.world
+        container = draw(st.sampled_from(CONTAINERS if one_file_a_rank else CONTAINERS[:1]))
         impl = draw(st.sampled_from(["transformer_engine", "local"]))
-        targets.append((draw(st.sampled_from(CONTAINERS)), parallel, draw(st.sampled_from([1, 7, 16])), impl))
-    return sizes, targets
+        targets.append((container, parallel, draw(st.sampled_from([1, 7, 16])), impl))
+    return config, targets
+
+
+#: Every division of a stage: over tensor parallelism, and its ranks again over experts.
+INNER = [Parallel(tp=tp, etp=tp) for tp in (1, 2, 3, 4, 8)] + [
+    Parallel(tp=tp, ep=ep, etp=etp)
+    for tp in (1, 2, 4)
+    for ep in (1, 2, 4)
+    for etp in (1, 2, 4)
+    if (ep > 1 or etp != tp) and max(tp, ep * etp) % min(tp, ep * etp) == 0
+]
 
 
 def to_megatron(source: Path, out: Path, target: tuple[str, Parallel, int, str], **options: Any) -> Path:
@@ -69,20 +92,18 @@ def to_megatron(source: Path, out: Path, target: tuple[str, Parallel, int, str],
 
 @pytest.mark.parametrize("name", families())
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=models(), shard_size=st.sampled_from([2000, 10**12]))
-def test_round_trips_are_bit_identical(
-    name: str, drawn: tuple[dict[str, Any], list[tuple[str, Parallel, int, str]]], shard_size: int
-) -> None:
-    sizes, (first, second) = drawn
+@given(data=st.data(), shard_size=st.sampled_from([2000, 10**12]))
+def test_round_trips_are_bit_identical(name: str, data: st.DataObject, shard_size: int) -> None:
     family = families()[name]
+    config, (first, second) = data.draw(models(family))
     with tempfile.TemporaryDirectory() as folder:
-        check_laws(Path(folder), family, sizes, first, second, shard_size)
+        check_laws(Path(folder), family, config, first, second, shard_size)
 
 
 def check_laws(
-    root: Path, family: Family, sizes: dict[str, Any], first: Any, second: Any, shard_size: int = 10**12
+    root: Path, family: Family, config: dict[str, Any], first: Any, second: Any, shard_size: int = 10**12
 ) -> None:
-    source = write_random(root / "hf", family, config_of(family, **sizes), shard_size=shard_size)
+    source = write_random(root / "hf", family, config, shard_size=shard_size)
     a = to_megatron(source, root / "a", first)
     convert(Request(a, "hf", root / "back"))
     assert tensors(root / "back") == tensors(source)
@@ -103,6 +124,16 @@ LAYOUTS = [
     if vpp == 1 or pp > 1
 ]
 
+#: Expert parallelism inside tensor parallelism, beside it, beyond it; whole experts on every rank.
+OF_EXPERTS = [
+    Parallel(tp=1, ep=2),
+    Parallel(tp=2, ep=2, pp=2),
+    Parallel(tp=2, ep=4, vpp=2, pp=2),
+    Parallel(tp=2, ep=2, etp=2),
+    Parallel(tp=4, ep=2, etp=2),
+    Parallel(tp=2, ep=1, pp=2),
+]
+
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("vocab", [64, 61], ids=["vocab64", "vocab61"])
@@ -111,8 +142,10 @@ LAYOUTS = [
 def test_fixed_layouts(name: str, container: str, vocab: int, tied: bool, tmp_path: Path) -> None:
     family = families()[name]
     sizes = {"vocab_size": vocab, "tie_word_embeddings": tied, "num_hidden_layers": 8, "num_key_value_heads": 4}
-    source = write_random(tmp_path / "hf", family, config_of(family, **sizes))
-    for number, parallel in enumerate(LAYOUTS):
+    config = config_of(family, **sizes)
+    source = write_random(tmp_path / "hf", family, config)
+    layouts = LAYOUTS + (OF_EXPERTS if size(family.config.facts(config), "experts") else [])
+    for number, parallel in enumerate(layouts):
         out = to_megatron(source, tmp_path / f"m{number}", (container, parallel, 8, "transformer_engine"))
         convert(Request(out, "hf", tmp_path / f"b{number}"))
         assert tensors(tmp_path / f"b{number}") == tensors(source), parallel
