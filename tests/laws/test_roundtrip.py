@@ -60,7 +60,10 @@ def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[
         vpp = 2 if len(counts) == 4 and draw(st.booleans()) else 1
         pp = len(counts) // vpp
         layout = tuple(tuple(counts[v * pp + p] for v in range(vpp)) for p in range(pp))
-        inner = draw(st.sampled_from([sizes for sizes in INNER if fits(family, facts, sizes)]))
+        divisions = (
+            INNER if size(facts, "experts") else [sizes for sizes in INNER if sizes.etp == sizes.tp == sizes.inner]
+        )
+        inner = draw(st.sampled_from([sizes for sizes in divisions if fits(family, facts, sizes)]))
         parallel = replace(inner, pp=pp, vpp=vpp, stages=layout)
         one_file_a_rank = len({(coord.tp, coord.ep) for coord in inner.coords()}) == inner.world
         container = draw(st.sampled_from(CONTAINERS if one_file_a_rank else CONTAINERS[:1]))
