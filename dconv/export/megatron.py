@@ -43,6 +43,12 @@ class _Run:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * max(self.tp, self.ep * self.etp)
 
 
 def can_infer(
@@ -100,6 +106,7 @@ def _logits(request: Request, tokens: NDArray[np.int64]) -> tuple[NDArray[np.flo
     run = None if said else _as_it_is(open_source(request.model, request.source_format))
     if run is not None:
         how = f"tp {run.tp} x pp {run.pp}" + (f" x vpp {run.vpp}" if run.vpp > 1 else "")
+        how += f", ep {run.ep} x etp {run.etp}" if run.ep > 1 else ""
         return _spawn(run, tokens), how
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         out = Path(scratch, "tp1")
@@ -129,13 +136,14 @@ def _as_it_is(source: Source) -> _Run | None:
     layout = args.get("pipeline_model_parallel_layout")
     spelled = isinstance(layout, str) and layout.startswith("E")  # else the printed form of an unknown object
     uneven = len(counts) > 1 and not spelled and not any(args.get(name) for name in _UNEVEN)
-    if parallel.world > _MOST_RANKS or uneven or (layout and not spelled):
+    further = parallel.etp > parallel.tp  # of which legacy file names cannot tell the ranks apart
+    if parallel.world > _MOST_RANKS or uneven or further or (layout and not spelled):
         return None
-    return _Run(source.root, True, args, parallel.tp, parallel.pp, parallel.vpp)
+    return _Run(source.root, True, args, parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp)
 
 
 def _spawn(run: _Run, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    found = spawn(_rank, run.tp * run.pp, run, tokens)
+    found = spawn(_rank, run.world, run, tokens)
     return next(result for result in found if result is not None)
 
 
@@ -145,7 +153,7 @@ def _rank(rank: int, world: int, init_method: str, run: _Run, tokens: NDArray[np
 
     from dconv.export.megatron_runtime import build_gpt, load_legacy, load_torch_dist, logits
 
-    with parallel_world(run.tp, run.pp, run.vpp, rank=rank, world=world, init_method=init_method):
+    with parallel_world(run.tp, run.pp, run.vpp, run.ep, run.etp, rank=rank, world=world, init_method=init_method):
         models = build_gpt(run.args)
         (load_legacy if run.legacy else load_torch_dist)(models, run.path)
         result = logits(models, torch.from_numpy(tokens))

@@ -133,7 +133,7 @@ def build_t5(args: Args, *, dtype: torch.dtype | None = None) -> list[T5Model]:
     positions: Any = given.get("position_embedding_type", "learned_absolute")
     if positions != "relative":
         positions = position_embedding(given)
-    specs = [encoder_model_with_local_spec(), decoder_model_with_local_spec()]
+    specs: list[Any] = [encoder_model_with_local_spec(), decoder_model_with_local_spec()]
     if positions == "relative":
         for spec in specs:
             spec.submodules.self_attention.submodules.core_attention = _with_bias()
