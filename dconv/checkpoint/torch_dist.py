@@ -18,6 +18,7 @@ from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import dcp, megatron, pickling, run_config, torchframe, torchzip
 from dconv.checkpoint.files import stamp
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
@@ -44,7 +45,7 @@ _LAYER_STATES: Final = (
 _MODEL_STATES: Final = ("decoder.final_layernorm", "output_layer")
 
 
-def open_source(iteration: Path) -> Source:
+def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe a torch_dist checkpoint from its metadata; chunk places are looked up when a table asks for them.
 
     Raises:
@@ -52,6 +53,7 @@ def open_source(iteration: Path) -> Source:
     """
     metadata = dcp.read_metadata(iteration / _METADATA)
     weights, left_out = _weights(metadata)
+    weights = rename(weights, iteration / _METADATA)
     names = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
     files = {name: stamp(iteration / name) for name in names}  # before what they hold
     config, side = megatron.sides(iteration)

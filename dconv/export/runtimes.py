@@ -11,21 +11,28 @@ from dconv.errors import ToolMissing
 
 def runs(container: str) -> bool:
     """Whether `runtime_of` has one for a container (`dconv.checkpoint.source.Source.format`)."""
-    return container == "huggingface" or container.startswith("megatron")
+    return container in ("huggingface", "pt", "bmtrain") or container.startswith("megatron")
 
 
-def runtime_of(container: str) -> ModuleType:
+def runtime_of(container: str, *, renamed: bool = False) -> ModuleType:
     """The module with ``can_infer`` and ``logits_of`` for a container.
+
+    Args:
+        renamed: its tensors have other names than its runtime knows.
 
     Raises:
         ToolMissing: nothing here runs it.
     """
     if not runs(container):
         raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="--verify digest needs none")
-    if container == "huggingface":
+    if container == "huggingface" and not renamed:
         from dconv.export import huggingface
 
         return huggingface
+    if not container.startswith("megatron"):
+        from dconv.export import state_dict
+
+        return state_dict
     from dconv.export import megatron
 
     return megatron
