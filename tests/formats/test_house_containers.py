@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dconv.arch.registry import by_name
+from dconv.cli import main
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.examine import check, inspect
 from dconv.pipeline import Request, convert, describe_model, prepare, run
@@ -617,3 +618,25 @@ def test_strange_and_missing_tensors(tmp_path: Path, target: str) -> None:
     edit(path, lambda held: held.pop("more.weight"))
     edit(path, lambda held: held.pop(next(name for name in held if "norm" in name and held[name] is not None)))
     refused(Damaged, "not whole", Request(work / "made", "hf", work / "out"))
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--tp`` is of ``pt`` as of Megatron; the other layout options are not; the list of formats has them all."""
+    model = source(tmp_path / "model", vocab_size=64)
+    out = tmp_path / "out"
+    assert main(["plan", str(model), "pt", "--tp", "2", "--json"]) == 0
+    target = json.loads(capsys.readouterr().out)["target"]
+    assert (target["format"], target["layout"], target["files"], target["shards"]) == ("pt", "tp 2", 2, 2)
+    for options in (["pt", "--pp", "2"], ["pt", "--megatron-format", "legacy"], ["bmtrain", "--tp", "2"]):
+        assert main(["convert", str(model), *options, "-o", str(out)]) == 2
+        assert "has no such layout" in capsys.readouterr().err
+    assert main(["convert", str(model), "modelcenter", "-o", str(out), "--quiet"]) == 0
+    assert main(["convert", str(out / "pytorch_model.pt"), "pt", "--quiet", "-o", str(tmp_path / "pt")]) == 0
+    assert main(["formats", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert {"pt", "bmtrain", "model_pt"} <= set(known["read"])
+    assert known["write"]["bmtrain"] == ["bmtrain", "modelcenter"]
+    assert main(["inspect", str(tmp_path / "pt" / "pytorch_model.bin"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["family"], found["refused"]) == ("pt", "llama", "")
+    assert found["receipt"] is not None
