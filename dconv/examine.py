@@ -18,7 +18,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.rename import AS_STORED, read_renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, UsageError, group_names
-from dconv.export.runtimes import runs, runtime_of, shortage
+from dconv.export.runtimes import as_run, runs, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.receipt import RECEIPT
@@ -338,7 +338,7 @@ def check(
         return Checked(report, read, None, not_run, tuple(notes))
     tokens = verify.random_tokens(int(model.facts["vocab"]))
     where = path if path.is_file() else model.source.root
-    found = runtime_of(report.format, renamed=rename is not None).can_infer(where, tokens, **options)
+    found = runtime_of(as_run(report.format, rename)).can_infer(where, tokens, **options)
     return Checked(report, read, found, notes=tuple(notes))
 
 

@@ -18,11 +18,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
 from dconv.errors import Damaged, DconvError, Refused, StorageFault, VerifyFailed, group_names
-from dconv.export.runtimes import runtime_of, shortage
-from dconv.pipeline import Job, Request
+from dconv.export.runtimes import as_run, runtime_of, shortage
+from dconv.pipeline import FORMATS, Job, Request
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
@@ -289,7 +288,7 @@ def logits(job: Job, out: Path) -> dict[str, object]:
         VerifyFailed: the difference is past the bound, or the comparison could not be made.
         ToolMissing: a runtime is not installed or failed.
     """
-    target = open_source(out).format
+    target = FORMATS[job.request.format]
     vocabulary = int(job.facts["vocab"])
     tokens = random_tokens(vocabulary)
     parameters = sum(Region.whole(spec.shape).volume for spec in job.logical.specs.values())
@@ -302,9 +301,9 @@ def logits(job: Job, out: Path) -> dict[str, object]:
             do="--verify digest needs no memory; or compare on a larger machine",
         )
     try:
-        renamed = job.request.rename is not None
+        container = as_run(job.source.format, job.request.rename)
         where = job.request.model if job.request.model.is_file() else job.source.root
-        reference = runtime_of(job.source.format, renamed=renamed).logits_of(where, tokens, **_options(job.request))
+        reference = runtime_of(container).logits_of(where, tokens, **_options(job.request))
         result = runtime_of(target).logits_of(out, tokens)
     except (Refused, Damaged) as error:
         raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error

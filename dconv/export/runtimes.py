@@ -14,18 +14,20 @@ def runs(container: str) -> bool:
     return container in ("huggingface", "pt", "bmtrain") or container.startswith("megatron")
 
 
-def runtime_of(container: str, *, renamed: bool = False) -> ModuleType:
-    """The module with ``can_infer`` and ``logits_of`` for a container.
+def as_run(container: str, rename: object) -> str:
+    """The container that a source is run as: transformers cannot be told of house spellings (``--rename``)."""
+    return "pt" if rename and container == "huggingface" else container
 
-    Args:
-        renamed: its tensors have other names than its runtime knows.
+
+def runtime_of(container: str) -> ModuleType:
+    """The module with ``can_infer`` and ``logits_of`` for a container.
 
     Raises:
         ToolMissing: nothing here runs it.
     """
     if not runs(container):
         raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="--verify digest needs none")
-    if container == "huggingface" and not renamed:
+    if container == "huggingface":
         from dconv.export import huggingface
 
         return huggingface
