@@ -21,8 +21,8 @@ def plan(model: str | Path, format: str, out: str | Path | None = None, **option
     """Describe and plan a conversion; reads headers only and writes nothing.
 
     Args:
-        model: checkpoint directory.
-        format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``.
+        model: checkpoint directory, or a state dict's file.
+        format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``, ``pt``, ``bmtrain``.
         out: output directory; ``./<model>-<format>`` by default.
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,
             ``shard_size="5GB"``); ``config`` names a file with more of them, which these override.

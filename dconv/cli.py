@@ -176,7 +176,7 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     from dconv.launch.options import add_model_options
 
-    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint directory")
+    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint directory, or a state dict's file")
     add_model_options(parser)
     _add_json(parser)
     _add_debug(parser)
@@ -188,6 +188,7 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         "model_type": args.model_type,
         "hf_config": args.hf_config,
         "drop": tuple(args.drop),
+        "rename": args.rename,
     }
 
 

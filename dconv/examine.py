@@ -15,9 +15,10 @@ from dconv import verify
 from dconv.arch import registry
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.rename import AS_STORED, read_renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, UsageError, group_names
-from dconv.export.runtimes import runs, runtime_of, shortage
+from dconv.export.runtimes import as_run, runs, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.receipt import RECEIPT
@@ -139,6 +140,7 @@ def inspect(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
 ) -> Report:
     """Describe a checkpoint from its headers; what a conversion would refuse is reported, not raised.
 
@@ -148,11 +150,14 @@ def inspect(
     """
     path = Path(path)
     try:
-        model = describe_model(path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop)
+        model = describe_model(
+            path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop, rename=rename
+        )
     except UsageError:
         raise
     except DconvError as error:
-        return _in_part(path, open_source(path, source_format), str(error))
+        renaming = AS_STORED if rename is None else read_renaming(Path(rename))
+        return _in_part(path, open_source(path, source_format, rename=renaming), str(error))
     return _in_full(path, model, hf_config)
 
 
@@ -281,6 +286,7 @@ def check(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
     run: bool = True,
     force: bool = False,
 ) -> Checked:
@@ -308,6 +314,7 @@ def check(
         "model_type": model_type,
         "hf_config": None if hf_config is None else Path(hf_config),
         "drop": drop,
+        "rename": rename,
     }
     model = describe_model(path, **options)
     if disagree := torn(model.logical):
@@ -330,7 +337,8 @@ def check(
     if not_run:
         return Checked(report, read, None, not_run, tuple(notes))
     tokens = verify.random_tokens(size(model.facts, "vocab"))
-    found = runtime_of(report.format).can_infer(model.source.root, tokens, **options)
+    where = path if path.is_file() else model.source.root
+    found = runtime_of(as_run(report.format, rename)).can_infer(where, tokens, **options)
     return Checked(report, read, found, notes=tuple(notes))
 
 
@@ -357,8 +365,8 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
         "target": {
             "path": str(request.output),
-            "format": engine if engine == "huggingface" else f"megatron {request.megatron_format}",
-            "layout": parallel.described if engine == "megatron" else "",
+            "format": f"megatron {request.megatron_format}" if engine == "megatron" else engine,
+            "layout": parallel.described if engine == "megatron" else f"tp {parallel.tp}" if parallel.tp > 1 else "",
             "files": len(plan.target.files),
             "shards": len(owners) if -1 not in owners else len(plan.target.files),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from dconv.arch.layouts import Facts, check_heads, size
 from dconv.checkpoint import huggingface, megatron
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
+from dconv.checkpoint.rename import AS_STORED, read_renaming
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.codec.kernels import apply
 from dconv.errors import Refused, StorageFault, UsageError
@@ -25,12 +26,13 @@ from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Plan, Target, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
-from dconv.sharding.tensor import Logical
+from dconv.sharding.tensor import Logical, TensorSpec
 
 #: Every spelling of FORMAT -> its engine.
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
+    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: No vocabulary has as many rows.
@@ -47,11 +49,12 @@ class Request:
         model: path of the source.
         format: a key of `FORMATS`.
         out: output path; None is ``./<model>-<format>``.
-        parallel: the target's layout (Megatron).
+        parallel: the target's layout (Megatron; of ``pt`` the tensor parallel size alone).
         dtype: dconv's short name, or None to keep every tensor's own.
         shard_size: bytes of one HuggingFace file.
         divisor: the vocabulary is padded to a multiple of this times tp (Megatron).
         drop: patterns of tensors to leave out; one may stand without a tuple around it.
+        rename: a file of patterns for the source's tensor names.
         replicas: a tensor that several shards hold must be ``equal`` in all of them, or the ``first`` is taken.
     """
 
@@ -69,6 +72,7 @@ class Request:
     shard_size: int = 5_000_000_000
     drop: str | Sequence[str] = ()
     replicas: str = "equal"
+    rename: Path | None = None
 
     @property
     def output(self) -> Path:
@@ -109,18 +113,20 @@ def describe_model(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
 ) -> Described:
     """Open a checkpoint, find its family, and lay the family's table over it.
 
     Args:
-        path: a directory, or a name on the hub.
+        path: a directory, a state dict's file, or a name on the hub.
         source_format: its container; None detects it.
         model_type: its family; None detects it.
         hf_config: a directory whose config.json and tokenizer are used instead of its own.
         drop: a pattern, or several, of tensors to leave out.
+        rename: a file of patterns for the tensors' stored names (`dconv.checkpoint.rename`).
 
     Raises:
-        UsageError: ``hf_config`` is no directory.
+        UsageError: ``hf_config`` is no directory, ``rename`` no such file.
         DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
     """
     drop = (drop,) if isinstance(drop, str) else tuple(drop)
@@ -132,10 +138,13 @@ def describe_model(
             expected="a directory with a config.json",
             found="a file" if hf_config.exists() else "nothing of that name",
         )
-    source = open_source(path, source_format, own_config=hf_config is None)
+    renaming = AS_STORED if rename is None else read_renaming(Path(rename))
+    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming)
     if hf_config is not None:
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
+    if source.lacks and source.config is None:
+        raise registry.nothing_known(source.lacks)
     family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args)
     rebuilt = source.config is None
     if source.config is not None:
@@ -177,10 +186,11 @@ def prepare(request: Request) -> Job:
         model_type=request.model_type,
         hf_config=request.hf_config,
         drop=request.drop,
+        rename=request.rename,
     )
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
-    target = _huggingface(request, model) if engine == "huggingface" else _megatron(request, model)
+    target = _TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     return Job(request, model.source, model.family, model.facts, model.logical, plan)
 
@@ -201,14 +211,24 @@ def _new_config(request: Request, model: Described) -> dict[str, object] | None:
     return model.config if model.rebuilt or "config.json" not in model.source.side else None
 
 
+def _specs(request: Request, model: Described) -> dict[str, TensorSpec]:
+    """The logical tensors as they are to be written."""
+    if not request.dtype:
+        return model.logical.specs
+    keeps = _keeps(model)
+    specs = model.logical.specs.items()
+    return {name: spec if name in keeps else replace(spec, dtype=request.dtype) for name, spec in specs}
+
+
+def _keeps(model: Described) -> set[str]:
+    """Tensors that ``--dtype`` leaves as they are."""
+    entries = model.family.entries(model.facts)
+    return {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+
+
 def _huggingface(request: Request, model: Described) -> Target:
-    keeps = _keeps(model) if request.dtype else set[str]()
-    specs = [
-        spec if spec.name in keeps else replace(spec, dtype=request.dtype or spec.dtype)
-        for spec in model.logical.specs.values()
-    ]
     return huggingface.lay_out(
-        specs,
+        _specs(request, model).values(),
         config=_new_config(request, model),
         side=model.source.side,
         shard_size=request.shard_size,
@@ -216,10 +236,31 @@ def _huggingface(request: Request, model: Described) -> Target:
     )
 
 
-def _keeps(model: Described) -> set[str]:
-    """Tensors that ``--dtype`` leaves as they are."""
-    entries = model.family.entries(model.facts)
-    return {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+def _pt(request: Request, model: Described) -> Target:
+    from dconv.checkpoint import pt
+
+    return pt.lay_out(
+        model.family,
+        model.facts,
+        _specs(request, model),
+        tp=request.parallel.tp,
+        config=_new_config(request, model),
+        side=model.source.side,
+        left_out=model.logical.left_out,
+    )
+
+
+def _bmtrain(request: Request, model: Described) -> Target:
+    from dconv.checkpoint import bmtrain
+
+    return bmtrain.lay_out(
+        model.family,
+        model.facts,
+        _specs(request, model),
+        config=model.config,
+        side=model.source.side,
+        left_out=model.logical.left_out,
+    )
 
 
 def _megatron(request: Request, model: Described) -> Target:
@@ -232,7 +273,7 @@ def _megatron(request: Request, model: Described) -> Target:
         **megatron.parallel_args(request.parallel, size(model.facts, "vocab"), request.divisor),
         **megatron.dtype_args(common),
         "transformer_impl": request.transformer_impl,
-        "ckpt_format": "torch" if request.megatron_format == "legacy" else "torch_dist",
+        "ckpt_format": "torch_dist" if request.megatron_format == "torch_dist" else "torch",
     }
     described = megatron.Model(
         family=model.family,
@@ -251,6 +292,10 @@ def _megatron(request: Request, model: Described) -> Target:
         from dconv.checkpoint import legacy
 
         return legacy.lay_out(described)
+    if request.megatron_format == "model_pt":
+        from dconv.checkpoint import model_pt
+
+        return model_pt.lay_out(described)
     from dconv.checkpoint import torch_dist
 
     return torch_dist.lay_out(described)
@@ -284,6 +329,14 @@ def _check_layout(request: Request, model: Described) -> None:
         )
     check_heads(model.facts, parallel.tp)
     parallel.chunks(size(model.facts, "layers"))
+
+
+_TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {
+    "huggingface": _huggingface,
+    "megatron": _megatron,
+    "pt": _pt,
+    "bmtrain": _bmtrain,
+}
 
 
 def run(job: Job, settings: Settings) -> Outcome:

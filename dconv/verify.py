@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from dconv.arch.layouts import size
 from dconv.checkpoint.files import read_json
 from dconv.errors import Damaged, DconvError, Refused, StorageFault, VerifyFailed, group_names
-from dconv.export.runtimes import runtime_of, shortage
-from dconv.pipeline import Job, Request
+from dconv.export.runtimes import as_run, runtime_of, shortage
+from dconv.pipeline import FORMATS, Job, Request
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
@@ -78,13 +78,14 @@ class Reread:
 
 
 def find_receipt(path: Path) -> Path | None:
-    """The directory whose receipt covers ``path``: itself, or above it for an iteration of a Megatron root."""
+    """The directory whose receipt covers ``path``: itself, or above it for a file or a Megatron root's iteration."""
     for folder in (path, path.absolute().parent):
         if (folder / RECEIPT).is_file():
             receipt = read_json(folder / RECEIPT, what="the receipt")
             inside = f"{path.absolute().name}/"
             frames = receipt.get("frames")
-            if folder == path or (isinstance(frames, dict) and any(name.startswith(inside) for name in frames)):
+            covered = frames if isinstance(frames, dict) else {}
+            if folder == path or path.name in covered or any(name.startswith(inside) for name in covered):
                 return folder
     return None
 
@@ -288,7 +289,7 @@ def logits(job: Job, out: Path) -> dict[str, object]:
         VerifyFailed: the difference is past the bound, or the comparison could not be made.
         ToolMissing: a runtime is not installed or failed.
     """
-    target = "megatron" if job.plan.target.files[0].owner >= 0 else "huggingface"
+    target = FORMATS[job.request.format]
     vocabulary = size(job.facts, "vocab")
     tokens = random_tokens(vocabulary)
     parameters = sum(Region.whole(spec.shape).volume for spec in job.logical.specs.values())
@@ -301,7 +302,9 @@ def logits(job: Job, out: Path) -> dict[str, object]:
             do="--verify digest needs no memory; or compare on a larger machine",
         )
     try:
-        reference = runtime_of(job.source.format).logits_of(job.source.root, tokens, **_options(job.request))
+        container = as_run(job.source.format, job.request.rename)
+        where = job.request.model if job.request.model.is_file() else job.source.root
+        reference = runtime_of(container).logits_of(where, tokens, **_options(job.request))
         result = runtime_of(target).logits_of(out, tokens)
     except (Refused, Damaged) as error:
         raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
@@ -326,6 +329,7 @@ def _options(request: Request) -> dict[str, Any]:
         "model_type": request.model_type,
         "hf_config": request.hf_config,
         "drop": request.drop,
+        "rename": request.rename,
     }
 
 

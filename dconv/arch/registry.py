@@ -61,11 +61,12 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     raise nothing_known()
 
 
-def nothing_known() -> Refused:
-    """The refusal of a checkpoint that says nothing about its model."""
+def nothing_known(found: str = "") -> Refused:
+    """The refusal of a checkpoint that says nothing about its model, or not enough (``found``)."""
     return Refused(
         "nothing says what model this is, nothing was written",
         expected="config.json, or Megatron's args inside the checkpoint",
+        found=found,
         do="--hf-config DIR supplies a config.json",
     )
 

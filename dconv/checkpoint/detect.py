@@ -7,26 +7,32 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import huggingface, megatron
+from dconv.checkpoint import huggingface, megatron, state_dict
 from dconv.checkpoint.files import read_json
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, Refused, UsageError
 
 #: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
-CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "meta")
-_SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy"}
+CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta")
+_SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
+#: Those whose own config may be left unread, since another one is given.
+_TRANSLATED: Final = ("meta", "bmtrain", "model_pt")
 
 
-def open_source(path: Path, said: str | None = None, *, own_config: bool = True) -> Source:
-    """Describe the checkpoint at ``path``: a directory, or a name on the hub where there is no such directory.
+def open_source(
+    path: Path, said: str | None = None, *, own_config: bool = True, rename: Renaming = AS_STORED
+) -> Source:
+    """Describe the checkpoint at ``path``: a directory, a file, or a name on the hub where there is neither.
 
     Args:
         said: what ``--from`` says it is; None detects it.
-        own_config: False when a config comes from elsewhere, so that a params.json need not be understood.
+        own_config: False when a config comes from elsewhere, so that the checkpoint's own need not be understood.
+        rename: gives the stored tensors other names before they are looked at.
 
     Raises:
         UsageError: there is nothing at ``path``.
-        Refused: nothing that dconv reads.
+        Refused: nothing that dconv reads; a renaming that does not fit.
         Damaged: a checkpoint that is not whole.
     """
     if not os.path.lexists(path):
@@ -38,22 +44,34 @@ def open_source(path: Path, said: str | None = None, *, own_config: bool = True)
                 "there is no such checkpoint", where=str(path), expected="a directory, or org/name on the hub"
             )
         path = hub.fetch(*name)
-    if not path.is_dir():
-        raise Refused("a checkpoint is a directory", where=str(path), found="a file")
-    folder = megatron.find_iteration(path)
-    kind = _SPELLINGS.get(said or "", said) if said and said != "megatron" else _kind(folder)
+    if not path.is_dir() and not state_dict.is_file(path):
+        raise Refused(
+            "a checkpoint is a directory, or a state dict's file",
+            where=str(path),
+            expected=f"a directory, or a file of {', '.join(state_dict.SUFFIXES)}",
+            found="another file",
+        )
+    folder = megatron.find_iteration(path) if path.is_dir() else path
+    kind = _SPELLINGS.get(said or "", said) if said and said != "megatron" else _kind(folder, rename)
     if kind not in CONTAINERS:
         raise Refused(
             "not a checkpoint that dconv reads, nothing was written",
             where=str(folder),
-            expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, or Meta's consolidated.*.pth",
+            expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, model.pt with metadata.json, one "
+            "state dict, or Meta's consolidated.*.pth",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
         )
-    options = {} if kind != "meta" else {"own_config": own_config}
-    return import_module(f"dconv.checkpoint.{kind}").open_source(folder, **options)
+    if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt"):
+        raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")
+    options = {"own_config": own_config} if kind in _TRANSLATED else {}
+    source = import_module(f"dconv.checkpoint.{kind}").open_source(folder, rename=rename, **options)
+    rename.check_used(folder)
+    return source
 
 
-def _kind(folder: Path) -> str | None:
+def _kind(folder: Path, rename: Renaming) -> str | None:
+    if folder.is_file():
+        return state_dict.read(folder, rename).container
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
@@ -69,4 +87,6 @@ def _kind(folder: Path) -> str | None:
         return "huggingface"
     if any(folder.glob("consolidated.*.pth")):
         return "meta"
+    if state_dict.find(folder) is not None:
+        return state_dict.read(folder, rename).container
     return "huggingface" if (folder / "config.json").exists() else None

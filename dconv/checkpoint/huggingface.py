@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from reprlib import repr as short  # of nested hostile values too
 from typing import Final
 
 import numpy as np
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import safetensors, torchzip
+from dconv.checkpoint import safetensors, state_dict
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
-from dconv.checkpoint.pickled import TensorRef
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, shape_error, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE
@@ -27,6 +26,8 @@ from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
+#: One tensor-parallel rank's files, each with its tensors. A usual directory has one rank.
+_Shard = dict[str, dict[str, Stored]]
 #: How files that may hold weights end.
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
 #: Bytes compared at a time.
@@ -37,15 +38,56 @@ def is_huggingface(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def open_source(folder: Path) -> Source:
+def is_ranked(folder: Path) -> bool:
+    """Whether a directory has one torch file a tensor-parallel rank."""
+    return any(map(_TP_BIN.fullmatch, (path.name for path in folder.iterdir())))
+
+
+def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe a HuggingFace directory from headers alone; only two copies of a tied embedding are compared.
 
     Raises:
         Damaged: a missing shard, a broken header, an index that points outside or disagrees with the files.
+        Refused: ``rename`` gives two tensors one name.
     """
-    config = read_json(folder / "config.json", what="config.json") if (folder / "config.json").exists() else None
     before = stamps(folder, _WEIGHTS)
-    shards = _shards(folder)
+    shards = [_renamed(folder, shard, rename) for shard in _shards(folder)]
+    ranked = len(shards) > 1 or any(map(_TP_BIN.fullmatch, shards[0]))
+    return source_of(folder, shards, before, read_config(folder), side_files(folder), "pt" if ranked else "huggingface")
+
+
+def read_config(folder: Path) -> dict[str, object] | None:
+    """The config.json of a directory, where there is one."""
+    path = folder / "config.json"
+    return read_json(path, what=path.name) if path.exists() else None
+
+
+def _renamed(folder: Path, shard: _Shard, rename: Renaming) -> _Shard:
+    """A shard under its new names; two files may not come to hold one name either."""
+    if not rename.rules:
+        return shard
+    held = [(file, name, tensor) for file, tensors in shard.items() for name, tensor in tensors.items()]
+    new: _Shard = {file: {} for file in shard}
+    for name, (file, tensor) in rename({name: (file, tensor) for file, name, tensor in held}, folder).items():
+        new[file][name] = tensor
+    return new
+
+
+def source_of(
+    folder: Path,
+    shards: list[_Shard],
+    before: Mapping[str, FileStamp],
+    config: dict[str, object] | None,
+    side: dict[str, Path],
+    container: str,
+) -> Source:
+    """A checkpoint of HuggingFace's names.
+
+    Args:
+        shards: one dict a tensor-parallel rank.
+        before: stamps of the directory's weight files, taken before they were read.
+        container: its name in reports.
+    """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
     names = tuple(dict.fromkeys(name for shard in shards for tensors in shard.values() for name in tensors))
 
@@ -54,11 +96,11 @@ def open_source(folder: Path) -> Source:
         return _locate(shards, family, facts, tied_to)
 
     return Source(
-        format="huggingface",
+        format=container,
         root=folder,
         config=config,
         args=None,
-        side=side_files(folder),
+        side=side,
         files=files,
         parallel=None,
         locate=locate,
@@ -66,10 +108,6 @@ def open_source(folder: Path) -> Source:
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
         tensor_names=names,
     )
-
-
-#: One tensor-parallel rank's files, each with its tensors. A usual directory has one rank.
-_Shard = dict[str, dict[str, Stored]]
 
 
 def _shards(folder: Path) -> list[_Shard]:
@@ -121,7 +159,7 @@ def read_ranks(folder: Path, pattern: re.Pattern[str]) -> list[tuple[str, dict[s
             found=group_names(path.name for path in ranks.values()),
             do="fetch them again",
         )
-    return [(path.name, read_state_dict(path)) for _, path in sorted(ranks.items())]
+    return [(path.name, state_dict.read_tensors(path)) for _, path in sorted(ranks.items())]
 
 
 def _indexed(folder: Path, index: Path) -> _Shard:
@@ -151,38 +189,7 @@ def _indexed(folder: Path, index: Path) -> _Shard:
 def _read(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return safetensors.read_header(path)
-    return read_state_dict(path)
-
-
-def read_state_dict(path: Path) -> dict[str, Stored]:
-    """The tensors of a plain ``torch.save(state_dict)`` file. Numbers and text beside them are not weights.
-
-    Raises:
-        Damaged: the tensors lie deeper, or under names that are no text.
-    """
-    file = torchzip.read(path)
-    if not isinstance(file.tree, dict):
-        raise Damaged("not a state dict", where=str(path), found=type(file.tree).__name__)
-    tensors: dict[str, Stored] = {}
-    for name, value in file.tree.items():
-        if isinstance(name, str) and isinstance(value, TensorRef):
-            tensors[name] = stored(file, value, name)
-        elif not isinstance(name, str) or not (value is None or isinstance(value, str | int | float)):
-            raise Damaged(
-                "not a plain state dict",
-                where=str(path),
-                expected="tensors by name",
-                found=f"{short(value)} under {short(name)}",
-                do="save the model's state_dict alone",
-            )
-    return tensors
-
-
-def stored(file: torchzip.TorchFile, ref: TensorRef, name: str) -> Stored:
-    """A tensor of a torch file as a stored tensor whose extent names the file by its last part."""
-    at = file.locate(ref)
-    spec = TensorSpec(name, at.shape, at.dtype)
-    return Stored(spec, (Extent(Region.whole(at.shape), file.path.name, at.offset, at.strides),))
+    return state_dict.read_tensors(path)
 
 
 def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
@@ -196,6 +203,8 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) ->
     Args:
         tied_to: the tensor that a stored output is taken for; "" for none.
     """
+    if len(shards) > 1:
+        _refuse_broken(family, facts)
     specs = expected_specs(family, facts)
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
@@ -210,6 +219,22 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) ->
                 else:
                     located.unknown[name] = file
     return located
+
+
+def _refuse_broken(family: Family, facts: Facts) -> None:
+    """Of fused projections a rank has no unbroken stretch, and its file does not say which rows it has.
+
+    Raises:
+        Refused: the family has some.
+    """
+    for entry in family.entries(facts):
+        runs = [run for part in entry.fused.parts for run in part.runs]
+        if entry.fused.parallel and len(entry.fused.specs) == 1 and len(runs) > 1:
+            raise Refused(
+                f"{family.name} has fused projections, which one file a rank does not tell apart, nothing was written",
+                where=entry.fused.specs[0].name,
+                expected="q, k, v, gate and up in tensors of their own",
+            )
 
 
 def _one_embedding(folder: Path, files: Mapping[str, FileStamp], shards: list[_Shard], family: Family) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as short  # of nested hostile values too
@@ -19,6 +19,7 @@ from dconv.arch.layouts import Facts
 from dconv.checkpoint import megatron, names, pickling, torchframe, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import TensorRef
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.shards import Holder, Shard, Shards, locate
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged, Refused, group_names
@@ -40,7 +41,7 @@ _EMBEDDING: Final = "embedding.word_embeddings.weight"
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
 
 
-def open_source(iteration: Path) -> Source:
+def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe the shards of one iteration from their pickles and zip directories.
 
     Raises:
@@ -50,7 +51,7 @@ def open_source(iteration: Path) -> Source:
     folders, parallel = _ranks(iteration)
     files = {f"{folder.name}/{_FILE}": stamp(folder / _FILE) for folder in folders.values()}  # before what they hold
     opened = {place: _open(folder) for place, folder in folders.items()}
-    chunks = {place: _chunks(file) for place, file in opened.items()}
+    chunks = {place: [rename(chunk, file.path) for chunk in _chunks(file)] for place, file in opened.items()}
     parallel = _staged(parallel, chunks)
     layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
     shards: Shards = {}
@@ -328,9 +329,15 @@ def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequenc
     for i, (tensor, chunk) in enumerate(zip(shard, chunks, strict=True)):
         name = tensor.spec.name
         states[chunk][name] = torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
-        module, _, parameter = name.rpartition(".")
-        if parameter in ("weight", "weight0") and module.rpartition(".")[2].startswith(_WITH_STATE):
-            states[chunk][f"{module}._extra_state"] = None
+        states[chunk].update((f"{module}._extra_state", None) for module in stateful([name]))
     named = {"model": states[0]} if len(states) == 1 else {f"model{i}": state for i, state in enumerate(states)}
     tree = {"args": pickling.namespace(model.args), "checkpoint_version": 3.0, "iteration": 0, **named}
     return torchframe.frame(tree, [(str(i), tensor.spec.nbytes) for i, tensor in enumerate(shard)])
+
+
+def stateful(weights: Iterable[str]) -> Iterator[str]:
+    """The modules among those of these weights whose (empty) extra state a strict load asks for."""
+    for name in weights:
+        module, _, parameter = name.rpartition(".")
+        if parameter in ("weight", "weight0") and module.rpartition(".")[2].startswith(_WITH_STATE):
+            yield module

@@ -216,8 +216,10 @@ def find_iteration(folder: Path) -> Path:
 
 
 def side_folder(iteration: Path) -> Path | None:
-    """Where the HuggingFace side files of a converted checkpoint are."""
-    for folder in (iteration / SIDE_FOLDER, iteration.parent / SIDE_FOLDER):
+    """Where the HuggingFace side files of a checkpoint are: inside, beside bare shards, or inside its root."""
+    root = iteration.parent / SIDE_FOLDER  # of bare shards the parent is anything's
+    inside = iteration.name == RELEASE or iteration.name.startswith("iter_")
+    for folder in (iteration / SIDE_FOLDER, iteration, *((root,) if inside else ())):
         if (folder / "config.json").exists():
             return folder
     return None

@@ -21,6 +21,7 @@ from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.files import read_json, stamp, stamps
 from dconv.checkpoint.huggingface import cut_region, differ, equal, read_ranks, with_dtype
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Parallel
@@ -58,7 +59,7 @@ _PLAIN_DTYPES: Final = ("f32", "bf16", "f16")
 _Shard = tuple[str, dict[str, Stored]]
 
 
-def open_source(folder: Path, *, own_config: bool = True) -> Source:
+def open_source(folder: Path, *, own_config: bool = True, rename: Renaming = AS_STORED) -> Source:
     """Describe a release from headers alone. Llama 3.2's output weights are compared with the embedding.
 
     Args:
@@ -69,7 +70,7 @@ def open_source(folder: Path, *, own_config: bool = True) -> Source:
         Refused: a params.json of another model, quantised weights.
     """
     before = stamps(folder, (".pth",))
-    shards = read_ranks(folder, _SHARD)
+    shards = [(file, rename(tensors, folder / file)) for file, tensors in read_ranks(folder, _SHARD)]
     if not shards:
         raise Damaged("no weights of Meta's kind", where=str(folder), expected="consolidated.00.pth and its siblings")
     _refuse_quantized(shards)

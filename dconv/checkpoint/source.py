@@ -41,6 +41,7 @@ class Source:
         parallel: how the source is cut, for reports.
         left_out: what is not weights (optimizer state, RNG), with the reason.
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
+        lacks: what is missing to tell the architecture, where there is neither config nor args.
     """
 
     format: str
@@ -54,6 +55,7 @@ class Source:
     left_out: dict[str, str] = field(default_factory=dict)
     stored_bytes: int = 0
     tensor_names: tuple[str, ...] = ()
+    lacks: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import dcp, megatron, names, pickling, run_config, torchframe, torchzip
 from dconv.checkpoint.files import stamp
+from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.shards import Shard, Shards, locate
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged
@@ -51,7 +52,7 @@ _LAYER_STATES: Final = (
 _MODEL_STATES: Final = ("decoder.final_layernorm", "output_layer")
 
 
-def open_source(iteration: Path) -> Source:
+def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe a torch_dist checkpoint from its metadata; chunk places are looked up when a table asks for them.
 
     Raises:
@@ -59,6 +60,7 @@ def open_source(iteration: Path) -> Source:
     """
     metadata = dcp.read_metadata(iteration / _METADATA)
     weights, left_out = _weights(metadata)
+    weights = rename(weights, iteration / _METADATA)
     said = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
     files = {name: stamp(iteration / name) for name in said}  # before what they hold
     config, side = megatron.sides(iteration)

@@ -59,12 +59,13 @@ def can_infer(
     model_type: str | None = None,
     hf_config: Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: Path | None = None,
 ) -> dict[str, object]:
     """Run a few tokens through megatron-core's own GPTModel.
 
     Args:
         tokens: int64 [batch, sequence].
-        source_format, model_type, hf_config, drop: as for `dconv.pipeline.describe_model`.
+        source_format, model_type, hf_config, drop, rename: as for `dconv.pipeline.describe_model`.
 
     Returns:
         runtime, model (with the layout that was run) and largest_logit.
@@ -74,7 +75,9 @@ def can_infer(
         Refused: the args ask for what megatron-core does not compute on a CPU.
         ToolMissing: megatron-core is not installed, or a process of it failed.
     """
-    result, how = _logits(Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop), tokens)
+    result, how = _logits(
+        Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop, rename=rename), tokens
+    )
     if not np.isfinite(result).all():
         raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
     from importlib.metadata import version
@@ -94,15 +97,18 @@ def logits_of(
     model_type: str | None = None,
     hf_config: Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: Path | None = None,
 ) -> NDArray[np.float32]:
     """fp32 logits [batch, sequence, padded vocabulary]; arguments and errors as for `can_infer`."""
-    return _logits(Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop), tokens)[0]
+    return _logits(
+        Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop, rename=rename), tokens
+    )[0]
 
 
 def _logits(request: Request, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], str]:
     """Logits of the model that ``request`` would convert to TP 1, and the layout that was run."""
     _require()
-    said = request.hf_config is not None or request.drop  # Megatron's loaders would not hear of it
+    said = request.hf_config is not None or request.drop or request.rename  # Megatron's loaders would not hear of it
     run = None if said else _as_it_is(open_source(request.model, request.source_format))
     if run is not None:
         how = f"tp {run.tp} x pp {run.pp}" + (f" x vpp {run.vpp}" if run.vpp > 1 else "")

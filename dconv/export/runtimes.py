@@ -11,7 +11,12 @@ from dconv.errors import ToolMissing
 
 def runs(container: str) -> bool:
     """Whether `runtime_of` has one for a container (`dconv.checkpoint.source.Source.format`)."""
-    return container == "huggingface" or container.startswith("megatron")
+    return container in ("huggingface", "pt", "bmtrain") or container.startswith("megatron")
+
+
+def as_run(container: str, rename: object) -> str:
+    """The container that a source is run as: transformers cannot be told of house spellings (``--rename``)."""
+    return "pt" if rename and container == "huggingface" else container
 
 
 def runtime_of(container: str) -> ModuleType:
@@ -26,6 +31,10 @@ def runtime_of(container: str) -> ModuleType:
         from dconv.export import huggingface
 
         return huggingface
+    if not container.startswith("megatron"):
+        from dconv.export import state_dict
+
+        return state_dict
     from dconv.export import megatron
 
     return megatron

@@ -75,13 +75,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument("--model-type", metavar="FAMILY", help="model family (normally detected)")
     group.add_argument("--hf-config", type=Path, metavar="DIR", help="take config.json and tokenizer from DIR")
     group.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave matching tensors out")
+    group.add_argument("--rename", type=Path, metavar="FILE",
+                       help="house spellings of MODEL's tensors: JSON or YAML of pattern: pattern, such as "
+                            "'backbone.*': 'model.*'; * is any text, the first match counts; names that are written "
+                            "stay FORMAT's own")  # fmt: skip
     return group
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """What to make of it."""
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory")
-    parser.add_argument("format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, megatron")
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory, or one .pt/.bin file"
+    )
+    parser.add_argument(
+        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, megatron, pt, bmtrain"
+    )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
     group = add_model_options(parser)
@@ -89,7 +97,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="tensors that several ranks hold: refuse unless equal, or take the first")  # fmt: skip
     group = parser.add_argument_group("Megatron layout")
     for name, text in (
-        ("tp", "tensor parallel size"),
+        ("tp", "tensor parallel size (of pt: files to cut it into)"),
         ("pp", "pipeline parallel size"),
         ("vpp", "virtual pipeline chunks a stage"),
         ("ep", "expert parallel size"),
@@ -102,7 +110,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--last-stage-layers", type=positive, metavar="N", help="layers of the last stage")
     group.add_argument("--count-embedding", action="store_true", help="the embedding counts as a layer")
     group.add_argument("--count-loss", action="store_true", help="the loss counts as a layer")
-    group.add_argument("--megatron-format", choices=("torch_dist", "legacy"))
+    group.add_argument("--megatron-format", choices=("torch_dist", "legacy", "model_pt"),
+                       help="torch_dist (default), one file a rank, or model.pt with metadata.json")  # fmt: skip
     group.add_argument("--transformer-impl", choices=("transformer_engine", "local"),
                        help="layer names in legacy files")  # fmt: skip
     group.add_argument("--make-vocab-size-divisible-by", type=positive, metavar="N",
@@ -186,12 +195,16 @@ def to_request(args: argparse.Namespace) -> Request:
         UsageError: layout options that contradict each other, or that FORMAT has no use for.
         Refused: a layout that no world of ranks has.
     """
+    engine = FORMATS.get(args.format, "megatron")
+    known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
-    if given and FORMATS.get(args.format, "megatron") != "megatron":
+    given = [name for name in given if name not in known]
+    if given:
         raise UsageError(
             f"{args.format} has no such layout, nothing was written",
             where=", ".join("--" + name.replace("_", "-") for name in given),
-            expected="these options with FORMAT megatron only: they say how the output is cut, not the source",
+            expected="these options with FORMAT megatron only (--tp also with pt): they say how the output is cut, not "
+            "the source",
             do="leave them out",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
@@ -220,6 +233,7 @@ def to_request(args: argparse.Namespace) -> Request:
         shard_size=args.shard_size,
         drop=tuple(args.drop),
         replicas=args.replicas,
+        rename=args.rename,
     )
 
 

@@ -1,0 +1,175 @@
+"""House spellings: patterns from a file, laid over the stored names before any table sees them.
+
+A pattern is plain text in which ``*`` stands for any stretch of characters, each taken as short as it can be from the
+left. There are no regular expressions: matching takes one pass over a name, whatever the pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from dconv.checkpoint.files import parse_json, read_small
+from dconv.errors import Refused, UsageError, group_names
+
+_T = TypeVar("_T")
+
+#: Nobody writes longer ones by hand.
+_MAX_BYTES: Final = 1 << 20
+_MOST_RULES: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``pattern`` -> ``result``, both with the same number of ``*``."""
+
+    pattern: str
+    result: str
+
+    def apply(self, name: str) -> str | None:
+        """The new name; None where the pattern does not match."""
+        first, *rest = self.pattern.split("*")
+        if not rest:
+            return self.result if name == first else None
+        last = rest.pop()
+        end = len(name) - len(last)
+        if not name.startswith(first) or not name.endswith(last) or end < len(first):
+            return None
+        taken: list[str] = []
+        at = len(first)
+        for literal in rest:
+            found = name.find(literal, at, end)
+            if found < 0:
+                return None
+            taken.append(name[at:found])
+            at = found + len(literal)
+        taken.append(name[at:end])
+        parts = self.result.split("*")
+        return parts[0] + "".join(text + part for text, part in zip(taken, parts[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """Rules in their order: the first that matches a name renames it, once.
+
+    Attributes:
+        file: where they come from.
+        used: the patterns that have matched something so far.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    file: Path = Path()
+    used: set[str] = field(default_factory=set)
+
+    def __call__(self, held: Mapping[str, _T], where: object) -> dict[str, _T]:
+        """The same values under their new names.
+
+        Args:
+            where: the file that holds the names, for an error.
+
+        Raises:
+            Refused: two names would become one.
+        """
+        renamed: dict[str, _T] = {}
+        before: dict[str, str] = {}
+        for name, value in held.items():
+            new = self._of(name)
+            if new in renamed:
+                raise Refused(
+                    "--rename gives two tensors one name, nothing was written",
+                    where=f"{before[new]} and {name} in {where}",
+                    expected="another name for each",
+                    found=f"{new} twice",
+                    do=f"change the patterns in {self.file}",
+                )
+            renamed[new], before[new] = value, name
+        return renamed
+
+    def _of(self, name: str) -> str:
+        for rule in self.rules:
+            new = rule.apply(name)
+            if new is not None:
+                self.used.add(rule.pattern)
+                return new
+        return name
+
+    def check_used(self, where: object) -> None:
+        """To be asked once all names of a checkpoint have passed.
+
+        Raises:
+            Refused: a pattern matched none of them (or only such as an earlier pattern took).
+        """
+        idle = [rule.pattern for rule in self.rules if rule.pattern not in self.used]
+        if idle:
+            raise Refused(
+                f"{len(idle)} of {len(self.rules)} patterns of --rename match no tensor, nothing was written",
+                where=f"{group_names(idle)}\nin {self.file}",
+                expected=f"names that are in {where}, and not taken by an earlier pattern",
+                do="dconv inspect shows the names; take the pattern out or correct it",
+            )
+
+
+#: Every name stays as it is.
+AS_STORED: Final = Renaming()
+
+
+def read_renaming(path: Path) -> Renaming:
+    """The rules of a JSON or YAML file: one mapping of patterns to patterns.
+
+    Raises:
+        UsageError: no such file, not a mapping of text to text, or a pattern that cannot be one.
+        Damaged: JSON that is none.
+    """
+    if not path.is_file():
+        raise UsageError("--rename names no file", where=str(path), expected="JSON or YAML: pattern -> pattern")
+    said = _load(path)
+    if not isinstance(said, dict) or not said or len(said) > _MOST_RULES:
+        raise UsageError(
+            "--rename takes one mapping of patterns to patterns",
+            where=str(path),
+            expected=f"1 to {_MOST_RULES} lines such as  backbone.*: model.*",
+            found=f"{len(said)} entries" if isinstance(said, dict) else type(said).__name__,
+        )
+    return Renaming(tuple(_rule(path, pattern, result) for pattern, result in said.items()), path)
+
+
+def _load(path: Path) -> Any:
+    data = read_small(path, what="the file of --rename")
+    if len(data) > _MAX_BYTES:
+        raise UsageError("the file of --rename is implausibly large", where=str(path), found=f"{len(data)} bytes")
+    if path.suffix == ".json":
+        return parse_json(data, where=str(path), what="the file of --rename")
+    import yaml  # a rank without --rename does not pay for it
+
+    try:
+        top = yaml.compose(data, yaml.SafeLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as fault:
+        raise UsageError("the file of --rename is no YAML", where=str(path), found=str(fault)[:200]) from fault
+    if not isinstance(top, yaml.MappingNode):
+        return None
+    said: dict[object, object] = {}
+    for pair in top.value:  # nodes, not values: a key that stands there twice is seen, and an alias stays one node
+        pattern, result = (node.value if isinstance(node, yaml.ScalarNode) else None for node in pair)
+        if pattern in said:
+            raise UsageError("a pattern of --rename stands there twice", where=f"{pattern!r:.200} in {path}")
+        said[pattern] = result
+    return said
+
+
+def _rule(path: Path, pattern: object, result: object) -> Rule:
+    if not isinstance(pattern, str) or not isinstance(result, str) or not pattern or not result:
+        raise UsageError(
+            "--rename takes text to text",
+            where=str(path),
+            expected="pattern: pattern",
+            found=f"{pattern!r:.80}: {result!r:.80}",
+        )
+    if "**" in pattern or pattern.count("*") != result.count("*"):
+        raise UsageError(
+            "a pattern of --rename that cannot be applied",
+            where=f"{pattern[:200]}: {result[:200]}\nin {path}",
+            expected="as many * on the right as on the left, no two of them side by side",
+        )
+    return Rule(pattern, result)
