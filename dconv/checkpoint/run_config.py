@@ -21,7 +21,9 @@ NAME: Final = "run_config.yaml"
 #: Its dataclasses take some 15 kB.
 _MAX_BYTES: Final = 4 << 20
 _PROVIDER: Final = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+_LATENT_PROVIDER: Final = "megatron.bridge.models.mla_provider.MLAModelProvider"
 _SILU: Final = "torch.nn.functional.silu"
+_QUICK_GELU: Final = "megatron.core.fusions.fused_bias_geglu.quick_gelu"
 _TARGET: Final = "_target_"
 
 #: Fields whose arg has another name.
@@ -48,6 +50,13 @@ _SAME: Final = (
     "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
 )  # fmt: skip
+#: Args that are no fields: said otherwise below, older names, or of a run. Others are fields of the same name.
+_NO_FIELDS: Final = {
+    *("max_position_embeddings", "norm_epsilon", "apply_layernorm_1p", "untie_embeddings_and_output_weights"),
+    *("add_position_embedding", "num_query_groups", "group_query_attention", "use_rotary_position_embeddings"),
+    *("swiglu", "quick_geglu", "squared_relu", "padded_vocab_size", "no_save_optim", "no_save_rng", "iteration"),
+    *("consumed_train_samples", "consumed_valid_samples", "params_dtype", "transformer_impl", "ckpt_format"),
+}
 
 
 def read_args(path: Path) -> dict[str, object] | None:
@@ -76,11 +85,14 @@ def read_args(path: Path) -> dict[str, object] | None:
 
 def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
     plain = {key: _plain(value) for key, value in model.items()}
-    args: dict[str, object] = {**plain, **{arg: plain.get(field) for field, arg in _ARG_OF.items()}}
+    args: dict[str, object] = {**plain, **{arg: plain[field] for field, arg in _ARG_OF.items() if field in plain}}
     args["max_position_embeddings"] = plain.get("seq_length")
     args["untie_embeddings_and_output_weights"] = not plain.get("share_embeddings_and_output_weights")
     args["group_query_attention"] = plain.get("num_query_groups") is not None
-    args["swiglu"] = plain.get("gated_linear_unit") is True and plain.get("activation_func") == _SILU
+    activation = args.pop("activation_func", None) if plain.get("gated_linear_unit") is True else None
+    args["swiglu"], args["quick_geglu"] = activation == _SILU, activation == _QUICK_GELU
+    if activation in (_SILU, _QUICK_GELU):
+        del args["gated_linear_unit"]  # these two args set it
     if plain.get("should_pad_vocab") is not True:  # then the size is that of the tensor
         args["padded_vocab_size"] = plain.get("vocab_size")
     return args
@@ -96,14 +108,18 @@ def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
     """The ``run_config.yaml`` of a model with these args, ``vocabulary`` rows before padding, on ``tp`` ranks."""
     grouped = args.get("group_query_attention")
     dtype = "torch." + ("bfloat16" if args.get("bf16") else "float16" if args.get("fp16") else "float32")
+    latent = bool(args.get("multi_latent_attention"))
+    renamed = {field: arg for field, arg in _ARG_OF.items() if not (latent and field.startswith("yarn_"))}
+    others = {*_SAME, *renamed.values(), *_NO_FIELDS}
     model = {
-        _TARGET: _PROVIDER,
+        _TARGET: _LATENT_PROVIDER if latent else _PROVIDER,
         **{name: args[name] for name in _SAME if name in args},
-        **{field: args[arg] for field, arg in _ARG_OF.items() if arg in args},
+        **{field: args[arg] for field, arg in renamed.items() if arg in args},
+        **{name: value for name, value in args.items() if name not in others and value not in (None, False)},
         "num_query_groups": args.get("num_query_groups") if grouped else args.get("num_attention_heads"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
-        "gated_linear_unit": True,
-        "activation_func": _named(_SILU),
+        "gated_linear_unit": any(args.get(arg) for arg in ("swiglu", "quick_geglu", "gated_linear_unit")),
+        **_activation(args),
         # Bridge pads nothing that it imports and exports the padding, too: asked for only where it cannot do without
         "should_pad_vocab": vocabulary % tp != 0,
         "params_dtype": _named(dtype),
@@ -116,6 +132,11 @@ def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
         for line in (f"{section}:", *(f"  {name}: {_scalar(value)}" for name, value in entries.items()))
     ]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _activation(args: Mapping[str, object]) -> dict[str, object]:
+    kind = _SILU if args.get("swiglu") else _QUICK_GELU if args.get("quick_geglu") else ""
+    return {"activation_func": _named(kind)} if kind else {}
 
 
 def _scalar(value: object) -> str:
