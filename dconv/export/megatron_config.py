@@ -49,6 +49,12 @@ _YARN: Mapping[str, Any] = {
     "yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0, "yarn_correction_range_round_to_int": True,
 }  # fmt: skip
 
+# Megatron-LM's own arguments for three of them (argument_utils.py)
+_YARN_ARGS = {
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor", "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+}  # fmt: skip
+
 # what the local modules of megatron-core 0.16.1 cannot compute on a CPU, or this runtime does not set up
 _UNSUPPORTED = (
     "mtp_num_layers", "experimental_attention_variant", "linear_attention_freq",
@@ -116,7 +122,8 @@ def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> Transfor
     )
     if given.get("position_embedding_type") == "yarn":  # where they are set, megatron-core applies them
         for name, default in _YARN.items():
-            setattr(config, name, default if given.get(name) is None else given[name])
+            said = _yarn(given, name)
+            setattr(config, name, default if said is None else said)
     return config
 
 
@@ -149,10 +156,16 @@ def position_embedding(given: Mapping[str, Any]) -> Literal["rope", "yarn", "lea
             found=str(kind),
         )
     needed = {"learned_absolute": ("max_position_embeddings",), "yarn": tuple(_YARN)[:2]}.get(kind, ())
-    missing = [name for name in needed if not given.get(name)]
+    missing = [name for name in needed if not _yarn(given, name)]
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))
     return kind
+
+
+def _yarn(given: Mapping[str, Any], name: str) -> Any:
+    """An argument by megatron-core's name, or by Megatron-LM's."""
+    said = given.get(name)
+    return given.get(_YARN_ARGS.get(name, name)) if said is None else said
 
 
 def _pipeline_split(given: Mapping[str, Any]) -> dict[str, Any]:

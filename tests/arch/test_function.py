@@ -55,13 +55,13 @@ class Check:
     container: str
 
 
-def _load(rank: int, world: int, init: str, layout: tuple[int, int, int], checks: list[Check]) -> list[Any]:
+def load(rank: int, world: int, init: str, layout: tuple[int, ...], checks: list[Check]) -> list[Any]:
+    """One rank of megatron-core: the logits of every check on the last stage. Layout: tp, pp, vpp, ep, etp."""
     from dconv.export.megatron_runtime import build_gpt, logits
     from dconv.export.megatron_weights import load_legacy, load_torch_dist
 
-    tp, pp, vpp = layout
     found = []
-    with parallel_world(tp, pp, vpp, rank=rank, world=world, init_method=init):
+    with parallel_world(*layout, rank=rank, world=world, init_method=init):
         for check in checks:
             args = open_source(check.path).args
             assert args is not None
@@ -107,7 +107,7 @@ def test_megatron_core_computes_what_transformers_does(
             )
             checks.append(Check(out, container))
             expected.append((name, container, impl, logits))
-    computed = last(spawn(_load, tp * pp, layout, checks))
+    computed = last(spawn(load, tp * pp, layout, checks))
     wrong = [case[:3] for case, ours in zip(expected, computed, strict=True) if not close(ours, case[3])]
     assert not wrong
 
@@ -120,7 +120,7 @@ def test_torch_dist_loads_in_another_layout(sources: dict[str, tuple[Path, Any]]
         convert(Request(source, "megatron", tmp_path / name, parallel=Parallel(tp=4, pp=2, etp=4)))
         checks.append(Check(tmp_path / name, "torch_dist"))
         expected.append(logits)
-    computed = last(spawn(_load, 2, (2, 1, 1), checks))
+    computed = last(spawn(load, 2, (2, 1, 1), checks))
     for ours, theirs in zip(computed, expected, strict=True):
         assert close(ours, theirs)
 
