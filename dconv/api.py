@@ -35,7 +35,7 @@ def plan(model: str | Path, format: str, out: str | Path | None = None, **option
         Refused: an unsupported model or layout.
         Damaged: a source that is not whole.
     """
-    return prepare(to_request(_parsed(model, format, out, options)))
+    return prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
 
 
 def convert(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Outcome:

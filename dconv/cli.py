@@ -96,7 +96,7 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.pipeline import prepare
 
     args = parse(parser, words)
-    priced = price(prepare(to_request(args)), args.world)
+    priced = price(prepare(to_request(args), config_alone=True), args.world)
     say(json.dumps(priced) if args.json else plan_text(priced))
     return 0
 

@@ -114,6 +114,7 @@ def describe_model(
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
     rename: str | Path | None = None,
+    config_alone: bool = False,
 ) -> Described:
     """Open a checkpoint, find its family, and lay the family's table over it.
 
@@ -124,6 +125,7 @@ def describe_model(
         hf_config: a directory whose config.json and tokenizer are used instead of its own.
         drop: a pattern, or several, of tensors to leave out.
         rename: a file of patterns for the tensors' stored names (`dconv.checkpoint.rename`).
+        config_alone: be content with a config.json, for a plan.
 
     Raises:
         UsageError: ``hf_config`` is no directory, ``rename`` no such file.
@@ -139,7 +141,7 @@ def describe_model(
             found="a file" if hf_config.exists() else "nothing of that name",
         )
     renaming = AS_STORED if rename is None else read_renaming(Path(rename))
-    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming)
+    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
     if hf_config is not None:
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
@@ -149,7 +151,8 @@ def describe_model(
     rebuilt = source.config is None
     if source.config is not None:
         config = source.config
-        huggingface.refuse_quantized(config, source.root)
+        if not config_alone or source.files:
+            huggingface.refuse_quantized(config, source.root)
     elif source.args is not None:
         config = family.config.to_hf(source.args)
     else:
@@ -167,8 +170,11 @@ def describe_model(
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: Request, *, config_alone: bool = False) -> Job:
     """Describe and plan: reads headers only, writes nothing.
+
+    Args:
+        config_alone: plan for a model of which only config.json is there; such a job cannot run.
 
     Raises:
         Refused: an unknown format, an unsupported model, a layout that does not divide.
@@ -187,6 +193,7 @@ def prepare(request: Request) -> Job:
         hf_config=request.hf_config,
         drop=request.drop,
         rename=request.rename,
+        config_alone=config_alone,
     )
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))

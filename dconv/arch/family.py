@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Final
 
 from dconv.arch.layouts import Facts, Layout, size
@@ -60,8 +61,7 @@ class Row:
     @property
     def logical(self) -> tuple[str, ...]:
         """HuggingFace's names with the braces spelled out."""
-        fields = [piece.split(",") for piece in re.split(r"[{}]", self.hf)]
-        return tuple("".join(parts) for parts in itertools.product(*fields))
+        return _spelled_out(self.hf)
 
     def exists(self, facts: Facts, layer: int) -> bool:
         if not self.when:
@@ -142,6 +142,12 @@ class Family:
         if facts["tied"] and name == TIED_HEAD:
             return "tied to the input embedding by the config"
         return next((reason for pattern, reason in self.recomputed if fnmatchcase(name, pattern)), "")
+
+
+@cache
+def _spelled_out(name: str) -> tuple[str, ...]:
+    fields = [piece.split(",") for piece in re.split(r"[{}]", name)]
+    return tuple("".join(parts) for parts in itertools.product(*fields))
 
 
 def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str, str] | None) -> Entry:

@@ -21,7 +21,12 @@ _TRANSLATED: Final = ("meta", "bmtrain", "model_pt")
 
 
 def open_source(
-    path: Path, said: str | None = None, *, own_config: bool = True, rename: Renaming = AS_STORED
+    path: Path,
+    said: str | None = None,
+    *,
+    own_config: bool = True,
+    rename: Renaming = AS_STORED,
+    config_alone: bool = False,
 ) -> Source:
     """Describe the checkpoint at ``path``: a directory, a file, or a name on the hub where there is neither.
 
@@ -29,6 +34,7 @@ def open_source(
         said: what ``--from`` says it is; None detects it.
         own_config: False when a config comes from elsewhere, so that the checkpoint's own need not be understood.
         rename: gives the stored tensors other names before they are looked at.
+        config_alone: take a directory with config.json and no weights for the model that it speaks of.
 
     Raises:
         UsageError: there is nothing at ``path``.
@@ -63,6 +69,10 @@ def open_source(
         )
     if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt"):
         raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")
+    if config_alone and kind == "huggingface" and not huggingface.is_huggingface(folder):
+        from dconv.checkpoint import config_alone as described
+
+        return described.open_source(folder)
     options = {"own_config": own_config} if kind in _TRANSLATED else {}
     source = import_module(f"dconv.checkpoint.{kind}").open_source(folder, rename=rename, **options)
     rename.check_used(folder)
