@@ -240,6 +240,7 @@ def _huggingface(request: Request, model: Described) -> Target:
         side=model.source.side,
         shard_size=request.shard_size,
         left_out=model.logical.left_out,
+        twins=model.family.twin_names(model.facts),
     )
 
 

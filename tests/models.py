@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,18 @@ def write_random(
 ) -> Path:
     """A HuggingFace directory of random bf16 bits (NaN patterns too: relayout must not look at values)."""
     folder.mkdir(parents=True)
-    specs = list(expected_specs(family, family.config.facts(config)).values())
+    facts = family.config.facts(config)
+    specs, twins = expected_specs(family, facts), family.twin_names(facts)
+    again = [replace(specs[name], name=twin) for twin, name in twins.items()]
     draw = np.random.default_rng(seed)
-    parts = safetensors.by_size(specs, shard_size)
+    drawn: dict[str, bytes] = {}
+    parts = safetensors.by_size([*specs.values(), *again], shard_size)
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        size, first, _ = safetensors.lay_out(part)
-        (folder / name).write_bytes(first + draw.bytes(size - len(first)))
+        _, first, _ = safetensors.lay_out(part)
+        drawn |= {spec.name: draw.bytes(spec.nbytes) for spec in part if spec.name not in twins}
+        (folder / name).write_bytes(first + b"".join(drawn[twins.get(spec.name, spec.name)] for spec in part))
         weight_map |= {spec.name: name for spec in part}
     if len(parts) > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

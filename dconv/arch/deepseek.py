@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dconv.arch import moe_configs as configs
-from dconv.arch.family import Row
+from dconv.arch.family import Row, Twin
 from dconv.arch.layouts import columns, copied, rows, rows_or_copied
 from dconv.arch.llama import LLAMA
 from dconv.arch.moe import DENSE, ROUTED, shared
@@ -50,6 +50,9 @@ def _when(row: Row) -> str:
 
 DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
 DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=_ATTENTION_NAMES, add=_LATENT)
-DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *_LATENT, _BIAS))))
+DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *_LATENT, _BIAS))), twins=(
+    Twin("model.layers.*.embed_tokens.weight",      of="model.embed_tokens.weight", stack="mtp", after="layers"),
+    Twin("model.layers.*.shared_head.head.weight",  of="lm_head.weight",            stack="mtp", after="layers"),
+))
 # fmt: on
 FAMILIES = (DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3)

@@ -59,6 +59,11 @@ class Row:
         return (self.stage or ("first" if self.megatron.startswith("embedding.") else "last")) == "first"
 
     @property
+    def is_embedding(self) -> bool:
+        """Of words, that is: the one that a tied model uses twice."""
+        return not self.per_layer and self.first_stage and self.layout.padded
+
+    @property
     def logical(self) -> tuple[str, ...]:
         """HuggingFace's names with the braces spelled out."""
         return _spelled_out(self.hf)
@@ -87,8 +92,17 @@ class Entry:
 
     @property
     def is_embedding(self) -> bool:
-        """Of words, that is: the one that a tied model uses twice."""
-        return self.layer < 0 and self.row.first_stage and self.fused.padded
+        return self.row.is_embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A HuggingFace tensor that is another once more; ``*``, ``stack`` and ``after`` are as in `Row`."""
+
+    hf: str
+    of: str
+    stack: str
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,17 +114,37 @@ class Family:
         config: how config.json and Megatron's args translate.
         rows: the table.
         recomputed: HuggingFace tensors that carry no weights, with the reason they may be left out.
+        twins: HuggingFace tensors that Megatron does not store a second time.
     """
 
     name: str
     config: Config
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
+    twins: tuple[Twin, ...] = ()
 
-    def derive(self, name: str, config: Config, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
-        """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add``."""
+    def derive(
+        self,
+        name: str,
+        config: Config,
+        add: tuple[Row, ...] = (),
+        drop: tuple[str, ...] = (),
+        twins: tuple[Twin, ...] = (),
+    ) -> Family:
+        """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add`` and ``twins``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
-        return replace(self, name=name, config=config, rows=kept + add)
+        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins)
+
+    def twin_names(self, facts: Facts) -> dict[str, str]:
+        """The name of every twin, with the name of what it repeats."""
+        tied = {TIED_HEAD: next(row.hf for row in self.rows if row.is_embedding)} if facts["tied"] else {}
+        return {
+            twin.hf.replace("*", str(layer + (size(facts, twin.after) if twin.after else 0))): tied.get(
+                twin.of, twin.of
+            )
+            for twin in self.twins
+            for layer in range(size(facts, twin.stack))
+        }
 
     def entries(self, facts: Facts, dtypes: Mapping[str, str] | None = None) -> Iterator[Entry]:
         """Every Megatron tensor of a model with these facts, in the model's own order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -206,11 +207,12 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) ->
     if len(shards) > 1:
         _refuse_broken(family, facts)
     specs = expected_specs(family, facts)
+    twins = family.twin_names(facts)
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
         for file, tensors in shard.items():
             for stored_name, tensor in tensors.items():
-                name = tied_to if tied_to and stored_name == TIED_HEAD else stored_name
+                name = tied_to if tied_to and stored_name == TIED_HEAD else twins.get(stored_name, stored_name)
                 spec = specs.get(name)
                 if spec is not None:
                     located.pieces.setdefault(name, []).append(_piece(spec, tensor, rank, len(shards)))
@@ -341,14 +343,19 @@ def lay_out(
     side: Mapping[str, Path],
     shard_size: int,
     left_out: dict[str, str],
+    twins: Mapping[str, str] | None = None,
 ) -> Target:
     """A HuggingFace directory to be written: weight files of at most ``shard_size`` bytes, index, config, side files.
 
     Args:
         specs: the logical tensors, in the order to write them.
         config: config.json's content; None copies the one among ``side`` as it is.
+        twins: names under which logical tensors are written once more, with the tensors' own.
     """
-    parts = safetensors.by_size(specs, shard_size)
+    twins = twins or {}
+    known = {spec.name: spec for spec in specs}
+    again = (replace(known[name], name=twin) for twin, name in twins.items())
+    parts = safetensors.by_size((*known.values(), *again), shard_size)
     files: list[TargetFile] = []
     tensors: list[TargetTensor] = []
     for number, part in enumerate(parts, 1):
@@ -357,7 +364,7 @@ def lay_out(
         files.append(TargetFile(name, size, ((0, first),)))
         for spec, offset in zip(part, offsets, strict=True):
             axes = tuple(range(len(spec.shape)))
-            slot = Slot(spec.name, Region.whole(spec.shape), (0,) * len(axes), axes)
+            slot = Slot(twins.get(spec.name, spec.name), Region.whole(spec.shape), (0,) * len(axes), axes)
             tensors.append(TargetTensor(spec.name, name, offset, spec, (slot,)))
 
     def closing() -> Iterable[tuple[str, bytes]]:
