@@ -195,6 +195,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         rename=request.rename,
         config_alone=config_alone,
     )
+    huggingface.refuse_fp8(model.logical.specs.values(), model.source.root)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     target = _TARGETS[engine](request, model)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import safetensors, state_dict
+from dconv.checkpoint import safetensors, scales, state_dict
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, shape_error, side_bytes, side_files
@@ -94,7 +94,7 @@ def source_of(
 
     def locate(family: Family, facts: Facts) -> Located:
         tied_to = _one_embedding(folder, files, shards, family) if facts["tied"] else ""
-        return _locate(shards, family, facts, tied_to)
+        return _locate(shards, family, facts, tied_to, scales.block_of(config))
 
     return Source(
         format=container,
@@ -198,10 +198,11 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
     return code | dict.fromkeys(sorted(others), "not a file of the model's weights")
 
 
-def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) -> Located:
+def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str, block: tuple[int, int]) -> Located:
     """See `Located`.
 
     Args:
+        block: rows and columns of FP8 weights that share a scale.
         tied_to: the tensor that a stored output is taken for; "" for none.
     """
     if len(shards) > 1:
@@ -210,8 +211,12 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str) ->
     twins = family.twin_names(facts)
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
+        scaling = scales.pair({name: tensor for part in shard.values() for name, tensor in part.items()}, block)
+        located.left_out.update(dict.fromkeys(scaling, "scales, which go with their FP8 weights"))
         for file, tensors in shard.items():
             for stored_name, tensor in tensors.items():
+                if stored_name in scaling:
+                    continue
                 name = tied_to if tied_to and stored_name == TIED_HEAD else twins.get(stored_name, stored_name)
                 spec = specs.get(name)
                 if spec is not None:
@@ -385,10 +390,25 @@ def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
 
 
 def refuse_quantized(config: Mapping[str, object], where: Path) -> None:
-    """A quantised source needs its decoder; moving its codes as plain numbers would ruin it."""
-    if config.get("quantization_config"):
+    """A quantised source needs its decoder; moving its codes as plain numbers would ruin it.
+
+    Block FP8 is described (each weight with its scales) and refused when it is to be converted.
+    """
+    if config.get("quantization_config") and not scales.is_block_fp8(config):
         raise Refused(
             "the source is quantised, which this version does not decode, nothing was written",
             where=f"quantization_config in {where / 'config.json'}",
             expected="bf16, f16 or f32 weights",
+        )
+
+
+def refuse_fp8(specs: Iterable[TensorSpec], where: Path) -> None:
+    """Refuse to convert weights whose values are codes times scales."""
+    codes = [spec.name for spec in specs if spec.dtype.startswith("f8_")]
+    if codes:
+        raise Refused(
+            f"{len(codes)} tensors are in FP8, which this version does not decode, nothing was written",
+            where=f"{group_names(codes)}\nin {where}",
+            expected="bf16, f16 or f32 weights",
+            do="dconv inspect pairs them with their scales",
         )
