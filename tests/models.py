@@ -19,12 +19,23 @@ _LATE = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+_GELU = {"hidden_act": "gelu_pytorch_tanh"}
 _LATENT = {
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
     "num_key_value_heads": None, "head_dim": None,
 }  # fmt: skip
 #: What the families' configs say beside the common keys.
 KEYS: dict[str, dict[str, Any]] = {
+    "gemma": _GELU,
+    "gemma2": {**_GELU, "query_pre_attn_scalar": 12, "sliding_window": 16},
+    "gemma3_text": {
+        **_GELU, "query_pre_attn_scalar": 12, "sliding_window": 16, "sliding_window_pattern": 3, "rope_theta": 1e6,
+        "rope_local_base_freq": 20000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "glm": {"partial_rotary_factor": 0.5},
+    "granite": {
+        "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.125,
+    },
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {
         **_ROUTED, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1], "head_dim": None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS, biases, window
-from dconv.arch.fields import count, flag, heads, multiple, positive, whole
+from dconv.arch.fields import count, deep, flag, heads, multiple, positive, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -153,11 +153,13 @@ class Window:
             "types" (as ``layer_types`` says).
         switch: whether nothing slides unless ``use_sliding_window``.
         every: with "types", each so many-th layer is a full one where ``layer_types`` is not given; 0: it must be.
+        pattern: a key that may say otherwise than ``every``.
     """
 
     layers: Literal["none", "all", "late", "types"] = "none"
     switch: bool = False
     every: int = 0
+    pattern: str = ""
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -202,7 +204,8 @@ class Window:
             hf["use_sliding_window"] = width is not None
         if self.layers == "late" and width:
             hf["max_window_layers"] = slides.index(True)
-        if self.layers != "all" and width:
+        if self.layers != "all" and (width or self.every):  # else the class would take it that some layers slide
+            slides = slides or [False] * deep(said, "num_layers", ARGS)
             hf["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
         return hf
 
@@ -222,7 +225,8 @@ class Window:
             first = count(said, "max_window_layers", CONFIG)
             slides = [width is not None and layer >= first for layer in range(layers)]
         elif self.layers == "types" and self.every:
-            slides = [width is not None and (layer + 1) % self.every != 0 for layer in range(layers)]
+            every = whole(said, self.pattern, CONFIG) if said.get(self.pattern) is not None else self.every
+            slides = [width is not None and (layer + 1) % every != 0 for layer in range(layers)]
         unclear = self.layers == "types" and not self.every and width is not None
         lost = ["layer_types is absent: versions of transformers disagree on which layers slide"] if unclear else []
         return ["sliding_attention" if slide else "full_attention" for slide in slides], lost

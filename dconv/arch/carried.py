@@ -30,7 +30,15 @@ RESCALING: Final[Mapping[str, object]] = {
     "embedding_scale": None,  # no key: a constant of Gemma's code, in the args under this name
     "clip_qkv": None,  # OLMo
     "no_rope_layers": None,  # SmolLM3
+    "rope_local_base_freq": None,  # Gemma 3
 }
+#: Norms at other places of a layer than Llama's: no keys of config.json but constants of a family's code, and no
+#: arguments of Megatron-LM. The first two are named as in forks of it that have them.
+POST_NORMS: Final = {"post_self_attn_layernorm": True, "post_mlp_layernorm": True}
+NO_PRE_NORMS: Final = {"no_pre_layernorm": True}
+POST_NORMS_LACKING: Final = (
+    "post_self_attn_layernorm, post_mlp_layernorm: what leaves attention and feed-forward is normalised"
+)
 #: The same for keys that end so.
 _ENDS: Final[Mapping[str, object]] = {"_multiplier": 1, "_multipliers": None, "_softcapping": None}
 
@@ -47,9 +55,11 @@ class Carried:
 
     Attributes:
         keys: key, and what mainline megatron-core would have to compute with it, in words.
+        optional: whether a model of this family may have none of them.
     """
 
     keys: Mapping[str, str] = field(hash=False)
+    optional: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -70,7 +80,7 @@ class Carried:
 
     def mismatches(self, said: Said) -> list[str]:
         """Without any of them it is some other family's model, or one whose numbers nobody wrote down."""
-        lacking = all(said.get(key) is None for key in self.keys)
+        lacking = not self.optional and all(said.get(key) is None for key in self.keys)
         return [f"none of {', '.join(self.keys)} is in the args"] if lacking else []
 
     def needs(self, said: Said) -> list[str]:

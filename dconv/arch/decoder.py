@@ -15,7 +15,7 @@ from typing import Any, Final
 from dconv.arch.activation import SILU
 from dconv.arch.args import ARGS, RENAMED, dtype_name, named_as_of_old, read
 from dconv.arch.attention import Biases, Grouped, Window, differing
-from dconv.arch.carried import RESCALING, rescales
+from dconv.arch.carried import NO_PRE_NORMS, POST_NORMS, RESCALING, rescales
 from dconv.arch.fields import deep, flag, number, whole
 from dconv.arch.rotary import Rope
 from dconv.arch.translate import CONFIG, Aspect
@@ -39,7 +39,7 @@ _SAME: Final[Mapping[str, object]] = {
 }
 #: Args with which Megatron computes another function: demanded to be unset, not written.
 _UNSET: Final[Mapping[str, object]] = {
-    **dict.fromkeys(RESCALING),
+    **dict.fromkeys((*RESCALING, *POST_NORMS, *NO_PRE_NORMS)),
     "no_rope_freq": None,
     "qk_l2_norm": False,
     "attention_output_gate": False,
@@ -254,7 +254,7 @@ class DecoderConfig:
         lost += [
             f"{key} {hf[key]!r:.60}: only {value!r} is what this family has on both sides"
             for key, value in self.only.items()
-            if key in hf and hf[key] != value
+            if key in hf and hf[key] != value and (hf[key] or value)  # unset, false and 0 are the same
         ]
         named = hf.get("architectures") or [hf.get("model_type")]
         own = isinstance(named, list) and named[0] in (self.architecture, self.model_type)

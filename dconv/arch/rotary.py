@@ -8,7 +8,7 @@ from typing import Any
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import number, whole
+from dconv.arch.fields import number, table, whole
 from dconv.arch.rope import rope_from_args, rope_parameters, rope_to_args
 from dconv.arch.translate import CONFIG, Said
 
@@ -77,3 +77,55 @@ class Rope:
     def _kind(self, kind: str) -> list[str]:
         known = not self.kinds or kind in self.kinds
         return [] if known else [f"rope_type {kind}: this family has {', '.join(self.kinds)}"]
+
+
+_SLIDES, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class TwoBases:
+    """Rotation of whole heads with one base, perhaps scaled, and in layers with a window with another, unscaled.
+
+    A config.json of transformers 5 has a table for each kind of layer in ``rope_parameters``; older ones have ``key``
+    beside ``rope_theta`` and ``rope_scaling`` (``Gemma3TextConfig.convert_rope_params_to_dict``).
+
+    Attributes:
+        key: the key of the other base, and the arg that carries it: Megatron-LM has none.
+    """
+
+    key: str = "rope_local_base_freq"
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return *Rope().owns, self.key
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {**Rope().compared, self.key: self.key}
+
+    def facts(self, _said: Said) -> dict[str, Any]:
+        return {}
+
+    def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        tables = table(said, "rope_parameters", CONFIG)
+        full = {**table(tables, _FULL, CONFIG), **table(said, "rope_scaling", CONFIG)}
+        slides = table(tables, _SLIDES, CONFIG)
+        args, lost = Rope().to_args({**said, "rope_parameters": None, "rope_scaling": full}, facts)
+        base = number({self.key: slides.pop("rope_theta", said.get(self.key))}, self.key, CONFIG)
+        kind = slides.pop("rope_type", slides.pop("type", "default"))
+        if foreign := sorted(tables.keys() - {_SLIDES, _FULL}):
+            lost.append(f"rope_parameters has {', '.join(foreign)}: this family has a table for each kind of layer")
+        if kind != "default" or slides:
+            lost.append(f"rope_parameters of {_SLIDES}: rope_type {kind} {slides!r:.60}: nothing is scaled there")
+        return {**args, self.key: base}, lost
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        base = None if said.get(self.key) is None else number(said, self.key, ARGS)
+        return {**Rope().to_hf(said), self.key: base}
+
+    def mismatches(self, said: Said) -> list[str]:
+        unset = [] if said.get(self.key) is not None else [f"{self.key} is not set, this family has one"]
+        return Rope().mismatches(said) + unset
+
+    def needs(self, _said: Said) -> list[str]:
+        return [f"{self.key}: layers with a window are rotated with a base of their own, unscaled"]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from dconv.arch.carried import NO_PRE_NORMS, POST_NORMS, RESCALING
 from dconv.checkpoint.files import read_small
 from dconv.checkpoint.inert import bounded
 from dconv.errors import Damaged
@@ -49,6 +50,15 @@ _SAME: Final = (
     "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout",
     "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+    "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_dtype",
+    "moe_router_enable_expert_bias",
+)  # fmt: skip
+#: Args of models that this provider does not build.
+_UNSAID: Final = (
+    *RESCALING, *POST_NORMS, *NO_PRE_NORMS, "qk_layernorm_full_width", "multi_latent_attention", "mtp_num_layers",
+    "moe_router_group_score_topk",
 )  # fmt: skip
 #: Args that are no fields: said otherwise below, older names, or of a run. Others are fields of the same name.
 _NO_FIELDS: Final = {
@@ -102,6 +112,12 @@ def _plain(value: Any) -> object:
     """A ``_target_`` by its name, everything else as it is."""
     named = value.get(_TARGET) if isinstance(value, Mapping) else None
     return named if isinstance(named, str) else value
+
+
+def can_say(args: Mapping[str, object]) -> bool:
+    """Whether `dump` has words for the model: a provider of GPT with a gated SiLU, all of whose layers are alike."""
+    alike = args.get("moe_layer_freq") in (None, 1)
+    return alike and bool(args.get("swiglu")) and not any(args.get(arg) for arg in _UNSAID)
 
 
 def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:

@@ -60,7 +60,13 @@ _UNSUPPORTED = (
     "mtp_num_layers", "experimental_attention_variant", "linear_attention_freq",
     "heterogeneous_layers_config_path", "apply_layernorm_1p", "use_legacy_models", "spec", "moe_expert_capacity_factor",
     "attention_output_gate", "is_hybrid_model", "hybrid_override_pattern", "moe_latent_size",
+    # no arguments of Megatron-LM: a converted checkpoint says with them what no version of megatron-core computes
+    "post_self_attn_layernorm", "post_mlp_layernorm", "no_pre_layernorm", "qk_layernorm_full_width", "embedding_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
 )  # fmt: skip
+
+# the same, but for this number
+_UNSUPPORTED_UNLESS_1 = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def as_dict(args: Args) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def as_dict(args: Args) -> dict[str, Any]:
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))
     unsupported = [name for name in _UNSUPPORTED if given.get(name)]
+    unsupported += [name for name in _UNSUPPORTED_UNLESS_1 if given.get(name) not in (None, 1)]
     if unsupported:
         raise Refused(
             "megatron-core on a CPU (local layer spec) does not compute this model",

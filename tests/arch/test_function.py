@@ -26,7 +26,7 @@ LLAMA3 = {
 }  # fmt: skip
 
 #: name -> (family, config keys). Together: tied and untied, padded and odd vocabulary, bias, q/k norm, scaled RoPE,
-#: head_dim of its own, one query group for all heads, a sliding window.
+#: head_dim of its own, one query group for all heads, a sliding window, half of a head rotated, a stated softmax scale.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied-odd": ("llama", {"tie_word_embeddings": True, "vocab_size": 301}),
@@ -40,6 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-odd": ("qwen2", {"vocab_size": 301}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "phi3": ("phi3", {"sliding_window": 8, "num_key_value_heads": 2}),
+    "glm": ("glm", {}),
+    "granite": ("granite", {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}),
 }
 
 #: tp, pp, vpp. Four layers in all models.

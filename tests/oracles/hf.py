@@ -67,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma3ForCausalLM",
         {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
     ),
+    "glm": Family("GlmConfig", "GlmForCausalLM"),
     "glm4": Family("Glm4Config", "Glm4ForCausalLM"),
     "olmo2": Family("Olmo2Config", "Olmo2ForCausalLM"),
     "granite": Family(
