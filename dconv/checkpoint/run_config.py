@@ -104,6 +104,11 @@ def _plain(value: Any) -> object:
     return named if isinstance(named, str) else value
 
 
+def can_say(args: Mapping[str, object]) -> bool:
+    """Whether `dump` has words for the model: it writes no provider but that of GPT."""
+    return not args.get("is_hybrid_model") and not args.get("vision_model_type")
+
+
 def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
     """The ``run_config.yaml`` of a model with these args, ``vocabulary`` rows before padding, on ``tp`` ranks."""
     grouped = args.get("group_query_attention")
