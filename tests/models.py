@@ -47,6 +47,12 @@ KEYS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek": {**_LATE, "head_dim": None},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
+    "mamba2": {"num_heads": 8, "n_groups": 4, "state_size": 6, "chunk_size": 8},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-E", "mamba_num_heads": 8, "mamba_head_dim": 6, "n_groups": 4,
+        "ssm_state_size": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24, "mlp_hidden_act": "relu2",
+    },
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
 }  # fmt: skip
 
@@ -75,6 +81,11 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
     config |= {key: None for key, value in KEYS.get(family.name, {}).items() if value is None}
     if config["head_dim"] is None:  # it is not a key of this family
         config["hidden_size"] = 8 * config["num_attention_heads"]
+    if "num_heads" in config:  # all heads of a mixer together are twice as wide as the model
+        config["hidden_size"] = config["num_heads"] * config["head_dim"] // 2
+    if "hybrid_override_pattern" in config:
+        pattern, layers = config["hybrid_override_pattern"], config["num_hidden_layers"]
+        config["hybrid_override_pattern"] = (pattern * layers)[:layers]
     if isinstance(config.get("layer_types"), str):  # one kind for all layers
         config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
     return config

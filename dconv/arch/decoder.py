@@ -8,7 +8,7 @@ Megatron-LM's ``megatron/training/arguments.py``, ``argument_utils.py`` (``core_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from dconv.arch.translate import CONFIG, Aspect
 from dconv.errors import Refused
 
 #: Sizes under their two names.
-_SIZES: Final = {
+SIZES: Final[Mapping[str, str]] = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -83,6 +83,8 @@ class DecoderConfig:
             names of our own, where Megatron-LM has none): written, and demanded of a checkpoint.
         only: keys of config.json with the one value whose function is known here; another is refused.
         norm_eps: the key of the norms' epsilon.
+        sizes: sizes under their two names; a family may lack the feed-forward size and the context length.
+        filling: keys that a config.json of this family may leave to others of its keys.
         lacking: what mainline megatron-core lacks for this family whatever its config says, in words.
     """
 
@@ -98,6 +100,8 @@ class DecoderConfig:
     constants: Mapping[str, object] = field(default_factory=dict, hash=False)
     only: Mapping[str, object] = field(default_factory=dict, hash=False)
     norm_eps: str = "rms_norm_eps"
+    sizes: Mapping[str, str] = field(default_factory=lambda: SIZES, hash=False)
+    filling: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda _: {}
     lacking: tuple[str, ...] = ()
 
     @property
@@ -119,7 +123,7 @@ class DecoderConfig:
         facts: dict[str, Any] = {
             "layers": deep(said, "num_hidden_layers", CONFIG),
             "hidden": whole(said, "hidden_size", CONFIG),
-            "ffn": whole(said, "intermediate_size", CONFIG),
+            "ffn": whole(said, "intermediate_size", CONFIG) if "intermediate_size" in self.sizes else 0,
             "vocab": whole(said, "vocab_size", CONFIG),
             "tied": tied,
             "untied": not tied,
@@ -215,6 +219,7 @@ class DecoderConfig:
     def _filled(self, hf: Mapping[str, object]) -> dict[str, object]:
         """The config with the keys that it leaves to transformers' classes."""
         said = {**self.defaults, **hf}
+        said |= self.filling(said)
         return {**said, "attention_dropout": said.get("attention_dropout") or 0.0}
 
     def _translate(self, hf: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
@@ -224,7 +229,7 @@ class DecoderConfig:
         same = {**_SAME, **self.constants}
         dtype = dtype_name(hf.get("dtype") or hf.get("torch_dtype"))
         args: dict[str, object] = {
-            **{arg: whole(said, key, CONFIG) for key, arg in _SIZES.items()},
+            **{arg: whole(said, key, CONFIG) for key, arg in self.sizes.items()},
             "seq_length": said["max_position_embeddings"],
             **{arg: number(said, key, CONFIG) for key, arg in _NUMBERS.items()},
             "norm_epsilon": epsilon,
@@ -266,7 +271,7 @@ class DecoderConfig:
     def _describe(self, said: Mapping[str, object]) -> dict[str, object]:
         """config.json without its vocabulary, for args that went through `read`."""
         hf: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
-        hf |= {key: whole(said, arg, ARGS) for key, arg in _SIZES.items()}
+        hf |= {key: whole(said, arg, ARGS) for key, arg in self.sizes.items()}
         hf |= {key: number(said, arg, ARGS) for key, arg in {**_NUMBERS, self.norm_eps: "norm_epsilon"}.items()}
         hf |= {"bos_token_id": None, "eos_token_id": None, **self.only}
         hf["tie_word_embeddings"] = not flag(said, "untie_embeddings_and_output_weights", ARGS)
@@ -278,7 +283,7 @@ class DecoderConfig:
 
     def _compared(self) -> dict[str, str]:
         """Keys of config.json that a stale one is found by, with an arg that is behind each."""
-        compared = {key: arg for key, arg in _SIZES.items() if key != "max_position_embeddings"}
+        compared = {key: arg for key, arg in self.sizes.items() if key != "max_position_embeddings"}
         compared |= {self.norm_eps: "norm_epsilon", "tie_word_embeddings": "untie_embeddings_and_output_weights"}
         for aspect in self.aspects:
             compared |= aspect.compared

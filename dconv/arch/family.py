@@ -31,6 +31,7 @@ class Row:
         after: the fact that HuggingFace adds to the layer number ("" for none).
         stage: the pipeline stage of what is in no pipelined layer: ``first`` or ``last``.
         keeps: whether ``--dtype`` leaves it as it is (a router's bias is fp32 whatever the weights are).
+        apart: the ends of the names under which torch_dist keeps the parts, each as a tensor of its own.
     """
 
     megatron: str
@@ -41,6 +42,7 @@ class Row:
     after: str = ""
     stage: str = ""
     keeps: bool = False
+    apart: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> bool:

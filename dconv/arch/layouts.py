@@ -7,6 +7,7 @@ Source of the QKV and gate/up orders: ``megatron/core/transformer/attention.py``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,57 +105,78 @@ def transposed(layout: Layout) -> Layout:
 gate_up = rows
 
 
-def gate_up_in_one(*dims: str) -> Layout:
-    """One logical tensor whose first half of rows is gate and whose second is up; otherwise as `gate_up`."""
+def parts_in_one(parts: Sequence[str], *dims: str) -> Layout:
+    """One logical tensor whose first axis is ``parts`` one behind the other, each cut by itself; ``dims`` follow it."""
 
     def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        ffn, *rest = (size(facts, dim) for dim in dims)
-        return [(2 * ffn, *rest)], tuple(Part((Run(logical[0], half, ffn),)) for half in (0, ffn))
+        lengths = [size(facts, part) for part in parts]
+        starts = itertools.accumulate(lengths, initial=0)
+        whole = (sum(lengths), *(size(facts, dim) for dim in dims))
+        return [whole], tuple(Part((Run(logical[0], at, n),)) for at, n in zip(starts, lengths, strict=False))
 
     return Layout(shape, axis=0, parallel=True)
 
 
-def _heads(facts: Facts) -> tuple[int, int, int]:
-    """Query heads, query groups, and the width of a head."""
-    return size(facts, "heads"), size(facts, "groups"), size(facts, "head_dim")
+def gate_up_in_one(*dims: str) -> Layout:
+    """One logical tensor whose first half of rows is gate and whose second is up; otherwise as `gate_up`."""
+    return parts_in_one((dims[0], dims[0]), *dims[1:])
+
+
+def _heads(facts: Facts, of: str) -> tuple[int, int, int]:
+    """Query heads, query groups, and the width of a head; ``of`` stands before the names of these facts."""
+    return size(facts, f"{of}heads"), size(facts, f"{of}groups"), size(facts, f"{of}head_dim")
+
+
+def _heads_that_do_not_divide(facts: Facts, tp: int) -> str:
+    for of, whose in (("", ""), ("vision_", " of the vision tower")):
+        heads, groups, width = _heads(facts, of)
+        if heads % tp or (groups % tp and tp % groups) or (heads + 2 * groups) * width % tp:
+            return f"{heads} query heads in {groups} query groups{whose}"
+    heads, groups = size(facts, "mamba_heads"), size(facts, "mamba_groups")
+    return f"{heads} Mamba heads in {groups} groups" if heads % tp or groups % tp else ""
 
 
 def heads_divide(facts: Facts, tp: int) -> bool:
     """Whether each tensor-parallel rank gets whole query heads, and whole query groups or an equal share of one.
 
-    Source: ``megatron/core/transformer/attention.py`` and ``transformer_config.py``.
+    The same of a vision tower; of a Mamba mixer, whole heads and whole groups. Source:
+    ``megatron/core/transformer/attention.py``, ``transformer_config.py`` and ``megatron/core/ssm/mamba_mixer.py``.
     """
-    heads, groups, width = _heads(facts)
-    rows = (heads + 2 * groups) * width
-    return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and rows % tp == 0
+    return not _heads_that_do_not_divide(facts, tp)
 
 
 def check_heads(facts: Facts, tp: int) -> None:
-    """Refuse a tensor-parallel size that Megatron's attention does not run with.
+    """Refuse a tensor-parallel size that Megatron's attention or its Mamba mixer does not run with.
 
     Raises:
         Refused: see `heads_divide`.
     """
-    if not heads_divide(facts, tp):
-        heads = size(facts, "heads")
-        raise Refused(
-            f"the attention heads do not divide over tensor parallel {tp}, nothing was written",
-            where="--tp",
-            expected="a divisor of the query heads that divides the query groups or is a multiple of them",
-            found=f"{heads} query heads in {facts['groups']} query groups",
-            do="--tp " + ", ".join(str(n) for n in range(1, heads + 1) if heads_divide(facts, n)),
-        )
+    found = _heads_that_do_not_divide(facts, tp)
+    if not found:
+        return
+    most = max(size(facts, "heads"), size(facts, "mamba_heads"))
+    mamba = "a divisor of the heads and of the groups"
+    raise Refused(
+        f"the {'Mamba' if 'Mamba' in found else 'attention'} heads do not divide over tensor parallel {tp}, "
+        "nothing was written",
+        where="--tp",
+        expected=mamba
+        if "Mamba" in found
+        else "a divisor of the query heads that divides the query groups or is a multiple of them",
+        found=found,
+        do="--tp " + ", ".join(str(n) for n in range(1, most + 1) if heads_divide(facts, n)),
+    )
 
 
-def query_groups(*dims: str) -> Layout:
+def query_groups(*dims: str, of: str = "") -> Layout:
     """Query, key and value interleaved by query group: [all q heads of group 0, k 0, v 0, q heads of group 1, …].
 
     ``dims`` are the axes after the rows: none for a bias. Tensor parallelism cuts the rows in this order, also through
-    the middle of a group when there are fewer groups than ranks.
+    the middle of a group when there are fewer groups than ranks. ``of`` stands before the names of the facts.
     """
 
     def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        heads, groups, width = _heads(facts)
+        heads, groups, width = _heads(facts, of)
         rest = tuple(size(facts, dim) for dim in dims)
         per_group = (heads // groups * width, width, width)
         runs = tuple(
@@ -169,7 +191,7 @@ def query_groups_in_one(*dims: str) -> Layout:
     """One logical tensor that holds [all q heads, all k heads, all v heads]; otherwise as `query_groups`."""
 
     def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        heads, groups, width = _heads(facts)
+        heads, groups, width = _heads(facts, "")
         rest = tuple(size(facts, dim) for dim in dims)
         starts, per_group = (0, heads * width, (heads + groups) * width), (heads // groups * width, width, width)
         runs = tuple(

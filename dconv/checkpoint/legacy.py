@@ -36,7 +36,7 @@ _MOST_RANKS: Final = 1 << 17
 #: Missing shards that an error's text is made of.
 _NAMED: Final = 10_000
 #: Modules whose (empty) extra state a strict load asks for.
-_WITH_STATE: Final = ("linear_", "output_layer")
+_WITH_STATE: Final = ("linear_", "in_proj", "out_proj", "output_layer")
 _EMBEDDING: Final = "embedding.word_embeddings.weight"
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
 

@@ -1,7 +1,8 @@
 """Megatron's names: layers numbered by stage or by model, two layer specs, five spellings of an expert.
 
 The canonical name is TransformerEngine's with global numbers, an expert's being ``….experts.{number}.linear_fc1.…``.
-Sources: ``sharded_state_dict_keys_map`` in ``megatron/core/models/gpt/gpt_layer_specs.py``;
+Sources: ``sharded_state_dict_keys_map`` in ``megatron/core/models/gpt/gpt_layer_specs.py`` and in
+``megatron/core/post_training/modelopt/mamba/model_specs.py``;
 ``megatron/core/transformer/moe/experts.py`` and its forebears.
 """
 
@@ -22,14 +23,20 @@ _LOCAL_SPEC: Final = {
     "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
-#: The other way. A layer has one of the two, so that either may stand for the other.
-_OTHER: Final = _LOCAL_SPEC | {local: te for te, local in _LOCAL_SPEC.items()}
+#: The other way, and names of newer versions. A layer has one of the two, so that either may stand for the other.
+_OTHER: Final = {
+    **_LOCAL_SPEC,
+    **{local: te for te, local in _LOCAL_SPEC.items()},
+    "mixer.conv1d.weight": "mixer.conv1d_weight",
+    "mixer.conv1d.bias": "mixer.conv1d_bias",
+}
 #: Norms that the local spec saves in torch_dist as if they were fused, whatever follows them.
 _SAVED_AS_FUSED: Final = {
-    local: te for te, local in _LOCAL_SPEC.items() if local.startswith(("input_layernorm", "pre_mlp_layernorm"))
+    local: te for te, local in _LOCAL_SPEC.items() if local.startswith(("input_layernorm", "pre_mlp_layernorm", "norm"))
 }
 
 #: The decoder layer inside a token predictor, now and from 2026 on.

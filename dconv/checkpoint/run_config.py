@@ -117,7 +117,8 @@ def _plain(value: Any) -> object:
 def can_say(args: Mapping[str, object]) -> bool:
     """Whether `dump` has words for the model: a provider of GPT with a gated SiLU, all of whose layers are alike."""
     alike = args.get("moe_layer_freq") in (None, 1)
-    return alike and bool(args.get("swiglu")) and not any(args.get(arg) for arg in _UNSAID)
+    other = args.get("is_hybrid_model") or args.get("vision_model_type")
+    return alike and bool(args.get("swiglu")) and not other and not any(args.get(arg) for arg in _UNSAID)
 
 
 def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:

@@ -138,7 +138,7 @@ def _pieces(entry: Entry, shard: Shard) -> Iterable[Piece]:
     shape = stored.spec.shape
     index, count = _cut(entry, shard)
     length = _length(entry, shard)
-    per_rank = fused.length // count
+    per_rank = fused.length // count if shard.part < 0 else fused.parts[shard.part].length
     if length < fused.length or (length > fused.length and not fused.padded):
         raise shape_error(fused.name, _where(stored), fused.shape(per_rank), shape)
     stretches = _stretches(fused, shard, index, count, length)
@@ -161,7 +161,7 @@ def _length(entry: Entry, shard: Shard) -> int:
     if not shape:
         return entry.fused.length
     if shard.part >= 0:
-        return shape[entry.fused.axis] * len(entry.fused.parts)
+        return entry.fused.length + shape[entry.fused.axis] - entry.fused.parts[shard.part].length
     return shape[entry.fused.axis] * _cut(entry, shard)[1]
 
 

@@ -33,6 +33,7 @@ _COMMON: Final = "common.pt"
 _COMMON_STATE: Final = "common_state/shard_0_1"
 _STACKED: Final = re.compile(r"(.+?\.layers\.)(?!\d)(.+)")
 _LAYERS: Final = re.compile(r"\.layers\.\*\.")
+_NUMBERED: Final = re.compile(r"\.layers\.\d{1,9}\.")
 #: All experts of a layer in one tensor.
 _EXPERTS: Final = re.compile(r"(.+\.experts\.)experts\.(?!\d)(.+)")
 #: Gate and up apart, as ``singleton_local_shards`` has them.
@@ -116,14 +117,17 @@ def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], family: Famil
     layers = {_LAYERS.sub(".layers.", row.megatron): row.stack for row in family.rows if row.per_layer}
     depth = {_prefix(key): size(facts, stack) for key, stack in layers.items() if stack in facts}
     experts = size(facts, "experts")
+    apart = {f"{row.megatron}.{end}": part for row in family.rows for part, end in enumerate(row.apart)}
     shards: Shards = {}
     for key, tensor in weights.items():
         extents = tuple(_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks)
         whole = Stored(TensorSpec(key, tensor.shape, tensor.dtype), extents)
         for name, stored in _one_by_one(whole, depth, experts):
-            half = _HALF.fullmatch(name)
-            part = "wv".index(half[2]) if half else -1
-            name = half[1] if half else name
+            part = apart.get(_NUMBERED.sub(".layers.*.", name, count=1), -1)
+            if part >= 0:
+                name = name.rpartition(".")[0]
+            elif half := _HALF.fullmatch(name):
+                name, part = half[1], "wv".index(half[2])
             shards.setdefault(name, []).append(Shard(stored, None, part))
     return shards
 
@@ -264,15 +268,17 @@ def _chunks(model: megatron.Model, item: megatron.Placed, coord: Coord) -> Itera
     key, lead, lengths = _key(model, entry)
     whole = fused.whole(model.padded_vocab)
     shape = lengths + fused.shape(sum(s.stop - s.start for s in whole))
-    before = 0
+    before, together = 0, key
     for part, stretch in zip(whole, model.shard(entry, coord), strict=True):
+        if entry.row.apart:
+            before, key, shape = 0, f"{together}.{entry.row.apart[part.part]}", lengths + fused.shape(part.stop)
         slots = fused.slots([stretch], (0,) * len(lead))
         sizes = (1,) * len(lead) + fused.shape(stretch.stop - stretch.start)
         spec = TensorSpec(key, sizes, model.dtype(entry))
         offsets = [*lead, *([0] * len(fused.order))]
         offsets[len(lead) + fused.axis] = before + stretch.start
         padding = math.prod(sizes) - sum(slot.region.volume for slot in slots)
-        name = f"{fused.name}@{'.'.join(map(str, offsets[len(lead) :]))}"
+        name = f"{fused.name}{key[len(together) :]}@{'.'.join(map(str, offsets[len(lead) :]))}"
         yield _Chunk(key, shape, tuple(offsets), TargetTensor(name, "", 0, spec, slots, padding))
         before += part.stop
 

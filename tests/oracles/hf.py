@@ -118,15 +118,16 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(
         "Mamba2Config",
         "Mamba2ForCausalLM",
-        {"num_heads": 16, "n_groups": 4, "state_size": 16, "chunk_size": 8, "expand": 2},
+        {"num_heads": 16, "n_groups": 4, "state_size": 12, "chunk_size": 8, "expand": 2},
     ),
     "bamba": Family("BambaConfig", "BambaForCausalLM", _MAMBA | {"attn_layer_indices": [1, 3]}),
     "nemotron_h": Family(
         "NemotronHConfig",
         "NemotronHForCausalLM",
         {
-            "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 16, "mamba_head_dim": 16,
-            "n_groups": 4, "ssm_state_size": 16, "chunk_size": 8, "num_hidden_layers": None,
+            "layers_block_type": ["mamba", "mlp", "attention", "moe"], "mamba_num_heads": 16, "mamba_head_dim": 16,
+            "n_groups": 4, "ssm_state_size": 12, "chunk_size": 8, "num_hidden_layers": None,
+            **_MOE, "n_routed_experts": 8, "moe_shared_expert_intermediate_size": 80,
         },
     ),
 }  # fmt: skip
