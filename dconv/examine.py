@@ -179,9 +179,9 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     """A report of what can be known about a checkpoint that would be refused."""
     family = facts = None
     with suppress(DconvError):
-        family = registry.detect(source.config, source.args)
+        family = registry.detect(source.config, source.args, source.shapes)
         config = source.config if source.config is not None else family.config.to_hf(source.args or {})
-        facts = family.config.facts(config)
+        facts = family.facts(config, source.shapes)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
     return Report(
         **_container(path, source, facts),
@@ -190,7 +190,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
         config_from="config.json" if source.config else "Megatron's args" if source.args else "nothing",
         left_out=source.left_out,
         refused=refused,
-        names=source.tensor_names,
+        names=tuple(source.shapes),
     )
 
 

@@ -145,7 +145,7 @@ def describe_model(
         source = replace(source, config=config, side=side_files(hf_config))
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
-    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args)
+    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
     rebuilt = source.config is None
     if source.config is not None:
         config = source.config
@@ -163,7 +163,7 @@ def describe_model(
                 found="\n".join(disagree),
                 do="--hf-config DIR supplies the right one",
             )
-    facts = family.config.facts(config)
+    facts = family.facts(config, source.shapes)
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
 
 

@@ -89,7 +89,7 @@ def source_of(
         container: its name in reports.
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
-    names = tuple(dict.fromkeys(name for shard in shards for tensors in shard.values() for name in tensors))
+    shapes = {name: at.spec.shape for shard in shards for tensors in shard.values() for name, at in tensors.items()}
 
     def locate(family: Family, facts: Facts) -> Located:
         tied_to = _one_embedding(folder, files, shards, family) if facts["tied"] else ""
@@ -106,7 +106,7 @@ def source_of(
         locate=locate,
         left_out=_left_out(folder, before.keys() - files.keys()),
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
-        tensor_names=names,
+        shapes=shapes,
     )
 
 

@@ -85,7 +85,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         locate=lay,
         left_out=left_out,
         stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
-        tensor_names=tuple(shards),
+        shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
     )
 
 

@@ -79,7 +79,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         locate=lay,
         left_out=left_out,
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
-        tensor_names=tuple(weights),
+        shapes={key: tensor.shape for key, tensor in weights.items()},
     )
 
 

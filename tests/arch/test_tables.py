@@ -21,7 +21,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", sorted(families().keys() & hf.FAMILIES.keys()))
 def test_the_table_is_the_model(name: str, sizes: dict[str, object]) -> None:
     """A key that a class does not know changes nothing on either side."""
     config, model = hf.tiny(name, **sizes)
