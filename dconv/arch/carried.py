@@ -63,10 +63,10 @@ class Carried:
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        return {key: None if said.get(key) is None else number(said, key, CONFIG) for key in self.keys}, []
+        return {key: _number(said, key, CONFIG) for key in self.keys}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
-        return {key: None if said.get(key) is None else _written(number(said, key, ARGS)) for key in self.keys}
+        return {key: _number(said, key, ARGS) for key in self.keys}
 
     def mismatches(self, said: Said) -> list[str]:
         """Without any of them it is some other family's model, or one whose numbers nobody wrote down."""
@@ -77,9 +77,11 @@ class Carried:
         return [f"{key}: {words}" for key, words in self.keys.items() if rescales(key, said.get(key))]
 
 
-def _written(value: float) -> float:
-    """A whole number as one: transformers' classes check the type of some keys."""
-    return int(value) if value.is_integer() else value
+def _number(said: Said, key: str, where: str) -> object:
+    """The number as it is written: transformers' classes tell 256 from 256.0."""
+    if said.get(key) is not None:
+        number(said, key, where)
+    return said.get(key)
 
 
 @dataclass(frozen=True)

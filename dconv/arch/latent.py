@@ -183,8 +183,8 @@ class LatentRope:
         if kind == "yarn":
             yarn = concentrated({**_UNSCALED, **rope})
             lost += _unsayable(rope)
-        if rope["partial_rotary_factor"] != 1.0:
-            lost.append(f"partial_rotary_factor {rope['partial_rotary_factor']}: qk_rope_head_dim says what is rotated")
+        if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            lost.append(f"partial_rotary_factor {part}: qk_rope_head_dim says what is rotated")
         return {
             "position_embedding_type": "rope",
             "use_rotary_position_embeddings": True,

@@ -52,7 +52,7 @@ class Rope:
             said["partial_rotary_factor"] = given / facts["head_dim"] if self.part.endswith("_dim") else given
         rope = rope_parameters(said)
         if self.part:
-            percent = rope.pop("partial_rotary_factor")
+            percent = number({"of": rope.pop("partial_rotary_factor", 1.0)}, "of", CONFIG)
         kind, carried = str(rope["rope_type"]), {}
         if self.longrope and kind == LONGROPE:
             carried[TABLE] = longrope(said, round(facts["head_dim"] * percent), CONFIG)

@@ -64,7 +64,7 @@ def read_config(folder: Path) -> dict[str, object] | None:
 
 def _renamed(folder: Path, shard: _Shard, rename: Renaming) -> _Shard:
     """A shard under its new names; two files may not come to hold one name either."""
-    if not rename.rules:
+    if not rename.rules and not rename.submodel:
         return shard
     held = [(file, name, tensor) for file, tensors in shard.items() for name, tensor in tensors.items()]
     new: _Shard = {file: {} for file in shard}

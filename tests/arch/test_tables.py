@@ -26,6 +26,8 @@ def test_the_table_is_the_model(name: str, sizes: dict[str, object]) -> None:
     """A key that a class does not know changes nothing on either side."""
     config, model = hf.tiny(name, **sizes)
     family = families()[name]
+    if any(key in line for line in family.config.unsayable(config.to_dict()) for key in sizes):
+        pytest.skip("refused by name, so that there is no table for it")
     expected = {key: tuple(value.shape) for key, value in model.named_parameters()}
     specs = expected_specs(family, family.config.facts(config.to_dict()))
     assert {key: spec.shape for key, spec in specs.items()} == expected
