@@ -189,6 +189,8 @@ def _described(args: argparse.Namespace) -> dict[str, Any]:
         "hf_config": args.hf_config,
         "drop": tuple(args.drop),
         "rename": args.rename,
+        "submodel": args.submodel,
+        "with_eagle": args.with_eagle,
     }
 
 

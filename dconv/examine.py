@@ -15,7 +15,7 @@ from dconv import verify
 from dconv.arch import registry
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
-from dconv.checkpoint.rename import AS_STORED, read_renaming
+from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, DconvError, UsageError, group_names
 from dconv.export.runtimes import as_run, runs, runtime_of, shortage
@@ -141,6 +141,8 @@ def inspect(
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
     rename: str | Path | None = None,
+    submodel: str | None = None,
+    with_eagle: bool = False,
 ) -> Report:
     """Describe a checkpoint from its headers; what a conversion would refuse is reported, not raised.
 
@@ -151,13 +153,19 @@ def inspect(
     path = Path(path)
     try:
         model = describe_model(
-            path, source_format=source_format, model_type=model_type, hf_config=hf_config, drop=drop, rename=rename
+            path,
+            source_format=source_format,
+            model_type=model_type,
+            hf_config=hf_config,
+            drop=drop,
+            rename=rename,
+            submodel=submodel,
+            with_eagle=with_eagle,
         )
     except UsageError:
         raise
     except DconvError as error:
-        renaming = AS_STORED if rename is None else read_renaming(Path(rename))
-        return _in_part(path, open_source(path, source_format, rename=renaming), str(error))
+        return _in_part(path, open_source(path, source_format, rename=renaming_of(rename, submodel)), str(error))
     return _in_full(path, model, hf_config)
 
 
@@ -179,9 +187,9 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     """A report of what can be known about a checkpoint that would be refused."""
     family = facts = None
     with suppress(DconvError):
-        family = registry.detect(source.config, source.args)
+        family = registry.detect(source.config, source.args, source.shapes)
         config = source.config if source.config is not None else family.config.to_hf(source.args or {})
-        facts = family.config.facts(config)
+        facts = family.facts(config, source.shapes)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
     return Report(
         **_container(path, source, facts),
@@ -190,7 +198,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
         config_from="config.json" if source.config else "Megatron's args" if source.args else "nothing",
         left_out=source.left_out,
         refused=refused,
-        names=source.tensor_names,
+        names=tuple(source.shapes),
     )
 
 
@@ -287,6 +295,8 @@ def check(
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
     rename: str | Path | None = None,
+    submodel: str | None = None,
+    with_eagle: bool = False,
     run: bool = True,
     force: bool = False,
 ) -> Checked:
@@ -316,7 +326,7 @@ def check(
         "drop": drop,
         "rename": rename,
     }
-    model = describe_model(path, **options)
+    model = describe_model(path, **options, submodel=submodel, with_eagle=with_eagle)
     if disagree := torn(model.logical):
         raise Damaged(
             f"{len(disagree)} tensors are not the same in all the shards that hold them",
@@ -332,6 +342,8 @@ def check(
     not_run = "not asked for" if not run else ""
     if run and not force and (short := shortage(report.parameters or 0, report.format)):
         not_run = f"{short}; --force-run runs it all the same"
+    if run and (submodel or with_eagle):
+        not_run = "a model is run by itself: convert it first"
     if run and not runs(report.format):
         not_run = f"no runtime here runs a {report.format} checkpoint"
     if not_run:

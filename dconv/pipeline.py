@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Final
 
 from dconv import __version__
-from dconv.arch import registry
+from dconv.arch import eagle, registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, check_heads, size
 from dconv.checkpoint import huggingface, megatron
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
-from dconv.checkpoint.rename import AS_STORED, read_renaming
+from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.codec.kernels import apply
 from dconv.errors import Refused, StorageFault, UsageError
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
+from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, Target, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical, TensorSpec
@@ -56,6 +57,10 @@ class Request:
         drop: patterns of tensors to leave out; one may stand without a tuple around it.
         rename: a file of patterns for the source's tensor names.
         replicas: a tensor that several shards hold must be ``equal`` in all of them, or the ``first`` is taken.
+        submodel: which model of a distillation checkpoint is meant, ``student`` or ``teacher``.
+        teacher: a second checkpoint, to go into the same output (Megatron) as the model's teacher.
+        teacher_only: leave the model itself out of that output.
+        with_eagle: keep the tensors of an EAGLE head.
     """
 
     model: Path
@@ -73,6 +78,10 @@ class Request:
     drop: str | Sequence[str] = ()
     replicas: str = "equal"
     rename: Path | None = None
+    submodel: str | None = None
+    teacher: Path | None = None
+    teacher_only: bool = False
+    with_eagle: bool = False
 
     @property
     def output(self) -> Path:
@@ -115,6 +124,8 @@ def describe_model(
     drop: str | Sequence[str] = (),
     rename: str | Path | None = None,
     config_alone: bool = False,
+    submodel: str | None = None,
+    with_eagle: bool = False,
 ) -> Described:
     """Open a checkpoint, find its family, and lay the family's table over it.
 
@@ -126,6 +137,8 @@ def describe_model(
         drop: a pattern, or several, of tensors to leave out.
         rename: a file of patterns for the tensors' stored names (`dconv.checkpoint.rename`).
         config_alone: be content with a config.json, for a plan.
+        submodel: ``student`` or ``teacher`` of a distillation checkpoint.
+        with_eagle: keep the tensors of an EAGLE head instead of leaving them out (`dconv.arch.eagle`).
 
     Raises:
         UsageError: ``hf_config`` is no directory, ``rename`` no such file.
@@ -140,14 +153,15 @@ def describe_model(
             expected="a directory with a config.json",
             found="a file" if hf_config.exists() else "nothing of that name",
         )
-    renaming = AS_STORED if rename is None else read_renaming(Path(rename))
+    renaming = renaming_of(rename, submodel)
     source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
     if hf_config is not None:
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
-    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args)
+    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
+    family = eagle.kept(family) if with_eagle else eagle.left_out(family)
     rebuilt = source.config is None
     if source.config is not None:
         config = source.config
@@ -166,7 +180,7 @@ def describe_model(
                 found="\n".join(disagree),
                 do="--hf-config DIR supplies the right one",
             )
-    facts = family.config.facts(config)
+    facts = family.facts(config, source.shapes)
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
 
 
@@ -194,13 +208,40 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         drop=request.drop,
         rename=request.rename,
         config_alone=config_alone,
+        submodel=request.submodel,
+        with_eagle=request.with_eagle,
     )
     huggingface.refuse_fp8(model.logical.specs.values(), model.source.root)
+    if request.teacher is not None:
+        if engine != "megatron" or request.megatron_format == "model_pt":
+            raise UsageError(
+                "a teacher goes into Megatron checkpoints only, nothing was written",
+                where="--teacher",
+                expected="FORMAT megatron, torch_dist or legacy",
+                found=request.format,
+            )
+        return _distillation(request, model, describe_model(request.teacher))
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     target = _TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     return Job(request, model.source, model.family, model.facts, model.logical, plan)
+
+
+def _distillation(request: Request, student: Described, teacher: Described) -> Job:
+    """A student and its teacher in one Megatron checkpoint, or the teacher alone, each under its prefix."""
+    held = {"student_model.": student, "teacher_model.": teacher}
+    if request.teacher_only:
+        del held["student_model."]
+    if request.replicas == "first":
+        held = {prefix: replace(one, logical=_first_replicas(one.logical)) for prefix, one in held.items()}
+    logical = join({prefix: one.logical for prefix, one in held.items()})
+    first, *others = (_to_write(request, one, prefix) for prefix, one in held.items())
+    for other in others:
+        first = replace(first, args={**first.args, megatron.TEACHER_ARGS: other.args}, teacher=other)
+    target = replace(_lay_out(request, first), left_out=logical.left_out)
+    of = next(iter(held.values()))
+    return Job(request, of.source, of.family, of.facts, logical, build_plan(logical, target))
 
 
 def _first_replicas(logical: Logical) -> Logical:
@@ -273,6 +314,10 @@ def _bmtrain(request: Request, model: Described) -> Target:
 
 
 def _megatron(request: Request, model: Described) -> Target:
+    return _lay_out(request, _to_write(request, model))
+
+
+def _to_write(request: Request, model: Described, prefix: str = "") -> megatron.Model:
     _check_layout(request, model)
     config = _new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
@@ -284,7 +329,7 @@ def _megatron(request: Request, model: Described) -> Target:
         "transformer_impl": request.transformer_impl,
         "ckpt_format": "torch_dist" if request.megatron_format == "torch_dist" else "torch",
     }
-    described = megatron.Model(
+    return megatron.Model(
         family=model.family,
         facts=model.facts,
         parallel=request.parallel,
@@ -296,7 +341,11 @@ def _megatron(request: Request, model: Described) -> Target:
         config=config,
         side=model.source.side,
         left_out=model.logical.left_out,
+        prefix=prefix,
     )
+
+
+def _lay_out(request: Request, described: megatron.Model) -> Target:
     if request.megatron_format == "legacy":
         from dconv.checkpoint import legacy
 

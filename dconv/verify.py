@@ -289,6 +289,12 @@ def logits(job: Job, out: Path) -> dict[str, object]:
         VerifyFailed: the difference is past the bound, or the comparison could not be made.
         ToolMissing: a runtime is not installed or failed.
     """
+    if job.request.submodel or job.request.teacher or job.request.with_eagle:
+        raise VerifyFailed(
+            "the logits of one of several models in a checkpoint are not compared here",
+            where=str(out),
+            do="--verify digest; or convert the one model again by itself",
+        )
     target = FORMATS[job.request.format]
     vocabulary = size(job.facts, "vocab")
     tokens = random_tokens(vocabulary)

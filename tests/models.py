@@ -53,8 +53,38 @@ KEYS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 24, "mlp_hidden_act": "relu2",
     },
+    "minicpm": {
+        "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
+        "sparse_config": {"kernel_size": 32, "topk": 64, "use_nope": False}, "mup_denominator": 32,
+    },
+    "minicpm_moe": {
+        "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "minicpm_blockffn": {
+        "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "num_experts": 6,
+        "expert_size": 3, "router_act": "relu",
+    },
+    "minicpm3": {**_LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
 }  # fmt: skip
+
+
+#: Of a layer's tensors whose shapes no config says, and the layers that have them.
+_BLOCKS = {"moe_router": (6, 32), "router_norm": (6,), "moe_w_in": (6, 3, 32), "moe_w_out": (6, 32, 3)}
+
+
+def stored_shapes(family: Family, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a family has as the source has it: every other layer is block-sparse."""
+    if family.name != "minicpm_blockffn":
+        return {}
+    layers = range(1, config["num_hidden_layers"], 2)
+    return {f"model.layers.{layer}.mlp.{name}.weight": shape for layer in layers for name, shape in _BLOCKS.items()}
+
+
+def facts_of(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """What shapes follow from, in a random checkpoint of `write_random`."""
+    return family.facts(config, stored_shapes(family, config))
 
 
 def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
@@ -96,7 +126,7 @@ def write_random(
 ) -> Path:
     """A HuggingFace directory of random bf16 bits (NaN patterns too: relayout must not look at values)."""
     folder.mkdir(parents=True)
-    facts = family.config.facts(config)
+    facts = facts_of(family, config)
     specs, twins = expected_specs(family, facts), family.twin_names(facts)
     again = [replace(specs[name], name=twin) for twin, name in twins.items()]
     draw = np.random.default_rng(seed)

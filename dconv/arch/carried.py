@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dconv.arch.args import ARGS
-from dconv.arch.fields import number
+from dconv.arch.fields import number, plain, table
 from dconv.arch.translate import CONFIG, Said
 
 #: Keys by which some family scales, clips or positions what flows, with the value that changes nothing.
@@ -73,10 +73,10 @@ class Carried:
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        return {key: None if said.get(key) is None else number(said, key, CONFIG) for key in self.keys}, []
+        return {key: _number(said, key, CONFIG) for key in self.keys}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
-        return {key: None if said.get(key) is None else number(said, key, ARGS) for key in self.keys}
+        return {key: _number(said, key, ARGS) for key in self.keys}
 
     def mismatches(self, said: Said) -> list[str]:
         """Without any of them it is some other family's model, or one whose numbers nobody wrote down."""
@@ -85,3 +85,48 @@ class Carried:
 
     def needs(self, said: Said) -> list[str]:
         return [f"{key}: {words}" for key, words in self.keys.items() if rescales(key, said.get(key))]
+
+
+def _number(said: Said, key: str, where: str) -> object:
+    """The number as it is written: transformers' classes tell 256 from 256.0."""
+    if said.get(key) is not None:
+        number(said, key, where)
+    return said.get(key)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys whose value is plain data of any shape (tables, lists, text), carried along as it stands.
+
+    Attributes:
+        keys: key, and what mainline megatron-core would have to compute with it, in words; "" where nothing.
+        table: the own arg that holds them all, where Megatron has args of their names; none means each by itself.
+    """
+
+    keys: Mapping[str, str] = field(hash=False)
+    table: str = ""
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return (self.table,) if self.table else tuple(self.keys)
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {key: self.table or key for key, words in self.keys.items() if words}
+
+    def facts(self, _said: Said) -> dict[str, Any]:
+        return {}
+
+    def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        held = {key: plain(said, key, CONFIG) for key in self.keys if said.get(key) is not None}
+        return {self.table: held} if self.table and held else held, []
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        held = table(said, self.table, ARGS) if self.table else said
+        return {key: plain(held, key, ARGS) for key in self.keys if held.get(key) is not None}
+
+    def mismatches(self, _said: Said) -> list[str]:
+        return []
+
+    def needs(self, said: Said) -> list[str]:
+        return [f"{key}: {words}" for key, words in self.keys.items() if words and said.get(key) is not None]

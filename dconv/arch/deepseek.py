@@ -13,7 +13,7 @@ from dconv.arch.moe import DENSE, ROUTED, shared
 _HF, _MEGATRON = "model.layers.*.self_attn", "decoder.layers.*.self_attention"
 
 # fmt: off
-_LATENT = (
+LATENT = (
     Row("decoder.layers.*.input_layernorm.weight",              "model.layers.*.input_layernorm.weight",  copied("hidden")),
     Row(f"{_MEGATRON}.linear_q_proj.weight",                    f"{_HF}.q_proj.weight",                   rows("q_rows", "hidden"),            when="q_is_full"),
     Row(f"{_MEGATRON}.linear_q_down_proj.weight",               f"{_HF}.q_a_proj.weight",                 rows_or_copied("q_lora", "hidden"),  when="q_is_low_rank"),
@@ -26,7 +26,7 @@ _LATENT = (
 )
 _EXPERTS = DENSE + ROUTED + shared("shared_experts")
 _DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)
-_ATTENTION_NAMES = tuple(row.megatron for row in LLAMA.rows if ".self_attention." in row.megatron)
+ATTENTION_NAMES = tuple(row.megatron for row in LLAMA.rows if ".self_attention." in row.megatron)
 _BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
 
 
@@ -49,8 +49,8 @@ def _when(row: Row) -> str:
 
 
 DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
-DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=_ATTENTION_NAMES, add=_LATENT)
-DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *_LATENT, _BIAS))), twins=(
+DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=ATTENTION_NAMES, add=LATENT)
+DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *LATENT, _BIAS))), twins=(
     Twin("model.layers.*.embed_tokens.weight",      of="model.embed_tokens.weight", stack="mtp", after="layers"),
     Twin("model.layers.*.shared_head.head.weight",  of="lm_head.weight",            stack="mtp", after="layers"),
 ))

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from dconv.arch.layouts import Facts, Layout, size
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
+from dconv.sharding.region import Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,20 @@ class Row:
         """HuggingFace's names with the braces spelled out."""
         return _spelled_out(self.hf)
 
+    def stored_shape(self, stored: Mapping[str, Index], layer: int) -> Index | None:
+        """The shape of this row's tensor in a source, under any of its names; None where it is not there."""
+        number = str(layer)
+        for name in (self.hf.replace("*", number), self.megatron.replace("*", number)):
+            if name in stored:
+                return stored[name]
+        stacked = stored.get(self.megatron.replace(".*", "")) if self.per_layer else None
+        return None if stacked is None else stacked[1:]
+
     def exists(self, facts: Facts, layer: int) -> bool:
         if not self.when:
             return True
         here = facts.get(self.when, False)
-        return here[layer] if isinstance(here, tuple) else bool(here)
+        return bool(here[layer] if isinstance(here, tuple) else here)
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,11 @@ class Family:
         name: what ``--model-type`` takes.
         config: how config.json and Megatron's args translate.
         rows: the table.
-        recomputed: HuggingFace tensors that carry no weights, with the reason they may be left out.
+        recomputed: tensors that carry no weights, with the reason they may be left out.
         twins: HuggingFace tensors that Megatron does not store a second time.
+        mark: what stands in the name of some stored tensor, where the config alone does not tell this family from
+            others of its architecture.
+        either: pairs of facts, each true in just the layers where the other is not.
     """
 
     name: str
@@ -124,6 +137,39 @@ class Family:
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
     twins: tuple[Twin, ...] = ()
+    mark: str = ""
+    either: tuple[tuple[str, str], ...] = ()
+
+    def facts(self, config: Mapping[str, object], stored: Mapping[str, Index] | None = None) -> dict[str, Any]:
+        """The facts of a config, and those that follow from which tensors there are: rows ``as_stored``.
+
+        Args:
+            config: config.json.
+            stored: shapes of the source's tensors by name, HuggingFace's or Megatron's (layers apart, or stacked).
+
+        Returns:
+            Those of the config; for each row as stored the fact that it exists under, by layer; ``stored``, their
+            shapes by HuggingFace's name; ``uniform_layers``.
+
+        Raises:
+            Damaged: see `dconv.arch.translate.Config.facts`.
+        """
+        facts = self.config.facts(config)
+        shapes: dict[str, Index] = {}
+        for row in self.rows:
+            if row.layout.stored:
+                layers = range(size(facts, row.stack)) if row.per_layer else range(-1, 0)
+                found = [row.stored_shape(stored or {}, layer) for layer in layers]
+                names = (row.hf.replace("*", str(layer)) for layer in layers)
+                shapes |= {name: shape for name, shape in zip(names, found, strict=True) if shape is not None}
+                here = tuple(shape is not None for shape in found)
+                before = facts.get(row.when) or (False,) * len(here)
+                facts[row.when] = tuple(a or b for a, b in zip(before, here, strict=True))
+        for fact, otherwise in self.either:
+            facts[otherwise] = tuple(not here for here in facts[fact])
+        by_layer = [facts[row.when] for row in self.rows if row.layout.stored and row.pipelined]
+        uniform = facts.get("uniform_layers", True) and all(len(set(here)) == 1 for here in by_layer)
+        return {**facts, "stored": shapes, "uniform_layers": uniform}
 
     def derive(
         self,
@@ -132,10 +178,11 @@ class Family:
         add: tuple[Row, ...] = (),
         drop: tuple[str, ...] = (),
         twins: tuple[Twin, ...] = (),
+        mark: str = "",
     ) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add`` and ``twins``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
-        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins)
+        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins, mark=mark)
 
     def twin_names(self, facts: Facts) -> dict[str, str]:
         """The name of every twin, with the name of what it repeats."""
@@ -174,7 +221,7 @@ class Family:
                 yield _entry(row, -1, -1, facts, dtypes)
 
     def reason_to_leave_out(self, name: str, facts: Facts) -> str:
-        """Why a HuggingFace tensor that no row names may be left out; empty when it may not."""
+        """Why a tensor that no row names may be left out; empty when it may not."""
         if facts["tied"] and name == TIED_HEAD:
             return "tied to the input embedding by the config"
         return next((reason for pattern, reason in self.recomputed if fnmatchcase(name, pattern)), "")

@@ -77,6 +77,26 @@ def number(said: Mapping[str, object], key: str, where: str) -> float:
     return real
 
 
+def plain(said: Mapping[str, object], key: str, where: str) -> object:
+    """What JSON can say: nested tables and lists of text, numbers and switches, finite and not too deep.
+
+    Raises:
+        Damaged: it is something else.
+    """
+    value = said.get(key)
+    if not _is_plain(value, 16):
+        raise _damaged(key, where, "plain data", value)
+    return value
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    if isinstance(value, Mapping):
+        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def not_negative(said: Mapping[str, object], key: str, where: str) -> float:
     """A finite number of 0 or more.
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.fields import heads, multiple, number, whole
-from dconv.arch.rope import concentrated, rope_parameters
+from dconv.arch.rope import LONGROPE, TABLE, concentrated, longrope, rope_parameters
+from dconv.arch.rotary import LONGROPE_NEEDS
 from dconv.arch.translate import CONFIG, Said
 
 _SIZES: Final = {
@@ -35,9 +36,11 @@ class Latent:
 
     Attributes:
         norm_eps: the key of the other norms' epsilon.
+        even: whether ``v_head_dim`` is hidden_size / heads where it is not given.
     """
 
     norm_eps: str = "rms_norm_eps"
+    even: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -52,6 +55,9 @@ class Latent:
         """mla, q_lora (0: queries are not of low rank), q_is_low_rank, q_is_full, kv_lora, qk_nope, qk_rope, v_dim,
         q_rows, kv_a_rows, kv_b_rows, o_columns; heads, groups, head_dim, q, kv as if every head had its own key."""
         queries = heads(said, "num_attention_heads", CONFIG)
+        if self.even and said.get("v_head_dim") is None:
+            hidden = whole(said, "hidden_size", CONFIG)
+            said = {**said, "v_head_dim": multiple("hidden_size", hidden, "num_attention_heads", queries, CONFIG)}
         kv_lora, nope, rotated, v_dim = (
             whole(said, key, CONFIG) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         )
@@ -86,7 +92,8 @@ class Latent:
         if groups is not None and groups != facts["heads"]:
             lost.append(f"num_key_value_heads {groups}: every head of this attention has its own key and value")
         args: dict[str, object] = {
-            **{arg: whole(said, key, CONFIG) for key, arg in _SIZES.items()},
+            **{arg: whole(said, key, CONFIG) for key, arg in _SIZES.items() if key != "v_head_dim"},
+            "v_head_dim": facts["v_dim"],
             "multi_latent_attention": True,
             "q_lora_rank": facts["q_lora"] or None,
             "qk_layernorm": True,  # the norms of the latents
@@ -133,6 +140,8 @@ _YARN: Final = {
     "mscale_all_dim": "mscale_all_dim",
 }
 _DEFAULTS: Final = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+#: Own arg: see `LatentRope.halves`.
+_HALVES_ARG: Final = "latent_rotary_halves"
 _UNSCALED: Final = {"factor": 1.0, "original_max_position_embeddings": 4096, **_DEFAULTS}
 
 
@@ -142,11 +151,19 @@ class LatentRope:
 
     megatron-core's MLA parts neighbours into halves by itself (``multi_latent_attention=True`` in its rotary functions)
     and then rotates halves: that is ``rope_interleave`` of config.json, and ``rotary_interleaved`` must be false.
+
+    Attributes:
+        halves: whether the two halves are rotated together instead, which mainline megatron-core lacks here.
+        longrope: whether a longrope's table is carried along in the args.
     """
+
+    halves: bool = False
+    longrope: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return "rotary_percent", "rotary_interleaved", "rope_type", *_YARN.values()
+        carried = (TABLE,) if self.longrope else ()
+        return "rotary_percent", "rotary_interleaved", "rope_type", _HALVES_ARG, *carried, *_YARN.values()
 
     @property
     def compared(self) -> Mapping[str, str]:
@@ -155,16 +172,19 @@ class LatentRope:
     def facts(self, _said: Said) -> dict[str, Any]:
         return {}
 
-    def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+    def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         rope = rope_parameters(said)
         kind, theta = str(rope["rope_type"]), number(rope, "rope_theta", CONFIG)
+        own: dict[str, object] = {_HALVES_ARG: True} if self.halves else {}
+        if self.longrope and kind == LONGROPE:
+            own[TABLE], kind = longrope(said, facts["qk_rope"], CONFIG), "default"
         lost = [] if kind in ("default", "yarn") else [f"rope_type {kind}: Megatron's latent attention has yarn"]
         yarn: Mapping[str, object] = _UNSCALED
         if kind == "yarn":
             yarn = concentrated({**_UNSCALED, **rope})
             lost += _unsayable(rope)
-        if rope["partial_rotary_factor"] != 1.0:
-            lost.append(f"partial_rotary_factor {rope['partial_rotary_factor']}: qk_rope_head_dim says what is rotated")
+        if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            lost.append(f"partial_rotary_factor {part}: qk_rope_head_dim says what is rotated")
         return {
             "position_embedding_type": "rope",
             "use_rotary_position_embeddings": True,
@@ -175,6 +195,7 @@ class LatentRope:
             "use_rope_scaling": False,
             "rope_type": "yarn" if kind == "yarn" else "rope",
             **{arg: yarn[key] for key, arg in _YARN.items()},
+            **own,
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
@@ -187,10 +208,13 @@ class LatentRope:
                 del yarn["mscale"], yarn["mscale_all_dim"]
             # both names: DeepSeek's own code reads "type", transformers "rope_type"
             hf["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **yarn}
+        if self.longrope and said.get(TABLE) is not None and said.get("multi_latent_attention"):
+            hf[TABLE] = longrope(said, whole(said, "qk_pos_emb_head_dim", ARGS), ARGS)
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
-        reasons = differing(said, {"rotary_percent": 1.0, "rotary_interleaved": False})
+        fixed = {"rotary_percent": 1.0, "rotary_interleaved": False, _HALVES_ARG: self.halves}
+        reasons = differing(said, fixed)
         if said["position_embedding_type"] not in ("rope", "yarn", "none"):
             reasons.append(f"position_embedding_type is {said['position_embedding_type']}, not rope")
         kind = said.get("rope_type", "yarn")  # MLATransformerConfig's own default
@@ -204,8 +228,10 @@ class LatentRope:
             reasons.append(f"rope_type is {kind}, this family has rope and yarn")
         return reasons
 
-    def needs(self, _said: Said) -> list[str]:
-        return []
+    def needs(self, said: Said) -> list[str]:
+        halves = ["rotation of a head's two halves in latent attention (megatron-core's rotates neighbours)"]
+        carried = self.longrope and rope_parameters(said)["rope_type"] == LONGROPE
+        return (halves if self.halves else []) + ([LONGROPE_NEEDS] if carried else [])
 
 
 def _unsayable(rope: Mapping[str, object]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dconv.errors import Refused
+from dconv.errors import Damaged, Refused
 from dconv.sharding.layout import Fused, Part, Run
 from dconv.sharding.tensor import TensorSpec
 
@@ -37,6 +37,7 @@ class Layout:
         axis, parallel, padded, either: as in `dconv.sharding.layout.Fused`.
         order: the logical axis behind each fused axis; None for all in order.
         joined: whether files join the last two logical axes into one.
+        stored: whether the shape is that of the source's tensor.
     """
 
     shape: _Shape
@@ -46,6 +47,7 @@ class Layout:
     either: bool = False
     order: tuple[int, ...] | None = None
     joined: bool = False
+    stored: bool = False
 
     def fuse(self, megatron: str, logical: Sequence[str], facts: Facts, dtype: str, expert: int = -1) -> Fused:
         """The Megatron tensor ``megatron`` made of the logical tensors ``logical``."""
@@ -89,6 +91,19 @@ def vocab_rows(*dims: str) -> Layout:
 def rows_or_copied(*dims: str) -> Layout:
     """Cut along the first axis by some layer specs and whole in others (the down-projections of latent attention)."""
     return replace(rows(*dims), either=True)
+
+
+def as_stored() -> Layout:
+    """Every rank holds it whole, in the shape that the source has: no config says it (see `Family.facts`)."""
+
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        stored = facts.get("stored", {})
+        if logical[0] not in stored:
+            raise Damaged("a tensor is missing", where=logical[0], expected="what other layers of its kind have")
+        sizes = stored[logical[0]]
+        return [sizes], (Part((Run(logical[0], 0, sizes[0] if sizes else 1),)),)
+
+    return Layout(shape, axis=0, parallel=False, stored=True)
 
 
 def transposed(layout: Layout) -> Layout:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import deepseek, gemma, glm, granite, llama, mamba, moe, olmo, phi
+from dconv.arch import deepseek, gemma, glm, granite, llama, mamba, minicpm, moe, olmo, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, mamba)
+_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, mamba, minicpm)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
@@ -40,12 +40,27 @@ def by_name(name: str) -> Family:
     return family
 
 
-def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | None) -> Family:
+def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | None, names: Iterable[str] = ()) -> Family:
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
+
+    Args:
+        names: of the stored tensors; they tell families of one architecture apart (`Family.mark`).
 
     Raises:
         Refused: no family, or nothing to tell it by.
     """
+    found = _said(config, args)
+    known = _BUILT_IN if found.name in _BUILT_IN else families()
+    kin = [family for family in known.values() if family.config.architecture == found.config.architecture]
+    if len(kin) == 1:
+        return found
+    names = tuple(names)
+    marked = [family for family in kin if family.mark and any(family.mark in name for name in names)]
+    plain = [family for family in kin if not family.mark]
+    return next(iter(marked or plain), found)
+
+
+def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None) -> Family:
     if config is not None:
         architectures = config.get("architectures")
         named = architectures[0] if isinstance(architectures, list) and architectures else ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dconv.arch.fields import flag, not_negative, number, table, whole
+from dconv.errors import Damaged
 
 _CONFIG: Final = "config.json"
 
@@ -69,6 +70,9 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 }
 #: Parameters that are no real numbers, each with its check.
 _NOT_REAL: Final = {"original_max_position_embeddings": whole, "truncate": flag}
+#: What no argument of Megatron says at all: it travels as its table, in the args under the key's own name.
+LONGROPE: Final = "longrope"
+TABLE: Final = "rope_scaling"
 #: Parameters whose place is elsewhere than in a kind's own list.
 _COMMON: Final = {"rope_type", "rope_theta", "partial_rotary_factor", "attention_factor"}
 
@@ -104,6 +108,35 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
             not_negative(rope, key, _CONFIG)
     flag(rope, "truncate", _CONFIG)
     return {key: value for key, value in rope.items() if value is not None}
+
+
+def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, object]:
+    """The table of a longrope as a config.json says it, under ``rope_scaling`` and without ``rope_theta``.
+
+    ``rope_type`` and its older name ``type`` are both kept as they stand: the code of published models reads either.
+
+    Args:
+        rotated: elements of a head that are rotated, two to a factor.
+
+    Raises:
+        Damaged: factors that are no numbers, or not one for each pair.
+    """
+    given = table(hf, TABLE, where) or table(hf, "rope_parameters", where)
+    given.pop("rope_theta", None)
+    for key in ("short_factor", "long_factor"):
+        factors = given.get(key)
+        if not isinstance(factors, list) or len(factors) != rotated // 2:
+            raise Damaged(
+                f"longrope's {key} does not have one number for each pair of rotated elements",
+                where=f"{where}: {TABLE}.{key}",
+                expected=f"{rotated // 2} numbers",
+                found=f"{len(factors)} entries" if isinstance(factors, list) else f"{factors!r:.40}",
+            )
+        for factor in factors:
+            number({key: factor}, key, where)
+    if given.get("original_max_position_embeddings") is not None:
+        whole(given, "original_max_position_embeddings", where)
+    return given
 
 
 def rope_to_args(rope: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:

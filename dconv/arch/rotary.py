@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.fields import number, table, whole
-from dconv.arch.rope import rope_from_args, rope_parameters, rope_to_args
+from dconv.arch.rope import LONGROPE, TABLE, longrope, rope_from_args, rope_parameters, rope_to_args
 from dconv.arch.translate import CONFIG, Said
+
+#: What mainline megatron-core would have to compute with a carried longrope.
+LONGROPE_NEEDS: Final = "rope_type longrope: a factor for each frequency, short and long"
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,17 @@ class Rope:
         part: the key that says which part of a head is rotated, the first ones: a fraction
             (``partial_rotary_factor``), or a number of them where the key ends in ``_dim``; none means whole heads.
         interleaved: whether neighbours are rotated together instead of the two halves of a head.
+        longrope: whether a longrope's table is carried along in the args (`needs` says that Megatron lacks it).
     """
 
     kinds: tuple[str, ...] = ()
     part: str = ""
     interleaved: bool = False
+    longrope: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return "rotary_percent", "rotary_interleaved"
+        return ("rotary_percent", "rotary_interleaved", *((TABLE,) if self.longrope else ()))
 
     @property
     def compared(self) -> Mapping[str, str]:
@@ -47,17 +52,24 @@ class Rope:
             said["partial_rotary_factor"] = given / facts["head_dim"] if self.part.endswith("_dim") else given
         rope = rope_parameters(said)
         if self.part:
-            percent = rope.pop("partial_rotary_factor")
+            percent = number({"of": rope.pop("partial_rotary_factor", 1.0)}, "of", CONFIG)
+        kind, carried = str(rope["rope_type"]), {}
+        if self.longrope and kind == LONGROPE:
+            carried[TABLE] = longrope(said, round(facts["head_dim"] * percent), CONFIG)
+            rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         args, lost = rope_to_args(rope)
-        kind = str(rope["rope_type"])
         return {
             **args,
             "rotary_percent": percent,
             "rotary_interleaved": self.interleaved,
+            **carried,
         }, lost + self._kind(kind)
 
     def to_hf(self, said: Said) -> dict[str, object]:
         hf = rope_from_args(said)[0]
+        if self.longrope and said.get(TABLE) is not None:
+            rotated = number(said, "rotary_percent", ARGS) * whole(said, "kv_channels", ARGS)
+            hf[TABLE] = longrope(said, round(rotated), ARGS)
         if self.part:
             percent = number(said, "rotary_percent", ARGS)
             whole_head = whole(said, "kv_channels", ARGS)
@@ -71,8 +83,9 @@ class Rope:
         whole_heads = {} if self.part else {"rotary_percent": 1.0}
         return differing(said, {**whole_heads, "rotary_interleaved": self.interleaved}) + odd + self._kind(kind)
 
-    def needs(self, _said: Said) -> list[str]:
-        return []
+    def needs(self, said: Said) -> list[str]:
+        carried = self.longrope and rope_parameters(said)["rope_type"] == LONGROPE
+        return [LONGROPE_NEEDS] if carried else []
 
     def _kind(self, kind: str) -> list[str]:
         known = not self.kinds or kind in self.kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Final
@@ -76,7 +77,19 @@ def open_source(
     options = {"own_config": own_config} if kind in _TRANSLATED else {}
     source = import_module(f"dconv.checkpoint.{kind}").open_source(folder, rename=rename, **options)
     rename.check_used(folder)
-    return source
+    rename.check_submodel(folder)
+    return _submodel(source, rename) if rename.submodel else source
+
+
+def _submodel(source: Source, rename: Renaming) -> Source:
+    """One model of a distillation checkpoint. Config and args beside a student are the student's, not its teacher's."""
+    left_out = {**source.left_out, **rename.left_out()}
+    if rename.submodel == "teacher" and "student" in rename.seen:
+        folder = megatron.side_folder(source.root)
+        config, side = megatron.sides(folder / megatron.TEACHER) if folder else (None, {})
+        args = (source.args or {}).get(megatron.TEACHER_ARGS)
+        source = replace(source, config=config, side=side, args=args if isinstance(args, dict) else None)
+    return replace(source, left_out=left_out)
 
 
 def _kind(folder: Path, rename: Renaming) -> str | None:

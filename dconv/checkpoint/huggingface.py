@@ -65,7 +65,7 @@ def read_config(folder: Path) -> dict[str, object] | None:
 
 def _renamed(folder: Path, shard: _Shard, rename: Renaming) -> _Shard:
     """A shard under its new names; two files may not come to hold one name either."""
-    if not rename.rules:
+    if not rename.rules and not rename.submodel:
         return shard
     held = [(file, name, tensor) for file, tensors in shard.items() for name, tensor in tensors.items()]
     new: _Shard = {file: {} for file in shard}
@@ -90,7 +90,7 @@ def source_of(
         container: its name in reports.
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
-    names = tuple(dict.fromkeys(name for shard in shards for tensors in shard.values() for name in tensors))
+    shapes = {name: at.spec.shape for shard in shards for tensors in shard.values() for name, at in tensors.items()}
 
     def locate(family: Family, facts: Facts) -> Located:
         tied_to = _one_embedding(folder, files, shards, family) if facts["tied"] else ""
@@ -107,7 +107,7 @@ def source_of(
         locate=locate,
         left_out=_left_out(folder, before.keys() - files.keys()),
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
-        tensor_names=names,
+        shapes=shapes,
     )
 
 

@@ -85,7 +85,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         locate=lay,
         left_out=left_out,
         stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
-        tensor_names=tuple(shards),
+        shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
     )
 
 
@@ -284,14 +284,14 @@ def lay_out(model: megatron.Model) -> Target:
     """
     files: list[TargetFile] = []
     tensors: list[TargetTensor] = []
-    stages = model.stages()
+    stages = [(one, one.stages()) for one in model.models]
     _check_names(model)
     for rank, coord in enumerate(model.parallel.coords()):
         folder = _folder_name(coord.tp, coord.pp, coord.ep, model.parallel)
         path = f"{megatron.RELEASE}/{folder}/{_FILE}"
-        placed = stages[coord.pp][coord.ep]
-        shard = [_tensor(model, item, coord, folder, path) for item in placed]
-        frame = _frame(model, shard, [item.chunk for item in placed])
+        placed = [(one, item) for one, held in stages for item in held[coord.pp][coord.ep]]
+        shard = [_tensor(one, item, coord, folder, path) for one, item in placed]
+        frame = _frame(model, shard, [item.chunk for _, item in placed])
         files.append(TargetFile(path, frame.size, frame.literals, rank))
         tensors.extend(replace(tensor, offset=frame.data[str(i)]) for i, tensor in enumerate(shard))
     return Target(tuple(files), tuple(tensors), model.closing, model.seal, model.parallel.world, model.left_out)
@@ -315,9 +315,10 @@ def _tensor(model: megatron.Model, item: megatron.Placed, coord: Coord, folder: 
     """One tensor of a rank's file, its offset still to be filled in."""
     fused = item.entry.fused
     stretches = model.shard(item.entry, coord)
-    slots = fused.slots(stretches)
+    slots = model.slots(fused, stretches)
     shape = fused.shape(sum(s.stop - s.start for s in stretches))
     spelled = names.sequential(names.local_name(item.name)) if model.local_spec else names.grouped(item.name)
+    spelled = model.prefix + spelled
     spec = TensorSpec(spelled, shape, model.dtype(item.entry))
     padding = math.prod(shape) - sum(slot.region.volume for slot in slots)
     chunk = f"model{item.chunk}." if model.parallel.vpp > 1 else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +17,18 @@ from dconv.checkpoint.source import seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import TO_TORCH
-from dconv.sharding.layout import Stretch
+from dconv.sharding.layout import Fused, Stretch
+from dconv.sharding.region import Index
+from dconv.sharding.tensor import Slot
 
 LATEST: Final = "latest_checkpointed_iteration.txt"
 #: The directory of a converted checkpoint: Megatron-LM takes it as iteration 0, without optimizer and RNG state.
 RELEASE: Final = "release"
 #: Where the HuggingFace side files wait inside a Megatron checkpoint.
 SIDE_FOLDER: Final = "huggingface"
+#: Where in it those of a teacher are, and the own arg that holds a teacher's args.
+TEACHER: Final = "teacher"
+TEACHER_ARGS: Final = "teacher_args"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ class Model:
         local_spec: whether the local layer spec will load it; else TransformerEngine's.
         args: what Megatron's args Namespace will say.
         config, side: the HuggingFace config and side files that travel along.
+        prefix: stands before every name, the logical tensors' as well (``teacher_model.``).
+        teacher: a model that goes into the same checkpoint.
     """
 
     family: Family
@@ -111,6 +118,13 @@ class Model:
     config: Mapping[str, object] | None
     side: Mapping[str, Path]
     left_out: dict[str, str]
+    prefix: str = ""
+    teacher: Model | None = None
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """All that the checkpoint holds."""
+        return (self,) if self.teacher is None else (self, self.teacher)
 
     @property
     def padded_vocab(self) -> int:
@@ -119,7 +133,8 @@ class Model:
     @property
     def seal(self) -> str:
         """See `dconv.sharding.plan.Target`."""
-        return seal(self.config, self.side, repr(sorted(self.args.items())))
+        also = "" if self.teacher is None else self.teacher.seal
+        return seal(self.config, self.side, self.prefix + repr(sorted(self.args.items())) + also)
 
     def stages(self) -> list[list[list[Placed]]]:
         """What each pipeline stage and each expert-parallel rank in it holds."""
@@ -137,6 +152,11 @@ class Model:
         """
         index, count = cut(entry, coord, self.parallel) if self.is_cut(entry) else (0, 1)
         return entry.fused.shard(index, count, self.padded_vocab)
+
+    def slots(self, fused: Fused, stretches: Sequence[Stretch], lead: Index = ()) -> tuple[Slot, ...]:
+        """See `dconv.sharding.layout.Fused.slots`."""
+        slots = fused.slots(stretches, lead)
+        return tuple(replace(slot, tensor=self.prefix + slot.tensor) for slot in slots) if self.prefix else slots
 
     def dtype(self, entry: Entry) -> str:
         """The dtype of a fused tensor.
@@ -161,6 +181,9 @@ class Model:
         yield LATEST, RELEASE.encode()
         for name, data in side_bytes(self.config, self.side):
             yield f"{SIDE_FOLDER}/{name}", data
+        if self.teacher is not None:
+            for name, data in side_bytes(self.teacher.config, self.teacher.side):
+                yield f"{SIDE_FOLDER}/{TEACHER}/{name}", data
 
 
 def parallel_args(parallel: Parallel, vocab: int, divisor: int) -> dict[str, object]:

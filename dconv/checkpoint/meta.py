@@ -75,7 +75,7 @@ def open_source(folder: Path, *, own_config: bool = True, rename: Renaming = AS_
         raise Damaged("no weights of Meta's kind", where=str(folder), expected="consolidated.00.pth and its siblings")
     _refuse_quantized(shards)
     files = {file: before[file] if file in before else stamp(folder / file) for file, _ in shards}
-    names = dict.fromkeys(name for _, tensors in shards for name in tensors)
+    names = {name: stored.spec.shape for _, tensors in shards for name, stored in tensors.items()}
 
     @cache
     def tied() -> bool:
@@ -106,7 +106,7 @@ def open_source(folder: Path, *, own_config: bool = True, rename: Renaming = AS_
         parallel=Parallel(tp=len(shards)),
         locate=locate,
         stored_bytes=sum(tensor.spec.nbytes for _, tensors in shards for tensor in tensors.values()),
-        tensor_names=tuple(names),
+        shapes=names,
     )
 
 

@@ -99,7 +99,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
         parallel=None,
         locate=lay,
         stored_bytes=sum(stored.spec.nbytes for stored in weights.values()),
-        tensor_names=tuple(weights),
+        shapes={name: stored.spec.shape for name, stored in weights.items()},
         lacks=lacks,
     )
 

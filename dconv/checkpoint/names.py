@@ -34,6 +34,8 @@ _OTHER: Final = {
     "mixer.conv1d.weight": "mixer.conv1d_weight",
     "mixer.conv1d.bias": "mixer.conv1d_bias",
 }
+#: Latent attention's projections, which some trainers of MiniCPM call by half a name.
+_HALF_NAMED: Final = re.compile(r"(self_attention\.linear_(?:q|kv)_(?:up|down))_proj(\..+)")
 #: Norms that the local spec saves in torch_dist as if they were fused, whatever follows them.
 _SAVED_AS_FUSED: Final = {
     local: te for te, local in _LOCAL_SPEC.items() if local.startswith(("input_layernorm", "pre_mlp_layernorm", "norm"))
@@ -74,9 +76,11 @@ def spellings(name: str) -> tuple[str, ...]:
     if name.startswith(_PREDICTOR):
         return tuple(name.replace(_INNER[0], inner, 1) for inner in _INNER)
     match = _LAYER.fullmatch(name)
-    if match is None or match[3] not in _OTHER:
+    if match is None:
         return (name,)
-    return name, f"{match[1]}{match[2]}.{_OTHER[match[3]]}"
+    inner = [match[3]] + ([_OTHER[match[3]]] if match[3] in _OTHER else [])
+    inner += [f"{half[1]}{half[2]}" for known in inner if (half := _HALF_NAMED.fullmatch(known))]
+    return tuple(f"{match[1]}{match[2]}.{known}" for known in inner)
 
 
 def renumber(name: str, layers: range) -> str:

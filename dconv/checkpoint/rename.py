@@ -6,8 +6,9 @@ left. There are no regular expressions: matching takes one pass over a name, wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -57,11 +58,16 @@ class Renaming:
     Attributes:
         file: where they come from.
         used: the patterns that have matched something so far.
+        submodel: which of a distillation checkpoint's two models is wanted, ``student`` or ``teacher``; "" where it
+            must be no such checkpoint.
+        seen: the submodels that have been met so far, with the prefix each has.
     """
 
     rules: tuple[Rule, ...] = ()
     file: Path = Path()
     used: set[str] = field(default_factory=set)
+    submodel: str = ""
+    seen: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, held: Mapping[str, _T], where: object) -> dict[str, _T]:
         """The same values under their new names.
@@ -85,7 +91,47 @@ class Renaming:
                     do=f"change the patterns in {self.file}",
                 )
             renamed[new], before[new] = value, name
-        return renamed
+        return self._chosen(renamed, where)
+
+    def _chosen(self, held: Mapping[str, _T], where: object) -> dict[str, _T]:
+        """The submodel's own under its own names."""
+        chosen: dict[str, _T] = {}
+        for name, value in held.items():
+            match = _SUBMODEL.match(name)
+            which = "student" if match is None or not match[1] else "teacher"  # ModelOpt's student has no prefix
+            if match is not None and not self.submodel:
+                raise _two_models(name, where)
+            if match is not None:
+                self.seen[which] = match[0]
+            if not self.submodel or which == self.submodel:
+                own = name[match.end() :] if match else name
+                if own in chosen:
+                    raise _two_models(name, where)
+                chosen[own] = value
+        return chosen
+
+    def left_out(self) -> dict[str, str]:
+        """The submodel that was not asked for, with the reason."""
+        return {
+            f"{prefix}*": f"the {which}'s: --submodel {self.submodel}"
+            for which, prefix in self.seen.items()
+            if which != self.submodel
+        }
+
+    def check_submodel(self, where: object) -> None:
+        """To be asked once all names of a checkpoint have passed.
+
+        Raises:
+            Refused: the wanted submodel is not there.
+        """
+        if self.submodel and not self.seen.keys() & {self.submodel, "teacher"}:
+            raise Refused(
+                f"there is no {self.submodel} in this checkpoint, nothing was written",
+                where=str(where),
+                expected=f"tensors under {self.submodel}_model.",
+                found=", ".join(f"{prefix}*" for prefix in self.seen.values()) or "one model alone",
+                do=f"--submodel {next(iter(self.seen))}" if self.seen else "leave --submodel out",
+            )
 
     def _of(self, name: str) -> str:
         for rule in self.rules:
@@ -111,8 +157,32 @@ class Renaming:
             )
 
 
+def _two_models(name: str, where: object) -> Refused:
+    return Refused(
+        "a distillation checkpoint, which holds models under names of their own, nothing was written",
+        where=f"{name} in {where}",
+        expected="one model",
+        found=f"{name.partition('.')[0]}.*",
+        do="--submodel student, or --submodel teacher, takes one out",
+    )
+
+
+#: What ``--submodel`` takes.
+SUBMODELS: Final = ("student", "teacher")
+#: ``student_model.`` and ``teacher_model.`` of training scripts; ModelOpt has an underscore before.
+_SUBMODEL: Final = re.compile(r"_?(?:student|(teacher))(?:_model)?\.")
 #: Every name stays as it is.
 AS_STORED: Final = Renaming()
+
+
+def renaming_of(rename: str | Path | None, submodel: str | None = None) -> Renaming:
+    """What ``--rename`` and ``--submodel`` make of the stored names.
+
+    Raises:
+        UsageError, Damaged: see `read_renaming`.
+    """
+    rules = AS_STORED if rename is None else read_renaming(Path(rename))
+    return replace(rules, submodel=submodel or "", used=set[str](), seen={})
 
 
 def read_renaming(path: Path) -> Renaming:

@@ -17,6 +17,7 @@ from dconv.checkpoint.files import read_small
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import check_pieces
+from dconv.sharding.region import Index
 from dconv.sharding.tensor import FileStamp, Logical, Piece, TensorSpec
 
 #: Small files that travel beside the weights, through Megatron and back. Python files never do.
@@ -40,6 +41,7 @@ class Source:
         files: every weight file.
         parallel: how the source is cut, for reports.
         left_out: what is not weights (optimizer state, RNG), with the reason.
+        shapes: of the stored tensors by name; of those that ranks divide, some rank's.
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
         lacks: what is missing to tell the architecture, where there is neither config nor args.
     """
@@ -54,7 +56,7 @@ class Source:
     locate: Callable[[Family, Facts], Located]
     left_out: dict[str, str] = field(default_factory=dict)
     stored_bytes: int = 0
-    tensor_names: tuple[str, ...] = ()
+    shapes: dict[str, Index] = field(default_factory=dict)
     lacks: str = ""
 
 
@@ -80,14 +82,16 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
     unknown: dict[str, str] = {}
     for name, file in located.unknown.items():
         pattern = next((p for p in patterns if fnmatchcase(name, p)), None)
-        if pattern is None:
-            unknown[name] = file
-        else:
+        if pattern is not None:
             left_out[name] = f"--drop {pattern}"
+        elif reason := family.reason_to_leave_out(name, facts):
+            left_out[name] = reason
+        else:
+            unknown[name] = file
     if unknown:
         first = next(iter(unknown))
         raise Refused(
-            f"{len(unknown)} of {len(source.tensor_names)} source tensors are in no row of {family.name}, "
+            f"{len(unknown)} of {len(source.shapes)} source tensors are in no row of {family.name}, "
             "nothing was written",
             where=f"{group_names(unknown)}\nfirst in {unknown[first]}",
             expected="every tensor mapped, or named in --drop",

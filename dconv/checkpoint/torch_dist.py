@@ -80,7 +80,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         locate=lay,
         left_out=left_out,
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
-        tensor_names=tuple(weights),
+        shapes={key: tensor.shape for key, tensor in weights.items()},
     )
 
 
@@ -206,13 +206,14 @@ def lay_out(model: megatron.Model) -> Target:
     files: list[TargetFile] = []
     chunks: list[_Chunk] = []
     blobs: dict[str, tuple[str, int, int]] = {}
-    stages = model.stages()
+    stages = [(one, one.stages()) for one in model.models]
     for rank, coord in enumerate(model.parallel.coords()):
         mine = [
             chunk
-            for item in stages[coord.pp][coord.ep]
-            if not item.again and _writes(model, item.entry, coord)
-            for chunk in _chunks(model, item, coord)
+            for one, held in stages
+            for item in held[coord.pp][coord.ep]
+            if not item.again and _writes(one, item.entry, coord)
+            for chunk in _chunks(one, item, coord)
         ]
         for number, group in enumerate(_groups(mine)):
             name = f"__{rank}_{number}.distcp"
@@ -259,7 +260,7 @@ def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
     if entry.expert >= 0:
         place.append(entry.expert)
         lengths.append(size(model.facts, "experts"))
-    return key.replace("*", number).replace("#", "experts"), tuple(place), tuple(lengths)
+    return model.prefix + key.replace("*", number).replace("#", "experts"), tuple(place), tuple(lengths)
 
 
 def _chunks(model: megatron.Model, item: megatron.Placed, coord: Coord) -> Iterable[_Chunk]:
@@ -272,13 +273,13 @@ def _chunks(model: megatron.Model, item: megatron.Placed, coord: Coord) -> Itera
     for part, stretch in zip(whole, model.shard(entry, coord), strict=True):
         if entry.row.apart:
             before, key, shape = 0, f"{together}.{entry.row.apart[part.part]}", lengths + fused.shape(part.stop)
-        slots = fused.slots([stretch], (0,) * len(lead))
+        slots = model.slots(fused, [stretch], (0,) * len(lead))
         sizes = (1,) * len(lead) + fused.shape(stretch.stop - stretch.start)
         spec = TensorSpec(key, sizes, model.dtype(entry))
         offsets = [*lead, *([0] * len(fused.order))]
         offsets[len(lead) + fused.axis] = before + stretch.start
         padding = math.prod(sizes) - sum(slot.region.volume for slot in slots)
-        name = f"{fused.name}{key[len(together) :]}@{'.'.join(map(str, offsets[len(lead) :]))}"
+        name = f"{model.prefix}{fused.name}{key[len(together) :]}@{'.'.join(map(str, offsets[len(lead) :]))}"
         yield _Chunk(key, shape, tuple(offsets), TargetTensor(name, "", 0, spec, slots, padding))
         before += part.stop
 
@@ -329,7 +330,8 @@ def _objects(name: str, model: megatron.Model) -> tuple[TargetFile, dict[str, tu
     """The file of extra states, all empty, and of the common state (where newer Megatron looks for it)."""
     empty, common = dcp.object_blob([None]), dcp.object_blob([_common(model)])
     objects: dict[str, tuple[str, int, int]] = {}
-    objects.update(dict.fromkeys(_states(model), (name, 0, len(empty))))
+    for one in model.models:
+        objects.update(dict.fromkeys(_states(one), (name, 0, len(empty))))
     objects[_COMMON_STATE] = (name, len(empty), len(common))
     path = f"{megatron.RELEASE}/{name}"
     return TargetFile(path, len(empty) + len(common), ((0, empty), (len(empty), common)), 0), objects
@@ -342,14 +344,14 @@ def _states(model: megatron.Model) -> Iterable[str]:
         for layer in range(layers):
             stacked = model.facts.get("uniform_layers", True)
             key, at = (prefix, f"{layer}_{layers}") if stacked else (f"{prefix}{layer}.", "0_1")
-            yield from (f"{key}{module}._extra_state/shard_{at}" for module in _LAYER_STATES)
+            yield from (f"{model.prefix}{key}{module}._extra_state/shard_{at}" for module in _LAYER_STATES)
     for entry in model.family.entries(model.facts):
         if entry.layer < 0 and entry.row.first_stage:
             continue  # embeddings have none
         key, place, lengths = _key(model, entry)
         offset, shape = (".".join(map(str, axes)) for axes in (place or (0,), lengths or (1,)))
         yield f"{key.rpartition('.')[0]}._extra_state/shard_{offset}_{shape}"
-    yield from (f"{module}._extra_state/shard_0_1" for module in _MODEL_STATES)
+    yield from (f"{model.prefix}{module}._extra_state/shard_0_1" for module in _MODEL_STATES)
 
 
 def _common(model: megatron.Model) -> dict[str, object]:

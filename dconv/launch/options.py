@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
 from dconv.pipeline import FORMATS, REPLICAS, Request
@@ -79,6 +80,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
                        help="house spellings of MODEL's tensors: JSON or YAML of pattern: pattern, such as "
                             "'backbone.*': 'model.*'; * is any text, the first match counts; names that are written "
                             "stay FORMAT's own")  # fmt: skip
+    group.add_argument("--submodel", choices=SUBMODELS,
+                       help="which model of a distillation checkpoint is meant")  # fmt: skip
+    group.add_argument(
+        "--with-eagle", action="store_true", help="keep the tensors of an EAGLE head (left out otherwise)"
+    )
     return group
 
 
@@ -95,6 +101,10 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group = add_model_options(parser)
     group.add_argument("--replicas", choices=REPLICAS, default=REPLICAS[0],
                        help="tensors that several ranks hold: refuse unless equal, or take the first")  # fmt: skip
+    group = parser.add_argument_group("distillation (Megatron)")
+    group.add_argument("--teacher", type=Path, metavar="DIR",
+                       help="put MODEL, the student, and DIR, of any family, into one output")  # fmt: skip
+    group.add_argument("--teacher-only", action="store_true", help="leave the student out of it")
     group = parser.add_argument_group("Megatron layout")
     for name, text in (
         ("tp", "tensor parallel size (of pt: files to cut it into)"),
@@ -195,6 +205,8 @@ def to_request(args: argparse.Namespace) -> Request:
         UsageError: layout options that contradict each other, or that FORMAT has no use for.
         Refused: a layout that no world of ranks has.
     """
+    if args.teacher_only and args.teacher is None:
+        raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
     engine = FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
@@ -234,6 +246,10 @@ def to_request(args: argparse.Namespace) -> Request:
         drop=tuple(args.drop),
         replicas=args.replicas,
         rename=args.rename,
+        submodel=args.submodel,
+        teacher=args.teacher,
+        teacher_only=args.teacher_only,
+        with_eagle=args.with_eagle,
     )
 
 

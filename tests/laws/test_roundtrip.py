@@ -19,7 +19,7 @@ from dconv.arch.registry import families
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert
 from dconv.sharding.coords import Parallel
-from tests.models import config_of, tensors, tree_digest, write_random
+from tests.models import config_of, facts_of, tensors, tree_digest, write_random
 
 CONTAINERS = ("torch_dist", "legacy")
 
@@ -51,7 +51,7 @@ def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[
         num_hidden_layers=layers,
         tie_word_embeddings=draw(st.booleans()),
     )
-    facts = family.config.facts(config)
+    facts = facts_of(family, config)
     targets = []
     for _ in range(2):
         stages = draw(st.lists(st.integers(0, layers), max_size=3))
@@ -151,7 +151,7 @@ def test_fixed_layouts(name: str, container: str, kind: int, tmp_path: Path, req
     sizes = {"vocab_size": vocab, "tie_word_embeddings": tied, "num_hidden_layers": 8, "num_key_value_heads": 4}
     config = config_of(family, **sizes)
     source = write_random(tmp_path / "hf", family, config)
-    layouts = LAYOUTS + (OF_EXPERTS if size(family.config.facts(config), "experts") else [])
+    layouts = LAYOUTS + (OF_EXPERTS if size(facts_of(family, config), "experts") else [])
     every = request.config.getoption("--long")
     for number, parallel in enumerate(layouts):
         if every or number % len(KINDS) == kind:
