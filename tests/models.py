@@ -33,14 +33,23 @@ KEYS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {"head_dim": None, "hidden_act": "gelu_new"},
     "deepseek": {**_LATE, "head_dim": None},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
 }  # fmt: skip
+#: Common keys that a family calls otherwise.
+NAMES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+}  # fmt: skip
 
 
 def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
-    """A small config.json of a family; ``sizes`` are its keys (those that the family does not have are left out)."""
+    """A small config.json of a family; ``sizes`` are common keys (those that the family does not have are left out)."""
     config = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,
@@ -65,7 +74,8 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
         config["hidden_size"] = 8 * config["num_attention_heads"]
     if isinstance(config.get("layer_types"), str):  # one kind for all layers
         config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
-    return config
+    names = NAMES.get(family.name, {})
+    return {names.get(key, key): value for key, value in config.items()}
 
 
 def write_random(

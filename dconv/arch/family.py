@@ -16,6 +16,9 @@ from dconv.arch.layouts import Facts, Layout, size
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 
+#: The output layer of nearly all of HuggingFace's decoders.
+TIED_HEAD: Final = "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -100,12 +103,18 @@ class Family:
         config: how config.json and Megatron's args translate.
         rows: the table.
         recomputed: HuggingFace tensors that carry no weights, with the reason they may be left out.
+        base: what a directory of the base class alone leaves out before HuggingFace's names.
+        head: where a tied model may still store a second copy of its embedding.
+        again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
     """
 
     name: str
     config: Config
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
+    base: str = ""
+    head: str = TIED_HEAD
+    again: tuple[tuple[str, str], ...] = ()
 
     def derive(self, name: str, config: Config, add: tuple[Row, ...] = (), drop: tuple[str, ...] = ()) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add``."""
@@ -137,10 +146,15 @@ class Family:
             if not row.first_stage:
                 yield _entry(row, -1, -1, facts, dtypes)
 
+    def copies(self, facts: Facts) -> dict[str, str]:
+        """HuggingFace names under which a tensor may be stored once more, each with the tensor's own."""
+        embedding = next(row.hf for row in self.rows if row.megatron == "embedding.word_embeddings.weight")
+        return {self.head: embedding, **dict(self.again)} if facts["tied"] else dict(self.again)
+
     def reason_to_leave_out(self, name: str, facts: Facts) -> str:
         """Why a HuggingFace tensor that no row names may be left out; empty when it may not."""
-        if facts["tied"] and name == TIED_HEAD:
-            return "tied to the input embedding by the config"
+        if original := self.copies(facts).get(name):
+            return "tied to the input embedding by the config" if name == self.head else f"a copy of {original}"
         return next((reason for pattern, reason in self.recomputed if fnmatchcase(name, pattern)), "")
 
 
@@ -152,7 +166,3 @@ def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str,
     logical = [fill(name, theirs) for name in row.logical]
     dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
     return Entry(row.layout.fuse(fill(row.megatron, layer), logical, facts, dtype, expert), row, layer, expert)
-
-
-#: Where a tied model may still store a second copy of its embedding.
-TIED_HEAD: Final = "lm_head.weight"

@@ -40,6 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-odd": ("qwen2", {"vocab_size": 301}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "phi3": ("phi3", {"sliding_window": 8, "num_key_value_heads": 2}),
+    "gpt2": ("gpt2", {"vocab_size": 301}),
+    "gpt2-erf-untied": ("gpt2", {"activation_function": "gelu", "tie_word_embeddings": False, "n_inner": 344}),
 }
 
 #: tp, pp, vpp. Four layers in all models.
@@ -153,7 +155,7 @@ def test_checkpoints_that_megatron_core_wrote_convert(
     tp, pp, vpp = layout
     jobs, names = [], []
     (tmp_path / "args").mkdir()
-    for name in ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3"):
+    for name in ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3", "gpt2"):
         source, _ = sources[name]
         convert(Request(source, "megatron", tmp_path / "args" / name, parallel=Parallel(tp=tp, pp=pp, vpp=vpp, etp=tp)))
         args = open_source(tmp_path / "args" / name).args
