@@ -179,7 +179,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     """A report of what can be known about a checkpoint that would be refused."""
     family = facts = None
     with suppress(DconvError):
-        family = registry.detect(source.config, source.args)
+        family = registry.detect(source.config, source.args, source.tensor_names)
         config = source.config if source.config is not None else family.config.to_hf(source.args or {})
         facts = family.config.facts(config)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")

@@ -145,7 +145,9 @@ def describe_model(
         source = replace(source, config=config, side=side_files(hf_config))
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
-    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args)
+    family = (
+        registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.tensor_names)
+    )
     rebuilt = source.config is None
     if source.config is not None:
         config = source.config

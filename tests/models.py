@@ -34,6 +34,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {"head_dim": None, "hidden_act": "gelu_new"},
+    "megatron-bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
+    "bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "deepseek": {**_LATE, "head_dim": None},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
@@ -45,6 +47,8 @@ NAMES: dict[str, dict[str, str]] = {
         "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
         "rms_norm_eps": "layer_norm_epsilon",
     },
+    "megatron-bert": {"rms_norm_eps": "layer_norm_eps"},
+    "bert": {"rms_norm_eps": "layer_norm_eps"},
 }  # fmt: skip
 
 

@@ -139,8 +139,8 @@ class Gelu:
         reasons = differing(said, {arg: off for arg, off in OFF.items() if arg != "bias_gelu_fusion"})
         if _approximates(said) and not self.tanh:
             reasons.append(
-                "bias_gelu_fusion: GELU by tanh in the layers and the exact one in the head, which differ by up to 5e-4; "
-                "no HuggingFace class has both (a config.json given with --hf-config settles on one)"
+                "bias_gelu_fusion: GELU by tanh in the layers and the exact one in the head, which differ by 5e-4 "
+                "at most; no HuggingFace class has both (a config.json given with --hf-config settles on one)"
             )
         return reasons
 

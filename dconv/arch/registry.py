@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import deepseek, gpt2, llama, moe, phi
+from dconv.arch import bert, deepseek, gpt2, llama, moe, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, moe, deepseek, gpt2)
+_MODULES: Final = (llama, phi, moe, deepseek, gpt2, bert)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
@@ -40,8 +40,11 @@ def by_name(name: str) -> Family:
     return family
 
 
-def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | None) -> Family:
+def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | None, names: Iterable[str] = ()) -> Family:
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
+
+    Args:
+        names: of its tensors. Megatron's args do not say whether a model is a decoder, an encoder, or both.
 
     Raises:
         Refused: no family, or nothing to tell it by.
@@ -56,9 +59,16 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
                     return family
         raise _unknown(str(named or model_type))
     if args is not None:
-        wanted = detect_by_args(args, [family.config for family in families().values()])
-        return next(family for family in families().values() if family.config is wanted)
+        blocks = _blocks(names)
+        fitting = [f for f in families().values() if not blocks or _blocks(row.megatron for row in f.rows) == blocks]
+        wanted = detect_by_args(args, [family.config for family in fitting])
+        return next(family for family in fitting if family.config is wanted)
     raise nothing_known()
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """Which of an encoder and a decoder these names have layers in."""
+    return {block for name in names for block in ("encoder", "decoder") if name.startswith(f"{block}.layers.")}
 
 
 def nothing_known(found: str = "") -> Refused:

@@ -25,7 +25,7 @@ _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_head
 _SAME_NAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
-    "window_attn_skip_freq", "rotary_interleaved", "no_rope_freq", "apply_residual_connection_post_layernorm",
+    "window_attn_skip_freq", "rotary_interleaved", "no_rope_freq",
     "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "glu_linear_offset", "activation_func_clamp_value",
 )  # fmt: skip
 
@@ -54,6 +54,7 @@ _UNSUPPORTED = (
     "mtp_num_layers", "experimental_attention_variant", "linear_attention_freq",
     "heterogeneous_layers_config_path", "apply_layernorm_1p", "use_legacy_models", "spec", "moe_expert_capacity_factor",
     "attention_output_gate", "is_hybrid_model", "hybrid_override_pattern", "moe_latent_size",
+    "apply_residual_connection_post_layernorm",
 )  # fmt: skip
 
 
