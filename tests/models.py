@@ -45,6 +45,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {"head_dim": None, "hidden_act": "gelu_new"},
+    "megatron-bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
+    "bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "deepseek": {**_LATE, "head_dim": None},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "mamba2": {"num_heads": 8, "n_groups": 4, "state_size": 6, "chunk_size": 8},
@@ -68,6 +71,16 @@ KEYS: dict[str, dict[str, Any]] = {
     "minicpm3": {**_LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
 }  # fmt: skip
+#: Common keys that a family calls otherwise.
+NAMES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    "megatron-bert": {"rms_norm_eps": "layer_norm_eps"},
+    "bert": {"rms_norm_eps": "layer_norm_eps"},
+}  # fmt: skip
 
 
 #: Of a layer's tensors whose shapes no config says, and the layers that have them.
@@ -88,7 +101,7 @@ def facts_of(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
-    """A small config.json of a family; ``sizes`` are its keys (those that the family does not have are left out)."""
+    """A small config.json of a family; ``sizes`` are common keys (those that the family does not have are left out)."""
     config = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,
@@ -118,7 +131,8 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
         config["hybrid_override_pattern"] = (pattern * layers)[:layers]
     if isinstance(config.get("layer_types"), str):  # one kind for all layers
         config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
-    return config
+    names = NAMES.get(family.name, {})
+    return {names.get(key, key): value for key, value in config.items()}
 
 
 def write_random(

@@ -12,7 +12,7 @@ from dconv.arch.fields import positive
 from dconv.arch.translate import CONFIG, Said
 
 #: Every arg that says something about it, as it is without (``core_transformer_config_from_args``).
-_OFF: Final[Mapping[str, object]] = {
+OFF: Final[Mapping[str, object]] = {
     "swiglu": False,
     "squared_relu": False,
     "quick_geglu": False,
@@ -43,7 +43,7 @@ class Activation:
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return tuple(_OFF)
+        return tuple(OFF)
 
     @property
     def compared(self) -> Mapping[str, str]:
@@ -55,7 +55,7 @@ class Activation:
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         named = said.get(self.key, self.names[0])
         lost = [] if named in self.names else [f"{self.key} {named}: the args of this family say {self.names[0]}"]
-        written = {"swiglu": False, "squared_relu": False} if self.args.get("swiglu") else _OFF
+        written = {"swiglu": False, "squared_relu": False} if self.args.get("swiglu") else OFF
         clamp = {"activation_func_clamp_value": positive(said, self.limit, CONFIG)} if self.limit else {}
         return {**written, **self.args, **clamp}, lost
 
@@ -66,7 +66,7 @@ class Activation:
 
     def mismatches(self, said: Said) -> list[str]:
         # whether the bias is added in the same kernel is no difference to a gated SiLU
-        judged = {arg: off for arg, off in _OFF.items() if arg != "bias_gelu_fusion" or arg in self.args}
+        judged = {arg: off for arg, off in OFF.items() if arg != "bias_gelu_fusion" or arg in self.args}
         if self.args.get("swiglu"):
             del judged["gated_linear_unit"]
         clamped = said.get("activation_func_clamp_value") is not None

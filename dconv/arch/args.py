@@ -58,7 +58,8 @@ def read(args: Mapping[str, object]) -> dict[str, object]:
         heads, hidden = (whole(said, arg, ARGS) for arg in ("num_attention_heads", "hidden_size"))
         said["kv_channels"] = multiple("hidden_size", hidden, "num_attention_heads", heads, ARGS)
     if "ffn_hidden_size" not in said:
-        said["ffn_hidden_size"] = int((4 * whole(said, "hidden_size", ARGS) * 2 / 3) / 64) * 64
+        hidden = whole(said, "hidden_size", ARGS)
+        said["ffn_hidden_size"] = int((4 * hidden * 2 / 3) / 64) * 64 if said.get("swiglu") else 4 * hidden
     return said
 
 

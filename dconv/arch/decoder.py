@@ -29,7 +29,8 @@ SIZES: Final[Mapping[str, str]] = {
     "max_position_embeddings": "max_position_embeddings",
 }
 #: Real numbers under their two names.
-_NUMBERS: Final = {"initializer_range": "init_method_std", "attention_dropout": "attention_dropout"}
+_DROPOUT: Final = "attention_dropout"
+_NUMBERS: Final = {"initializer_range": "init_method_std", _DROPOUT: _DROPOUT}
 #: Args that are equal in nearly all decoders: written, and demanded of a checkpoint.
 _SAME: Final[Mapping[str, object]] = {
     "normalization": "RMSNorm",
@@ -75,7 +76,7 @@ class DecoderConfig:
         model_type: ``model_type`` of its config.json.
         architecture: the only entry of ``architectures``.
         defaults: transformers' values for keys that config.json may omit; ``None`` for ``num_key_value_heads`` means
-            the number of heads, for ``head_dim`` hidden_size / heads.
+            the number of heads, for ``head_dim`` hidden_size / heads, for the feed-forward size 4 * hidden_size.
         attention: heads (`Grouped`), or multi-latent attention.
         bias: which linear layers have one.
         window: which layers slide.
@@ -85,6 +86,7 @@ class DecoderConfig:
         constants: args of this family that differ from those of nearly all decoders, or that those lack (also under
             names of our own, where Megatron-LM has none): written, and demanded of a checkpoint.
         only: keys of config.json with the one value whose function is known here; another is refused.
+        numbers: real numbers under their two names.
         norm_eps: the key of the norms' epsilon.
         sizes: sizes under their two names; a family may lack the feed-forward size and the context length.
         filling: keys that a config.json of this family may leave to others of its keys.
@@ -102,6 +104,7 @@ class DecoderConfig:
     more: tuple[Aspect, ...] = ()
     constants: Mapping[str, object] = field(default_factory=dict, hash=False)
     only: Mapping[str, object] = field(default_factory=dict, hash=False)
+    numbers: Mapping[str, str] = field(default_factory=lambda: _NUMBERS, hash=False)
     norm_eps: str = "rms_norm_eps"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES, hash=False)
     filling: Callable[[Mapping[str, object]], Mapping[str, object]] = lambda _: {}
@@ -124,9 +127,9 @@ class DecoderConfig:
         said = self._filled(hf)
         tied = flag(said, "tie_word_embeddings", CONFIG)
         facts: dict[str, Any] = {
-            "layers": deep(said, "num_hidden_layers", CONFIG),
-            "hidden": whole(said, "hidden_size", CONFIG),
-            "ffn": whole(said, "intermediate_size", CONFIG) if "intermediate_size" in self.sizes else 0,
+            "layers": deep(said, self._key("num_layers"), CONFIG),
+            "hidden": whole(said, self._key("hidden_size"), CONFIG),
+            "ffn": whole(said, self._key("ffn_hidden_size"), CONFIG) if "ffn_hidden_size" in self.sizes.values() else 0,
             "vocab": whole(said, "vocab_size", CONFIG),
             "tied": tied,
             "untied": not tied,
@@ -223,7 +226,14 @@ class DecoderConfig:
         """The config with the keys that it leaves to transformers' classes."""
         said = {**self.defaults, **hf}
         said |= self.filling(said)
-        return {**said, "attention_dropout": said.get("attention_dropout") or 0.0}
+        ffn, dropout = self._key("ffn_hidden_size"), self._key("attention_dropout")
+        if said.get(ffn) is None and self.defaults.get(ffn, 0) is None:
+            said[ffn] = 4 * whole(said, self._key("hidden_size"), CONFIG)
+        return {**said, dropout: said.get(dropout) or 0.0}
+
+    def _key(self, arg: str) -> str:
+        """The key of config.json for one of Megatron's sizes and numbers."""
+        return next((key for key, its in {**self.sizes, **self.numbers}.items() if its == arg), arg)
 
     def _translate(self, hf: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
         """Args, and what they lose."""
@@ -233,8 +243,8 @@ class DecoderConfig:
         dtype = dtype_name(hf.get("dtype") or hf.get("torch_dtype"))
         args: dict[str, object] = {
             **{arg: whole(said, key, CONFIG) for key, arg in self.sizes.items()},
-            "seq_length": said["max_position_embeddings"],
-            **{arg: number(said, key, CONFIG) for key, arg in _NUMBERS.items()},
+            "seq_length": said[self._key("max_position_embeddings")],
+            **{arg: number(said, key, CONFIG) for key, arg in self.numbers.items()},
             "norm_epsilon": epsilon,
             "vocab_size": facts["vocab"],
             "untie_embeddings_and_output_weights": facts["untied"],
@@ -275,7 +285,7 @@ class DecoderConfig:
         """config.json without its vocabulary, for args that went through `read`."""
         hf: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
         hf |= {key: whole(said, arg, ARGS) for key, arg in self.sizes.items()}
-        hf |= {key: number(said, arg, ARGS) for key, arg in {**_NUMBERS, self.norm_eps: "norm_epsilon"}.items()}
+        hf |= {key: number(said, arg, ARGS) for key, arg in {**self.numbers, self.norm_eps: "norm_epsilon"}.items()}
         hf |= {"bos_token_id": None, "eos_token_id": None, **self.only}
         hf["tie_word_embeddings"] = not flag(said, "untie_embeddings_and_output_weights", ARGS)
         for aspect in self.aspects:
@@ -286,7 +296,7 @@ class DecoderConfig:
 
     def _compared(self) -> dict[str, str]:
         """Keys of config.json that a stale one is found by, with an arg that is behind each."""
-        compared = {key: arg for key, arg in self.sizes.items() if key != "max_position_embeddings"}
+        compared = {key: arg for key, arg in self.sizes.items() if arg != "max_position_embeddings"}
         compared |= {self.norm_eps: "norm_epsilon", "tie_word_embeddings": "untie_embeddings_and_output_weights"}
         for aspect in self.aspects:
             compared |= aspect.compared

@@ -18,6 +18,9 @@ from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 from dconv.sharding.region import Index
 
+#: The output layer of nearly all of HuggingFace's decoders.
+TIED_HEAD: Final = "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -130,6 +133,9 @@ class Family:
         mark: what stands in the name of some stored tensor, where the config alone does not tell this family from
             others of its architecture.
         either: pairs of facts, each true in just the layers where the other is not.
+        base: what a directory of the base class alone leaves out before HuggingFace's names.
+        head: where a tied model may still store a second copy of its embedding.
+        again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
     """
 
     name: str
@@ -139,6 +145,9 @@ class Family:
     twins: tuple[Twin, ...] = ()
     mark: str = ""
     either: tuple[tuple[str, str], ...] = ()
+    base: str = ""
+    head: str = TIED_HEAD
+    again: tuple[tuple[str, str], ...] = ()
 
     def facts(self, config: Mapping[str, object], stored: Mapping[str, Index] | None = None) -> dict[str, Any]:
         """The facts of a config, and those that follow from which tensors there are: rows ``as_stored``.
@@ -186,7 +195,7 @@ class Family:
 
     def twin_names(self, facts: Facts) -> dict[str, str]:
         """The name of every twin, with the name of what it repeats."""
-        tied = {TIED_HEAD: next(row.hf for row in self.rows if row.is_embedding)} if facts["tied"] else {}
+        tied = {self.head: next(row.hf for row in self.rows if row.is_embedding)} if facts["tied"] else {}
         return {
             twin.hf.replace("*", str(layer + (size(facts, twin.after) if twin.after else 0))): tied.get(
                 twin.of, twin.of
@@ -220,10 +229,15 @@ class Family:
             if not row.first_stage:
                 yield _entry(row, -1, -1, facts, dtypes)
 
+    def copies(self, facts: Facts) -> dict[str, str]:
+        """HuggingFace names under which a tensor may be stored once more, each with the tensor's own."""
+        embedding = next(row.hf for row in self.rows if row.megatron == "embedding.word_embeddings.weight")
+        return {self.head: embedding, **dict(self.again)} if facts["tied"] else dict(self.again)
+
     def reason_to_leave_out(self, name: str, facts: Facts) -> str:
         """Why a tensor that no row names may be left out; empty when it may not."""
-        if facts["tied"] and name == TIED_HEAD:
-            return "tied to the input embedding by the config"
+        if original := self.copies(facts).get(name):
+            return "tied to the input embedding by the config" if name == self.head else f"a copy of {original}"
         return next((reason for pattern, reason in self.recomputed if fnmatchcase(name, pattern)), "")
 
 
@@ -241,7 +255,3 @@ def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str,
     logical = [fill(name, theirs) for name in row.logical]
     dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
     return Entry(row.layout.fuse(fill(row.megatron, layer), logical, facts, dtype, expert), row, layer, expert)
-
-
-#: Where a tied model may still store a second copy of its embedding.
-TIED_HEAD: Final = "lm_head.weight"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final
 
-from dconv.arch import deepseek, gemma, glm, granite, llama, mamba, minicpm, moe, olmo, phi
+from dconv.arch import bert, deepseek, gemma, glm, gpt2, granite, llama, mamba, minicpm, moe, olmo, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, mamba, minicpm)
+_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, mamba, minicpm, gpt2, bert)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
@@ -44,23 +44,24 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
 
     Args:
-        names: of the stored tensors; they tell families of one architecture apart (`Family.mark`).
+        names: of the stored tensors. They tell families of one architecture apart (`Family.mark`), and a decoder from
+            an encoder, of which Megatron's args say nothing.
 
     Raises:
         Refused: no family, or nothing to tell it by.
     """
-    found = _said(config, args)
+    names = tuple(names)
+    found = _said(config, args, names)
     known = _BUILT_IN if found.name in _BUILT_IN else families()
     kin = [family for family in known.values() if family.config.architecture == found.config.architecture]
     if len(kin) == 1:
         return found
-    names = tuple(names)
     marked = [family for family in kin if family.mark and any(family.mark in name for name in names)]
     plain = [family for family in kin if not family.mark]
     return next(iter(marked or plain), found)
 
 
-def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None) -> Family:
+def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None, names: Sequence[str]) -> Family:
     if config is not None:
         architectures = config.get("architectures")
         named = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -71,9 +72,16 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
                     return family
         raise _unknown(str(named or model_type))
     if args is not None:
-        wanted = detect_by_args(args, [family.config for family in families().values()])
-        return next(family for family in families().values() if family.config is wanted)
+        blocks = _blocks(names)
+        fitting = [f for f in families().values() if not blocks or _blocks(row.megatron for row in f.rows) == blocks]
+        wanted = detect_by_args(args, [family.config for family in fitting])
+        return next(family for family in fitting if family.config is wanted)
     raise nothing_known()
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """Which of an encoder and a decoder these names have layers in."""
+    return {block for name in names for block in ("encoder", "decoder") if name.startswith(f"{block}.layers.")}
 
 
 def nothing_known(found: str = "") -> Refused:

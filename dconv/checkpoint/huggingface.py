@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.arch.family import TIED_HEAD, Family
+from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import safetensors, scales, state_dict
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
@@ -93,8 +93,9 @@ def source_of(
     shapes = {name: at.spec.shape for shard in shards for tensors in shard.values() for name, at in tensors.items()}
 
     def locate(family: Family, facts: Facts) -> Located:
-        tied_to = _one_embedding(folder, files, shards, family) if facts["tied"] else ""
-        return _locate(shards, family, facts, tied_to, scales.block_of(config))
+        named = _full_names(shards, family, facts)
+        alone = _alone(folder, files, named, family.copies(facts))
+        return _locate(named, family, facts, alone, scales.block_of(config))
 
     return Source(
         format=container,
@@ -198,12 +199,28 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
     return code | dict.fromkeys(sorted(others), "not a file of the model's weights")
 
 
-def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str, block: tuple[int, int]) -> Located:
+def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Shard]:
+    """The same with `Family.base` where a directory of the base class leaves it out."""
+    if not family.base:
+        return shards
+    known = expected_specs(family, facts)
+    there = {name for shard in shards for tensors in shard.values() for name in tensors}
+
+    def full(name: str) -> str:
+        whole = family.base + name
+        return whole if name not in known and whole in known and whole not in there else name
+
+    return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
+
+
+def _locate(
+    shards: list[_Shard], family: Family, facts: Facts, alone: Mapping[str, str], block: tuple[int, int]
+) -> Located:
     """See `Located`.
 
     Args:
+        alone: copies that stand for the tensor itself.
         block: rows and columns of FP8 weights that share a scale.
-        tied_to: the tensor that a stored output is taken for; "" for none.
     """
     if len(shards) > 1:
         _refuse_broken(family, facts)
@@ -217,7 +234,7 @@ def _locate(shards: list[_Shard], family: Family, facts: Facts, tied_to: str, bl
             for stored_name, tensor in tensors.items():
                 if stored_name in scaling:
                     continue
-                name = tied_to if tied_to and stored_name == TIED_HEAD else twins.get(stored_name, stored_name)
+                name = alone.get(stored_name, twins.get(stored_name, stored_name))
                 spec = specs.get(name)
                 if spec is not None:
                     located.pieces.setdefault(name, []).append(_piece(spec, tensor, rank, len(shards)))
@@ -244,23 +261,28 @@ def _refuse_broken(family: Family, facts: Facts) -> None:
             )
 
 
-def _one_embedding(folder: Path, files: Mapping[str, FileStamp], shards: list[_Shard], family: Family) -> str:
-    """A tied model's embedding, where the output is the only copy of it; "" where it is stored under its own name.
+def _alone(
+    folder: Path, files: Mapping[str, FileStamp], shards: list[_Shard], copies: Mapping[str, str]
+) -> dict[str, str]:
+    """Copies of tensors that are not stored under their own names: one of each.
 
-    transformers 5 takes either copy, and ties two of them only when they are equal (``tie_weights``).
+    transformers 5 takes either copy of an embedding, and ties two of them only when they are equal (``tie_weights``).
 
     Raises:
         Refused: two copies that differ.
     """
-    embedding = next(row.hf for row in family.rows if row.megatron == "embedding.word_embeddings.weight")
-    alone = False
+    alone: dict[str, str] = {}
     for shard in shards:
         tensors = {name: tensor for part in shard.values() for name, tensor in part.items()}
-        if TIED_HEAD in tensors and embedding not in tensors:
-            alone = True
-        elif TIED_HEAD in tensors and not equal(folder, files, tensors[embedding], tensors[TIED_HEAD]):
-            raise differ(TIED_HEAD, embedding, folder)
-    return embedding if alone else ""
+        for copy, original in copies.items():
+            first = next((name for name, its in alone.items() if its == original), original)
+            if copy not in tensors or first == copy:
+                continue
+            if first not in tensors:
+                alone[copy] = original
+            elif not equal(folder, files, tensors[first], tensors[copy]):
+                raise differ(copy, first, folder)
+    return alone
 
 
 def differ(head: str, embedding: str, folder: Path) -> Refused:

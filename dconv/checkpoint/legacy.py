@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron, names, pickling, torchframe, torchzip
+from dconv.checkpoint import classic, megatron, names, pickling, torchframe, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
@@ -46,12 +46,15 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
 
     Raises:
         Damaged: a rank's file is missing, torn, or its chunks do not fit together.
-        Refused: a layout that no row describes (classic models, expert shards).
+        Refused: a layout that no row describes (expert shards that overwrote each other).
     """
     folders, parallel = _ranks(iteration)
     files = {f"{folder.name}/{_FILE}": stamp(folder / _FILE) for folder in folders.values()}  # before what they hold
     opened = {place: _open(folder) for place, folder in folders.items()}
     chunks = {place: [rename(chunk, file.path) for chunk in _chunks(file)] for place, file in opened.items()}
+    order = _order(opened)
+    if order is not None:
+        chunks = classic.settle(chunks)
     parallel = _staged(parallel, chunks)
     layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
     shards: Shards = {}
@@ -70,15 +73,16 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
             elif not _CHUNK.fullmatch(str(key)) and not _is_plain(value) and key != "args":
                 left_out[str(key)] = "not the model"
     config, side = megatron.sides(iteration)
+    args = _args(opened[min(opened)])
 
     def lay(family: Family, facts: Facts) -> Located:
-        return locate(shards, family, facts)
+        return locate(shards if order is None else classic.reorder(shards, order, facts), family, facts)
 
     return Source(
         format="megatron legacy",
         root=iteration,
         config=config,
-        args=_args(opened[min(opened)]),
+        args=args if order is None else classic.full_args(args),
         side=side,
         files=files,
         parallel=parallel,
@@ -208,16 +212,27 @@ def _chunks(file: torchzip.TorchFile) -> list[Mapping[str, Any]]:
             expected="model, or model0, model1 …",
             found=", ".join(map(str, file.tree))[:200],
         )
+    chunks = [classic.flat(chunk) if classic.is_classic(chunk) else chunk for chunk in chunks]
     for chunk in chunks:
         _check_chunk(file, chunk)
-    if any("language_model" in chunk for chunk in chunks):
-        raise Refused(
-            "a classic (pre-core) Megatron model, which this version does not read",
-            where=str(file.path),
-            expected="decoder.layers.* names",
-            found="language_model",
-        )
     return chunks
+
+
+def _order(opened: Mapping[_Place, torchzip.TorchFile]) -> float | None:
+    """The row order of a classic model; None for megatron-core's.
+
+    Raises:
+        Damaged: some files are of the one kind, some of the other, or of another version.
+    """
+    found = {
+        classic.version(file.tree.get("checkpoint_version"), str(file.path))
+        if any(isinstance(held, Mapping) and classic.is_classic(held) for held in file.tree.values())
+        else None
+        for file in opened.values()
+    }
+    if len(found) > 1:
+        raise Damaged("ranks disagree on the checkpoint's version", found=", ".join(sorted(map(str, found))))
+    return found.pop()
 
 
 def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
@@ -226,8 +241,6 @@ def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
     Raises:
         Refused: a value that is neither a tensor, nor plain, nor an extra state.
     """
-    if "language_model" in chunk:
-        return
     for name, value in chunk.items():
         if not isinstance(name, str):
             raise Damaged("a tensor whose name is no text", where=str(file.path), found=short(name))

@@ -25,7 +25,7 @@ _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_head
 _SAME_NAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "qk_l2_norm", "softmax_scale", "softmax_type",
-    "window_attn_skip_freq", "rotary_interleaved", "no_rope_freq", "apply_residual_connection_post_layernorm",
+    "window_attn_skip_freq", "rotary_interleaved", "no_rope_freq",
     "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "glu_linear_offset", "activation_func_clamp_value",
 )  # fmt: skip
 
@@ -63,6 +63,7 @@ _UNSUPPORTED = (
     # no arguments of Megatron-LM: a converted checkpoint says with them what no version of megatron-core computes
     "post_self_attn_layernorm", "post_mlp_layernorm", "no_pre_layernorm", "qk_layernorm_full_width", "embedding_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
+    "apply_residual_connection_post_layernorm",
 )  # fmt: skip
 
 # the same, but for this number

@@ -42,6 +42,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"sliding_window": 8, "num_key_value_heads": 2}),
     "glm": ("glm", {}),
     "granite": ("granite", {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}),
+    "gpt2": ("gpt2", {"vocab_size": 301}),
+    "gpt2-erf-untied": ("gpt2", {"activation_function": "gelu", "tie_word_embeddings": False, "n_inner": 344}),
 }
 
 #: tp, pp, vpp. Four layers in all models.
@@ -155,7 +157,7 @@ def test_checkpoints_that_megatron_core_wrote_convert(
     tp, pp, vpp = layout
     jobs, names = [], []
     (tmp_path / "args").mkdir()
-    for name in ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3"):
+    for name in ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3", "gpt2"):
         source, _ = sources[name]
         convert(Request(source, "megatron", tmp_path / "args" / name, parallel=Parallel(tp=tp, pp=pp, vpp=vpp, etp=tp)))
         args = open_source(tmp_path / "args" / name).args

@@ -204,8 +204,8 @@ def two_chunks(tree: Tree) -> None:
 QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.1.mlp.linear_fc1"
 #: ranks (tp_pp), what is done to their trees, the error and words of it
 SHARDS: dict[str, tuple[str, Callable[[Tree], object], type[DconvError], list[str]]] = {
-    "classic model": ("*", classic, Refused, ["classic", "language_model"]),
-    "classic on one rank": ("01_001", classic, Refused, ["classic"]),
+    "megatron-core in a classic shell": ("*", classic, Refused, ["in no row of llama", "decoder.decoder.layers"]),
+    "classic on one rank": ("01_001", classic, Damaged, ["disagree on the checkpoint's version", "None"]),
     "tp ranks differ": ("01_000", without(".layers.1."), Damaged, ["different layers", "stage 0"]),
     "tp ranks differ in the last stage": ("00_001", without(".layers.1."), Damaged, ["different layers", "stage 1"]),
     "another vpp": ("01_001", two_chunks, Damaged, ["virtual pipeline", r"\[1, 2\]"]),

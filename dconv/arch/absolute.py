@@ -1,0 +1,152 @@
+"""What models from before rotary positions have: learned positions, a key and value for each query head, plain GELU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dconv.arch.activation import OFF
+from dconv.arch.args import ARGS
+from dconv.arch.attention import differing
+from dconv.arch.fields import flag, heads, multiple, whole
+from dconv.arch.translate import CONFIG, Said
+
+#: How transformers calls GELU by its tanh approximation.
+_TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
+_ERF: Final = ("gelu", "gelu_python")
+
+
+@dataclass(frozen=True)
+class Multihead:
+    """As many keys and values as query heads, biases among them, and nothing around them.
+
+    Attributes:
+        heads: the key of config.json that counts them.
+        hidden: the key of config.json whose value they divide.
+    """
+
+    heads: str = "num_attention_heads"
+    hidden: str = "hidden_size"
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return "num_attention_heads", "num_query_groups", "kv_channels", "group_query_attention", *_PLAIN
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {self.heads: "num_attention_heads"}
+
+    def facts(self, said: Said) -> dict[str, Any]:
+        """heads, groups, head_dim, q and kv (heads * head_dim)."""
+        count, hidden = heads(said, self.heads, CONFIG), whole(said, self.hidden, CONFIG)
+        width = multiple(self.hidden, hidden, self.heads, count, CONFIG)
+        return {"heads": count, "groups": count, "head_dim": width, "q": hidden, "kv": hidden}
+
+    def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        return {
+            "num_attention_heads": facts["heads"],
+            "num_query_groups": facts["heads"],  # as for Grouped: right for every reader
+            "kv_channels": facts["head_dim"],
+            "group_query_attention": False,
+            **_PLAIN,
+        }, []
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        return {self.heads: whole(said, "num_attention_heads", ARGS)}
+
+    def mismatches(self, said: Said) -> list[str]:
+        count = heads(said, "num_attention_heads", ARGS)
+        width = whole(said, "hidden_size", ARGS) // count
+        return differing(said, {"num_query_groups": count, "kv_channels": width, **_PLAIN})
+
+    def needs(self, _said: Said) -> list[str]:
+        return []
+
+
+_PLAIN: Final[Mapping[str, object]] = {"qk_layernorm": False, "softmax_type": "vanilla"}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned embedding of positions, added to that of words.
+
+    Attributes:
+        key: the key of config.json that counts them.
+    """
+
+    key: str = "max_position_embeddings"
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return ("position_embedding_type",)
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {}
+
+    def facts(self, said: Said) -> dict[str, Any]:
+        """positions."""
+        return {"positions": whole(said, self.key, CONFIG)}
+
+    def to_args(self, _said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        return {"position_embedding_type": "learned_absolute"}, []
+
+    def to_hf(self, _said: Said) -> dict[str, object]:
+        return {}
+
+    def mismatches(self, said: Said) -> list[str]:
+        return differing(said, {"position_embedding_type": "learned_absolute"})
+
+    def needs(self, _said: Said) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """GELU without a gate. Megatron's kernel that adds the bias as well (``bias_gelu_fusion``) approximates by tanh.
+
+    Attributes:
+        key: its key in config.json.
+        tanh: whether the approximation is there, too. BERT's language model head has the exact one whatever the layers
+            have, which no class of transformers says.
+    """
+
+    key: str = "hidden_act"
+    tanh: bool = True
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        return *OFF, "openai_gelu"
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        return {self.key: "bias_gelu_fusion"}
+
+    def facts(self, _said: Said) -> dict[str, Any]:
+        return {}
+
+    def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        named = said.get(self.key)
+        known = _ERF + _TANH if self.tanh else _ERF
+        lost = [] if named in known else [f"{self.key} {named}: Megatron has {' or '.join(known)} here"]
+        return {**OFF, "bias_gelu_fusion": self.tanh and named in _TANH}, lost
+
+    def to_hf(self, said: Said) -> dict[str, object]:
+        return {self.key: _TANH[0] if _approximates(said) else _ERF[0]}
+
+    def mismatches(self, said: Said) -> list[str]:
+        reasons = differing(said, {arg: off for arg, off in OFF.items() if arg != "bias_gelu_fusion"})
+        if _approximates(said) and not self.tanh:
+            reasons.append(
+                "bias_gelu_fusion: GELU by tanh in the layers and the exact one in the head, which differ by 5e-4 "
+                "at most; no HuggingFace class has both (a config.json given with --hf-config settles on one)"
+            )
+        return reasons
+
+    def needs(self, _said: Said) -> list[str]:
+        return []
+
+
+def _approximates(said: Said) -> bool:
+    return flag(said, "bias_gelu_fusion", ARGS) or flag(said, "openai_gelu", ARGS)
