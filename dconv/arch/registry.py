@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import bert, deepseek, gpt2, llama, moe, phi
+from dconv.arch import bert, deepseek, gpt2, llama, moe, phi, t5
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, moe, deepseek, gpt2, bert)
+_MODULES: Final = (llama, phi, moe, deepseek, gpt2, bert, t5)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
