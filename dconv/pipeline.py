@@ -362,7 +362,14 @@ def _lay_out(request: Request, described: megatron.Model) -> Target:
 def _check_layout(request: Request, model: Described) -> None:
     """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
     parallel = request.parallel
-    experts = size(model.facts, "experts")
+    experts, most = size(model.facts, "experts"), size(model.facts, "most_stages")
+    if most and parallel.pp > most:
+        raise Refused(
+            f"{model.family.name} runs in one pipeline stage in Megatron, nothing was written",
+            where="--pp",
+            expected=str(most),
+            found=str(parallel.pp),
+        )
     if not experts and (parallel.ep > 1 or parallel.inner > parallel.tp):
         raise Refused(
             f"{model.family.name} has no experts to divide, nothing was written",

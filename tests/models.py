@@ -45,6 +45,10 @@ KEYS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "t5": {
+        "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False, "num_decoder_layers": 3,
+        "relative_attention_num_buckets": 8,
+    },
     "gpt2": {"head_dim": None, "hidden_act": "gelu_new"},
     "megatron-bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
@@ -77,6 +81,10 @@ NAMES: dict[str, dict[str, str]] = {
         "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
         "rms_norm_eps": "layer_norm_epsilon",
+    },
+    "t5": {
+        "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads", "head_dim": "d_kv", "rms_norm_eps": "layer_norm_epsilon",
     },
     "megatron-bert": {"rms_norm_eps": "layer_norm_eps"},
     "bert": {"rms_norm_eps": "layer_norm_eps"},

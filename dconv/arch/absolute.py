@@ -24,10 +24,12 @@ class Multihead:
     Attributes:
         heads: the key of config.json that counts them.
         hidden: the key of config.json whose value they divide.
+        width: the key for the width of one, where they need not divide it.
     """
 
     heads: str = "num_attention_heads"
     hidden: str = "hidden_size"
+    width: str = ""
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -35,13 +37,16 @@ class Multihead:
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return {self.heads: "num_attention_heads"}
+        return {self.heads: "num_attention_heads", **({self.width: "kv_channels"} if self.width else {})}
 
     def facts(self, said: Said) -> dict[str, Any]:
         """heads, groups, head_dim, q and kv (heads * head_dim)."""
-        count, hidden = heads(said, self.heads, CONFIG), whole(said, self.hidden, CONFIG)
-        width = multiple(self.hidden, hidden, self.heads, count, CONFIG)
-        return {"heads": count, "groups": count, "head_dim": width, "q": hidden, "kv": hidden}
+        count = heads(said, self.heads, CONFIG)
+        if self.width:
+            width = whole(said, self.width, CONFIG)
+        else:
+            width = multiple(self.hidden, whole(said, self.hidden, CONFIG), self.heads, count, CONFIG)
+        return {"heads": count, "groups": count, "head_dim": width, "q": count * width, "kv": count * width}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         return {
@@ -53,12 +58,13 @@ class Multihead:
         }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
-        return {self.heads: whole(said, "num_attention_heads", ARGS)}
+        its = {self.width: whole(said, "kv_channels", ARGS)} if self.width else {}
+        return {self.heads: whole(said, "num_attention_heads", ARGS), **its}
 
     def mismatches(self, said: Said) -> list[str]:
         count = heads(said, "num_attention_heads", ARGS)
-        width = whole(said, "hidden_size", ARGS) // count
-        return differing(said, {"num_query_groups": count, "kv_channels": width, **_PLAIN})
+        width = {} if self.width else {"kv_channels": whole(said, "hidden_size", ARGS) // count}
+        return differing(said, {"num_query_groups": count, **width, **_PLAIN})
 
     def needs(self, _said: Said) -> list[str]:
         return []

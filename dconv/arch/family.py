@@ -61,6 +61,11 @@ class Row:
         return self.per_layer and self.stack == "layers"
 
     @property
+    def stacked(self) -> bool:
+        """Whether torch_dist may have all layers in one tensor: of token predictors it never has."""
+        return self.per_layer and self.stack != "mtp"
+
+    @property
     def first_stage(self) -> bool:
         return (self.stage or ("first" if self.megatron.startswith("embedding.") else "last")) == "first"
 

@@ -202,6 +202,18 @@ def query_groups(*dims: str, of: str = "") -> Layout:
     return Layout(shape, axis=0, parallel=True)
 
 
+def key_value_groups(*dims: str) -> Layout:
+    """Key and value alone, interleaved by query group as in `query_groups` (attention to another stack)."""
+
+    def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
+        _, groups, width = _heads(facts)
+        rest = tuple(size(facts, dim) for dim in dims)
+        runs = tuple(Run(name, group * width, width) for group in range(groups) for name in logical)
+        return [(groups * width, *rest)] * len(logical), (Part(runs),)
+
+    return Layout(shape, axis=0, parallel=True)
+
+
 def query_groups_in_one(*dims: str) -> Layout:
     """One logical tensor that holds [all q heads, all k heads, all v heads]; otherwise as `query_groups`."""
 

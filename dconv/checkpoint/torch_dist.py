@@ -253,7 +253,7 @@ def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
     number = str(entry.layer)
     if model.local_spec:  # its spelling may depend on what it is below the layer
         key = names.local_key(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
-    if entry.layer >= 0 and entry.row.pipelined and model.facts.get("uniform_layers", True):
+    if entry.layer >= 0 and entry.row.stacked and model.facts.get("uniform_layers", True):
         key = key.replace(".*", "")
         place.append(entry.layer)
         lengths.append(size(model.facts, entry.row.stack))
@@ -339,8 +339,8 @@ def _objects(name: str, model: megatron.Model) -> tuple[TargetFile, dict[str, tu
 
 def _states(model: megatron.Model) -> Iterable[str]:
     """Keys of all extra states that a model of either layer spec may ask for."""
-    layers = size(model.facts, "layers")
-    for prefix in dict.fromkeys(_prefix(row.megatron) for row in model.family.rows if row.pipelined):
+    stacks = {_prefix(row.megatron): size(model.facts, row.stack) for row in model.family.rows if row.stacked}
+    for prefix, layers in stacks.items():
         for layer in range(layers):
             stacked = model.facts.get("uniform_layers", True)
             key, at = (prefix, f"{layer}_{layers}") if stacked else (f"{prefix}{layer}.", "0_1")

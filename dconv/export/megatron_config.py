@@ -141,6 +141,9 @@ def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
 
     if given.get("swiglu"):
         return {"activation_func": silu, "gated_linear_unit": True}
+    if given.get("gated_linear_unit"):
+        tanh = given.get("openai_gelu") or given.get("bias_gelu_fusion")
+        return {"activation_func": partial(gelu, approximate="tanh") if tanh else gelu, "gated_linear_unit": True}
     if given.get("quick_geglu"):
         return {"activation_func": quick_gelu, "gated_linear_unit": True}
     if given.get("squared_relu"):

@@ -54,7 +54,9 @@ def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[
     facts = facts_of(family, config)
     targets = []
     for _ in range(2):
-        stages = draw(st.lists(st.integers(0, layers), max_size=3))
+        stages = draw(
+            st.lists(st.integers(0, layers), max_size=size(facts, "most_stages") - 1 if "most_stages" in facts else 3)
+        )
         cuts = [0, *sorted(min(s, layers) for s in stages), layers]
         counts = [b - a for a, b in itertools.pairwise(cuts)]
         vpp = 2 if len(counts) == 4 and draw(st.booleans()) else 1
@@ -151,7 +153,9 @@ def test_fixed_layouts(name: str, container: str, kind: int, tmp_path: Path, req
     sizes = {"vocab_size": vocab, "tie_word_embeddings": tied, "num_hidden_layers": 8, "num_key_value_heads": 4}
     config = config_of(family, **sizes)
     source = write_random(tmp_path / "hf", family, config)
-    layouts = LAYOUTS + (OF_EXPERTS if size(facts_of(family, config), "experts") else [])
+    facts = facts_of(family, config)
+    layouts = LAYOUTS + (OF_EXPERTS if size(facts, "experts") else [])
+    layouts = [parallel for parallel in layouts if parallel.pp <= (facts.get("most_stages") or parallel.pp)]
     every = request.config.getoption("--long")
     for number, parallel in enumerate(layouts):
         if every or number % len(KINDS) == kind:
