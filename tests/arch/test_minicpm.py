@@ -212,6 +212,16 @@ def test_half_names_of_latent_attention_are_read(impl: str, tmp_path: Path) -> N
     assert tensors(tmp_path / "back") == tensors(source)
 
 
+@pytest.mark.parametrize(
+    ("family", "said"), [("minicpm", "sparse_config"), ("minicpm_blockffn", "moe_w_in"), ("minicpm3", "minicpm3")]
+)
+def test_bmtrain_takes_none_that_computes_something_else(family: str, said: str, tmp_path: Path) -> None:
+    source = write_random(tmp_path / "hf", by_name(family), config_of(by_name(family)))
+    with pytest.raises(Refused) as caught:
+        convert(Request(source, "bmtrain", tmp_path / "out"))
+    assert said in str(caught.value)
+
+
 BLOCK = "model.layers.{}.mlp.moe_router.weight"
 
 
