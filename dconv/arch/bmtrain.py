@@ -130,6 +130,7 @@ def from_hf(family: Family, facts: Facts, config: Mapping[str, object], dtype: s
     rope = rope_parameters(said)
     # of what Megatron cannot say, all but where a bias is and MiniCPM's scalars, for which there are keys here
     lost = [line for line in family.config.unsayable(config) if not line.startswith((*SCALES, "qkv_bias"))]
+    lost += [line for line in family.config.needs(config) if not line.startswith(SCALES)]
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         lost.append(f"rope {rope['rope_type']}, rotated share {rope.get('partial_rotary_factor', 1.0)}")
     if facts.get("qk_norm"):

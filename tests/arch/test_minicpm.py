@@ -127,7 +127,7 @@ def test_a_llama_by_the_name_of_minicpm_is_a_llama(tmp_path: Path) -> None:
     """MiniCPM5 is one by its config.json."""
     llama = by_name("llama")
     source = write_random(tmp_path / "MiniCPM5-1B", llama, config_of(llama))
-    assert describe_model(source).family is llama
+    assert describe_model(source).family.name == "llama"
 
 
 def write_model(folder: Path, family: str, **keys: Any) -> Path:
@@ -210,6 +210,16 @@ def test_half_names_of_latent_attention_are_read(impl: str, tmp_path: Path) -> N
     assert {f"linear_{name}.weight" for name in ("q_up", "q_down", "kv_up", "kv_down")} <= renamed
     convert(Request(out, "hf", tmp_path / "back"))
     assert tensors(tmp_path / "back") == tensors(source)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("minicpm", "sparse_config"), ("minicpm_blockffn", "moe_w_in"), ("minicpm3", "minicpm3")]
+)
+def test_bmtrain_takes_none_that_computes_something_else(family: str, said: str, tmp_path: Path) -> None:
+    source = write_random(tmp_path / "hf", by_name(family), config_of(by_name(family)))
+    with pytest.raises(Refused) as caught:
+        convert(Request(source, "bmtrain", tmp_path / "out"))
+    assert said in str(caught.value)
 
 
 BLOCK = "model.layers.{}.mlp.moe_router.weight"
