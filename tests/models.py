@@ -45,6 +45,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek": {**_LATE, "head_dim": None},
+    "glm4_moe": {**_LATE, "use_qk_norm": True, "attention_bias": True, "num_nextn_predict_layers": 1},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
 }  # fmt: skip

@@ -27,7 +27,7 @@ _LATENT = (
 _EXPERTS = DENSE + ROUTED + shared("shared_experts")
 _DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)
 _ATTENTION_NAMES = tuple(row.megatron for row in LLAMA.rows if ".self_attention." in row.megatron)
-_BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
+EXPERT_BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
 
 
 def predictors(inner: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -50,6 +50,6 @@ def _when(row: Row) -> str:
 
 DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
 DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=_ATTENTION_NAMES, add=_LATENT)
-DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *_LATENT, _BIAS))))
+DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(EXPERT_BIAS, *predictors((*_EXPERTS, *_LATENT, EXPERT_BIAS))))
 # fmt: on
 FAMILIES = (DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3)

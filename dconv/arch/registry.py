@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
-from dconv.arch import deepseek, gemma, glm, granite, llama, moe, olmo, phi
+from dconv.arch import deepseek, gemma, glm, glm_moe, granite, llama, moe, olmo, phi
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek)
+_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 
 
