@@ -53,6 +53,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "megatron-bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "deepseek": {**_LATE, "head_dim": None},
+    "glm4_moe": {**_LATE, "use_qk_norm": True, "attention_bias": True, "num_nextn_predict_layers": 1},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "mamba2": {"num_heads": 8, "n_groups": 4, "state_size": 6, "chunk_size": 8},
     "nemotron_h": {

@@ -26,18 +26,20 @@ class Grouped:
         qk_norm: whether query and key are normalised (``qk_layernorm``): each head by itself, or "full": all heads of
             a token at once, which mainline megatron-core lacks.
         sinks: whether each head has a learned logit beside the scores (``softmax_type``).
+        qk_norm_key: the key that says whether each head is normalised, where models of a family differ in it.
     """
 
     qk_norm: bool | Literal["full"] = False
     sinks: bool = False
+    qk_norm_key: str = ""
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return *_HEADS.values(), "group_query_attention", *self._switches()
+        return *_HEADS.values(), "group_query_attention", *self._switches(False)
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return _HEADS
+        return {**_HEADS, self.qk_norm_key: "qk_layernorm"} if self.qk_norm_key else _HEADS
 
     def facts(self, said: Said) -> dict[str, Any]:
         """heads, groups, head_dim, q (heads * head_dim), kv (groups * head_dim); qk_norm, sinks."""
@@ -52,7 +54,8 @@ class Grouped:
         multiple("head_dim", head_dim, "the two halves that are rotated", 2, CONFIG)
         sizes = {"heads": queries, "groups": groups, "head_dim": head_dim}
         wide = {"q": queries * head_dim, "kv": groups * head_dim}
-        return {**sizes, **wide, "qk_norm": bool(self.qk_norm), "sinks": self.sinks, "mla": False}
+        normalised = flag(said, self.qk_norm_key, CONFIG) if self.qk_norm_key else bool(self.qk_norm)
+        return {**sizes, **wide, "qk_norm": normalised, "sinks": self.sinks, "mla": False}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         return {
@@ -61,22 +64,24 @@ class Grouped:
             "kv_channels": facts["head_dim"],
             # a namespace of MHA says num_query_groups 1; the number of heads is right for every reader
             "group_query_attention": facts["groups"] != facts["heads"],
-            **self._switches(),
+            **self._switches(facts["qk_norm"]),
         }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
-        return {key: whole(said, arg, ARGS) for key, arg in _HEADS.items()}
+        hf: dict[str, object] = {key: whole(said, arg, ARGS) for key, arg in _HEADS.items()}
+        return {**hf, self.qk_norm_key: flag(said, "qk_layernorm", ARGS)} if self.qk_norm_key else hf
 
     def mismatches(self, said: Said) -> list[str]:
-        return differing(said, self._switches())
+        either = flag(said, "qk_layernorm", ARGS) if self.qk_norm_key else bool(self.qk_norm)
+        return differing(said, self._switches(either))
 
     def needs(self, _said: Said) -> list[str]:
         full = "norms of query and key over all heads at once (qk_layernorm normalises each head by itself)"
         return [full] if self.qk_norm == "full" else []
 
-    def _switches(self) -> dict[str, object]:
+    def _switches(self, normalised: bool) -> dict[str, object]:
         return {
-            "qk_layernorm": bool(self.qk_norm),
+            "qk_layernorm": normalised,
             "qk_layernorm_full_width": True if self.qk_norm == "full" else None,  # no argument of Megatron-LM
             "softmax_type": "learnable" if self.sinks else "vanilla",
         }

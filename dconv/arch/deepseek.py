@@ -27,7 +27,7 @@ LATENT = (
 _EXPERTS = DENSE + ROUTED + shared("shared_experts")
 _DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)
 ATTENTION_NAMES = tuple(row.megatron for row in LLAMA.rows if ".self_attention." in row.megatron)
-_BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
+EXPERT_BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
 
 
 def predictors(inner: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -48,11 +48,13 @@ def _when(row: Row) -> str:
     return "" if row.when in ("moe", "shared", "expert_bias") else row.when
 
 
-DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
-DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=ATTENTION_NAMES, add=LATENT)
-DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(_BIAS, *predictors((*_EXPERTS, *LATENT, _BIAS))), twins=(
+#: What a predictor has once more in HuggingFace's files.
+TWINS = (
     Twin("model.layers.*.embed_tokens.weight",      of="model.embed_tokens.weight", stack="mtp", after="layers"),
     Twin("model.layers.*.shared_head.head.weight",  of="lm_head.weight",            stack="mtp", after="layers"),
-))
+)
+DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
+DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=ATTENTION_NAMES, add=LATENT)
+DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(EXPERT_BIAS, *predictors((*_EXPERTS, *LATENT, EXPERT_BIAS))), twins=TWINS)
 # fmt: on
 FAMILIES = (DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3)

@@ -206,7 +206,7 @@ def key_value_groups(*dims: str) -> Layout:
     """Key and value alone, interleaved by query group as in `query_groups` (attention to another stack)."""
 
     def shape(facts: Facts, logical: Sequence[str], _: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:
-        _, groups, width = _heads(facts)
+        _, groups, width = _heads(facts, "")
         rest = tuple(size(facts, dim) for dim in dims)
         runs = tuple(Run(name, group * width, width) for group in range(groups) for name in logical)
         return [(groups * width, *rest)] * len(logical), (Part(runs),)

@@ -14,12 +14,12 @@ from dconv.checkpoint.source import expected_specs  # noqa: E402
 from tests.models import tensors  # noqa: E402
 from tests.oracles import hf  # noqa: E402
 
-SIZES = [
+SIZES: list[dict[str, object]] = [
     {},
     {"tie_word_embeddings": True, "vocab_size": 301},
     {"num_key_value_heads": 8},
     {"num_key_value_heads": 1, "head_dim": 24},
-    {"attention_bias": True, "mlp_bias": True},
+    {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True},
 ]
 #: Families whose class comes with their checkpoints only.
 NO_CLASS = {"deepseek", "minicpm", "minicpm_moe", "minicpm_blockffn"}

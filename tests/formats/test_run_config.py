@@ -65,8 +65,8 @@ CASES = [
 
 #: Families that Bridge builds with providers of their own, or not at all.
 UNSAID = {
-    "deepseek", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite",
-    "minimax_m2", "olmo2", "olmoe", "qwen2_moe",
+    "deepseek", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "gpt_oss",
+    "granite", "minimax_m2", "olmo2", "olmoe", "qwen2_moe",
 }  # fmt: skip
 
 
