@@ -230,7 +230,7 @@ class DecoderConfig:
         dtype = dtype_name(hf.get("dtype") or hf.get("torch_dtype"))
         args: dict[str, object] = {
             **{arg: whole(said, key, CONFIG) for key, arg in self.sizes.items()},
-            "seq_length": said["max_position_embeddings"],
+            "seq_length": said.get("max_position_embeddings"),
             **{arg: number(said, key, CONFIG) for key, arg in _NUMBERS.items()},
             "norm_epsilon": epsilon,
             "vocab_size": facts["vocab"],

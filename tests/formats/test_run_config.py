@@ -49,6 +49,7 @@ ROPES: list[dict[str, Any]] = [SCALED, LINEAR, YARN]
 CASES = [
     (name, sizes)
     for name in sorted(families())
+    if run_config.can_say(families()[name].config.to_args(config_of(families()[name])))
     for sizes in ({}, TIED, *({"rope_scaling": rope} for rope in ROPES if _says(name, rope)))
 ]
 
