@@ -131,18 +131,36 @@ def describe_model(
         UsageError: ``hf_config`` is no directory, ``rename`` no such file.
         DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
     """
-    drop = (drop,) if isinstance(drop, str) else tuple(drop)
-    hf_config = None if hf_config is None else Path(hf_config)
-    if hf_config is not None and not hf_config.is_dir():
+    if hf_config is not None:
+        _check_directory(Path(hf_config))
+    renaming = AS_STORED if rename is None else read_renaming(Path(rename))
+    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
+    return settle(source, model_type=model_type, hf_config=hf_config, drop=drop, config_alone=config_alone)
+
+
+def _check_directory(hf_config: Path) -> None:
+    if not hf_config.is_dir():
         raise UsageError(
             "--hf-config names no directory",
             where=str(hf_config),
             expected="a directory with a config.json",
             found="a file" if hf_config.exists() else "nothing of that name",
         )
-    renaming = AS_STORED if rename is None else read_renaming(Path(rename))
-    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
+
+
+def settle(
+    source: Source,
+    *,
+    model_type: str | None = None,
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
+    config_alone: bool = False,
+) -> Described:
+    """Find the family of a source that has been opened, and lay the family's table over it; see `describe_model`."""
+    drop = (drop,) if isinstance(drop, str) else tuple(drop)
     if hf_config is not None:
+        hf_config = Path(hf_config)
+        _check_directory(hf_config)
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
     if source.lacks and source.config is None:
@@ -180,12 +198,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         Refused: an unknown format, an unsupported model, a layout that does not divide.
         Damaged: a source that is not whole.
     """
-    engine = FORMATS.get(request.format)
-    if engine is None:
-        raise Refused(
-            f"no format is called {request.format}, nothing was written",
-            expected="one of " + ", ".join(sorted(FORMATS)),
-        )
+    _engine(request.format)
     model = describe_model(
         request.model,
         source_format=request.source_format,
@@ -195,11 +208,27 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         rename=request.rename,
         config_alone=config_alone,
     )
+    return prepare_described(request, model)
+
+
+def prepare_described(request: Request, model: Described) -> Job:
+    """Plan for a model that has been described; see `prepare`."""
+    engine = _engine(request.format)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     target = _TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     return Job(request, model.source, model.family, model.facts, model.logical, plan)
+
+
+def _engine(format: str) -> str:
+    engine = FORMATS.get(format)
+    if engine is None:
+        raise Refused(
+            f"no format is called {format}, nothing was written",
+            expected="one of " + ", ".join(sorted(FORMATS)),
+        )
+    return engine
 
 
 def _first_replicas(logical: Logical) -> Logical:
@@ -356,12 +385,16 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    about = {
+    return run_rank(job.plan, out, apply, replace(settings, about=about(job)))
+
+
+def about(job: Job) -> dict[str, object]:
+    """What the receipt says of a job beside its plan."""
+    return {
         "dconv": __version__,
         "source": {"path": str(job.request.model), "format": job.source.format},
         "target": {"format": job.request.format, "family": job.family.name},
     }
-    return run_rank(job.plan, out, apply, replace(settings, about=about))
 
 
 def check_space(plan: Plan, out: Path) -> None:

@@ -42,6 +42,7 @@ class Source:
         left_out: what is not weights (optimizer state, RNG), with the reason.
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
         lacks: what is missing to tell the architecture, where there is neither config nor args.
+        in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
     """
 
     format: str
@@ -56,6 +57,7 @@ class Source:
     stored_bytes: int = 0
     tensor_names: tuple[str, ...] = ()
     lacks: str = ""
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,13 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
             left_out[name] = f"--drop {pattern}"
     if unknown:
         first = next(iter(unknown))
+        inspect = "" if source.in_memory else f"dconv inspect {source.root}  shows what they are;  "
         raise Refused(
             f"{len(unknown)} of {len(source.tensor_names)} source tensors are in no row of {family.name}, "
             "nothing was written",
             where=f"{group_names(unknown)}\nfirst in {unknown[first]}",
             expected="every tensor mapped, or named in --drop",
-            do=f"dconv inspect {source.root}  shows what they are;  --drop '{group_names([first])}'  leaves it out",
+            do=f"{inspect}--drop '{group_names([first])}'  leaves it out",
         )
     specs = expected_specs(family, facts, located.pieces)
     pieces, replicas = check_pieces(specs, located.pieces)
