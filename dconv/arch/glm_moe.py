@@ -39,7 +39,6 @@ _CONFIG = DecoderConfig(
         ),
         Predictors(),
     ),
-    only={"moe_layer_freq": 1, "mlp_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 )  # fmt: skip
 
 _DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)

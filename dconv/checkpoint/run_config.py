@@ -95,7 +95,8 @@ def read_args(path: Path) -> dict[str, object] | None:
 
 def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
     plain = {key: _plain(value) for key, value in model.items()}
-    args: dict[str, object] = {**plain, **{arg: plain[field] for field, arg in _ARG_OF.items() if field in plain}}
+    args = {field: value for field, value in plain.items() if field not in _ARG_OF}
+    args |= {arg: plain[field] for field, arg in _ARG_OF.items() if field in plain}
     args["max_position_embeddings"] = plain.get("seq_length")
     args["untie_embeddings_and_output_weights"] = not plain.get("share_embeddings_and_output_weights")
     args["group_query_attention"] = plain.get("num_query_groups") is not None

@@ -1,4 +1,4 @@
-"""Configs of Gemma, GLM-4, OLMo 2 and Granite, judged by transformers' real classes and by megatron-core."""
+"""Configs of Gemma, GLM, OLMo 2 and Granite, judged by transformers' real classes and by megatron-core."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: the oracle cannot run")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: the oracle cannot run")
 
-from dconv.arch import gemma, glm, granite, olmo  # noqa: E402
+from dconv.arch import gemma, glm, glm_moe, granite, olmo  # noqa: E402
 from dconv.arch.config import detect_by_args  # noqa: E402
 from dconv.arch.decoder import DecoderConfig  # noqa: E402
 from dconv.arch.registry import families  # noqa: E402
@@ -20,7 +20,7 @@ from tests.oracles import hf as oracle  # noqa: E402
 
 CONFIGS: dict[str, DecoderConfig] = {
     family.name: family.config
-    for module in (gemma, glm, olmo, granite)
+    for module in (gemma, glm, glm_moe, olmo, granite)
     for family in module.FAMILIES
     if isinstance(family.config, DecoderConfig)
 }
@@ -63,6 +63,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "intermediate_size": 23040, "max_position_embeddings": 32768, "num_attention_heads": 48,
         "num_hidden_layers": 61, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 151552,
+    }),
+    "GLM-4.5": ("glm4_moe", {
+        "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+        "partial_rotary_factor": 0.5, "intermediate_size": 12288, "max_position_embeddings": 131072,
+        "moe_intermediate_size": 1536, "norm_topk_prob": True, "num_attention_heads": 96, "n_group": 1, "topk_group": 1,
+        "n_routed_experts": 160, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3, "num_hidden_layers": 92, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 1000000, "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_qk_norm": True, "vocab_size": 151552,
     }),
     "OLMo-2-1124-7B": ("olmo2", {
         "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096,
@@ -135,8 +144,9 @@ def test_defaults_are_those_of_the_real_class(family: str) -> None:
     for key, value in config.defaults.items():
         if value is not None and key not in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
             assert key not in real or real[key] == value, key
-    assert config.facts({}) == config.facts(real)
-    assert config.to_args({}) == config.to_args(real)
+    said = {"head_dim": 128} if family == "glm4_moe" else {}  # its own default is 42 2/3
+    assert config.facts(said) == config.facts({**real, **said})
+    assert config.to_args(said) == config.to_args({**real, **said})
 
 
 def test_published_numbers() -> None:
@@ -228,6 +238,7 @@ LACKING = {
     ],
     "glm": [],
     "glm4": ["post_self_attn_layernorm, post_mlp_layernorm"],
+    "glm4_moe": [],
     "olmo2": ["post_self_attn_layernorm, post_mlp_layernorm", "no_pre_layernorm", "query and key over all heads"],
     "granite": ["softmax_scale", "embedding_multiplier", "residual_multiplier", "logits_scaling"],
 }

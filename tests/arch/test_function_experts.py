@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2": ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None}),
     "deepseek-v3": ("deepseek_v3", {}),
     "gpt-oss": ("gpt_oss", {}),
+    "glm4-moe": ("glm4_moe", {"use_qk_norm": True, "attention_bias": True}),
 }
 
 #: tp, pp, vpp, ep, etp.
