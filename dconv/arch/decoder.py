@@ -243,7 +243,7 @@ class DecoderConfig:
         dtype = dtype_name(hf.get("dtype") or hf.get("torch_dtype"))
         args: dict[str, object] = {
             **{arg: whole(said, key, CONFIG) for key, arg in self.sizes.items()},
-            "seq_length": said[self._key("max_position_embeddings")],
+            "seq_length": said.get(self._key("max_position_embeddings")),
             **{arg: number(said, key, CONFIG) for key, arg in self.numbers.items()},
             "norm_epsilon": epsilon,
             "vocab_size": facts["vocab"],

@@ -41,6 +41,7 @@ class Mixer:
     """Mamba-2 mixers. A family's fields are the keys of its config.json.
 
     Attributes:
+        least: the key of the least time step that transformers' class has (NVIDIA's own code has none).
         alone: whether the family has nothing else: then ``expand`` times the hidden size is what the heads are wide
             together, and the args that Megatron demands of attention and feed-forward follow the mixer.
     """
@@ -49,6 +50,7 @@ class Mixer:
     head_dim: str
     state: str
     act: str
+    least: str = ""
     alone: bool = False
 
     @property
@@ -139,8 +141,12 @@ class Mixer:
         return []
 
     def needs(self, said: Said) -> list[str]:
-        epsilon = number(said, "layer_norm_epsilon", CONFIG)
-        return [] if epsilon == _EPSILON else [f"an epsilon of {epsilon} in the mixer's norm (megatron-core: 1e-5)"]
+        epsilon, lines = number(said, "layer_norm_epsilon", CONFIG), []
+        if epsilon != _EPSILON:
+            lines.append(f"an epsilon of {epsilon} in the mixer's norm (megatron-core: 1e-5)")
+        if self.least and number(said, self.least, CONFIG) > 0:
+            lines.append(f"time steps of {self.least} {said[self.least]} or more, as transformers computes them")
+        return lines
 
     def _sizes(self) -> dict[str, str]:
         keys = (self.heads, self.head_dim, "n_groups", self.state)

@@ -1,8 +1,4 @@
-"""Mamba-2, and Nemotron-H: stacks whose layers are one module each, a mixer, attention, a feed-forward or experts.
-
-Bamba, Jamba, Zamba2, Falcon-H1 and Granite-4 are not here: their layers hold a mixer or attention and a feed-forward
-each, with factors on the way, for which megatron-core has no model.
-"""
+"""Mamba-2, and Nemotron-H: stacks whose layers are one module each, a mixer, attention, a feed-forward or experts."""
 
 from __future__ import annotations
 
@@ -40,14 +36,14 @@ _NEMOTRON_H = DecoderConfig(
         "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8, "conv_kernel": 4, "use_conv_bias": True,
         "n_routed_experts": 8, "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688,
         "num_experts_per_tok": 2, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-        "attention_dropout": 0.0,
+        "attention_dropout": 0.0, "time_step_min": 0.001,
     },
     Grouped(),
     Biases(mlp="mlp_bias"),
     rope=Unplaced(),
     activation=Activation(("relu2",), {"squared_relu": True}, key="mlp_hidden_act"),
     more=(
-        Mixer("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "mamba_hidden_act"),
+        Mixer("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "mamba_hidden_act", least="time_step_min"),
         Stack("M*-E", Experts(
             Router(
                 "sigmoid", "norm_topk_prob", "routed_scaling_factor", expert_bias=True, groups_judged_by=2, dtype="fp32"

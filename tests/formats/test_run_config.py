@@ -55,6 +55,7 @@ ROPES: list[dict[str, Any]] = [SCALED, LINEAR, YARN]
 CASES = [
     (name, sizes)
     for name in sorted(families())
+    if run_config.can_say(families()[name].config.to_args(config_of(families()[name])))
     for sizes in (
         {},
         *([TIED] if _ties(name) else []),
