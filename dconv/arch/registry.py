@@ -14,7 +14,7 @@ from dconv.errors import Refused
 _MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, minicpm, gpt2, bert, t5)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 #: Architectures that were looked at and are not here, with the reason.
-_LEFT_OUT: Final = dict.fromkeys(
+_LEFT_OUT: Final[Mapping[str, str]] = dict.fromkeys(
     ("BambaForCausalLM", "bamba"),
     "a layer of Bamba is two of Megatron's hybrid stack (a mixer or attention, then a feed-forward), and no converter "
     "of Megatron's has defined their numbers",
