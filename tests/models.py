@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dconv.arch.family import Family
+from dconv.arch.registry import families
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import expected_specs
 
@@ -109,8 +110,19 @@ def facts_of(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     return family.facts(config, stored_shapes(family, config))
 
 
+#: The tower of a family that sees.
+_TOWER = {
+    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+
+
 def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
     """A small config.json of a family; ``sizes`` are common keys (those that the family does not have are left out)."""
+    if family.name == "llava":
+        text = {**config_of(families()["llama"], **sizes), "architectures": ["LlamaForCausalLM"]}
+        own = {"architectures": [family.config.architecture], "model_type": "llava", "torch_dtype": "bfloat16"}
+        return {**own, "text_config": text, "vision_config": _TOWER, "image_token_index": 60}
     config = {
         "architectures": [family.config.architecture],
         "model_type": family.config.model_type,

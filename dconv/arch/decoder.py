@@ -53,6 +53,7 @@ _UNSET: Final[Mapping[str, object]] = {
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
+    "vision_model_type": None,
     "hybrid_override_pattern": None,
 }
 #: Args without influence on the function in exact arithmetic. Dropout is one of them once training is over, but

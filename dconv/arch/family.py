@@ -35,6 +35,7 @@ class Row:
         after: the fact that HuggingFace adds to the layer number ("" for none).
         stage: the pipeline stage of what is in no pipelined layer: ``first`` or ``last``.
         keeps: whether ``--dtype`` leaves it as it is (a router's bias is fp32 whatever the weights are).
+        beside: whether Megatron's model has no such tensor; it travels with the checkpoint.
         apart: the ends of the names under which torch_dist keeps the parts, each as a tensor of its own.
     """
 
@@ -47,6 +48,7 @@ class Row:
     stage: str = ""
     keeps: bool = False
     apart: tuple[str, ...] = ()
+    beside: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -63,7 +65,7 @@ class Row:
     @property
     def stacked(self) -> bool:
         """Whether torch_dist may have all layers in one tensor: of token predictors it never has."""
-        return self.per_layer and self.stack != "mtp"
+        return self.per_layer and self.stack != "mtp" and not self.beside
 
     @property
     def first_stage(self) -> bool:
@@ -141,6 +143,7 @@ class Family:
         base: what a directory of the base class alone leaves out before HuggingFace's names.
         head: where a tied model may still store a second copy of its embedding.
         again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
+        also: beginnings of names that some versions of transformers write, and those of the table.
     """
 
     name: str
@@ -153,6 +156,14 @@ class Family:
     base: str = ""
     head: str = TIED_HEAD
     again: tuple[tuple[str, str], ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
+
+    def published(self, name: str) -> str:
+        """The table's name for a tensor, however a version of transformers begins it."""
+        for theirs, ours in self.also:
+            if name.startswith(theirs) and not name.startswith(ours):
+                return ours + name.removeprefix(theirs)
+        return name
 
     def facts(self, config: Mapping[str, object], stored: Mapping[str, Index] | None = None) -> dict[str, Any]:
         """The facts of a config, and those that follow from which tensors there are: rows ``as_stored``.
@@ -236,7 +247,7 @@ class Family:
 
     def copies(self, facts: Facts) -> dict[str, str]:
         """HuggingFace names under which a tensor may be stored once more, each with the tensor's own."""
-        embedding = next(row.hf for row in self.rows if row.megatron == "embedding.word_embeddings.weight")
+        embedding = next(row.hf for row in self.rows if row.megatron.endswith("embedding.word_embeddings.weight"))
         return {self.head: embedding, **dict(self.again)} if facts["tied"] else dict(self.again)
 
     def reason_to_leave_out(self, name: str, facts: Facts) -> str:

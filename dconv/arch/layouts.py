@@ -116,6 +116,11 @@ def transposed(layout: Layout) -> Layout:
     return replace(layout, shape=shape, order=(1, 0))
 
 
+def led(layout: Layout, by: int) -> Layout:
+    """The same behind ``by`` axes of length 1 that HuggingFace does not have; it has one axis."""
+    return replace(layout, axis=layout.axis + by, order=(-1,) * by + (0,))
+
+
 #: Gate and up: two parts of ``ffn`` rows, each cut by itself.
 gate_up = rows
 

@@ -6,15 +6,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Final
 
-from dconv.arch import bert, deepseek, gemma, glm, glm_moe, gpt2, granite, llama, mamba, minicpm, moe, olmo, phi, t5
+from dconv.arch import (
+    bert,
+    deepseek,
+    gemma,
+    glm,
+    glm_moe,
+    gpt2,
+    granite,
+    llama,
+    llava,
+    mamba,
+    minicpm,
+    moe,
+    olmo,
+    phi,
+    t5,
+)
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, minicpm, gpt2, bert, t5)
+_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, minicpm, gpt2, bert, t5, llava)
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 #: Architectures that were looked at and are not here, with the reason.
-_LEFT_OUT: Final[dict[str, str]] = dict.fromkeys(
+_LEFT_OUT: Final[Mapping[str, str]] = dict.fromkeys(
     ("BambaForCausalLM", "bamba"),
     "a layer of Bamba is two of Megatron's hybrid stack (a mixer or attention, then a feed-forward), and no converter "
     "of Megatron's has defined their numbers",

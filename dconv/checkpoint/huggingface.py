@@ -200,14 +200,14 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
 
 
 def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Shard]:
-    """The same with `Family.base` where a directory of the base class leaves it out."""
-    if not family.base:
+    """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone."""
+    if not family.base and not family.also:
         return shards
     known = expected_specs(family, facts)
     there = {name for shard in shards for tensors in shard.values() for name in tensors}
 
     def full(name: str) -> str:
-        whole = family.base + name
+        whole = family.base + name if family.base else family.published(name)
         return whole if name not in known and whole in known and whole not in there else name
 
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]

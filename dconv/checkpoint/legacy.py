@@ -38,6 +38,8 @@ _NAMED: Final = 10_000
 #: Modules whose (empty) extra state a strict load asks for.
 _WITH_STATE: Final = ("linear_", "in_proj", "out_proj", "output_layer")
 _EMBEDDING: Final = "embedding.word_embeddings.weight"
+#: Tensors that Megatron's model lacks: beside the model, so that its loader does not stumble over them.
+_BESIDE: Final = "beside_the_model"
 _NOT_WEIGHTS: Final = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state", "rerun_state_machine")
 
 
@@ -67,10 +69,12 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
                     at = _stored(iteration, file, value, name)
                     key = names.renumber(name, layers[p][vp])
                     shards.setdefault(key, []).append(Shard(at, holder))
+        for name, value in _beside(file).items():
+            shards.setdefault(name, []).append(Shard(_stored(iteration, file, value, name), holder))
         for key, value in file.tree.items():
             if key in _NOT_WEIGHTS:
                 left_out[key] = "not weights"
-            elif not _CHUNK.fullmatch(str(key)) and not _is_plain(value) and key != "args":
+            elif not _CHUNK.fullmatch(str(key)) and not _is_plain(value) and key not in ("args", _BESIDE):
                 left_out[str(key)] = "not the model"
     config, side = megatron.sides(iteration)
     args = _args(opened[min(opened)])
@@ -231,6 +235,14 @@ def _order(opened: Mapping[Place, torchzip.TorchFile]) -> float | None:
     return found.pop()
 
 
+def _beside(file: torchzip.TorchFile) -> Mapping[str, TensorRef]:
+    held = file.tree.get(_BESIDE, {})
+    if not isinstance(held, Mapping) or not all(isinstance(value, TensorRef) for value in held.values()):
+        raise Damaged("what lies beside the model is no tensor", where=f"{_BESIDE} in {file.path}", found=short(held))
+    _check_chunk(file, held)
+    return held
+
+
 def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
     """Nothing may be in a state dict that would be passed over without a word.
 
@@ -280,7 +292,7 @@ def lay_out(model: megatron.Model) -> Target:
         path = f"{megatron.RELEASE}/{folder}/{_FILE}"
         placed = [(one, item) for one, held in stages for item in held[coord.pp][coord.ep]]
         shard = [_tensor(one, item, coord, folder, path) for one, item in placed]
-        frame = _frame(model, shard, [item.chunk for _, item in placed])
+        frame = _frame(model, shard, [item for _, item in placed])
         files.append(TargetFile(path, frame.size, frame.literals, rank))
         tensors.extend(replace(tensor, offset=frame.data[str(i)]) for i, tensor in enumerate(shard))
     return Target(tuple(files), tuple(tensors), model.closing, model.seal, model.parallel.world, model.left_out)
@@ -314,14 +326,18 @@ def _tensor(model: megatron.Model, item: megatron.Placed, coord: Coord, folder: 
     return TargetTensor(f"{folder}:{chunk}{spelled}", path, 0, spec, slots, padding)
 
 
-def _frame(model: megatron.Model, shard: Sequence[TargetTensor], chunks: Sequence[int]) -> torchframe.Frame:
+def _frame(model: megatron.Model, shard: Sequence[TargetTensor], placed: Sequence[megatron.Placed]) -> torchframe.Frame:
     states: list[dict[str, object]] = [{} for _ in range(model.parallel.vpp)]
-    for i, (tensor, chunk) in enumerate(zip(shard, chunks, strict=True)):
-        name = tensor.spec.name
-        states[chunk][name] = torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
-        states[chunk].update((f"{module}._extra_state", None) for module in stateful([name]))
+    beside: dict[str, object] = {}
+    for i, (tensor, item) in enumerate(zip(shard, placed, strict=True)):
+        name, state = tensor.spec.name, beside if item.entry.row.beside else states[item.chunk]
+        state[name] = torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
+        if state is not beside:
+            state.update((f"{module}._extra_state", None) for module in stateful([name]))
     named = {"model": states[0]} if len(states) == 1 else {f"model{i}": state for i, state in enumerate(states)}
     tree = {"args": pickling.namespace(model.args), "checkpoint_version": 3.0, "iteration": 0, **named}
+    if beside:
+        tree[_BESIDE] = beside
     return torchframe.frame(tree, [(str(i), tensor.spec.nbytes) for i, tensor in enumerate(shard)])
 
 

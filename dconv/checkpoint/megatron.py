@@ -11,7 +11,7 @@ from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import pickling
 from dconv.checkpoint.files import read_json, read_small
-from dconv.checkpoint.names import HEAD
+from dconv.checkpoint.names import head_beside
 from dconv.checkpoint.pickled import DTypeRef, Record
 from dconv.checkpoint.source import seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused
@@ -77,7 +77,7 @@ def place(family: Family, facts: Facts, parallel: Parallel, dtypes: Mapping[str,
             held.append(Placed(entry, vp, name))
         if facts["tied"] and parallel.pp > 1 and entry.is_embedding:
             for held in stages[-1]:
-                held.append(Placed(entry, last, HEAD, again=True))
+                held.append(Placed(entry, last, head_beside(name), again=True))
     return stages
 
 

@@ -47,6 +47,8 @@ _INNER: Final = (".transformer_layer.", ".mtp_model_layer.")
 
 #: Layers that a pipeline stage numbers from 0.
 _LAYER: Final = re.compile(r"((?:language_model\.)?(?:decoder|encoder)\.layers\.)(\d{1,9})\.(.+)")
+#: Those and the layers of a vision tower, which is no part of the pipeline.
+_ANY_LAYER: Final = re.compile(r"((?:language_model\.|vision_model\.)?(?:decoder|encoder)\.layers\.)(\d{1,9})\.(.+)")
 _ENCODER: Final = "encoder."
 _CANONICAL: Final = re.compile(r"(.+\.experts\.)(\d{1,6})\.(.+)")
 _SEQUENTIAL: Final = re.compile(r"(.+\.experts\.)local_experts\.(\d{1,6})\.(.+)")
@@ -54,9 +56,14 @@ _GROUPED: Final = re.compile(r"(.+\.experts\.)(linear_fc[12]\.(?:weight|bias))(\
 _SINGLE: Final = re.compile(r"(.+\.experts\.)experts\.(\d{1,6})\.(.+)")
 
 
+def head_beside(embedding: str) -> str:
+    """The name of the output layer of a model whose embedding has this name."""
+    return embedding.removesuffix("embedding.word_embeddings.weight") + HEAD
+
+
 def local_name(name: str) -> str:
     """The local layer spec's spelling of a canonical name."""
-    match = _LAYER.fullmatch(name)
+    match = _ANY_LAYER.fullmatch(name)
     if match is None or match[3] not in _LOCAL_SPEC:
         return name
     return f"{match[1]}{match[2]}.{_LOCAL_SPEC[match[3]]}"
@@ -64,7 +71,7 @@ def local_name(name: str) -> str:
 
 def local_key(name: str) -> str:
     """The name under which a model of the local layer spec saves a canonical name in torch_dist."""
-    match = _LAYER.fullmatch(name)
+    match = _ANY_LAYER.fullmatch(name)
     if match is None:
         return name
     inner = _LOCAL_SPEC.get(match[3], match[3])
@@ -75,7 +82,7 @@ def spellings(name: str) -> tuple[str, ...]:
     """A canonical name, and others that may stand for it."""
     if name.startswith(_PREDICTOR):
         return tuple(name.replace(_INNER[0], inner, 1) for inner in _INNER)
-    match = _LAYER.fullmatch(name)
+    match = _ANY_LAYER.fullmatch(name)
     if match is None:
         return (name,)
     inner = [match[3]] + ([_OTHER[match[3]]] if match[3] in _OTHER else [])

@@ -69,7 +69,7 @@ def locate(shards: Shards, family: Family, facts: Facts) -> Located:
         name = entry.fused.name
         held = list(names.spellings(name))
         if facts["tied"] and entry.is_embedding:
-            held.append(names.HEAD)
+            held.append(names.head_beside(name))
         for shard in (shard for spelling in held for shard in shards.get(spelling, ())):
             for piece in _pieces(entry, shard):
                 located.pieces.setdefault(piece.tensor, []).append(piece)

@@ -346,7 +346,7 @@ def _states(model: megatron.Model) -> Iterable[str]:
             key, at = (prefix, f"{layer}_{layers}") if stacked else (f"{prefix}{layer}.", "0_1")
             yield from (f"{model.prefix}{key}{module}._extra_state/shard_{at}" for module in _LAYER_STATES)
     for entry in model.family.entries(model.facts):
-        if entry.layer < 0 and entry.row.first_stage:
+        if entry.layer < 0 and entry.row.first_stage and ".linear_" not in entry.row.megatron:
             continue  # embeddings have none
         key, place, lengths = _key(model, entry)
         offset, shape = (".".join(map(str, axes)) for axes in (place or (0,), lengths or (1,)))

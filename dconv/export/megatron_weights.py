@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 Args = Mapping[str, Any] | Namespace
 
-# saved beside the model, in a torch_dist checkpoint, by a training run
-_NOT_OF_THE_MODEL = re.compile(r"_extra_state|^optimizer\.|^chained_|^rng_state|^rerun_state|^common_state")
+# saved beside the model, in a torch_dist checkpoint, by a training run, or by a converter that must lose nothing
+_NOT_OF_THE_MODEL = re.compile(
+    r"_extra_state|^optimizer\.|^chained_|^rng_state|^rerun_state|^common_state|^beside_the_model\."
+)
 
 # written by Megatron-LM with every torch_dist checkpoint: layers are stacked, gate and up are one tensor
 _CONTENT_METADATA = {"singleton_local_shards": False}

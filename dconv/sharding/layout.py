@@ -60,7 +60,7 @@ class Fused:
             holds it whole.
         parts: what lies along ``axis``.
         specs: the logical tensors in it; all agree on the other axes.
-        order: the logical axis behind each fused axis (a transposed matrix has (1, 0)).
+        order: the logical axis behind each fused axis (a transposed matrix has (1, 0)); -1 where there is none.
         padded: whether vocabulary padding may follow the (single) part.
         either: some writers cut it, others leave it whole: its shape says which.
     """
@@ -80,7 +80,7 @@ class Fused:
 
     def shape(self, length: int | None = None) -> Index:
         """Shape with ``length`` (default: all, unpadded) indices along the fused axis."""
-        shape = [self.specs[0].shape[axis] for axis in self.order]
+        shape = [self.specs[0].shape[axis] if axis >= 0 else 1 for axis in self.order]
         if shape:
             shape[self.axis] = self.length if length is None else length
         return tuple(shape)

@@ -35,9 +35,9 @@ def test_the_table_is_the_model(name: str, sizes: dict[str, object], tmp_path: P
     """As it is saved: in memory, transformers joins the experts of a layer. A key that a class does not know changes
     nothing on either side."""
     keys = {key: value for key, value in sizes.items() if key not in IMPOSSIBLE.get(name, ())}
-    config, model = hf.tiny(name, **{**keys, **BOUND.get(name, {})})
+    config, model = hf.tiny(name, **({} if name == "llava" else {**keys, **BOUND.get(name, {})}))
     family = families()[name]
-    saved = {key: shape for key, (_, shape, _) in tensors(hf.save(model, tmp_path)).items()}
+    saved = {family.published(key): shape for key, (_, shape, _) in tensors(hf.save(model, tmp_path)).items()}
     specs = expected_specs(family, family.config.facts(config.to_dict()))
     table = {key: spec.file_shape for key, spec in specs.items()}
     if table != saved:  # biases that this family is not known to have: its config is refused

@@ -120,6 +120,19 @@ FAMILIES: dict[str, Family] = {
         "Mamba2ForCausalLM",
         {"num_heads": 16, "n_groups": 4, "state_size": 12, "chunk_size": 8, "expand": 2},
     ),
+    "llava": Family(
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            **dict.fromkeys(SIZES),
+            "text_config": {**SIZES, "model_type": "llama"},
+            "vision_config": {
+                "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 16,
+            },
+            "image_token_index": 300, "image_seq_length": 16,
+        },
+    ),
     "bamba": Family("BambaConfig", "BambaForCausalLM", _MAMBA | {"attn_layer_indices": [1, 3]}),
     "nemotron_h": Family(
         "NemotronHConfig",
