@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from dconv.api import check as check
     from dconv.api import convert as convert
     from dconv.api import diff as diff
+    from dconv.api import handoff as handoff
     from dconv.api import inspect as inspect
     from dconv.api import plan as plan
 
 __version__ = "0.1.0"
 
-_PUBLIC = ("check", "convert", "diff", "inspect", "plan")
+_PUBLIC = ("check", "convert", "diff", "handoff", "inspect", "plan")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from dconv.compare import diff
 from dconv.errors import UsageError
 from dconv.examine import check, inspect
 from dconv.launch.options import add_run_options, add_target_options, parse, to_request
-from dconv.pipeline import Job, prepare, run
+from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding.commit import Outcome, Settings
+from dconv.sharding.coords import Coord, Parallel
 
-__all__ = ["check", "convert", "diff", "inspect", "plan"]
+__all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
+
+#: Options of ``convert`` that speak of a checkpoint on disk, of an earlier run, or to a terminal.
+_NOT_LIVE: Final = {"source_format", "rename", "config", "resume", "verify", "json", "quiet"}
 
 
 def plan(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Job:
@@ -50,21 +54,78 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
     """
     args = _parsed(model, format, out, options)
     job = prepare(to_request(args))
-    outcome = run(
-        job,
-        Settings(
-            max_memory=args.max_memory,
-            threads=args.threads,
-            overwrite=args.overwrite,
-            resume=args.resume,
-            algorithm=args.digest,
-        ),
-    )
+    outcome = run(job, _settings(args))
     if args.verify != "none":
         from dconv import verify
 
         verify.told(args.verify, job, job.request.output)
     return outcome
+
+
+def handoff(
+    models: object,
+    to: str,
+    out: str | Path,
+    *,
+    args: object = None,
+    parallel: Parallel | None = None,
+    coord: Coord | None = None,
+    group: object = None,
+    **options: Any,
+) -> Outcome:
+    """Write another format straight from the memory of a running Megatron job; every rank calls it, and all return
+    when the output is there.
+
+    No weight goes over the network: a rank writes what it holds at its final place in the output, which must lie on a
+    file system that all ranks share. The bytes are those that ``dconv.convert`` makes of the job's own checkpoint.
+    What several ranks hold (norms, data-parallel copies) is compared by hashes. Beyond the model it takes
+    ``max_memory`` bytes; tensors on a GPU are copied by tiles of a MiB at most.
+
+    Args:
+        models: this rank's module or its state dict (Megatron's local names, shapes as this rank holds them), or a list
+            of them, one a virtual chunk. Strides are free; the tensors may not change until the call returns.
+        to: as ``format`` of `plan`.
+        out: output directory.
+        args: Megatron's args, a Namespace or a mapping; those of rank 0 count. Without them ``hf_config`` is needed.
+        parallel: the running job's sizes, where ``megatron.core.parallel_state`` does not run.
+        coord: this rank's place in them; by rank number where there is no data parallelism.
+        group: the ``torch.distributed`` process group of the job's ranks; all of them by default.
+        options: those of ``dconv convert`` about the target (``tp``, ``dtype``, ``shard_size`` …), ``hf_config``,
+            ``model_type``, ``drop``, ``replicas``, ``max_memory``, ``threads``, ``overwrite``, ``digest``.
+
+    Returns:
+        What this rank did; ``committed`` on rank 0.
+
+    Raises:
+        UsageError: an option that is not known or says nothing here; the output exists; no place in the job.
+        Refused: as `convert`; a tensor that is no plain one; ranks that do not see the same config.
+        Damaged: shards that do not make up the model; copies that differ.
+        StorageFault: no room, or no file system that the ranks share.
+        DconvError: any error of another rank. Then nothing is left, under no name.
+    """
+    from dconv import live
+
+    ranks = live.Ranks(group)
+
+    def asked() -> tuple[tuple[Request, Settings], None]:
+        foreign = sorted(options.keys() & _NOT_LIVE)
+        if foreign:
+            raise UsageError("a handoff has no use for these options, nothing was written", where=", ".join(foreign))
+        said = _parsed("memory", to, out, options)
+        return (to_request(said), _settings(said)), None
+
+    (request, settings), _ = ranks.together(asked)
+    return live.handoff(models, request, settings, ranks, args=args, coord=coord, parallel=parallel)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    return Settings(
+        max_memory=args.max_memory,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        algorithm=args.digest,
+    )
 
 
 class _Parser(argparse.ArgumentParser):

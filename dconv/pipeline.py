@@ -144,18 +144,44 @@ def describe_model(
         UsageError: ``hf_config`` is no directory, ``rename`` no such file.
         DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
     """
-    drop = (drop,) if isinstance(drop, str) else tuple(drop)
-    hf_config = None if hf_config is None else Path(hf_config)
-    if hf_config is not None and not hf_config.is_dir():
+    if hf_config is not None:
+        _check_directory(Path(hf_config))
+    renaming = renaming_of(rename, submodel)
+    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
+    return settle(
+        source,
+        model_type=model_type,
+        hf_config=hf_config,
+        drop=drop,
+        config_alone=config_alone,
+        with_eagle=with_eagle,
+    )
+
+
+def _check_directory(hf_config: Path) -> None:
+    if not hf_config.is_dir():
         raise UsageError(
             "--hf-config names no directory",
             where=str(hf_config),
             expected="a directory with a config.json",
             found="a file" if hf_config.exists() else "nothing of that name",
         )
-    renaming = renaming_of(rename, submodel)
-    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
+
+
+def settle(
+    source: Source,
+    *,
+    model_type: str | None = None,
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
+    config_alone: bool = False,
+    with_eagle: bool = False,
+) -> Described:
+    """Find the family of a source that has been opened, and lay the family's table over it; see `describe_model`."""
+    drop = (drop,) if isinstance(drop, str) else tuple(drop)
     if hf_config is not None:
+        hf_config = Path(hf_config)
+        _check_directory(hf_config)
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
     if source.lacks and source.config is None:
@@ -194,12 +220,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         Refused: an unknown format, an unsupported model, a layout that does not divide.
         Damaged: a source that is not whole.
     """
-    engine = FORMATS.get(request.format)
-    if engine is None:
-        raise Refused(
-            f"no format is called {request.format}, nothing was written",
-            expected="one of " + ", ".join(sorted(FORMATS)),
-        )
+    engine = _engine(request.format)
     model = describe_model(
         request.model,
         source_format=request.source_format,
@@ -211,16 +232,23 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         submodel=request.submodel,
         with_eagle=request.with_eagle,
     )
+    if request.teacher is None:
+        return prepare_described(request, model)
     huggingface.refuse_fp8(model.logical.specs.values(), model.source.root)
-    if request.teacher is not None:
-        if engine != "megatron" or request.megatron_format == "model_pt":
-            raise UsageError(
-                "a teacher goes into Megatron checkpoints only, nothing was written",
-                where="--teacher",
-                expected="FORMAT megatron, torch_dist or legacy",
-                found=request.format,
-            )
-        return _distillation(request, model, describe_model(request.teacher))
+    if engine != "megatron" or request.megatron_format == "model_pt":
+        raise UsageError(
+            "a teacher goes into Megatron checkpoints only, nothing was written",
+            where="--teacher",
+            expected="FORMAT megatron, torch_dist or legacy",
+            found=request.format,
+        )
+    return _distillation(request, model, describe_model(request.teacher))
+
+
+def prepare_described(request: Request, model: Described) -> Job:
+    """Plan for a model that has been described; see `prepare`."""
+    engine = _engine(request.format)
+    huggingface.refuse_fp8(model.logical.specs.values(), model.source.root)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     target = _TARGETS[engine](request, model)
@@ -242,6 +270,16 @@ def _distillation(request: Request, student: Described, teacher: Described) -> J
     target = replace(_lay_out(request, first), left_out=logical.left_out)
     of = next(iter(held.values()))
     return Job(request, of.source, of.family, of.facts, logical, build_plan(logical, target))
+
+
+def _engine(format: str) -> str:
+    engine = FORMATS.get(format)
+    if engine is None:
+        raise Refused(
+            f"no format is called {format}, nothing was written",
+            expected="one of " + ", ".join(sorted(FORMATS)),
+        )
+    return engine
 
 
 def _first_replicas(logical: Logical) -> Logical:
@@ -414,12 +452,16 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    about = {
+    return run_rank(job.plan, out, apply, replace(settings, about=about(job)))
+
+
+def about(job: Job) -> dict[str, object]:
+    """What the receipt says of a job beside its plan."""
+    return {
         "dconv": __version__,
         "source": {"path": str(job.request.model), "format": job.source.format},
         "target": {"format": job.request.format, "family": job.family.name},
     }
-    return run_rank(job.plan, out, apply, replace(settings, about=about))
 
 
 def check_space(plan: Plan, out: Path) -> None:

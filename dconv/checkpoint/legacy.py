@@ -20,7 +20,7 @@ from dconv.checkpoint import classic, megatron, names, pickling, torchframe, tor
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.shards import Holder, Shard, Shards, locate
+from dconv.checkpoint.shards import Holder, Place, Shard, Shards, locate, staged
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Coord, Parallel
@@ -55,7 +55,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     order = _order(opened)
     if order is not None:
         chunks = classic.settle(chunks)
-    parallel = _staged(parallel, chunks)
+    parallel = staged(parallel, chunks)
     layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
     shards: Shards = {}
     left_out: dict[str, str] = {}
@@ -97,11 +97,7 @@ def _args(file: torchzip.TorchFile) -> dict[str, object] | None:
     return megatron.plain_args(file.tree.get("args"))
 
 
-#: (tensor-, pipeline-, expert-parallel rank) of a file.
-_Place = tuple[int, int, int]
-
-
-def _ranks(iteration: Path) -> tuple[dict[_Place, Path], Parallel]:
+def _ranks(iteration: Path) -> tuple[dict[Place, Path], Parallel]:
     """Every rank's directory, and the layout without its stages.
 
     Raises:
@@ -109,7 +105,7 @@ def _ranks(iteration: Path) -> tuple[dict[_Place, Path], Parallel]:
     """
     found = _folders(iteration)
     experts = _second_is_expert(found)
-    folders: dict[_Place, Path] = {}
+    folders: dict[Place, Path] = {}
     for (tp, *others), folder in found.items():
         place = (tp, 0, others[0]) if experts else (tp, others[0], others[1])
         folders[place] = folder
@@ -134,12 +130,12 @@ def _ranks(iteration: Path) -> tuple[dict[_Place, Path], Parallel]:
     return folders, parallel
 
 
-def _places(parallel: Parallel) -> list[_Place]:
+def _places(parallel: Parallel) -> list[Place]:
     """The files of a layout: expert parallelism inside tensor parallelism does not have every pair of the two."""
     return list(dict.fromkeys((coord.tp, coord.pp, coord.ep) for coord in parallel.coords()))
 
 
-def _expert_tensor_size(folders: Mapping[_Place, Path], tp: int, ep: int) -> int:
+def _expert_tensor_size(folders: Mapping[Place, Path], tp: int, ep: int) -> int:
     """The expert-tensor-parallel size that has just these files; else what the args say, or Megatron's default (tp)."""
     if ep == 1:
         return tp
@@ -218,7 +214,7 @@ def _chunks(file: torchzip.TorchFile) -> list[Mapping[str, Any]]:
     return chunks
 
 
-def _order(opened: Mapping[_Place, torchzip.TorchFile]) -> float | None:
+def _order(opened: Mapping[Place, torchzip.TorchFile]) -> float | None:
     """The row order of a classic model; None for megatron-core's.
 
     Raises:
@@ -255,26 +251,6 @@ def _check_chunk(file: torchzip.TorchFile, chunk: Mapping[Any, Any]) -> None:
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float)
-
-
-def _staged(parallel: Parallel, chunks: Mapping[_Place, Sequence[Mapping[str, Any]]]) -> Parallel:
-    """The pipeline layout, counted from the layers that are there: right for every way of dividing them."""
-    vpp = {len(held) for held in chunks.values()}
-    if len(vpp) != 1:
-        raise Damaged("ranks disagree on the number of virtual pipeline chunks", found=str(sorted(vpp)))
-    stages = []
-    for stage in range(parallel.pp):
-        counts = {
-            tuple(names.local_layers(chunk) for chunk in held) for (_, p, _), held in chunks.items() if p == stage
-        }
-        if len(counts) != 1:
-            raise Damaged(
-                "tensor-parallel ranks of one stage hold different layers",
-                where=f"pipeline stage {stage}",
-                found=str(sorted(counts)),
-            )
-        stages.append(counts.pop())
-    return replace(parallel, vpp=vpp.pop(), stages=tuple(stages))
 
 
 def _stored(iteration: Path, file: torchzip.TorchFile, ref: TensorRef, name: str) -> Stored:

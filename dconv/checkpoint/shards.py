@@ -7,15 +7,16 @@ holds: that of one rank (legacy), or the whole in global coordinates (torch_dist
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import names
 from dconv.checkpoint.source import Located, shape_error
 from dconv.errors import Damaged, Refused
+from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.layout import Fused, Stretch, pieces
 from dconv.sharding.region import Region
@@ -24,12 +25,17 @@ from dconv.sharding.tensor import Extent, Piece, Stored, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The rank whose file a tensor was in: its place in tensor and expert parallelism, and their sizes."""
+    """The rank whose file a tensor was in: its place in tensor and expert parallelism, and their sizes.
+
+    Attributes:
+        etp: its place in expert tensor parallelism, -1 where a file's name does not say.
+    """
 
     tp: int
     tps: int
     ep: int = 0
     eps: int = 1
+    etp: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,8 @@ class Shard:
 
 
 Shards = dict[str, list[Shard]]
+#: (tensor-, pipeline-, expert-parallel rank) of a file.
+Place = tuple[int, int, int]
 
 #: All experts of a rank in one matrix: the grouped experts of Megatron-Core until 2025.
 _ONE_MATRIX: Final = re.compile(r"(.+\.experts\.)weight([12])")
@@ -73,6 +81,30 @@ def locate(shards: Shards, family: Family, facts: Facts) -> Located:
         if name not in used:
             located.unknown[name] = held[0].stored.extents[0].file if held[0].stored.extents else "?"
     return located
+
+
+def staged(parallel: Parallel, chunks: Mapping[Place, Sequence[Mapping[str, Any]]]) -> Parallel:
+    """The pipeline layout, counted from the layers that are there: right for every way of dividing them.
+
+    Raises:
+        Damaged: ranks of one stage disagree on its chunks or layers.
+    """
+    vpp = {len(held) for held in chunks.values()}
+    if len(vpp) != 1:
+        raise Damaged("ranks disagree on the number of virtual pipeline chunks", found=str(sorted(vpp)))
+    stages = []
+    for stage in range(parallel.pp):
+        counts = {
+            tuple(names.local_layers(chunk) for chunk in held) for (_, p, _), held in chunks.items() if p == stage
+        }
+        if len(counts) != 1:
+            raise Damaged(
+                "tensor-parallel ranks of one stage hold different layers",
+                where=f"pipeline stage {stage}",
+                found=str(sorted(counts)),
+            )
+        stages.append(counts.pop())
+    return replace(parallel, vpp=vpp.pop(), stages=tuple(stages))
 
 
 def _global_experts(shards: Shards, experts: int) -> Shards:
@@ -176,7 +208,7 @@ def _cut(entry: Entry, shard: Shard) -> tuple[int, int]:
         return holder.tp, holder.tps
     here = shape[fused.axis]
     count = fused.length // here if here and fused.length % here == 0 else 1
-    return _expert_tensor_rank(entry, holder, count, shard), count
+    return holder.etp if holder.etp >= 0 else _expert_tensor_rank(entry, holder, count, shard), count
 
 
 def _expert_tensor_rank(entry: Entry, holder: Holder, etp: int, shard: Shard) -> int:

@@ -44,6 +44,7 @@ class Source:
         shapes: of the stored tensors by name; of those that ranks divide, some rank's.
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
         lacks: what is missing to tell the architecture, where there is neither config nor args.
+        in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
     """
 
     format: str
@@ -58,6 +59,7 @@ class Source:
     stored_bytes: int = 0
     shapes: dict[str, Index] = field(default_factory=dict)
     lacks: str = ""
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,13 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
             unknown[name] = file
     if unknown:
         first = next(iter(unknown))
+        inspect = "" if source.in_memory else f"dconv inspect {source.root}  shows what they are;  "
         raise Refused(
             f"{len(unknown)} of {len(source.shapes)} source tensors are in no row of {family.name}, "
             "nothing was written",
             where=f"{group_names(unknown)}\nfirst in {unknown[first]}",
             expected="every tensor mapped, or named in --drop",
-            do=f"dconv inspect {source.root}  shows what they are;  --drop '{group_names([first])}'  leaves it out",
+            do=f"{inspect}--drop '{group_names([first])}'  leaves it out",
         )
     specs = expected_specs(family, facts, located.pieces)
     pieces, replicas = check_pieces(specs, located.pieces)

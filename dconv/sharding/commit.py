@@ -179,7 +179,23 @@ def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
         raise cannot("create the output", partial, fault) from fault
 
 
-def _hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
+def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], settings: Settings) -> None:
+    """From a partial folder with every task's bytes in it to a result: closing files, receipt, rename.
+
+    Args:
+        done: the digest of each task.
+    """
+    closing: dict[str, str] = {}
+    for name, data in plan.target.closing():
+        write_synced(partial / name, data)
+        closing[name] = hash_bytes(data, settings.algorithm)
+    sync_folders(partial)
+    receipt = make_receipt(plan, done, closing, settings.algorithm, settings.about)
+    write_synced(partial / RECEIPT, to_json(receipt))
+    finish(out, partial, settings.overwrite)
+
+
+def hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
     """The digest of a task's bytes as they are on disk."""
     stretches = [(task.offset, task.nbytes)]
     if task.tensor < 0:
@@ -227,7 +243,7 @@ class _Run:
         for task in tasks:
             if self.settings.stop is not None and self.settings.stop.is_set():
                 raise self._preempted()
-            good = _hash_task(self.plan, self.outputs, task, self.settings.algorithm) == noted[task.index].digest
+            good = hash_task(self.plan, self.outputs, task, self.settings.algorithm) == noted[task.index].digest
             (intact if good else spoilt).append(task)
         return intact, spoilt
 
@@ -308,15 +324,8 @@ class _Run:
         check_output(self.plan, self.out, overwrite=self.settings.overwrite, resume=False, launched=math.inf)
         if fault := _source_fault(self.plan):
             raise fault
-        closing: dict[str, str] = {}
-        for name, data in self.plan.target.closing():
-            write_synced(self.partial / name, data)
-            closing[name] = hash_bytes(data, self.settings.algorithm)
-        sync_folders(self.partial)
         done = {task: line.digest for task, line in noted.items()}
-        receipt = make_receipt(self.plan, done, closing, self.settings.algorithm, self.settings.about)
-        write_synced(self.partial / RECEIPT, to_json(receipt))
-        finish(self.out, self.partial, self.settings.overwrite)
+        conclude(self.plan, self.out, self.partial, done, self.settings)
         return True
 
     def abandon(self) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE, Kernel
 from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
-from dconv.sharding.reader import Reader, ReadLog
+from dconv.sharding.reader import BoxReader, Reader, ReadLog
 from dconv.sharding.region import Region
 from dconv.sharding.replicas import disagreement, equal
 
@@ -36,7 +36,10 @@ _BLOCK: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished task: its leaf digest and how many bytes were really written (holes are not)."""
+    """A finished task: its leaf digest and how many bytes were really written (holes are not).
+
+    The digest is empty where other processes have yet to write their parts of the leaf.
+    """
 
     task: Task
     digest: str
@@ -148,6 +151,7 @@ class Worker:
     Args:
         kernel: applies numeric ops.
         budget: bytes that its buffers may take together.
+        reader: opens a reader with a scratch buffer of so many bytes; None reads the source's files.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class Worker:
         budget: int,
         algorithm: str,
         log: ReadLog | None = None,
+        reader: Callable[[int], BoxReader] | None = None,
     ) -> None:
         # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
         self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 24))
@@ -166,13 +171,18 @@ class Worker:
         self._kernel = kernel
         self._tile = np.empty(self._tile_bytes, np.uint8)
         self._algorithm = algorithm
-        self.reader = Reader(plan.source.root, plan.source.files, self._tile_bytes, log)
+        self.reader: BoxReader = (
+            reader(self._tile_bytes) if reader else Reader(plan.source.root, plan.source.files, self._tile_bytes, log)
+        )
 
     def do(self, task: Task) -> Done:
         if task.tensor < 0:
             return self._frame(task)
         tensor = self._plan.target.tensors[task.tensor]
         copies = [c for copy in self._plan.copies[task.tensor] if (c := copy.clip(task.region)) is not None]
+        mine = [copy for copy in copies if self.reader.has(copy.file)]
+        if len(mine) < len(copies):
+            return self._part(task, tensor, mine)
         if all(map(self._is_hole, copies)):
             self._outputs.blank(task.file, task.offset, task.nbytes)
             return Done(task, of_zeros(self._algorithm, task.nbytes), 0)
@@ -190,6 +200,18 @@ class Worker:
                 written += self._write(task.file, data, offset, clipped)
             offset += nbytes
         return Done(task, hasher.hexdigest(), written)
+
+    def _part(self, task: Task, tensor: TargetTensor, copies: Sequence[Copy]) -> Done:
+        """Write what ``copies`` fill of a leaf and not a byte between: the rest is other processes' to write."""
+        itemsize = ITEMSIZE[tensor.spec.dtype]
+        offset, written = task.offset, 0
+        for tile, clipped in _tiles(task.region, copies, max(1, self._tile_bytes // itemsize)):
+            data = self._fill(tile, clipped, tensor) if clipped else memoryview(b"")
+            for start, stop in _runs(tile, clipped):
+                self._outputs.write(task.file, data[start * itemsize : stop * itemsize], offset + start * itemsize)
+                written += (stop - start) * itemsize
+            offset += tile.volume * itemsize
+        return Done(task, "", written)
 
     def _is_hole(self, copy: Copy) -> bool:
         return self.reader.is_hole(copy) and all(map(self.reader.is_hole, copy.twins))
@@ -215,8 +237,7 @@ class Worker:
         if sum(copy.region.volume for copy in copies) < tile.volume:
             out[...] = 0  # vocabulary padding
         for copy in copies:
-            place = zip(tile.start, copy.region.start, copy.region.shape, strict=True)
-            box = out[(..., *(slice(b - a, b - a + n) for a, b, n in place))]  # "...": a view also of a 0-d tensor
+            box = out[_within(tile, copy.region)]
             raw = box if copy.op is MOVE else np.empty(copy.region.shape, carrier(copy.dtype))
             self.reader.read_box(copy, raw)
             for twin in copy.twins:
@@ -236,6 +257,23 @@ class Worker:
             hasher.update(data)
             written += len(data)
         return Done(task, hasher.hexdigest(), written)
+
+
+def _within(tile: Region, region: Region) -> tuple[Any, ...]:
+    """The numpy index of a region in an array of the tile; "..." gives a view also of a 0-d one."""
+    place = zip(tile.start, region.start, region.shape, strict=True)
+    return (..., *(slice(b - a, b - a + n) for a, b, n in place))
+
+
+def _runs(tile: Region, copies: Sequence[Copy]) -> list[tuple[int, int]]:
+    """The unbroken runs (start, stop; elements in row-major order) of a tile that copies fill together."""
+    if not copies:
+        return []
+    filled = np.zeros(tile.shape, np.bool_)
+    for copy in copies:
+        filled[_within(tile, copy.region)] = True
+    edges = np.flatnonzero(np.diff(filled.reshape(-1), prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _blocks(data: memoryview, offset: int) -> Iterator[tuple[int, int, bool]]:
@@ -285,6 +323,7 @@ def run_tasks(
     algorithm: str,
     stop: threading.Event | None = None,
     log: ReadLog | None = None,
+    reader: Callable[[int], BoxReader] | None = None,
 ) -> bool:
     """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
 
@@ -295,7 +334,7 @@ def run_tasks(
     """
     threads = max(1, min(threads, len(tasks)))
     stop = stop or threading.Event()
-    workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log) for _ in range(threads)]
+    workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log, reader) for _ in range(threads)]
     try:
         if threads == 1:
             for task in tasks:

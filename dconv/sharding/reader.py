@@ -12,7 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -33,6 +33,16 @@ _OPEN_FILES: Final = 128
 
 #: (file, byte offset, byte count) of every read; for tests and for the count of bytes read.
 ReadLog = Callable[[str, int, int], None]
+
+
+class BoxReader(Protocol):
+    """What fills boxes: `Reader` from files, or a running job's own memory (`dconv.checkpoint.memory`)."""
+
+    def has(self, file: str) -> bool: ...
+    def is_sparse(self, file: str) -> bool: ...
+    def is_hole(self, copy: Copy) -> bool: ...
+    def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Reader:
@@ -57,6 +67,10 @@ class Reader:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
+
+    def has(self, file: str) -> bool:
+        """Whether this process can read ``file``: every file of the source."""
+        return file in self._stamps
 
     def is_sparse(self, file: str) -> bool:
         """True when a file takes less room than its size: it may have holes."""

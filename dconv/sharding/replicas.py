@@ -17,13 +17,13 @@ from dconv.errors import Damaged
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy
-from dconv.sharding.reader import Reader
+from dconv.sharding.reader import BoxReader, Reader
 from dconv.sharding.tensor import Logical
 
 _TILE_BYTES: Final = 1 << 20
 
 
-def equal(reader: Reader, read: NDArray[np.generic], twin: Copy) -> bool:
+def equal(reader: BoxReader, read: NDArray[np.generic], twin: Copy) -> bool:
     """Whether ``twin`` has, byte by byte, what was ``read`` from the box that it repeats."""
     other = np.empty(read.shape, read.dtype)
     reader.read_box(twin, other)

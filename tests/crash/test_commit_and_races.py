@@ -199,7 +199,7 @@ def test_sigterm_while_an_earlier_run_is_checked(model: Path, tmp_path: Path, mo
     stop_after(job, 30)
     stop = threading.Event()
     checked = 0
-    real = commit._hash_task
+    real = commit.hash_task
 
     def hash_task(*args: Any) -> str:
         nonlocal checked
@@ -208,7 +208,7 @@ def test_sigterm_while_an_earlier_run_is_checked(model: Path, tmp_path: Path, mo
             stop.set()
         return real(*args)
 
-    monkeypatch.setattr(commit, "_hash_task", hash_task)
+    monkeypatch.setattr(commit, "hash_task", hash_task)
     with pytest.raises(Preempted):
         run(job, Settings(stop=stop))
     assert checked == 5

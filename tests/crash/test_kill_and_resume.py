@@ -124,7 +124,7 @@ def test_a_kill_during_the_check_of_an_earlier_run_loses_nothing(
     Launch(options(model, out, "torch_dist"), 1, hook, lines=30).end()
     first = journaled(out)
     assert len(first) == 30
-    code, _ = Launch(options(model, out, "torch_dist"), 1, hook, call="dconv.sharding.commit:_hash_task:20").end()
+    code, _ = Launch(options(model, out, "torch_dist"), 1, hook, call="dconv.sharding.commit:hash_task:20").end()
     assert code == -signal.SIGKILL
     assert run(job, Settings()).kept == sum(job.plan.tasks[i].nbytes for i in first)
     check_result(out, undisturbed["torch_dist"])

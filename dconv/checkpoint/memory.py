@@ -1,0 +1,249 @@
+"""Megatron's shards as they lie in the memory of a running job, described as if each were a file.
+
+The virtual file of a shard has its tensors one behind the other, each with the strides that it has in memory. So the
+table, the plan and the executor treat it as any other source; only `MemoryReader` knows that no file is there. What
+ranks tell each other is names, shapes, dtypes and places: never a weight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
+
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts
+from dconv.checkpoint import megatron, names
+from dconv.checkpoint.shards import Holder, Shard, Shards, locate, staged
+from dconv.checkpoint.source import Located, Source
+from dconv.errors import Damaged, Refused, group_names
+from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE, carrier
+from dconv.sharding.ops import MOVE
+from dconv.sharding.plan import Copy
+from dconv.sharding.region import Index, Region
+from dconv.sharding.tensor import Extent, FileStamp, Piece, Stored, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+FORMAT: Final = "megatron in memory"
+#: Stands for a directory, the same on every rank.
+_ROOT: Final = Path("/memory")
+_HASHED: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor of a shard: its shape, dtype, and place in the virtual file, strides in bytes."""
+
+    shape: Index
+    dtype: str
+    offset: int
+    strides: Index
+
+
+#: Each virtual chunk's tensors, by Megatron's local names.
+Chunks = tuple[dict[str, Held], ...]
+
+
+def shard_name(coord: Coord) -> str:
+    """The virtual file of a shard; data-parallel ranks hold the same one."""
+    return f"tp{coord.tp}-pp{coord.pp}-ep{coord.ep}-etp{coord.etp}"
+
+
+class Memory:
+    """This rank's tensors.
+
+    Args:
+        chunks: a state dict for each virtual chunk, by Megatron's local names. The tensors are looked at, not copied.
+
+    Raises:
+        Refused: something in them that is no plain tensor in memory.
+    """
+
+    def __init__(self, chunks: Sequence[Mapping[str, Any]]) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.starts: list[int] = []
+        self.size = 0
+        self.chunks: Chunks = tuple(self._described(chunk) for chunk in chunks)
+
+    def _described(self, chunk: Mapping[str, Any]) -> dict[str, Held]:
+        held: dict[str, Held] = {}
+        for name, value in chunk.items():
+            if names.is_state(name) or value is None or isinstance(value, str | int | float):
+                continue
+            dtype = _dtype(name, value)
+            itemsize = ITEMSIZE[dtype]
+            shape = tuple(value.shape)
+            strides = tuple(stride * itemsize for stride in value.stride())
+            held[name] = Held(shape, dtype, self.size, strides)
+            self.tensors.append(value.detach())
+            self.starts.append(self.size)
+            if value.numel():
+                self.size += sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + itemsize
+        return held
+
+    @property
+    def digest(self) -> str:
+        """Stands for the description: ranks with equal ones hold tensors of the same names, shapes and places."""
+        said = [[(name, held) for name, held in chunk.items()] for chunk in self.chunks]
+        return xxhash.xxh3_128_hexdigest(repr(said).encode("utf-8", "surrogatepass"))
+
+    def whole(self) -> list[int]:
+        """A hash of each tensor's bytes, in the order of ``chunks``."""
+        pieces = [
+            Piece(name, Region.whole(held.shape), "", held.offset, held.strides, held.dtype)
+            for chunk in self.chunks
+            for name, held in chunk.items()
+        ]
+        return [self.hash(piece) for piece in pieces]
+
+    def hash(self, piece: Piece) -> int:
+        """A hash of the bytes of a box, in row-major order."""
+        copy = Copy(piece.region, piece.file, piece.offset, piece.strides, piece.dtype, MOVE)
+        reader = MemoryReader(piece.file, self)
+        hasher = xxhash.xxh3_64()
+        for tile in copy.region.bands(_HASHED // ITEMSIZE[copy.dtype]):
+            part = copy.clip(tile)
+            if part is not None:
+                out = np.empty(tile.shape, carrier(copy.dtype))
+                reader.read_box(part, out)
+                hasher.update(out.reshape(-1).view(np.uint8).data)
+        return hasher.intdigest()
+
+
+def _dtype(name: str, value: object) -> str:
+    """dconv's name of a tensor's dtype.
+
+    Raises:
+        Refused: no tensor, or one whose bytes are elsewhere or in another form than its shape says.
+    """
+    import torch
+
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter):
+        dtype = FROM_TORCH.get(str(value.dtype).removeprefix("torch."))
+        if dtype is not None and value.layout == torch.strided and not value.is_meta:
+            return dtype
+        kind = f"{value.dtype}, {value.layout}, on {value.device}"
+    raise Refused(
+        "a value in the model that is no plain tensor, nothing was written",
+        where=name,
+        expected="torch.Tensor with strides, on a CPU or a GPU",
+        found=kind if isinstance(value, torch.Tensor) else short(value),
+    )
+
+
+class MemoryReader:
+    """Reads boxes of this rank's tensors (`dconv.sharding.reader.BoxReader`): copies of the size asked for, no other.
+
+    Args:
+        file: the virtual file that ``memory`` is.
+    """
+
+    def __init__(self, file: str, memory: Memory) -> None:
+        self._file = file
+        self._memory = memory
+
+    def close(self) -> None:
+        pass
+
+    def has(self, file: str) -> bool:
+        return file == self._file
+
+    def is_sparse(self, file: str) -> bool:  # noqa: ARG002
+        return False
+
+    def is_hole(self, copy: Copy) -> bool:  # noqa: ARG002
+        return False
+
+    def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
+        """Fill ``out`` (shape of the copy's region, any strides) with the box, bit by bit."""
+        import torch
+
+        itemsize = ITEMSIZE[copy.dtype]
+        number = bisect_right(self._memory.starts, copy.offset) - 1
+        tensor = self._memory.tensors[number]
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+        at = tensor.storage_offset() + (copy.offset - self._memory.starts[number]) // itemsize
+        box = tensor.as_strided(copy.region.shape, [stride // itemsize for stride in copy.strides], at)
+        torch.from_numpy(out.view(f"<i{itemsize}")).copy_(box.view(bits))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a rank says of the shard that it holds.
+
+    Attributes:
+        size: bytes of the virtual file.
+        time: when it was said (nanoseconds since the epoch): no two handoffs have one plan.
+    """
+
+    coord: Coord
+    parallel: Parallel
+    size: int
+    time: int
+    chunks: Chunks
+
+
+def plain_args(args: object) -> dict[str, object] | None:
+    """Megatron's args, a Namespace or a mapping, as a checkpoint would give them back."""
+    return megatron.plain_args(args if isinstance(args, Mapping) or args is None else vars(args))
+
+
+def open_source(manifests: Sequence[Manifest], args: dict[str, object] | None) -> Source:
+    """Describe the shards of a running job; one manifest a shard.
+
+    Raises:
+        Damaged: ranks that are not of one model, or not all of its ranks.
+    """
+    sizes = {manifest.parallel for manifest in manifests}
+    if len(sizes) != 1:
+        raise Damaged("ranks disagree on the parallel sizes", found="\n".join(sorted(s.described for s in sizes)))
+    parallel = sizes.pop()
+    absent = set(parallel.coords()) - {manifest.coord for manifest in manifests}
+    if absent:
+        raise Damaged(
+            f"{len(absent)} of {parallel.world} shards are with no rank, nothing was written",
+            where=group_names(sorted(map(shard_name, absent))),
+            expected=parallel.described,
+            do="every rank of the job calls handoff",
+        )
+    chunks = {(m.coord.tp, m.coord.pp, m.coord.ep): m.chunks for m in manifests}
+    parallel = staged(parallel, chunks)
+    layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
+    shards: Shards = {}
+    for manifest in manifests:
+        coord, file = manifest.coord, shard_name(manifest.coord)
+        holder = Holder(coord.tp, parallel.tp, coord.ep, parallel.ep, coord.etp)
+        for vp, chunk in enumerate(manifest.chunks):
+            for name, held in chunk.items():
+                extent = Extent(Region.whole(held.shape), file, held.offset, held.strides)
+                stored = Stored(TensorSpec(name, held.shape, held.dtype), (extent,))
+                key = names.renumber(name, layers[coord.pp][vp])
+                shards.setdefault(key, []).append(Shard(stored, holder))
+
+    def lay(family: Family, facts: Facts) -> Located:
+        return locate(shards, family, facts)
+
+    return Source(
+        format=FORMAT,
+        root=_ROOT,
+        config=None,
+        args=args,
+        side={},
+        files={shard_name(m.coord): FileStamp(m.size, m.time, 0, m.size) for m in manifests},
+        parallel=parallel,
+        locate=lay,
+        stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
+        shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
+        in_memory=True,
+    )
