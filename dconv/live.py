@@ -57,17 +57,19 @@ class Ranks:
         """Do ``work``; its first result, and every rank's second.
 
         Raises:
-            DconvError: this rank's own, else the first that another rank raised.
-            Exception: what ``work`` raised here; other ranks raise a `DconvError` that quotes it.
+            DconvError: what ``work`` raised here, else the first that it raised on another rank.
         """
         own: Any = None
         told: Any = None
-        mine: Exception | None = None
+        cause: Exception | None = None
         try:
             own, told = work()
         except Exception as error:  # nobody may be left waiting
-            mine = error
-        everyone = self._exchange((told, None if mine is None else _portable(mine, self.rank)))
+            cause = error
+        mine = None if cause is None else _portable(cause, self.rank)
+        everyone = self._exchange((told, mine))
+        if mine is not None and mine is not cause:
+            raise mine from cause
         if mine is not None:
             raise mine
         for _, error in everyone:
@@ -268,14 +270,17 @@ def _proved(logical: Logical, shards: _Shards, ranks: Ranks) -> Logical:
         names = [name for chunk in manifest.chunks for name in chunk]
         for other in others:
             pairs = zip(names, found[first][1], found[other][1], strict=True)
-            if differing := [name for name, one, two in pairs if one != two]:
-                raise _differ(differing, first, other)
+            if torn := [name for name, one, two in pairs if one != two]:
+                raise _differ(torn, first, other)
+    differing: dict[tuple[int, int], list[str]] = {}
     for i, ((name, _), held) in enumerate(boxes.items()):
         owners = [shards.holders[piece.file][0] for piece in held]
         values = [found[owner][0][i, j] for j, owner in enumerate(owners)]
         for owner, value in zip(owners, values, strict=True):
             if value != values[0]:
-                raise _differ([name], owners[0], owner)
+                differing.setdefault((owners[0], owner), []).append(name)
+    for pair, names in differing.items():
+        raise _differ(names, *pair)
     turn = itertools.count()
     dealt = {(name, region): held[next(turn) % len(held)] for (name, region), held in boxes.items()}
     pieces = {
@@ -286,7 +291,7 @@ def _proved(logical: Logical, shards: _Shards, ranks: Ranks) -> Logical:
 
 def _differ(names: Sequence[str], one: int, other: int) -> Damaged:
     return Damaged(
-        f"two ranks disagree on {len(names)} tensors that both hold, nothing was written",
+        "two ranks disagree on tensors that both hold, nothing was written",
         where=f"{group_names(names)}\nrank {one} and rank {other}",
         expected="the same bytes in both",
         do="call handoff when no parameter is still being gathered;  replicas='first'  takes the first rank's",

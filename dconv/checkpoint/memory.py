@@ -139,6 +139,7 @@ def _dtype(name: str, value: object) -> str:
         where=name,
         expected="torch.Tensor with strides, on a CPU or a GPU",
         found=kind if isinstance(value, torch.Tensor) else short(value),
+        do="hand over the module or its state_dict(), not a sharded_state_dict()",
     )
 
 

@@ -1,0 +1,178 @@
+"""Handoff of every family: what lies in the memory of Megatron's ranks becomes, bit by bit, the HuggingFace model that
+it was cut from, whatever the layout, the strides and the leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dconv
+from dconv import live
+from dconv.arch.registry import by_name, families
+from dconv.errors import DconvError, Refused, UsageError
+from dconv.pipeline import Request, convert
+from dconv.sharding import plan as plan_module
+from dconv.sharding.commit import Settings
+from dconv.sharding.coords import Coord, Parallel
+from tests.laws.test_roundtrip import fits
+from tests.models import config_of, tensors, tree_digest, write_random
+
+LAYOUTS = [
+    Parallel(),
+    Parallel(tp=2, pp=2, etp=2),
+    Parallel(tp=2, pp=2, vpp=2, ep=2, etp=1),
+    Parallel(tp=1, ep=4, etp=1),
+    Parallel(tp=4, pp=1, ep=2, etp=2),
+]
+
+
+class Threads(live.Ranks):
+    """Ranks of one world as threads: they exchange through a list and two barriers, as processes through a network."""
+
+    def __init__(self, rank: int, world: int, barrier: threading.Barrier, board: list[Any]) -> None:
+        self.rank, self.world = rank, world
+        self._barrier, self._board = barrier, board
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        self._board[self.rank] = mine
+        self._barrier.wait(60)
+        everyone = list(self._board)
+        self._barrier.wait(60)
+        return everyone
+
+
+def each(world: int, call: Callable[[Threads], Any]) -> list[Any]:
+    """``call`` by every rank of a world; results, or what they raised."""
+    barrier, board = threading.Barrier(world), [None] * world
+
+    def one(rank: int) -> Any:
+        try:
+            return call(Threads(rank, world, barrier, board))
+        except DconvError as error:
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+def chunks_of(saved: Path, coord: Coord, parallel: Parallel) -> tuple[list[dict[str, Any]], Any]:
+    """A rank's state dicts as torch loads them from its legacy file, and the args in it."""
+    numbers = [f"{coord.tp:02d}"]
+    numbers += [f"{coord.pp:03d}"] if parallel.pp > 1 else []
+    numbers += [f"{coord.ep:03d}"] if parallel.ep > 1 else []
+    file = saved / "release" / f"mp_rank_{'_'.join(numbers)}" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    chunks = [state["model"]] if "model" in state else [state[f"model{i}"] for i in range(parallel.vpp)]
+    return chunks, state["args"]
+
+
+def scattered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors with other strides: transposed, every second element, behind others in one storage."""
+    found = dict(state)
+    for number, (name, value) in enumerate(state.items()):
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            continue
+        if number % 4 == 0:
+            found[name] = value.transpose(0, -1).contiguous().transpose(0, -1)
+        elif number % 4 == 1:
+            wide = torch.zeros(*value.shape[:-1], 2 * value.shape[-1], dtype=value.dtype)
+            found[name] = wide[..., 1::2]
+            found[name].copy_(value)
+        elif number % 4 == 2:
+            found[name] = torch.nn.Parameter(torch.cat([torch.zeros_like(value), value])[len(value) :])
+    return found
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, parallel, id=f"{name}, {parallel.described}")
+        for name, family in sorted(families().items())
+        for parallel in LAYOUTS
+        if fits(family, facts := family.config.facts(config_of(family)), parallel)
+        and (facts.get("experts") or (parallel.ep == 1 and parallel.tp == parallel.etp))
+    ]
+
+
+@pytest.mark.parametrize(("name", "parallel"), cases())
+def test_memory_becomes_the_model_that_it_was_cut_from(
+    name: str, parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = by_name(name)
+    source = write_random(tmp_path / "hf", family, config_of(family))
+    convert(Request(source, "megatron", tmp_path / "saved", parallel=parallel, megatron_format="legacy", divisor=8))
+    monkeypatch.setattr(plan_module, "LEAF_BYTES", 1 << 10)
+    request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
+
+    def hand(ranks: Threads) -> Any:
+        coord = list(parallel.coords())[ranks.rank]
+        chunks, args = chunks_of(tmp_path / "saved", coord, parallel)
+        models = [scattered(chunk) for chunk in chunks]
+        return live.handoff(models, request, Settings(), ranks, args=args, coord=coord, parallel=parallel)
+
+    for done in each(parallel.world, hand):
+        assert not isinstance(done, DconvError), done
+    assert tensors(tmp_path / "out") == tensors(source)
+    again = convert(Request(source, "hf", tmp_path / "converted"))
+    assert again.committed
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "converted")
+
+
+def state_of(source: Path, tmp_path: Path) -> dict[str, Any]:
+    convert(Request(source, "megatron", tmp_path / "saved", megatron_format="legacy", divisor=1))
+    return chunks_of(tmp_path / "saved", Coord(0, 0, 0, 0, 0), Parallel())[0][0]
+
+
+@pytest.fixture(name="source")
+def _source(tmp_path: Path) -> Path:
+    return write_random(tmp_path / "hf", by_name("llama"), config_of(by_name("llama")))
+
+
+def test_a_process_alone_needs_no_group(source: Path, tmp_path: Path) -> None:
+    state = state_of(source, tmp_path)
+    done = dconv.handoff(state, "hf", tmp_path / "out", hf_config=source)
+    assert done.committed
+    assert tensors(tmp_path / "out") == tensors(source)
+    with pytest.raises(UsageError, match="exists"):
+        dconv.handoff(state, "hf", tmp_path / "out", hf_config=source)
+    state["output_layer.weight"] += 1
+    dconv.handoff(state, "hf", tmp_path / "out", hf_config=source, overwrite=True)
+    assert tensors(tmp_path / "out") != tensors(source)
+
+
+def no_bytes() -> list[Any]:
+    return [
+        pytest.param(lambda t: t.to("meta"), "on meta", id="meta"),
+        pytest.param(lambda t: t.to_sparse(), "sparse", id="sparse"),
+        pytest.param(lambda t: t.to(torch.complex128), "complex128", id="a dtype that no format has"),
+        pytest.param(lambda t: t.tolist(), "[[", id="a list"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "named"), no_bytes())
+def test_what_is_no_plain_tensor_is_refused(
+    source: Path, tmp_path: Path, change: Callable[[torch.Tensor], object], named: str
+) -> None:
+    state = state_of(source, tmp_path)
+    state["output_layer.weight"] = change(state["output_layer.weight"].float())
+    with pytest.raises(Refused) as refused:
+        dconv.handoff(state, "hf", tmp_path / "out", hf_config=source)
+    assert "output_layer.weight" in str(refused.value)
+    assert named in str(refused.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_rank_that_is_not_there_is_missed(source: Path, tmp_path: Path) -> None:
+    state = state_of(source, tmp_path)
+    parallel = Parallel(tp=2, etp=2)
+    with pytest.raises(UsageError, match="which shard"):
+        dconv.handoff(state, "hf", tmp_path / "out", hf_config=source, parallel=parallel)
+    with pytest.raises(DconvError) as missing:
+        dconv.handoff(state, "hf", tmp_path / "out", hf_config=source, parallel=parallel, coord=Coord(0, 0, 0, 0, 0))
+    assert "tp1-pp0" in str(missing.value)
+    assert not list(tmp_path.glob("out*"))
