@@ -108,6 +108,7 @@ def standing(coord: Coord | None, parallel: Parallel | None, ranks: Ranks) -> tu
         UsageError: they do not say which shard this rank holds.
     """
     state = sys.modules.get(_STATE)
+    place = None
     if coord is None and parallel is None and state is not None and state.model_parallel_is_initialized():
         parallel = Parallel(
             tp=state.get_tensor_model_parallel_world_size(),
@@ -121,16 +122,16 @@ def standing(coord: Coord | None, parallel: Parallel | None, ranks: Ranks) -> tu
             state.get_expert_model_parallel_rank() or 0,
             state.get_expert_tensor_parallel_rank() or 0,
         )
-        return next(c for c in parallel.coords() if (c.pp, c.tp, c.ep, c.etp) == place), parallel
+        coord = next((c for c in parallel.coords() if (c.pp, c.tp, c.ep, c.etp) == place), None)
     parallel = parallel or Parallel()
     coords = list(parallel.coords())
-    if coord is None and ranks.world == parallel.world:
+    if coord is None and place is None and ranks.world == parallel.world:
         return coords[ranks.rank], parallel
     if coord not in coords:
         raise UsageError(
             "nothing says which shard this rank holds, nothing was written",
             expected="Megatron's parallel state, or coord= and parallel= of the running job",
-            found=f"{coord or 'no coord'}, {parallel.described}, {ranks.world} ranks",
+            found=f"{coord or place or 'no coord'}, {parallel.described}, {ranks.world} ranks",
         )
     return coord, parallel
 
@@ -180,17 +181,15 @@ def handoff(
     parallel: Parallel | None = None,
 ) -> Outcome:
     """See `dconv.api.handoff`; ``request.model`` is only a name here."""
+    _, asked = ranks.together(lambda: (None, f"{request} {settings.algorithm}"))
+    _require_one("set of options", asked)
     shards = _describe(models, ranks, args, coord, parallel)
-    model, _ = ranks.together(lambda: (_settled(request, shards), None))
+    model, configs = ranks.together(lambda: _settled(request, shards))
+    _require_one("config", configs)  # before the next step, in which ranks count on one description
     if request.replicas == "equal":
         model = replace(model, logical=_proved(model.logical, shards, ranks))
-    job, ids = ranks.together(lambda: _of_id(pipeline.prepare_described(request, model)))
-    if len(set(ids)) > 1:
-        raise Refused(
-            "the ranks do not see the same, nothing was written",
-            expected="the same options, config and tokenizer on every rank",
-            found=f"{len(set(ids))} plans",
-        )
+    job, ids = ranks.together(lambda: _planned(request, model))
+    _require_one("plan, config or tokenizer", ids)
     settings = replace(settings, rank=ranks.rank, world=ranks.world, about=pipeline.about(job))
     _, started = ranks.together(lambda: (None, _start(job, settings) if ranks.rank == 0 else None))
     partial = next(folder for folder in started if folder is not None)
@@ -233,12 +232,35 @@ def _describe(models: object, ranks: Ranks, args: object, coord: Coord | None, p
     return _Shards(memory, shard_name(place), holders, manifests, sent[0][1])
 
 
-def _settled(request: Request, shards: _Shards) -> pipeline.Described:
+def _require_one(what: str, said: Sequence[str]) -> None:
+    """All ranks must say the same.
+
+    Raises:
+        Refused: one does not; on all ranks, since each sees what all said.
+    """
+    other = next((rank for rank, word in enumerate(said) if word != said[0]), 0)
+    if other:
+        raise Refused(
+            f"the ranks do not have one {what}, nothing was written",
+            where=f"rank 0 and rank {other}",
+            expected="the same call, and the same files in --hf-config, on every rank",
+        )
+
+
+def _settled(request: Request, shards: _Shards) -> tuple[pipeline.Described, str]:
     source = open_source(shards.manifests, shards.args)
-    return pipeline.settle(source, model_type=request.model_type, hf_config=request.hf_config, drop=request.drop)
+    model = pipeline.settle(
+        source,
+        model_type=request.model_type,
+        hf_config=request.hf_config,
+        drop=request.drop,
+        with_eagle=request.with_eagle,
+    )
+    return model, f"{model.family.name} {model.config}"
 
 
-def _of_id(job: Job) -> tuple[Job, str]:
+def _planned(request: Request, model: pipeline.Described) -> tuple[Job, str]:
+    job = pipeline.prepare_described(request, model)
     return job, job.plan.id
 
 

@@ -3,6 +3,7 @@ it was cut from, whatever the layout, the strides and the leaves."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import dconv
-from dconv import live
+from dconv import live, pipeline
 from dconv.arch.registry import by_name, families
 from dconv.errors import DconvError, Refused, UsageError
 from dconv.pipeline import Request, convert
@@ -143,6 +144,27 @@ def test_a_process_alone_needs_no_group(source: Path, tmp_path: Path) -> None:
     state["output_layer.weight"] += 1
     dconv.handoff(state, "hf", tmp_path / "out", hf_config=source, overwrite=True)
     assert tensors(tmp_path / "out") != tensors(source)
+
+
+def test_ranks_that_read_different_configs_are_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = Parallel(tp=2, etp=2)
+    convert(Request(source, "megatron", tmp_path / "saved", parallel=parallel, megatron_format="legacy"))
+    count = itertools.count()
+    read = pipeline.read_json
+    monkeypatch.setattr(pipeline, "read_json", lambda *a, **k: read(*a, **k) | {"rope_theta": float(1 + next(count))})
+    request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
+
+    def hand(ranks: Threads) -> Any:
+        coord = list(parallel.coords())[ranks.rank]
+        chunks, _ = chunks_of(tmp_path / "saved", coord, parallel)
+        return live.handoff(chunks, request, Settings(), ranks, coord=coord, parallel=parallel)
+
+    for refused in each(2, hand):
+        assert isinstance(refused, Refused)
+        assert "do not have one config" in refused.what
+    assert not list(tmp_path.glob("out*"))
 
 
 def no_bytes() -> list[Any]:

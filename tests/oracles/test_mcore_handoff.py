@@ -131,6 +131,7 @@ def fails(rank: int, world: int, init_method: str, root: str) -> dict[str, tuple
             hand(case, args=args)
         hand("no args", args=None)
         hand("other options", shard_size=10**6 if rank == 3 else 10**5)
+        hand("other replicas", replicas="first" if rank == 3 else "equal")
         hand("a bad option", **({"tp": 2} if rank == 3 else {}))
         hand("of a checkpoint", rename="names.json")
         hand("another format", to="gguf")
@@ -176,7 +177,8 @@ ARGS: dict[str, dict[str, Any]] = {
 REFUSALS: dict[str, tuple[str, str]] = {
     "exists": ("UsageError", "the output exists, nothing was written"),
     "no args": ("Refused", "nothing says what model this is"),
-    "other options": ("Refused", "the ranks do not see the same"),
+    "other options": ("Refused", "the ranks do not have one set of options"),
+    "other replicas": ("Refused", "the ranks do not have one set of options"),
     "a bad option": ("UsageError", "--tp"),
     "of a checkpoint": ("UsageError", "rename"),
     "another format": ("Refused", "no format is called gguf"),
