@@ -153,8 +153,8 @@ def describe_model(
         model_type=model_type,
         hf_config=hf_config,
         drop=drop,
-        with_eagle=with_eagle,
         config_alone=config_alone,
+        with_eagle=with_eagle,
     )
 
 
@@ -174,8 +174,8 @@ def settle(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
-    with_eagle: bool = False,
     config_alone: bool = False,
+    with_eagle: bool = False,
 ) -> Described:
     """Find the family of a source that has been opened, and lay the family's table over it; see `describe_model`."""
     drop = (drop,) if isinstance(drop, str) else tuple(drop)
