@@ -220,11 +220,21 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.arch.about import lines, markdown
     from dconv.arch.registry import families
 
     args = parser.parse_args(words)
-    known = {name: family.config.architecture for name, family in sorted(families().items())}
-    say(json.dumps(known) if args.json else "\n".join(f"{name:<12} {known[name]}" for name in known))
+    known = list(families().values())
+    if args.json:
+        keys = ("family", "models", "layouts", "note", "shown")
+        said = [dict(zip(keys, line, strict=True)) for line in lines(known)]
+        architectures = {family.name: family.config.architecture for family in known}
+        say(json.dumps([{**line, "architecture": architectures[line["family"]]} for line in said]))
+    elif args.markdown:
+        say(markdown(known).rstrip())
+    else:
+        said = "\n".join(f"{name:<17}{models:<42}{sizes:<19}{shown}" for name, models, sizes, _, shown in lines(known))
+        say(f"{said}\n\nAll of them: HuggingFace to Megatron (torch_dist, legacy), back, and Megatron to Megatron.")
     return 0
 
 
@@ -245,6 +255,11 @@ def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         also = [name for name in names if name != engine]
         say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
     return 0
+
+
+def _arch_options(parser: argparse.ArgumentParser) -> None:
+    _list_options(parser)
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
 
 
 def _list_options(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +306,7 @@ COMMANDS: Final[dict[str, Command]] = {
         _check_options,
         _check,
     ),
-    "archs": Command("list the model families", "  dconv archs", _list_options, _archs),
+    "archs": Command("list the model families", "  dconv archs", _arch_options, _archs),
     "formats": Command("list the formats that are read and written", "  dconv formats", _list_options, _formats),
 }
 
