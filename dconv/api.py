@@ -18,7 +18,10 @@ from dconv.sharding.coords import Coord, Parallel
 __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 
 #: Options of ``convert`` that speak of a checkpoint on disk, of an earlier run, or to a terminal.
-_NOT_LIVE: Final = {"source_format", "rename", "config", "resume", "verify", "json", "quiet"}
+_NOT_LIVE: Final = {
+    *("source_format", "rename", "submodel", "teacher", "teacher_only"),
+    *("config", "resume", "verify", "json", "quiet"),
+}
 
 
 def plan(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Job:

@@ -249,7 +249,13 @@ def _require_one(what: str, said: Sequence[str]) -> None:
 
 def _settled(request: Request, shards: _Shards) -> tuple[pipeline.Described, str]:
     source = open_source(shards.manifests, shards.args)
-    model = pipeline.settle(source, model_type=request.model_type, hf_config=request.hf_config, drop=request.drop)
+    model = pipeline.settle(
+        source,
+        model_type=request.model_type,
+        hf_config=request.hf_config,
+        drop=request.drop,
+        with_eagle=request.with_eagle,
+    )
     return model, f"{model.family.name} {model.config}"
 
 
