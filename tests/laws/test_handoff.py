@@ -63,14 +63,17 @@ def each(world: int, call: Callable[[Threads], Any]) -> list[Any]:
 
 
 def chunks_of(saved: Path, coord: Coord, parallel: Parallel) -> tuple[list[dict[str, Any]], Any]:
-    """A rank's state dicts as torch loads them from its legacy file, and the args in it."""
+    """A rank's state dicts as torch loads them from its legacy file, and the args in it.
+
+    What Megatron's model lacks (layers of a tower behind the last that it runs) is handed over with the first chunk.
+    """
     numbers = [f"{coord.tp:02d}"]
     numbers += [f"{coord.pp:03d}"] if parallel.pp > 1 else []
     numbers += [f"{coord.ep:03d}"] if parallel.ep > 1 else []
     file = saved / "release" / f"mp_rank_{'_'.join(numbers)}" / "model_optim_rng.pt"
     state = torch.load(file, weights_only=False)
     chunks = [state["model"]] if "model" in state else [state[f"model{i}"] for i in range(parallel.vpp)]
-    return chunks, state["args"]
+    return [chunks[0] | state.get("beside_the_model", {}), *chunks[1:]], state["args"]
 
 
 def scattered(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,11 +94,13 @@ def scattered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cases() -> list[Any]:
+    """Every family in every layout that it divides by."""
     return [
         pytest.param(name, parallel, id=f"{name}, {parallel.described}")
         for name, family in sorted(families().items())
         for parallel in LAYOUTS
         if fits(family, facts := family.config.facts(config_of(family)), parallel)
+        and parallel.pp <= (facts.get("most_stages") or parallel.pp)
         and (facts.get("experts") or (parallel.ep == 1 and parallel.tp == parallel.etp))
     ]
 
