@@ -129,6 +129,7 @@ def plan_text(priced: dict[str, Any]) -> str:
     many = f"{slowest:.1f} s with {len(ranks)} ranks, " if len(ranks) > 1 else ""
     lines.append(f"floor at 2 GB/s a rank: {many}{alone:.1f} s with 1        plan {priced['plan']}")
     lines += [f"left out: {name} ({reason})" for name, reason in list(priced["left_out"].items())[:_ROWS]]
+    lines += [f"megatron-core lacks: {what}" for what in priced["needs"]]
     return "\n".join(lines)
 
 

@@ -364,7 +364,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         if not all(copy.op.exact for copy in copies)
         for slot in tensor.slots
     }
-    parallel = request.parallel if request.parallel.ep > 1 else replace(request.parallel, etp=1)
+    parallel = request.parallel if size(job.facts, "experts") else replace(request.parallel, etp=1)
     owners = {file.owner for file in plan.target.files}
     engine = FORMATS[request.format]
     world = world or plan.target.world
@@ -388,6 +388,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "tensors": len(specs),
         "rounded": len(rounded),
         "left_out": plan.target.left_out or {},
+        "needs": list(job.needs),
         "world": world,
         "ranks": _shares(job, world),
     }
@@ -395,7 +396,8 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
 
 def _shares(job: Job, world: int) -> list[dict[str, Any]]:
     plan = job.plan
-    names = [f"tp{c.tp} pp{c.pp}" for c in job.request.parallel.coords()]
+    parallel = job.request.parallel
+    names = [f"tp{c.tp} pp{c.pp}" + f" ep{c.ep}" * (parallel.ep > 1) for c in parallel.coords()]
     ranks = []
     for rank in range(world):
         tasks = plan.share(rank, world)

@@ -93,7 +93,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has been planned."""
+    """A request that has been planned.
+
+    Attributes:
+        needs: what mainline megatron-core would have to add to compute a Megatron target's function, in words.
+    """
 
     request: Request
     source: Source
@@ -101,6 +105,7 @@ class Job:
     facts: Facts
     logical: Logical
     plan: Plan
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,7 +258,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         model = replace(model, logical=_first_replicas(model.logical))
     target = _TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
-    return Job(request, model.source, model.family, model.facts, model.logical, plan)
+    needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
+    return Job(request, model.source, model.family, model.facts, model.logical, plan, needs)
 
 
 def _distillation(request: Request, student: Described, teacher: Described) -> Job:

@@ -63,7 +63,7 @@ ABOUT: Final[dict[str, About]] = {
 
 
 def lines(families: Iterable[Family]) -> list[tuple[str, str, str, str, str]]:
-    """(family, models, layouts, note, how it was shown) of each, in the order given. All go both ways, in both containers."""
+    """(family, models, layouts, note, how it was shown) of each, in the order given. All go both ways."""
     return [
         (family.name, about.models, _layouts(family), about.note, about.shown)
         for family in families

@@ -242,6 +242,7 @@ def _summary(
         "tensors": len(plan.target.tensors),
         "rounded": numeric,
         "left_out": plan.target.left_out or {},
+        "needs": list(job.needs),
         "verified": verified,
     }
     if args.json:
@@ -259,6 +260,7 @@ def _summary(
     if outcome.kept:
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
+    lines += [f"megatron-core lacks: {what}" for what in job.needs]
     say("\n".join(lines))
 
 
