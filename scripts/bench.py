@@ -227,6 +227,39 @@ print(f"{time.perf_counter() - began:.2f} {len(job.plan.tasks)}")
 """
 
 
+#: The same of DeepSeek-V3, 671B and its token predictor, from its config alone, on one core.
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16",
+    "num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "n_routed_experts": 256,
+    "n_shared_experts": 1, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+PLANNING_671B = """
+import os, resource, sys, time
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+began = time.perf_counter()
+import dconv
+job = dconv.plan(sys.argv[1], "megatron", "out", tp=8, pp=16, ep=64, etp=1, first_stage_layers=3, last_stage_layers=2)
+job.plan.id
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+print(f"{time.perf_counter() - began:.1f} {len(job.plan.tasks)} {peak}")
+"""
+
+
+def plan_671b(work: Path) -> str:
+    """One line on planning DeepSeek-V3 over 1024 ranks."""
+    folder = work / "671B"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    command = [sys.executable, "-c", PLANNING_671B, str(folder)]
+    seconds, tasks, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return (
+        "Planning DeepSeek-V3 671B from its config alone (tp 8 x pp 16 x ep 64, stages of 3 + 14 x 4 + 2 layers, "
+        f"{tasks} tasks, imports included, one core): {seconds} s, {peak} MiB."
+    )
+
+
 def bridge(bench: Bench, python: Path) -> None:
     """Megatron-Bridge's import of the same model (``scripts/bridge_peer.py``), alternately with dconv's command."""
     source = bench.work / "460M"
@@ -296,12 +329,14 @@ def main() -> None:
     if args.speed_3b:
         speed(bench, "3B", min(3, args.repeat))
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
-    plan_line = ""
+    plan_line = plan_671b(args.work)
+    print(plan_line)
     if args.all:
         command = [sys.executable, "-c", PLANNING, str(args.work / "70B")]
         seconds, tasks = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        plan_line = f"Planning the 70B layout (tp 8 x pp 8, {tasks} tasks, imports included): {seconds} s."
-        print(plan_line)
+        of_70b = f"Planning the 70B layout (tp 8 x pp 8, {tasks} tasks, imports included): {seconds} s."
+        print(of_70b)
+        plan_line = f"{of_70b}\n\n{plan_line}"
     if args.bridge:
         bridge(bench, args.bridge)
     words = ["--all"] * args.all + ["--speed-3b"] * args.speed_3b + ["--bridge PYTHON"] * bool(args.bridge)
