@@ -51,10 +51,10 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
         Damaged: a missing shard, a broken header, an index that points outside or disagrees with the files.
         Refused: ``rename`` gives two tensors one name.
     """
-    before = stamps(folder, _WEIGHTS)
+    config, before = read_config(folder), stamps(folder, _WEIGHTS)
     shards = [_renamed(folder, shard, rename) for shard in _shards(folder)]
     ranked = len(shards) > 1 or any(map(_TP_BIN.fullmatch, shards[0]))
-    return source_of(folder, shards, before, read_config(folder), side_files(folder), "pt" if ranked else "huggingface")
+    return source_of(folder, shards, before, config, side_files(folder), "pt" if ranked else "huggingface")
 
 
 def read_config(folder: Path) -> dict[str, object] | None:
@@ -426,7 +426,7 @@ def refuse_quantized(config: Mapping[str, object], where: Path) -> None:
 
 def refuse_fp8(specs: Iterable[TensorSpec], where: Path) -> None:
     """Refuse to convert weights whose values are codes times scales."""
-    codes = [spec.name for spec in specs if spec.dtype.startswith("f8_")]
+    codes = [spec.name for spec in specs if spec.dtype == scales.FP8]
     if codes:
         raise Refused(
             f"{len(codes)} tensors are in FP8, which this version does not decode, nothing was written",

@@ -14,7 +14,7 @@ from dconv.errors import Damaged, group_names
 from dconv.sharding.tensor import Stored
 
 _SUFFIX: Final = "_scale_inv"
-_FP8: Final = "f8_e4m3"
+FP8: Final = "f8_e4m3"
 _BLOCK: Final = (128, 128)
 
 
@@ -49,7 +49,7 @@ def pair(tensors: Mapping[str, Stored], block: tuple[int, int]) -> set[str]:
     Raises:
         Damaged: a weight without its scale, a scale without its weight, or one of another shape than the blocks make.
     """
-    weights = {name for name, stored in tensors.items() if stored.spec.dtype == _FP8}
+    weights = {name for name, stored in tensors.items() if stored.spec.dtype == FP8}
     scales = {name for name in tensors if name.endswith(_SUFFIX)}
     alone = sorted(name for name in weights if name + _SUFFIX not in scales)
     if alone:
@@ -64,7 +64,7 @@ def pair(tensors: Mapping[str, Stored], block: tuple[int, int]) -> set[str]:
         raise Damaged(
             f"{len(idle)} scales belong to no FP8 weight",
             where=group_names(idle),
-            expected=f"{idle[0].removesuffix(_SUFFIX)} in {_FP8}",
+            expected=f"{idle[0].removesuffix(_SUFFIX)} in {FP8}",
         )
     for name in weights:
         scale, shape = tensors[name + _SUFFIX], tensors[name].spec.shape

@@ -111,7 +111,7 @@ def test_quantised_config(model: Path, attempt: Attempt) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "nearest"), [("LlamaForCausalLM2", "llama"), ("Qwen3MoeForCausalLM", "qwen3"), ("", "")]
+    ("architecture", "nearest"), [("LlamaForCausalLM2", "llama"), ("Qwen3ForCausalLM2", "qwen3"), ("", "")]
 )
 def test_unknown_architecture(model: Path, attempt: Attempt, architecture: str, nearest: str) -> None:
     edit_json(

@@ -129,7 +129,7 @@ def test_two_dtypes_in_two_tensors_stay_what_they_are(tmp_path: Path, container:
     assert tensors(model.parent / "back") == tensors(model)
 
 
-@pytest.mark.parametrize("dtype", ["i8", "u8", "f8_e4m3", "f8_e5m2"])
+@pytest.mark.parametrize("dtype", ["i8", "u8", "f8_e5m2"])
 @pytest.mark.parametrize("format", ["hf", "megatron"])
 def test_codes_are_not_cast(tmp_path: Path, dtype: str, format: str) -> None:
     model = retyped(tmp_path, "down_proj.weight", dtype)
@@ -137,6 +137,12 @@ def test_codes_are_not_cast(tmp_path: Path, dtype: str, format: str) -> None:
     refused(request, Refused, f"{dtype} cannot become bf16 by a cast")
     convert(Request(model, "hf", model.parent / "out"))
     assert tensors(model.parent / "out") == tensors(model)
+
+
+@pytest.mark.parametrize("format", ["hf", "megatron"])
+def test_codes_without_their_scales_are_not_even_moved(tmp_path: Path, format: str) -> None:
+    model = retyped(tmp_path, "down_proj.weight", "f8_e4m3")
+    refused(Request(model, format, model.parent / "out"), Damaged, "have no scale", "down_proj.weight")
 
 
 def test_no_dtype_but_the_four_floats_is_ever_cast() -> None:
