@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dconv.arch.registry import by_name
+from dconv.arch.registry import by_name, families
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import plan as plan_module
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
-from tests.models import config_of, tree_digest, write_random
+from tests.models import config_of, facts_of, tree_digest, write_random
 
 WORLDS = (1, 2, 3, 4, 5, 8)
 THREADS = (1, 3)
@@ -156,6 +156,24 @@ def test_tensors_of_many_leaves(
     assert len(job.plan.tasks) > len(job.plan.target.tensors) + len(job.plan.target.files)
     by_ranks(conversion, tmp_path / "out", [2, 0, 1], 3, 64 << 10)
     assert tree_digest(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("container", ["torch_dist", "legacy"])
+@pytest.mark.parametrize("name", families())
+def test_every_family_has_the_same_bytes_from_any_world(tmp_path: Path, name: str, container: str) -> None:
+    """One rank, as many as the layout has, and a number that fits nothing; experts are spread over ranks."""
+    family = families()[name]
+    config = config_of(family, num_key_value_heads=4, vocab_size=64)
+    source = write_random(tmp_path / "hf", family, config)
+    facts = facts_of(family, config)
+    stages = min(2, facts.get("most_stages", 2))
+    parallel = Parallel(tp=2, pp=stages, ep=2 if facts.get("experts") else 1, etp=2)
+    found = []
+    for world in (1, parallel.world, 3):
+        conversion = Conversion(source, "megatron", container, parallel)
+        by_ranks(conversion, tmp_path / f"of {world}", list(reversed(range(world))), 2, 1 << 20)
+        found.append(tree_digest(tmp_path / f"of {world}"))
+    assert found[0] == found[1] == found[2]
 
 
 # --------------------------------------------------------------------------------------------------------- shares
