@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dconv
-from dconv import live, pipeline
+from dconv import describe, live
 from dconv.arch.registry import by_name, families
 from dconv.errors import DconvError, Refused, UsageError
 from dconv.pipeline import Request, convert
@@ -157,8 +157,8 @@ def test_ranks_that_read_different_configs_are_refused(
     parallel = Parallel(tp=2, etp=2)
     convert(Request(source, "megatron", tmp_path / "saved", parallel=parallel, megatron_format="legacy"))
     count = itertools.count()
-    read = pipeline.read_json
-    monkeypatch.setattr(pipeline, "read_json", lambda *a, **k: read(*a, **k) | {"rope_theta": float(1 + next(count))})
+    read = describe.read_json
+    monkeypatch.setattr(describe, "read_json", lambda *a, **k: read(*a, **k) | {"rope_theta": float(1 + next(count))})
     request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
 
     def hand(ranks: Threads) -> Any:
