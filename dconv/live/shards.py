@@ -30,7 +30,7 @@ def state_dicts(models: object) -> list[Mapping[str, Any]]:
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
             raise UsageError(
                 "not a model, nothing was written",
-                expected="this rank's module, its state dict, or a list of them, one a virtual chunk",
+                expected="this rank's module, its state dict (sharded or not), or a list of them, one a virtual chunk",
                 found=type(chunk).__name__,
             )
         found.append(state)
@@ -53,12 +53,12 @@ class Places:
 def describe(models: object, ranks: Ranks, args: object, coord: Coord | None, parallel: Parallel | None) -> Places:
     """Who holds what. Ranks of one description (middle stages, data parallelism) send it once."""
 
-    def look() -> tuple[tuple[Memory, Coord], tuple[Coord, Parallel, int, int, str]]:
-        place, sizes = standing(coord, parallel, ranks)
+    def look() -> tuple[Memory, tuple[tuple[Coord, Parallel] | None, int, int, str]]:
         memory = Memory(state_dicts(models))
-        return (memory, place), (place, sizes, memory.size, time.time_ns(), memory.digest)
+        place = None if memory.sharded else standing(coord, parallel, ranks)
+        return memory, (place, memory.size, time.time_ns(), memory.digest)
 
-    (memory, place), said = ranks.together(look)
+    memory, said = ranks.together(look)
     first = {digest: rank for rank, (*_, digest) in reversed(list(enumerate(said)))}
 
     def tell() -> tuple[None, tuple[Chunks | None, dict[str, object] | None]]:
@@ -68,18 +68,21 @@ def describe(models: object, ranks: Ranks, args: object, coord: Coord | None, pa
     _, sent = ranks.together(tell)
     holders: dict[str, list[int]] = {}
     manifests: list[Manifest] = []
-    for rank, (where, sizes, size, when, digest) in enumerate(said):
-        held = holders.setdefault(shard_name(where), [])
+    files: list[str] = []
+    for rank, (place, size, when, digest) in enumerate(said):
+        # of sharded state dicts those are one shard that say the same
+        files.append(shard_name(place[0]) if place else f"shard of rank {first[digest]}")
+        held = holders.setdefault(files[rank], [])
         held.append(rank)
         if len(held) == 1:
-            manifests.append(Manifest(where, sizes, size, when, sent[first[digest]][0] or ()))
-        elif digest != said[held[0]][-1] or sizes != said[held[0]][1]:
+            manifests.append(Manifest(files[rank], place, size, when, sent[first[digest]][0] or ()))
+        elif (digest, place) != (said[held[0]][-1], said[held[0]][0]):
             raise Damaged(
                 "two ranks of one place hold different models, nothing was written",
-                where=f"rank {held[0]} and rank {rank}, {shard_name(where)}",
+                where=f"rank {held[0]} and rank {rank}, {files[rank]}",
                 expected="tensors of the same names, shapes and strides",
             )
-    return Places(memory, shard_name(place), holders, manifests, sent[0][1])
+    return Places(memory, files[ranks.rank], holders, manifests, sent[0][1])
 
 
 def proved(logical: Logical, shards: Places, ranks: Ranks) -> Logical:
@@ -106,7 +109,7 @@ def proved(logical: Logical, shards: Places, ranks: Ranks) -> Logical:
 
     _, found = ranks.together(hashes)
     for manifest in shards.manifests:
-        first, *others = shards.holders[shard_name(manifest.coord)]
+        first, *others = shards.holders[manifest.file]
         names = [name for chunk in manifest.chunks for name in chunk]
         for other in others:
             pairs = zip(names, found[first][1], found[other][1], strict=True)

@@ -48,7 +48,10 @@ def _writers(plan: Plan, holders: Mapping[str, Sequence[int]], world: int) -> li
 
 def write(job: Job, partial: Path, shards: Places, settings: Settings, ranks: Ranks) -> Outcome:
     plan = job.plan
-    writers = _writers(plan, shards.holders, ranks.world)
+    holders = shards.holders
+    if job.request.replicas == "first":  # copies that were not compared may differ: all bytes are of one
+        holders = {file: held[:1] for file, held in holders.items()}
+    writers = _writers(plan, holders, ranks.world)
     mine = [task for task, who in zip(plan.tasks, writers, strict=True) if ranks.rank in who]
     written, done = ranks.together(lambda: _write_own(plan, mine, partial, shards, settings))
     digests = {task: digest for each in done for task, digest in each.items() if digest}
