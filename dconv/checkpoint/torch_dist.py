@@ -56,6 +56,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     said = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
     files = {name: stamp(iteration / name) for name in said}  # before what they hold
     config, side = megatron.sides(iteration)
+    args, lacks = _args(iteration, metadata)
 
     def lay(family: Family, facts: Facts) -> Located:
         return locate(stacked.apart(_wholes(iteration, weights), family, facts), family, facts)
@@ -64,7 +65,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         format="megatron torch_dist",
         root=iteration,
         config=config,
-        args=_args(iteration, metadata),
+        args=args,
         side=side,
         files=files,
         parallel=None,
@@ -72,6 +73,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         left_out=left_out,
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
         shapes={key: tensor.shape for key, tensor in weights.items()},
+        lacks=lacks,
     )
 
 
@@ -91,8 +93,8 @@ def _weights(metadata: dcp.DcpMetadata) -> tuple[dict[str, dcp.DcpTensor], dict[
     return weights, left_out
 
 
-def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | None:
-    """Megatron-LM's args from the common state; Megatron-Bridge has a file of its own for them."""
+def _args(iteration: Path, metadata: dcp.DcpMetadata) -> tuple[dict[str, object] | None, str]:
+    """Megatron-LM's args from the common state, or from Megatron-Bridge's own file; else what that lacks."""
     common: Any = None
     if (iteration / _COMMON).exists():
         common = torchzip.read(iteration / _COMMON).tree
@@ -100,7 +102,7 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
         common = dcp.read_object(iteration, metadata.objects[_COMMON_STATE])
         common = common[0] if isinstance(common, list) and common else common
     if isinstance(common, Mapping) and "args" in common:
-        return megatron.plain_args(common["args"])
+        return megatron.plain_args(common["args"]), ""
     return run_config.read_args(iteration / run_config.NAME)
 
 
