@@ -113,7 +113,16 @@ def _shards(folder: Path) -> list[_Shard]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index).exists():
-            return [_indexed(folder, folder / index)]
+            shard = _indexed(folder, folder / index)
+            if single not in shard and (folder / single).exists():
+                raise Damaged(
+                    "two models in one directory, nothing was written",
+                    where=str(folder),
+                    expected=f"{index} with the files that it names, or {single}",
+                    found=f"both, and {single} is not among those files: transformers would load it alone",
+                    do="move the one that is not meant to another directory",
+                )
+            return [shard]
         if (folder / single).exists():
             return [{single: _read(folder / single)}]
     ranks = read_ranks(folder, _TP_BIN)

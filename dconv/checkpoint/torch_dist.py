@@ -29,6 +29,8 @@ _METADATA: Final = ".metadata"
 _MARKER: Final = "metadata.json"
 _COMMON: Final = "common.pt"
 _COMMON_STATE: Final = "common_state/shard_0_1"
+#: Objects beside the model that nobody misses.
+_NO_WEIGHTS: Final = ("common_state", "rerun_state")
 _OPTIMIZER: Final = ("optimizer", "chained_", "opt_param_scheduler")
 
 #: A shard's tensors go to several files so that several ranks can write one shard without contending for a file.
@@ -90,6 +92,8 @@ def _weights(metadata: dcp.DcpMetadata) -> tuple[dict[str, dcp.DcpTensor], dict[
     for key in metadata.objects:
         if key.startswith("rng_state"):
             left_out["rng_state"] = "not weights"
+        elif not names.is_state(key) and not key.startswith((*_OPTIMIZER, *_NO_WEIGHTS)):
+            left_out[key] = "an object, no tensor"
     return weights, left_out
 
 
