@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dconv.arch import eagle, registry
 from dconv.arch.family import Family
-from dconv.arch.layouts import Facts
+from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import scales
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
@@ -122,4 +122,23 @@ def settle(
                 do="--hf-config DIR supplies the right one",
             )
     facts = family.facts(config, source.shapes)
+    _check_vocabulary(source, facts)
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
+
+
+def _check_vocabulary(source: Source, facts: Facts) -> None:
+    """Rows behind the config's vocabulary count as padding: they must not be tokens that the model was trained with.
+
+    Raises:
+        Refused: Megatron's args, which have the two counts, say that some are.
+    """
+    said = source.args or {}
+    tokens, rows = said.get("vocab_size"), said.get("padded_vocab_size")
+    if type(tokens) is int and type(rows) is int and size(facts, "vocab") < tokens < rows:
+        raise Refused(
+            "the config has fewer tokens than the checkpoint, nothing was written",
+            where=f"vocab_size of the config for {source.root}",
+            expected=f"{tokens}, as Megatron's args say (padded to {rows} rows), or more",
+            found=str(facts["vocab"]),
+            do="the config belongs to another model; correct it, or name the right one: --hf-config DIR",
+        )

@@ -301,6 +301,19 @@ def test_tracker_with_rubbish(model: Path, attempt: Attempt, container: str, tex
     attempt(DAMAGED, LATEST, model=source, options="hf")
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_config_with_fewer_tokens_than_the_checkpoint(
+    model: Path, attempt: Attempt, tmp_path: Path, container: str
+) -> None:
+    """What was trained must not be left out as if it were padding."""
+    source = megatron_of(model, container)
+    tokens = json.loads((model / "config.json").read_text())["vocab_size"]
+    edit_json(model / "config.json", lambda config: config | {"vocab_size": tokens - 1})
+    attempt(REFUSED, "fewer tokens", str(tokens), model=source, options=f"hf --hf-config {model}")
+    edit_json(model / "config.json", lambda config: config | {"vocab_size": tokens})
+    assert main([str(source), "hf", "--hf-config", str(model), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+
+
 def test_config_of_another_model_inside(model: Path, attempt: Attempt) -> None:
     source = megatron_of(model, "legacy")
     edit_json(source / "huggingface" / "config.json", lambda config: config | {"intermediate_size": 96})
