@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dconv.checking import check
 from dconv.cli import main
 from dconv.errors import Damaged, Refused
-from dconv.examine import check
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
