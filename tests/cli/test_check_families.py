@@ -1,4 +1,4 @@
-"""check and ``--verify logits`` of what is no plain decoder: asked in its own way, run by its own runtime, both ways."""
+"""check and ``--verify logits`` of what is no plain decoder: asked in its own way, run by its own runtime."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: nothing runs Megatron's models")
 
-from dconv import logits  # noqa: E402
-from dconv.checking import check  # noqa: E402
-from dconv.checkpoint import safetensors  # noqa: E402
-from dconv.errors import Refused, VerifyFailed  # noqa: E402
-from dconv.export import runtimes  # noqa: E402
-from dconv.pipeline import Request, convert, prepare  # noqa: E402
-from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.cli.conftest import Dconv  # noqa: E402
-from tests.oracles import hf as oracle  # noqa: E402
+from dconv import logits
+from dconv.checking import check
+from dconv.checkpoint import safetensors
+from dconv.errors import Refused, VerifyFailed
+from dconv.export import runtimes
+from dconv.pipeline import Request, convert, prepare
+from dconv.sharding.coords import Parallel
+from tests.cli.conftest import Dconv
+from tests.oracles import hf as oracle
 
 Tiny = Callable[..., Path]
 #: name -> config keys, classes of the two runtimes, and whether it writes.

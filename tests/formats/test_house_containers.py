@@ -66,13 +66,13 @@ def test_check_runs_it(tmp_path: Path, target: str) -> None:
 
 
 def test_verify_logits_of_a_cut_state_dict(tmp_path: Path) -> None:
-    from dconv import verify
+    from dconv import logits
 
     _, model = hf.tiny("llama")
     hf.save(model, tmp_path / "model")
     job = prepare(Request(tmp_path / "model", "pt", tmp_path / "out", parallel=Parallel(tp=2, etp=2)))
     run(job, Settings())
-    assert verify.logits(job, tmp_path / "out")["why"] == "the same weights"
+    assert logits.compare(job, tmp_path / "out")["why"] == "the same weights"
 
 
 @pytest.mark.parametrize("target", ["pt", "bmtrain", "model_pt"])
