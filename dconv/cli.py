@@ -313,7 +313,8 @@ COMMANDS: Final[dict[str, Command]] = {
     "check": Command(
         "read a checkpoint back, compare it with its receipt, then run it on the CPU",
         """  dconv check llama-8b-megatron               digests, then a real megatron-core model
-  dconv check llama-8b --no-run               headers, shapes and digests only""",
+  dconv check llama-8b --no-run               headers, shapes and digests only
+  dconv check deepseek-v3 --max-memory 32GB   layer by layer, in so much memory""",
         _check_options,
         _check,
     ),

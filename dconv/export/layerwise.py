@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.errors import Damaged, Refused
+from dconv.errors import Damaged, Refused, ToolMissing
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt, kind_of
 from dconv.export.runtimes import obstacle as lacks
@@ -57,6 +57,7 @@ def can_infer(model: Described, prompt: Prompt, budget: int) -> dict[str, object
     Raises:
         Damaged: weights are missing or of another shape, or what a layer computes is not finite.
         Refused: the budget is too small for the largest thing that is needed at once.
+        ToolMissing: transformers cannot build the model.
     """
     import transformers
 
@@ -83,8 +84,6 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     """A model of transformers that reads its weights as it runs, its number of layers, a directory with its config and
     tokenizer, and the tensors that it has no place for."""
     import torch
-    import transformers
-    from transformers.initialization import no_init_weights
 
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         folder = Path(scratch)
@@ -93,13 +92,7 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
                 (folder / name).symlink_to(path.absolute())
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
-        with huggingface.quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
-            auto = getattr(transformers, huggingface.AUTO[kind_of(model.family)])
-            with torch.device("meta"), no_init_weights():
-                net = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
-            net.tie_weights()
+        net = _built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)
         net = net.eval().requires_grad_(False)
         with torch.no_grad():
             _fill_computed(net, net)
@@ -108,6 +101,28 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
             yield net, _prepare(net, weights, budget), folder, weights.unused
         finally:
             weights.close()
+
+
+def _built(folder: Path, auto: str, root: Path) -> Any:
+    """The model that a config.json describes, without storage."""
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    try:
+        with huggingface.quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
+            with torch.device("meta"), no_init_weights():
+                net = getattr(transformers, auto).from_config(
+                    config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+                )
+            net.tie_weights()
+            return net
+    except Exception as error:  # whatever a framework raises about one config
+        raise ToolMissing(
+            "transformers cannot build this model", where=str(root), found=f"{type(error).__name__}: {error}"[:600]
+        ) from error
 
 
 def _fill_computed(module: Any, owner: Any) -> None:

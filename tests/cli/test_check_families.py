@@ -167,7 +167,6 @@ def test_two_models_in_one_output_are_compared_each_with_its_own(tiny: Tiny, tmp
     taken = prepare(Request(out, "hf", tmp_path / "teacher", submodel="teacher"))
     logits.require(taken)
     convert(taken.request)
-    assert float(str(logits.compare(taken, tmp_path / "teacher")["difference"])) < logits.BOUND
     ran = check(out, submodel="student").run
     assert ran is not None
     assert ran["model"] == "GPTModel, tp 1 x pp 1 (a temporary copy)"
