@@ -8,10 +8,11 @@ architecture, and the weights may lie in any container (`dconv.export.weights`).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _NEW_TOKENS: Final = 3
 #: Of the budget: what a layer may hold at a time, and one matrix of it. The rest is for what is computed.
 _LAYER, _MATRIX = 2, 8
+#: Of glibc's ``malloc.h``.
+_M_MMAP_THRESHOLD: Final = -3
 
 
 def obstacle(model: Described) -> str:
@@ -48,7 +51,7 @@ def can_infer(model: Described, prompt: Prompt, budget: int) -> dict[str, object
     """Run a few tokens, and continue them greedily.
 
     Args:
-        budget: bytes that weights, and what is computed with one, may take at a time.
+        budget: bytes that weights may take at a time, beside about 10 MB to read and compute with.
 
     Returns:
         runtime, model, layers (each of them finite), unread (tensors without a place in the model), largest_logit;
@@ -79,12 +82,13 @@ def answers_of(model: Described, prompt: Prompt, budget: int) -> Answers:
         return huggingface.forward(net, prompt)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tuple[str, ...]]]:
     """A model of transformers that reads its weights as it runs, its number of layers, a directory with its config and
     tokenizer, and the tensors that it has no place for."""
     import torch
 
+    _return_freed_memory()
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         folder = Path(scratch)
         for name, path in model.source.side.items():
@@ -101,6 +105,12 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
             yield net, _prepare(net, weights, budget), folder, weights.unused
         finally:
             weights.close()
+
+
+def _return_freed_memory() -> None:
+    """Let freed matrices go back to the system at once: glibc learns to keep ever larger ones, up to 32 MiB each."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such knob
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _built(folder: Path, auto: str, root: Path) -> Any:
