@@ -211,6 +211,11 @@ def settle(
                 found="\n".join(disagree),
                 do="--hf-config DIR supplies the right one",
             )
+    settled, absent = family.borne_out(config, source.shapes)
+    if absent:  # the file is then written anew, not copied
+        side = {name: path for name, path in source.side.items() if name != "config.json"}
+        source = replace(source, side=side, left_out={**source.left_out, **absent})
+    config = dict(settled)
     facts = family.facts(config, source.shapes)
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))
 

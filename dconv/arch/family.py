@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, Final
 
+from dconv.arch import predictors
 from dconv.arch.layouts import Facts, Layout, size
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
@@ -164,6 +165,25 @@ class Family:
             if name.startswith(theirs) and not name.startswith(ours):
                 return ours + name.removeprefix(theirs)
         return name
+
+    def borne_out(
+        self, config: Mapping[str, object], stored: Collection[str]
+    ) -> tuple[Mapping[str, object], dict[str, str]]:
+        """The config of what is stored. transformers saves no token predictor, and leaves their number in config.json.
+
+        Args:
+            stored: names of the source's tensors, HuggingFace's or Megatron's; none where there is only a config.
+
+        Returns:
+            The config, without predictors of which not one tensor is there; what it lost, with the reason.
+        """
+        facts = self.config.facts(config)
+        first, count = size(facts, "layers"), size(facts, "mtp")
+        theirs = [f"model.layers.{layer}." for layer in range(first, first + count)]
+        if not count or not stored or any(name.startswith(("mtp.", *theirs)) for name in stored):
+            return config, {}
+        reason = f"{predictors.KEYS[0]} is {count} and no tensor of a token predictor is stored, the output has none"
+        return predictors.without(config), {f"{name}*": reason for name in theirs}
 
     def facts(self, config: Mapping[str, object], stored: Mapping[str, Index] | None = None) -> dict[str, Any]:
         """The facts of a config, and those that follow from which tensors there are: rows ``as_stored``.
