@@ -62,6 +62,10 @@ KEYS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 24, "mlp_hidden_act": "relu2",
     },
+    "bamba": {
+        "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": "auto", "mamba_n_groups": 4,
+        "mamba_d_state": 6,
+    },
     "minicpm": {
         "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
         "sparse_config": {"kernel_size": 32, "topk": 64, "use_nope": False}, "mup_denominator": 32,
@@ -150,6 +154,8 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
     if "hybrid_override_pattern" in config:
         pattern, layers = config["hybrid_override_pattern"], config["num_hidden_layers"]
         config["hybrid_override_pattern"] = (pattern * layers)[:layers]
+    if "attn_layer_indices" in config:
+        config["attn_layer_indices"] = [at for at in config["attn_layer_indices"] if at < config["num_hidden_layers"]]
     if isinstance(config.get("layer_types"), str):  # one kind for all layers
         config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
     names = NAMES.get(family.name, {})

@@ -50,6 +50,7 @@ ABOUT: Final[dict[str, About]] = {
     "deepseek_v3": About("DeepSeek-V3, R1, Moonlight", "token predictor; FP8 described, not decoded", LOGITS),
     "mamba2": About("Mamba-2", "", LOGITS),
     "nemotron_h": About("Nemotron-H", "mixers, attention, feed-forward layers and experts in any pattern", LOGITS),
+    "bamba": About("Bamba", "a layer is two of Megatron's: mixer or attention, feed-forward", LOGITS),
     "llava": About("LLaVA", "CLIP tower, projector, a Llama, Mistral or Qwen2 language model", LOGITS),
     "minicpm": About("MiniCPM 1B, 2B, 4, 4.1", "muP scalars, longrope and sparse_config travel in the args", REFERENCE),
     "minicpm_moe": About("MiniCPM-MoE", "muP scalars travel in the args", REFERENCE),

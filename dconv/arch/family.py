@@ -34,6 +34,7 @@ class Row:
         when: the fact that must hold for the row to exist ("" means always); it may differ by layer.
         stack: the fact that numbers the layers. Only ``layers`` are spread over pipeline stages.
         after: the fact that HuggingFace adds to the layer number ("" for none).
+        folds: how many of Megatron's layers one of HuggingFace's is.
         stage: the pipeline stage of what is in no pipelined layer: ``first`` or ``last``.
         keeps: whether ``--dtype`` leaves it as it is (a router's bias is fp32 whatever the weights are).
         beside: whether Megatron's model has no such tensor; it travels with the checkpoint.
@@ -50,6 +51,7 @@ class Row:
     keeps: bool = False
     apart: tuple[str, ...] = ()
     beside: bool = False
+    folds: int = 1
 
     @property
     def per_layer(self) -> bool:
@@ -84,8 +86,7 @@ class Row:
 
     def stored_shape(self, stored: Mapping[str, Index], layer: int) -> Index | None:
         """The shape of this row's tensor in a source, under any of its names; None where it is not there."""
-        number = str(layer)
-        for name in (self.hf.replace("*", number), self.megatron.replace("*", number)):
+        for name in (self.hf.replace("*", str(layer // self.folds)), self.megatron.replace("*", str(layer))):
             if name in stored:
                 return stored[name]
         stacked = stored.get(self.megatron.replace(".*", "")) if self.per_layer else None
@@ -205,7 +206,7 @@ class Family:
             if row.layout.stored:
                 layers = range(size(facts, row.stack)) if row.per_layer else range(-1, 0)
                 found = [row.stored_shape(stored or {}, layer) for layer in layers]
-                names = (row.hf.replace("*", str(layer)) for layer in layers)
+                names = (row.hf.replace("*", str(layer // row.folds)) for layer in layers)
                 shapes |= {name: shape for name, shape in zip(names, found, strict=True) if shape is not None}
                 here = tuple(shape is not None for shape in found)
                 before = facts.get(row.when) or (False,) * len(here)
@@ -287,7 +288,7 @@ def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str,
     def fill(name: str, number: int) -> str:
         return name.replace("*", str(number)).replace("#", str(expert))
 
-    theirs = layer + size(facts, row.after) if row.after else layer
+    theirs = layer // row.folds + (size(facts, row.after) if row.after else 0)
     logical = [fill(name, theirs) for name in row.logical]
     dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
     return Entry(row.layout.fuse(fill(row.megatron, layer), logical, facts, dtype, expert), row, layer, expert)

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Final
 
 from dconv.arch import (
+    bamba,
     bert,
     deepseek,
     gemma,
@@ -27,14 +28,10 @@ from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.errors import Refused
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, minicpm, gpt2, bert, t5, llava)
+_MODULES: Final = (
+    llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava
+)  # fmt: skip
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
-#: Architectures that were looked at and are not here, with the reason.
-_LEFT_OUT: Final[Mapping[str, str]] = dict.fromkeys(
-    ("BambaForCausalLM", "bamba"),
-    "a layer of Bamba is two of Megatron's hybrid stack (a mixer or attention, then a feed-forward), and no converter "
-    "of Megatron's has defined their numbers",
-)
 
 
 @cache
@@ -120,8 +117,6 @@ def _unknown(name: str) -> Refused:
     known = {f.config.architecture: f for f in families().values()} | families()
     import difflib
 
-    if reason := _LEFT_OUT.get(name):
-        return Refused(f"{name} has no Megatron counterpart here, nothing was written", found=reason)
     close = difflib.get_close_matches(name, known, 1, 0.0)
     nearest = known[close[0]].name if close else "llama"
     return Refused(
