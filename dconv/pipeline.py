@@ -192,6 +192,7 @@ def settle(
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
     family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
+    eagle.refuse_alone(source.shapes, str(source.root))
     family = eagle.kept(family) if with_eagle else eagle.left_out(family)
     rebuilt = source.config is None
     if source.config is not None:

@@ -55,6 +55,8 @@ ABOUT: Final[dict[str, About]] = {
     "minicpm": About("MiniCPM 1B, 2B, 4, 4.1", "muP scalars, longrope and sparse_config travel in the args", REFERENCE),
     "minicpm_moe": About("MiniCPM-MoE", "muP scalars travel in the args", REFERENCE),
     "minicpm_blockffn": About("MiniCPM with BlockFFN", "block-sparse layers are those that have the tensors", LAWS),
+    "blockffn": About("BlockFFN as published", "the same under its own names", LAWS),
+    "blockffn_mla": About("BlockFFN as published, with latent attention", "the same", LAWS),
     "minicpm3": About("MiniCPM3", "latent attention; muP scalars travel in the args"),
     "gpt2": About("GPT-2, GPT", "transposed matrices, learned positions; classic checkpoints, too", LOGITS),
     "megatron-bert": About("BERT as Megatron has it", "both heads; classic checkpoints, too", LOGITS),

@@ -139,8 +139,8 @@ class Family:
         rows: the table.
         recomputed: tensors that carry no weights, with the reason they may be left out.
         twins: HuggingFace tensors that Megatron does not store a second time.
-        mark: what stands in the name of some stored tensor, where the config alone does not tell this family from
-            others of its architecture.
+        marks: what stands in the name of some stored tensor, one of them, where the config alone does not tell this
+            family from others of its architecture; of two that fit, the first is meant.
         either: pairs of facts, each true in just the layers where the other is not.
         base: what a directory of the base class alone leaves out before HuggingFace's names.
         head: where a tied model may still store a second copy of its embedding.
@@ -153,7 +153,7 @@ class Family:
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
     twins: tuple[Twin, ...] = ()
-    mark: str = ""
+    marks: tuple[str, ...] = ()
     either: tuple[tuple[str, str], ...] = ()
     base: str = ""
     head: str = TIED_HEAD
@@ -224,11 +224,11 @@ class Family:
         add: tuple[Row, ...] = (),
         drop: tuple[str, ...] = (),
         twins: tuple[Twin, ...] = (),
-        mark: str = "",
+        marks: tuple[str, ...] = (),
     ) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add`` and ``twins``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
-        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins, mark=mark)
+        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins, marks=marks)
 
     def twin_names(self, facts: Facts) -> dict[str, str]:
         """The name of every twin, with the name of what it repeats."""

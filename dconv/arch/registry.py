@@ -63,7 +63,7 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
 
     Args:
-        names: of the stored tensors. They tell families of one architecture apart (`Family.mark`), and a decoder from
+        names: of the stored tensors. They tell families of one architecture apart (`Family.marks`), and a decoder from
             an encoder, of which Megatron's args say nothing.
 
     Raises:
@@ -75,8 +75,8 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     kin = [family for family in known.values() if family.config.architecture == found.config.architecture]
     if len(kin) == 1:
         return found
-    marked = [family for family in kin if family.mark and any(family.mark in name for name in names)]
-    plain = [family for family in kin if not family.mark]
+    marked = [family for family in kin if any(mark in name for mark in family.marks for name in names)]
+    plain = [family for family in kin if not family.marks]
     return next(iter(marked or plain), found)
 
 
