@@ -145,7 +145,10 @@ class Family:
         base: what a directory of the base class alone leaves out before HuggingFace's names.
         head: where a tied model may still store a second copy of its embedding.
         again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
-        also: beginnings of names that some versions of transformers write, and those of the table.
+        also: beginnings of names that some versions of transformers write, and those of the table; with a ``*`` before
+            them, ends of names.
+        classes: other classes that a config.json of this family may name: the files are this family's where they have
+            all that its own class has.
     """
 
     name: str
@@ -159,13 +162,22 @@ class Family:
     head: str = TIED_HEAD
     again: tuple[tuple[str, str], ...] = ()
     also: tuple[tuple[str, str], ...] = ()
+    classes: tuple[str, ...] = ()
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""
         for theirs, ours in self.also:
+            if theirs.startswith("*") and name.endswith(theirs[1:]):
+                return name.removesuffix(theirs[1:]) + ours[1:]
             if name.startswith(theirs) and not name.startswith(ours):
                 return ours + name.removeprefix(theirs)
         return name
+
+    def lacking(self, names: Collection[str]) -> list[str]:
+        """HuggingFace's names of tensors outside the layers that every model of this family has and ``names`` has not."""
+        there = {prefix + self.published(name) for name in names for prefix in ("", self.base)}
+        wanted = (row.hf for row in self.rows if "*" not in row.hf and not row.when)
+        return [name for name in wanted if name not in there and name not in dict(self.again).values()]
 
     def borne_out(
         self, config: Mapping[str, object], stored: Collection[str]

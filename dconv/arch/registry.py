@@ -26,7 +26,7 @@ from dconv.arch import (
 )
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
-from dconv.errors import Refused
+from dconv.errors import Refused, group_names
 
 _MODULES: Final = (
     llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava
@@ -89,6 +89,8 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
             for family in (known() if callable(known) else known).values():
                 if family.config.architecture == named if named else family.config.model_type == model_type:
                     return family
+                if named in family.classes:
+                    return _whole(family, str(named), names)
         raise _unknown(str(named or model_type))
     if args is not None:
         blocks = _blocks(names)
@@ -96,6 +98,23 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
         wanted = detect_by_args(args, [family.config for family in fitting])
         return next(family for family in fitting if family.config is wanted)
     raise nothing_known()
+
+
+def _whole(family: Family, named: str, names: Sequence[str]) -> Family:
+    """The family, for the files of another of its classes that have all of its own.
+
+    Raises:
+        Refused: a part of them.
+    """
+    megatron = any(name.startswith("embedding.word_embeddings.") for name in names)
+    if lacking := family.lacking(names) if names and not megatron else ():
+        raise Refused(
+            f"{named} with {len(lacking)} tensors less than Megatron's {family.name} has, nothing was written",
+            expected=f"all that {family.config.architecture} has, as files that say {named} often do",
+            found="without " + group_names(lacking),
+            do=f"add what is missing ({family.config.architecture}.from_pretrained draws it at random), save_pretrained",
+        )
+    return family
 
 
 def _blocks(names: Iterable[str]) -> set[str]:
