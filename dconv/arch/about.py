@@ -61,7 +61,7 @@ ABOUT: Final[dict[str, About]] = {
     "gpt2": About("GPT-2, GPT", "transposed matrices, learned positions; classic checkpoints, too", LOGITS),
     "megatron-bert": About("BERT as Megatron has it", "both heads; classic checkpoints, too", LOGITS),
     "bert": About("BERT as Google has it", "for apply_residual_connection_post_layernorm", REFERENCE),
-    "t5": About("T5 1.1, Flan-T5", "unscaled logits, gated or plain GELU; one pipeline stage", LOGITS),
+    "t5": About("T5, T5 1.1, Flan-T5", "one pipeline stage; T5's scaled logits travel in the args", LOGITS),
 }  # fmt: skip
 
 

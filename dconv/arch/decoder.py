@@ -45,6 +45,8 @@ _UNSET: Final[Mapping[str, object]] = {
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "softmax_scale": None,
+    "activation_func": None,
+    "scale_decoder_outputs": None,
     "rope_scaling": None,
     "latent_rotary_halves": None,
     "block_ffn": None,

@@ -174,7 +174,7 @@ class Family:
         return name
 
     def lacking(self, names: Collection[str]) -> list[str]:
-        """HuggingFace's names of tensors outside the layers that every model of this family has and ``names`` has not."""
+        """HuggingFace's names of tensors outside the layers that all models of this family have and ``names`` lacks."""
         there = {prefix + self.published(name) for name in names for prefix in ("", self.base)}
         wanted = (row.hf for row in self.rows if "*" not in row.hf and not row.when)
         return [name for name in wanted if name not in there and name not in dict(self.again).values()]

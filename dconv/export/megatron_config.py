@@ -63,7 +63,7 @@ _UNSUPPORTED = (
     # no arguments of Megatron-LM: a converted checkpoint says with them what no version of megatron-core computes
     "post_self_attn_layernorm", "post_mlp_layernorm", "no_pre_layernorm", "qk_layernorm_full_width", "embedding_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
-    "apply_residual_connection_post_layernorm",
+    "apply_residual_connection_post_layernorm", "scale_decoder_outputs",
 )  # fmt: skip
 
 # the same, but for this number
@@ -137,8 +137,10 @@ def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> Transfor
 
 def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
     from megatron.core.activations import quick_gelu, squared_relu
-    from torch.nn.functional import gelu, silu
+    from torch.nn.functional import gelu, relu, silu
 
+    if given.get("activation_func") == "relu":
+        return {"activation_func": relu}
     if given.get("swiglu"):
         return {"activation_func": silu, "gated_linear_unit": True}
     if given.get("gated_linear_unit"):
