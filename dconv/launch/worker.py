@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.options import to_request
-from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say
+from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.commit import Outcome, Settings
@@ -265,7 +265,8 @@ def _summary(
 
 
 def report(error: DconvError, as_json: bool, where: Place | None = None) -> None:
-    """Print an error in its form, or as JSON on standard output."""
+    """Print an error in its form, or as JSON on standard output; torchrun ends with it, too."""
+    tell_torchrun(str(error))
     if as_json:
         say(json.dumps(error.to_dict()))
         return
