@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from dconv.arch import mup
 from dconv.arch.attention import Biases
 from dconv.arch.carried import Carried, Kept
 from dconv.arch.config import COMMON
@@ -28,7 +29,7 @@ _SCALED: Final = Carried({
     "scale_emb": "the embedding times it",
     "scale_depth": "what each block adds times it / sqrt(layers)",
     "dim_model_base": "the head's input times it / hidden_size",
-})  # fmt: skip
+}, idle=mup.minicpm_ones)  # fmt: skip
 _KEPT: Final = Kept({
     "sparse_config": "InfLLM-v2 attention, which leaves out blocks of a long context",
     "mup_denominator": "",  # of heads that guess ahead
@@ -80,12 +81,15 @@ _EXPERT = f"{_HF}.experts.#"
 _BLOCK = ("moe_router", "router_norm", "moe_w_in", "moe_w_out")
 
 # fmt: off
-MINICPM = LLAMA.derive("minicpm", MINICPM_CONFIG)
-MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, mark=".mlp.experts.", add=(
-    *ROUTED[:2],
-    replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
-    replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),
-))
+MINICPM = replace(LLAMA.derive("minicpm", MINICPM_CONFIG), mup=mup.MINICPM)
+MINICPM_MOE = replace(
+    LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, mark=".mlp.experts.", add=(
+        *ROUTED[:2],
+        replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
+        replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),
+    )),
+    mup=mup.MINICPM_MOE,
+)
 MINICPM_BLOCKFFN = replace(
     LLAMA.derive("minicpm_blockffn", _BLOCK_CONFIG, drop=_DENSE_NAMES, mark=".mlp.moe_router.", add=(
         *DENSE,
@@ -93,7 +97,8 @@ MINICPM_BLOCKFFN = replace(
         *(Row(f"{_MLP}.{name}.weight", f"{_HF}.{name}.weight", as_stored(), when="block_ffn") for name in _BLOCK),
     )),
     either=(("block_ffn", "dense"),),
+    mup=mup.MINICPM_BLOCKFFN,
 )
-MINICPM3 = LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT)
+MINICPM3 = replace(LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT), mup=mup.MINICPM3)
 # fmt: on
 FAMILIES = (MINICPM, MINICPM_MOE, MINICPM_BLOCKFFN, MINICPM3)
