@@ -42,7 +42,8 @@ class Scale:
     """Times a number above 0 (muP folding), then one rounding to the target, to nearest even.
 
     The product is taken in fp64 by a factor that is itself within 2 ** -52 of the real one, so a result lies within the
-    target's unit roundoff (and 2 ** -51) of the real product; below the normal range within half the smallest step.
+    target's unit roundoff of the real product, or within half the smallest step below the normal range; and 2 ** -51 of
+    the product more in either case.
     """
 
     source: str
