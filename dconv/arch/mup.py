@@ -116,10 +116,6 @@ def _plain(architecture: str, model_type: str, said: Said, facts: Facts) -> dict
         Refused: a key that changes what is computed and that no scalar of muP is.
     """
     foreign = {key: said[key] for key in said if key not in KEYS and rescales(key, said[key])}
-    rope = rope_parameters(said)
-    if rope["rope_type"] == LONGROPE:
-        # MiniCPM's own code takes the stretch from the two context lengths, transformers' Llama from these where given
-        foreign |= {f"rope {key}": rope[key] for key in ("factor", "attention_factor") if key in rope}
     if foreign:
         raise Refused(
             f"{model_type} would compute something else, nothing was written",
@@ -136,12 +132,41 @@ def _plain(architecture: str, model_type: str, said: Said, facts: Facts) -> dict
     }
 
 
+def _refuse_stretch(said: Said) -> None:
+    """MiniCPM's own code takes a longrope's stretch from the two context lengths, transformers' from keys where given.
+
+    Raises:
+        Refused: the two would differ.
+    """
+    rope = rope_parameters(said)
+    if rope["rope_type"] != LONGROPE:
+        return
+    original = rope.get("original_max_position_embeddings") or said["original_max_position_embeddings"]
+    lengths = {"max": said["max_position_embeddings"], "original": original}
+    stretch = whole(lengths, "max", CONFIG) / whole(lengths, "original", CONFIG)
+    odd = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key, stretch) != stretch}
+    if odd:
+        raise Refused(
+            "longrope is stretched by one number in MiniCPM's code and by another in a LLaMA's, nothing was written",
+            where=f"{CONFIG}: rope_scaling",
+            expected=f"max_position_embeddings / original_max_position_embeddings, {stretch:g}",
+            found="\n".join(f"{key} {value!r:.40}" for key, value in odd.items()),
+            do="take the key out: MiniCPM's code does not read it",
+        )
+
+
 def _llama(said: Said, facts: Facts) -> dict[str, object]:
     biases = {"attention_bias": facts["qkv_bias"], "mlp_bias": facts["mlp_bias"]}
     return {**_plain("LlamaForCausalLM", "llama", said, facts), **biases}
 
 
-def _mixtral(said: Said, facts: Facts) -> dict[str, object]:
+def _minicpm_llama(said: Said, facts: Facts) -> dict[str, object]:
+    _refuse_stretch(said)
+    return _llama(said, facts)
+
+
+def _minicpm_mixtral(said: Said, facts: Facts) -> dict[str, object]:
+    _refuse_stretch(said)
     routing = {"num_local_experts": facts["experts"], "num_experts_per_tok": said["num_experts_per_tok"]}
     return {**_plain("MixtralForCausalLM", "mixtral", said, facts), **routing, "sliding_window": None}
 
@@ -181,8 +206,8 @@ _GRANITE_FACTORS: Final = {
 }
 _DENSE: Final = {"sparse_config": "dense attention instead of InfLLM-v2's, which leaves out blocks of a long context"}
 
-MINICPM: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "llama", _llama, _DENSE)
-MINICPM_MOE: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "mixtral", _mixtral)
+MINICPM: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "llama", _minicpm_llama, _DENSE)
+MINICPM_MOE: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "mixtral", _minicpm_mixtral)
 #: Of those that no LLaMA computes.
 MINICPM3: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "minicpm3", _idle)
 MINICPM_BLOCKFFN: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "minicpm_blockffn", _idle)

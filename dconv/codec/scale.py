@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from dconv.codec.cast import cast
-from dconv.sharding.dtypes import carrier
+from dconv.sharding.dtypes import ITEMSIZE, carrier
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +20,18 @@ _AT_ONCE: Final = 1 << 13
 
 def scale(values: NDArray[np.generic], source: str, target: str, factor: float) -> NDArray[np.generic]:
     """An array held in ``carrier(source)`` times ``factor``, in ``carrier(target)``; any shape, rounded once."""
+    if ITEMSIZE[source] == 2:
+        return np.take(_products(source, target, factor), values.view("<u2"))
+    return _multiplied(values, source, target, factor)
+
+
+@lru_cache(maxsize=8)
+def _products(source: str, target: str, factor: float) -> NDArray[np.generic]:
+    """Of every 16-bit pattern: looking a product up is many times as fast as computing it."""
+    return _multiplied(np.arange(1 << 16, dtype=np.uint16).view(carrier(source)), source, target, factor)
+
+
+def _multiplied(values: NDArray[np.generic], source: str, target: str, factor: float) -> NDArray[np.generic]:
     out = np.empty(values.shape, carrier(target))
     given, found = values.reshape(-1), out.reshape(-1)
     for start in range(0, given.size, _AT_ONCE):

@@ -48,6 +48,7 @@ MINICPM: dict[str, tuple[str, dict[str, Any], str]] = {
     "biased": ("minicpm", BIASED, "LlamaForCausalLM"),
     "longrope": ("minicpm", {"rope_scaling": longrope(4, 64)}, "LlamaForCausalLM"),
     "longrope, long": ("minicpm", {"rope_scaling": longrope(4, 16)}, "LlamaForCausalLM"),
+    "longrope, its stretch said": ("minicpm", {"rope_scaling": {**longrope(4, 16), "factor": 8.0}}, "LlamaForCausalLM"),
     "another base": ("minicpm", {"rope_theta": 500000.0}, "LlamaForCausalLM"),
     "null scalars": ("minicpm", {"scale_depth": None, "dim_model_base": None}, "LlamaForCausalLM"),
     "factors of 1": ("minicpm", {"scale_emb": 1, "scale_depth": 2.0, "dim_model_base": 32}, "LlamaForCausalLM"),
@@ -61,6 +62,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "granite, biased": ("granite", {**BIASED, "mlp_bias": True}, "LlamaForCausalLM"),
     "granite, attention biased": ("granite", BIASED, "LlamaForCausalLM"),
     "granite, wide heads": ("granite", {"head_dim": 32}, "LlamaForCausalLM"),
+    "granite, longrope": (
+        "granite",
+        {"rope_parameters": {**longrope(8, 16), "rope_theta": 10000.0, "factor": 4.0}},
+        "LlamaForCausalLM",
+    ),
     "minicpm3": ("minicpm3", {}, "MiniCPM3ForCausalLM"),
     "minicpm3, tied": ("minicpm3", {"tie_word_embeddings": True}, "MiniCPM3ForCausalLM"),
 }
@@ -315,7 +321,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "an inverse past every number": ("granite", {"logits_scaling": 1e-320}, Refused, "head"),
     "a scalar that no muP has": ("minicpm", {"logit_scale": 0.5}, Refused, "logit_scale"),
     "a stretch that only one of the two reads": (
-        "minicpm", {"rope_scaling": {**longrope(4, 64), "factor": 5.0}}, Refused, "rope factor"
+        "minicpm", {"rope_scaling": {**longrope(4, 64), "factor": 5.0}}, Refused, "factor 5.0"
     ),
     "a bias that Mixtral has not": ("minicpm_moe", BIASED, Refused, "o_proj.bias"),
 }  # fmt: skip
@@ -336,6 +342,17 @@ def test_what_shares_the_embedding_is_not_left_behind(options: dict[str, Any], t
     source = write_model(tmp_path / "hf", "minicpm")
     with pytest.raises((Refused, UsageError), match="nothing was written"):
         fold(source, tmp_path / "out", "megatron", **options)
+
+
+def test_megatron_core_computes_what_granite_does(tmp_path: Path) -> None:
+    """transformers' Granite on one side, the real megatron-core as a plain Llama on the other."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
+    _, model = hf.tiny("granite", tie_word_embeddings=True)
+    source = hf.save(model, tmp_path / "hf")
+    request = Request(source, "megatron", tmp_path / "out", parallel=Parallel(tp=2, etp=2), mup2llama=True)
+    run(job := prepare(request), Settings())
+    assert not job.needs
+    assert verify.logits(job, request.output)["difference"] <= 1e-5
 
 
 def test_logits_are_verified_between_the_two_functions(tmp_path: Path) -> None:
