@@ -81,15 +81,12 @@ _EXPERT = f"{_HF}.experts.#"
 _BLOCK = ("moe_router", "router_norm", "moe_w_in", "moe_w_out")
 
 # fmt: off
-MINICPM = replace(LLAMA.derive("minicpm", MINICPM_CONFIG), mup=mup.MINICPM)
-MINICPM_MOE = replace(
-    LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, mark=".mlp.experts.", add=(
-        *ROUTED[:2],
-        replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
-        replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),
-    )),
-    mup=mup.MINICPM_MOE,
-)
+MINICPM = LLAMA.derive("minicpm", MINICPM_CONFIG)
+MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, mark=".mlp.experts.", add=(
+    *ROUTED[:2],
+    replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
+    replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),
+))
 MINICPM_BLOCKFFN = replace(
     LLAMA.derive("minicpm_blockffn", _BLOCK_CONFIG, drop=_DENSE_NAMES, mark=".mlp.moe_router.", add=(
         *DENSE,
@@ -97,8 +94,11 @@ MINICPM_BLOCKFFN = replace(
         *(Row(f"{_MLP}.{name}.weight", f"{_HF}.{name}.weight", as_stored(), when="block_ffn") for name in _BLOCK),
     )),
     either=(("block_ffn", "dense"),),
-    mup=mup.MINICPM_BLOCKFFN,
 )
-MINICPM3 = replace(LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT), mup=mup.MINICPM3)
+MINICPM3 = LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT)
 # fmt: on
-FAMILIES = (MINICPM, MINICPM_MOE, MINICPM_BLOCKFFN, MINICPM3)
+FAMILIES = (
+    replace(MINICPM, mup=mup.MINICPM),
+    replace(MINICPM_MOE, mup=mup.MINICPM_MOE),
+    *(replace(family, mup=mup.MINICPM_ITSELF) for family in (MINICPM_BLOCKFFN, MINICPM3)),
+)

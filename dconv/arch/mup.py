@@ -50,7 +50,7 @@ class Mup:
         keys: the scalars' keys of config.json.
         factors: by the part of the model that they concern; a tied model's head counts as one of its own, made from
             the embedding as it is stored.
-        to: the family that computes the folded model.
+        to: the family that computes the folded model; "" is the model's own, with scalars that multiply by 1.
         config: the folded model's config.json, from the family's own (with its class's defaults) and the facts.
         dropped: keys that the folded model has nothing for, with what that means.
     """
@@ -187,9 +187,10 @@ def _idle(said: Said, _: Facts) -> dict[str, object]:
 
 _EMBEDDING: Final = ("model.embed_tokens.weight",)
 _HEAD: Final = ("lm_head.weight",)
-#: What a block adds to the stream leaves it through these; ``w2`` of an expert, ``moe_w_out`` of a block-sparse layer.
+#: What a block adds to the stream leaves it through these: ``w2`` of an expert; ``moe_w_out`` of a block-sparse layer,
+#: or ``down_proj`` without ``.weight``.
 _ADDED: Final = (
-    *("model.layers.*.self_attn.o_proj.*", "model.layers.*.mlp.down_proj.*"),
+    *("model.layers.*.self_attn.o_proj.*", "model.layers.*.mlp.down_proj.*", "model.layers.*.mlp.down_proj"),
     *("model.layers.*.mlp.experts.*.w2.*", "model.layers.*.mlp.moe_w_out.*"),
 )
 _MINICPM_KEYS: Final = ("scale_emb", "scale_depth", "dim_model_base")
@@ -208,7 +209,6 @@ _DENSE: Final = {"sparse_config": "dense attention instead of InfLLM-v2's, which
 
 MINICPM: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "llama", _minicpm_llama, _DENSE)
 MINICPM_MOE: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "mixtral", _minicpm_mixtral)
-#: Of those that no LLaMA computes.
-MINICPM3: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "minicpm3", _idle)
-MINICPM_BLOCKFFN: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "minicpm_blockffn", _idle)
+#: Of those that no LLaMA computes: latent attention, block-sparse layers.
+MINICPM_ITSELF: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "", _idle)
 GRANITE: Final = Mup(KEYS[3:], _GRANITE_FACTORS, "llama", _llama)

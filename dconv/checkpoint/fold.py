@@ -61,7 +61,7 @@ def nothing_to_fold(family: Family, config: Mapping[str, object]) -> str:
     if family.mup is None:
         return f"nothing to fold: {CONFIG} has no muP scalars, and a {family.name} none by itself"
     values = _factors(family.mup, _said(family, config), family.facts(config))
-    if family.mup.to == family.name and set(values.values()) == {1.0}:
+    if not family.mup.to and set(values.values()) == {1.0}:
         return "nothing to fold: all muP scalars multiply by 1"
     return ""
 
@@ -82,8 +82,8 @@ def fold(family: Family, config: Mapping[str, object], logical: Logical, stored:
         raise ValueError(f"{family.name} has no muP scalars: see nothing_to_fold")
     said, facts = _said(family, config), family.facts(config, stored)
     factors = _factors(declared, said, facts)
-    to = family if declared.to == family.name else registry.by_name(declared.to)
-    plain = declared.config(said if to is not family else config, facts)
+    to = registry.by_name(declared.to) if declared.to else family
+    plain = declared.config(said if declared.to else config, facts)
     new_facts = to.facts(plain, stored)
     names = _renamed(family, facts, to, new_facts, logical)
     pieces: dict[str, tuple[Piece, ...]] = {}

@@ -130,7 +130,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", type=dtype, metavar="DTYPE", help="bf16, f16 or f32 (default: as it is)")
     group.add_argument("--mup2llama", action="store_true",
                        help="fold muP scalars (MiniCPM, Granite) into the weights, so that a plain LLaMA computes the "
-                            "same; MiniCPM-MoE becomes a Mixtral, other kinds lose their scalars")  # fmt: skip
+                            "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
                        help="largest HuggingFace file (5GB)")  # fmt: skip
 
