@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Final
 
 from dconv.arch.layouts import Facts, Layout, size
+from dconv.arch.mup import Mup
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 from dconv.sharding.region import Index
@@ -144,6 +145,7 @@ class Family:
         head: where a tied model may still store a second copy of its embedding.
         again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
         also: beginnings of names that some versions of transformers write, and those of the table.
+        mup: how scalars of its config.json are folded into its weights (``--mup2llama``); None where it has none.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Family:
     head: str = TIED_HEAD
     again: tuple[tuple[str, str], ...] = ()
     also: tuple[tuple[str, str], ...] = ()
+    mup: Mup | None = None
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""

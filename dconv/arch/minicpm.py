@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from dconv.arch import mup
 from dconv.arch.attention import Biases
 from dconv.arch.carried import Carried, Kept
 from dconv.arch.config import COMMON
@@ -28,7 +29,7 @@ _SCALED: Final = Carried({
     "scale_emb": "the embedding times it",
     "scale_depth": "what each block adds times it / sqrt(layers)",
     "dim_model_base": "the head's input times it / hidden_size",
-})  # fmt: skip
+}, idle=mup.minicpm_ones)  # fmt: skip
 _KEPT: Final = Kept({
     "sparse_config": "InfLLM-v2 attention, which leaves out blocks of a long context",
     "mup_denominator": "",  # of heads that guess ahead
@@ -96,4 +97,8 @@ MINICPM_BLOCKFFN = replace(
 )
 MINICPM3 = LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT)
 # fmt: on
-FAMILIES = (MINICPM, MINICPM_MOE, MINICPM_BLOCKFFN, MINICPM3)
+FAMILIES = (
+    replace(MINICPM, mup=mup.MINICPM),
+    replace(MINICPM_MOE, mup=mup.MINICPM_MOE),
+    *(replace(family, mup=mup.MINICPM_ITSELF) for family in (MINICPM_BLOCKFFN, MINICPM3)),
+)

@@ -24,6 +24,7 @@ MIXTRAL: Final = DecoderConfig(
         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
     window=Window("all"),
+    rope=Rope(longrope=True),
     more=(Experts(Router(), _LOCAL, "intermediate_size"),),
 )  # fmt: skip
 

@@ -528,7 +528,7 @@ def test_megatron_core_takes_the_args(core, name):
 REFUSED = {
     "dynamic": (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
     "longrope": (
-        LLAMA,
+        QWEN2,
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
         "long",
     ),
