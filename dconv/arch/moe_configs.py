@@ -102,7 +102,8 @@ GPT_OSS: Final = DecoderConfig(
     Grouped(sinks=True),
     Biases(_BIAS, _BIAS, True),
     Window("types", every=2),
-    activation=_CLAMPED,
+    Rope(stretched=True),
+    _CLAMPED,
     more=(Experts(Router(), _LOCAL, "intermediate_size", bias=True),),
     only={"swiglu_alpha": 1.702},
 )  # fmt: skip

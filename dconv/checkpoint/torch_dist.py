@@ -186,7 +186,8 @@ def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
     key = entry.row.megatron
     number = str(entry.layer)
     if model.local_spec:  # its spelling may depend on what it is below the layer
-        key = names.local_key(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
+        respelled = names.local_name if model.facts.get("mla") else names.local_key
+        key = respelled(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
     if entry.layer >= 0 and entry.row.stacked and model.facts.get("uniform_layers", True):
         key = key.replace(".*", "")
         place.append(entry.layer)
