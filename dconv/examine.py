@@ -190,7 +190,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     with suppress(DconvError):
         family = registry.detect(source.config, source.args, source.shapes)
         config = source.config if source.config is not None else family.config.to_hf(source.args or {})
-        facts = family.facts(config, source.shapes)
+        facts = family.facts(family.borne_out(config, source.shapes)[0], source.shapes)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
     return Report(
         **_container(path, source, facts),

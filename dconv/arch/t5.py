@@ -192,6 +192,6 @@ T5 = Family("t5", _CONFIG, (
     *(Row(name, "shared.weight", vocab_rows("vocab", "hidden"), when="shared_head") for name in _HEAD),
 ), recomputed=(
     ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "never used"),
-), again=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")))
+), again=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")), classes=("T5WithLMHeadModel", "T5Model"))
 # fmt: on
 FAMILIES = (T5,)

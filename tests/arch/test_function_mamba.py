@@ -24,6 +24,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"vocab_size": 301}),
     "mamba2-tied": ("mamba2", {"tie_word_embeddings": True}),
     "nemotron_h": ("nemotron_h", {"num_key_value_heads": 2, **NO_LIMIT}),
+    "bamba": ("bamba", {"vocab_size": 301}),
+    "bamba-tied": ("bamba", {"tie_word_embeddings": True, "num_key_value_heads": 2, "attn_layer_indices": [0]}),
 }
 
 

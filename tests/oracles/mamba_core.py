@@ -106,6 +106,8 @@ def build(args: Mapping[str, Any]) -> list[Any]:
         parallel_output=False,
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
         position_embedding_type=args["position_embedding_type"],
+        rotary_percent=args.get("rotary_percent", 1.0),
+        rotary_base=args.get("rotary_base", 10000),
     )
     forget_weights(model)
     return [model.eval()]
