@@ -88,6 +88,7 @@ def test_a_llama_that_leaves_widths_unsaid() -> None:
     assert (hf["intermediate_size"], hf["head_dim"], hf["num_key_value_heads"]) == (512, 48, 4)
     assert (hf["rope_theta"], hf["rms_norm_eps"]) == (10000.0, 1e-5)
     assert hf["torch_dtype"] == "float32"
+    assert family.config.to_args(hf)["seq_length"] == 64
     assert family.config.to_hf({**LLAMA, "params_dtype": "torch.bfloat16"})["torch_dtype"] == "bfloat16"
 
 
