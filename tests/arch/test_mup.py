@@ -23,15 +23,15 @@ pytest.importorskip("transformers", reason="transformers is not installed: the o
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import dconv  # noqa: E402
-from dconv import verify  # noqa: E402
+from dconv import live, verify  # noqa: E402
 from dconv.arch.registry import by_name  # noqa: E402
 from dconv.cli import main  # noqa: E402
-from dconv.errors import Damaged, Refused, UsageError  # noqa: E402
+from dconv.errors import Damaged, DconvError, Refused, UsageError, VerifyFailed  # noqa: E402
 from dconv.pipeline import Request, convert, prepare, run  # noqa: E402
 from dconv.sharding.commit import Settings  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
 from tests.arch.test_minicpm import TOKENS, longrope, write_model  # noqa: E402
+from tests.laws.test_handoff import Threads, chunks_of, each  # noqa: E402
 from tests.models import config_of, tensors, tree_digest, write_random  # noqa: E402
 from tests.oracles import hf, minicpm  # noqa: E402
 from tests.processes import call, local  # noqa: E402
@@ -364,15 +364,24 @@ def test_logits_are_verified_between_the_two_functions(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["lm_head.weight"] *= 1.01
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(dconv.errors.VerifyFailed):
+    with pytest.raises(VerifyFailed):
         verify.logits(job, request.output)
 
 
 def test_a_running_job_hands_over_a_llama(tmp_path: Path) -> None:
+    """The head comes from the embedding, which the first and the last stage hold."""
     source = in_bf16(write_model(tmp_path / "hf", "minicpm", tie_word_embeddings=True))
-    convert(Request(source, "megatron", tmp_path / "saved", megatron_format="legacy", divisor=1))
-    state = torch.load(tmp_path / "saved" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
-    dconv.handoff(state["model"], "hf", tmp_path / "out", args=state["args"], parallel=Parallel(), mup2llama=True)
+    parallel = Parallel(tp=2, pp=2, etp=2)
+    convert(Request(source, "megatron", tmp_path / "saved", parallel=parallel, megatron_format="legacy", divisor=8))
+    request = Request(Path("memory"), "hf", tmp_path / "out", mup2llama=True)
+
+    def hand(ranks: Threads) -> Any:
+        coord = list(parallel.coords())[ranks.rank]
+        chunks, args = chunks_of(tmp_path / "saved", coord, parallel)
+        return live.handoff(chunks, request, Settings(), ranks, args=args, coord=coord, parallel=parallel)
+
+    for done in each(parallel.world, hand):
+        assert not isinstance(done, DconvError), done
     assert tensors(tmp_path / "out") == tensors(fold(source, tmp_path / "at once"))
 
 
