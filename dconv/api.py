@@ -85,8 +85,10 @@ def handoff(
     ``max_memory`` bytes; tensors on a GPU are copied by tiles of a MiB at most.
 
     Args:
-        models: this rank's module or its state dict (Megatron's local names, shapes as this rank holds them), or a list
-            of them, one a virtual chunk. Strides are free; the tensors may not change until the call returns.
+        models: this rank's module, its state dict (Megatron's local names, shapes as this rank holds them) or its
+            ``sharded_state_dict()``, or a list of them, one a virtual chunk. Strides are free; the tensors may not
+            change until the call returns. A sharded state dict says itself where all belongs: no ``parallel`` and
+            ``coord`` are needed.
         to: as ``format`` of `plan`.
         out: output directory.
         args: Megatron's args, a Namespace or a mapping; those of rank 0 count. Without them ``hf_config`` is needed.

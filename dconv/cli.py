@@ -128,9 +128,19 @@ def plan_text(priced: dict[str, Any]) -> str:
     slowest = max(max(share["read"], share["written"]) for share in ranks) / _RATE
     many = f"{slowest:.1f} s with {len(ranks)} ranks, " if len(ranks) > 1 else ""
     lines.append(f"floor at 2 GB/s a rank: {many}{alone:.1f} s with 1        plan {priced['plan']}")
+    lines += [f"numeric: {words}\n  {names}" for words, names in precision_text(priced["precision"])]
+    lines += priced["notes"]
     lines += [f"left out: {name} ({reason})" for name, reason in list(priced["left_out"].items())[:_ROWS]]
     lines += [f"megatron-core lacks: {what}" for what in priced["needs"]]
     return "\n".join(lines)
+
+
+def precision_text(precision: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each thing that is done to values, with the tensors that it is done to."""
+    return [
+        (f"{kind['op']}, {kind['count']} tensor{'s' * (kind['count'] != 1)}", "\n  ".join(kind["tensors"]))
+        for kind in precision
+    ]
 
 
 def size(nbytes: float) -> str:

@@ -21,6 +21,7 @@ from dconv.errors import Damaged, DconvError, UsageError, group_names
 from dconv.export.runtimes import as_run, runs, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.sharding.execute import _TILE_BYTES
+from dconv.sharding.precision import numeric, precision
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.replicas import torn
 
@@ -358,12 +359,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
     """What a planned job reads and writes, in all and by each of ``world`` ranks (default: one rank a shard)."""
     plan, request = job.plan, job.request
     specs = job.logical.specs.values()
-    rounded = {
-        slot.tensor
-        for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True)
-        if not all(copy.op.exact for copy in copies)
-        for slot in tensor.slots
-    }
+    rounded = {name for names in numeric(plan).values() for name in names}
     parallel = request.parallel if size(job.facts, "experts") else replace(request.parallel, etp=1)
     owners = {file.owner for file in plan.target.files}
     engine = FORMATS[request.format]
@@ -387,6 +383,8 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "largest_buffer": _TILE_BYTES,
         "tensors": len(specs),
         "rounded": len(rounded),
+        "precision": precision(plan),
+        "notes": list(job.notes),
         "left_out": plan.target.left_out or {},
         "needs": list(job.needs),
         "world": world,

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dconv.arch import predictors
 from dconv.arch.layouts import Facts, Layout, size
+from dconv.arch.mup import Mup
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 from dconv.sharding.region import Index
@@ -149,6 +150,7 @@ class Family:
             them, ends of names.
         classes: other classes that a config.json of this family may name: the files are this family's where they have
             all that its own class has.
+        mup: how scalars of its config.json are folded into its weights (``--mup2llama``); None where it has none.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Family:
     again: tuple[tuple[str, str], ...] = ()
     also: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] = ()
+    mup: Mup | None = None
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""
@@ -174,7 +177,7 @@ class Family:
         return name
 
     def lacking(self, names: Collection[str]) -> list[str]:
-        """HuggingFace's names of tensors outside the layers that all models of this family have and ``names`` lacks."""
+        """HuggingFace's names, outside the layers, that every model of this family has and ``names`` has not."""
         there = {prefix + self.published(name) for name in names for prefix in ("", self.base)}
         wanted = (row.hf for row in self.rows if "*" not in row.hf and not row.when)
         return [name for name in wanted if name not in there and name not in dict(self.again).values()]

@@ -15,7 +15,7 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.experts import Experts
-from dconv.arch.fields import deep, flag, heads, multiple, number, whole
+from dconv.arch.fields import deep, flag, heads, multiple, not_negative, number, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -32,6 +32,8 @@ _RATIOS: Final = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 _SPEC: Final = ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]
 _CONVOLUTION: Final = 4
 _EPSILON: Final = 1e-5
+#: A least time step that changes nothing: Megatron has none, and transformers takes the logarithm of its own.
+_ANY_STEP: Final = 1e-9
 #: What follows the 0 of ``time_step_limit``, as versions of transformers write it.
 _NO_LIMIT: Final = ([math.inf], ["Infinity"], [{"__float__": "Infinity"}])
 
@@ -64,11 +66,11 @@ class Mixer:
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return *self._sizes().values(), "fp32_residual_connection"
+        return *self._sizes().values(), "fp32_residual_connection", *((self.least,) if self.least else ())
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return self._sizes()
+        return {**self._sizes(), **({self.least: self.least} if self.least else {})}
 
     def facts(self, said: Said) -> dict[str, Any]:
         """mamba_heads, mamba_head_dim, mamba_inner (their product), mamba_groups, mamba_bc (groups times state),
@@ -119,6 +121,7 @@ class Mixer:
         }
         return {
             **(absent if self.alone else {}),
+            **({self.least: not_negative(said, self.least, CONFIG)} if self.least else {}),
             **{arg: facts[fact] for fact, arg in _ARG_OF.items()},
             "fp32_residual_connection": flag(said, self.residual, CONFIG),
         }, lost
@@ -135,6 +138,8 @@ class Mixer:
             self.conv_bias: True,
             self.bias: False,
         }
+        if self.least:
+            hf[self.least] = not_negative({self.least: _ANY_STEP, **said}, self.least, ARGS)
         if self.residual:
             hf[self.residual] = flag(said, "fp32_residual_connection", ARGS)
         if self.expand:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from dconv.arch import mup
 from dconv.arch.attention import Biases
 from dconv.arch.carried import Carried, Kept
 from dconv.arch.config import COMMON
@@ -35,7 +36,7 @@ _SCALED: Final = Carried({
     "scale_emb": "the embedding times it",
     "scale_depth": "what each block adds times it / sqrt(layers)",
     "dim_model_base": "the head's input times it / hidden_size",
-})  # fmt: skip
+}, idle=mup.minicpm_ones)  # fmt: skip
 _KEPT: Final = Kept({
     "sparse_config": "InfLLM-v2 attention, which leaves out blocks of a long context",
     "mup_denominator": "",  # of heads that guess ahead
@@ -127,4 +128,8 @@ BLOCKFFN_MLA = BLOCKFFN.derive("blockffn_mla", _LATENT_BLOCK_CONFIG, drop=ATTENT
 MINICPM3 = LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT)
 # fmt: on
 #: An MLA model whose args say nothing of BlockFFN is MiniCPM3.
-FAMILIES = (MINICPM, MINICPM_MOE, MINICPM_BLOCKFFN, MINICPM3, BLOCKFFN_MLA, BLOCKFFN)
+FAMILIES = (
+    replace(MINICPM, mup=mup.MINICPM),
+    replace(MINICPM_MOE, mup=mup.MINICPM_MOE),
+    *(replace(one, mup=mup.MINICPM_ITSELF) for one in (MINICPM_BLOCKFFN, MINICPM3, BLOCKFFN_MLA, BLOCKFFN)),
+)

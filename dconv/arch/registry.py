@@ -112,7 +112,7 @@ def _whole(family: Family, named: str, names: Sequence[str]) -> Family:
             f"{named} with {len(lacking)} tensors less than Megatron's {family.name} has, nothing was written",
             expected=f"all that {family.config.architecture} has, as files that say {named} often do",
             found="without " + group_names(lacking),
-            do=f"add what is missing: {family.config.architecture}.from_pretrained draws it at random",
+            do=f"add what is missing ({family.config.architecture}.from_pretrained draws it at random), save it",
         )
     return family
 

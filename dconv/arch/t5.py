@@ -55,6 +55,13 @@ class FeedForward:
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         named = str(said.get("feed_forward_proj"))
         lost = [] if named in _KINDS else [f"feed_forward_proj {named}: Megatron has {', '.join(_KINDS)} here"]
+        function = "gelu_new" if named == "gated-gelu" else named.rpartition("-")[2]
+        meant: dict[str, object] = {"dense_act_fn": function, "is_gated_act": named.startswith("gated-")}
+        lost += [
+            f"{key} {said[key]!r:.60}: feed_forward_proj {named} means {value}"
+            for key, value in meant.items()
+            if said.get(key, value) != value
+        ]
         return {**OFF, **_KINDS.get(named, {})}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:

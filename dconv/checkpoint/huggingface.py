@@ -9,20 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import safetensors, scales, state_dict
+from dconv.checkpoint import safetensors, scales, state_dict, tied
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
+from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Located, Source, expected_specs, seal, shape_error, side_bytes, side_files
+from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
-from dconv.sharding.dtypes import ITEMSIZE
-from dconv.sharding.ops import MOVE
-from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
-from dconv.sharding.reader import Reader
+from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
@@ -94,7 +89,7 @@ def source_of(
 
     def locate(family: Family, facts: Facts) -> Located:
         named = _full_names(shards, family, facts)
-        alone = _alone(folder, files, named, family.copies(facts))
+        alone = tied.alone(folder, files, named, family.copies(facts))
         return _locate(named, family, facts, alone, scales.block_of(config))
 
     return Source(
@@ -118,7 +113,16 @@ def _shards(folder: Path) -> list[_Shard]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index).exists():
-            return [_indexed(folder, folder / index)]
+            shard = _indexed(folder, folder / index)
+            if single not in shard and (folder / single).exists():
+                raise Damaged(
+                    "two models in one directory, nothing was written",
+                    where=str(folder),
+                    expected=f"{index} with the files that it names, or {single}",
+                    found=f"both, and {single} is not among those files: transformers would load it alone",
+                    do="move the one that is not meant to another directory",
+                )
+            return [shard]
         if (folder / single).exists():
             return [{single: _read(folder / single)}]
     ranks = read_ranks(folder, _TP_BIN)
@@ -134,34 +138,6 @@ def _shards(folder: Path) -> list[_Shard]:
         found=f"{len(loose)} safetensors files without an index",
         do="fetch model.safetensors.index.json, which says which files belong together",
     )
-
-
-def read_ranks(folder: Path, pattern: re.Pattern[str]) -> list[tuple[str, dict[str, Stored]]]:
-    """The torch files of a directory that hold one tensor-parallel rank each, in rank order, with their tensors.
-
-    Args:
-        pattern: of their names; its group is the rank's number.
-
-    Raises:
-        Damaged: a number is missing, or stands there twice.
-    """
-    ranks: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if match := pattern.fullmatch(path.name):
-            if int(match[1]) in ranks:
-                raise Damaged("two files of one rank", where=str(path), found=ranks[int(match[1])].name)
-            ranks[int(match[1])] = path
-    count = max(ranks, default=-1) + 1
-    if count != len(ranks):
-        first = next(rank for rank in range(count) if rank not in ranks)
-        raise Damaged(
-            f"{count - len(ranks)} of {count} tensor-parallel shards are missing, nothing was written",
-            where=f"rank {first} is the first in {folder}",
-            expected=f"every number up to that of {ranks[count - 1].name}",
-            found=group_names(path.name for path in ranks.values()),
-            do="fetch them again",
-        )
-    return [(path.name, state_dict.read_tensors(path)) for _, path in sorted(ranks.items())]
 
 
 def _indexed(folder: Path, index: Path) -> _Shard:
@@ -263,63 +239,6 @@ def _refuse_broken(family: Family, facts: Facts) -> None:
             )
 
 
-def _alone(
-    folder: Path, files: Mapping[str, FileStamp], shards: list[_Shard], copies: Mapping[str, str]
-) -> dict[str, str]:
-    """Copies of tensors that are not stored under their own names: one of each.
-
-    transformers 5 takes either copy of an embedding, and ties two of them only when they are equal (``tie_weights``).
-
-    Raises:
-        Refused: two copies that differ.
-    """
-    alone: dict[str, str] = {}
-    for shard in shards:
-        tensors = {name: tensor for part in shard.values() for name, tensor in part.items()}
-        for copy, original in copies.items():
-            first = next((name for name, its in alone.items() if its == original), original)
-            if copy not in tensors or first == copy:
-                continue
-            if first not in tensors:
-                alone[copy] = original
-            elif not equal(folder, files, tensors[first], tensors[copy]):
-                raise differ(copy, first, folder)
-    return alone
-
-
-def differ(head: str, embedding: str, folder: Path) -> Refused:
-    return Refused(
-        "the config ties the output to the embedding, but the two are stored and differ, nothing was written",
-        where=f"{head} and {embedding} in {folder}",
-        do='"tie_word_embeddings": false in config.json, or in that of --hf-config DIR, keeps both',
-    )
-
-
-def equal(root: Path, files: Mapping[str, FileStamp], one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors, each in one extent, are equal bit by bit. Reads up to the first difference."""
-    if (one.spec.shape, one.spec.dtype) != (other.spec.shape, other.spec.dtype):
-        return False
-    whole, itemsize = Region.whole(one.spec.shape), ITEMSIZE[one.spec.dtype]
-    a, b = (
-        Copy(whole, extent.file, extent.offset, extent.strides, one.spec.dtype, MOVE)
-        for extent in (one.extents[0], other.extents[0])
-    )
-    if a == b:
-        return True
-    reader = Reader(root, dict(files), _COMPARED)
-
-    def read(copy: Copy, band: Region) -> NDArray[np.generic]:
-        values = np.empty(band.shape, f"<u{itemsize}")
-        if part := copy.clip(band):
-            reader.read_box(part, values)
-        return values
-
-    try:
-        return all(np.array_equal(read(a, band), read(b, band)) for band in whole.bands(_COMPARED // itemsize))
-    finally:
-        reader.close()
-
-
 def _piece(spec: TensorSpec, tensor: Stored, rank: int, count: int) -> Piece:
     extent = tensor.extents[0]
     if spec.published == tensor.spec.shape:
@@ -333,36 +252,6 @@ def _split_last(spec: TensorSpec, extent: Extent) -> Index:
     """Strides of a tensor whose last axis in the file is two axes here."""
     last = extent.strides[-1]
     return (*extent.strides[:-1], last * spec.shape[-1], last)
-
-
-def cut_region(spec: TensorSpec, tensor: Stored, rank: int, count: int, *, ranked: bool) -> Region:
-    """The box of a logical tensor that a rank's file holds: stacked along the one axis on which it is short.
-
-    Args:
-        ranked: the file is one of several ranks', of which some may be missing.
-
-    Raises:
-        Damaged: it is no such part.
-    """
-    whole, shape, file = spec.file_shape, tensor.spec.shape, tensor.extents[0].file
-    cut = [i for i, (n, m) in enumerate(zip(whole, shape, strict=False)) if n != m]
-    if len(whole) != len(shape) or len(cut) > 1:
-        raise shape_error(spec.name, file, whole, shape)
-    start = [0] * len(whole)
-    for axis in cut:
-        n, m = whole[axis], shape[axis]
-        if ranked and m and n % m == 0 and n // m > count:
-            raise Damaged(
-                f"{n // m - count} of {n // m} tensor-parallel shards are missing, nothing was written",
-                where=f"{spec.name} in {file}",
-                expected=f"{n // m} files: {whole} in parts of {shape}",
-                found=f"{count} files",
-                do="fetch the others; if there are none, the config belongs to another model",
-            )
-        if m * count != n:
-            raise shape_error(spec.name, file, whole, shape)
-        start[axis] = rank * m
-    return Region(tuple(start), shape)
 
 
 def lay_out(
@@ -411,28 +300,3 @@ def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
     """A config that says another dtype (torch's name), under the keys that it uses: transformers 4 and 5 differ."""
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, dtype)}
-
-
-def refuse_quantized(config: Mapping[str, object], where: Path) -> None:
-    """A quantised source needs its decoder; moving its codes as plain numbers would ruin it.
-
-    Block FP8 is described (each weight with its scales) and refused when it is to be converted.
-    """
-    if config.get("quantization_config") and not scales.is_block_fp8(config):
-        raise Refused(
-            "the source is quantised, which this version does not decode, nothing was written",
-            where=f"quantization_config in {where / 'config.json'}",
-            expected="bf16, f16 or f32 weights",
-        )
-
-
-def refuse_fp8(specs: Iterable[TensorSpec], where: Path) -> None:
-    """Refuse to convert weights whose values are codes times scales."""
-    codes = [spec.name for spec in specs if spec.dtype == scales.FP8]
-    if codes:
-        raise Refused(
-            f"{len(codes)} tensors are in FP8, which this version does not decode, nothing was written",
-            where=f"{group_names(codes)}\nin {where}",
-            expected="bf16, f16 or f32 weights",
-            do="dconv inspect pairs them with their scales",
-        )

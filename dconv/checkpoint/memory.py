@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from dconv.arch.family import Family
-from dconv.arch.layouts import Facts
 from dconv.checkpoint import megatron, names
+from dconv.checkpoint.sharded import Box, boxes, is_sharded
 from dconv.checkpoint.shards import Holder, Shard, Shards, locate, staged
-from dconv.checkpoint.source import Located, Source
+from dconv.checkpoint.source import Source
+from dconv.checkpoint.stacked import apart
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE, carrier
@@ -42,15 +42,20 @@ _HASHED: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor of a shard: its shape, dtype, and place in the virtual file, strides in bytes."""
+    """A tensor of a shard: its shape, dtype, and place in the virtual file, strides in bytes.
+
+    Attributes:
+        box: what of which global tensor it is, where the rank's state dict is a sharded one.
+    """
 
     shape: Index
     dtype: str
     offset: int
     strides: Index
+    box: Box | None = None
 
 
-#: Each virtual chunk's tensors, by Megatron's local names.
+#: Each virtual chunk's tensors, by Megatron's local names; of a sharded state dict all in one.
 Chunks = tuple[dict[str, Held], ...]
 
 
@@ -63,16 +68,22 @@ class Memory:
     """This rank's tensors.
 
     Args:
-        chunks: a state dict for each virtual chunk, by Megatron's local names. The tensors are looked at, not copied.
+        states: a state dict for each virtual chunk, by Megatron's local names, or sharded ones. The tensors are looked
+            at, not copied.
 
     Raises:
         Refused: something in them that is no plain tensor in memory.
     """
 
-    def __init__(self, chunks: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, states: Sequence[Mapping[str, Any]]) -> None:
         self.tensors: list[torch.Tensor] = []
         self.starts: list[int] = []
         self.size = 0
+        self.sharded = is_sharded(states)
+        chunks, self._boxes = states, dict[str, Box]()
+        if self.sharded:
+            tensors, self._boxes = boxes(states)
+            chunks = [tensors]
         self.chunks: Chunks = tuple(self._described(chunk) for chunk in chunks)
 
     def _described(self, chunk: Mapping[str, Any]) -> dict[str, Held]:
@@ -84,7 +95,7 @@ class Memory:
             itemsize = ITEMSIZE[dtype]
             shape = tuple(value.shape)
             strides = tuple(stride * itemsize for stride in value.stride())
-            held[name] = Held(shape, dtype, self.size, strides)
+            held[name] = Held(shape, dtype, self.size, strides, self._boxes.get(name))
             self.tensors.append(value.detach())
             self.starts.append(self.size)
             if value.numel():
@@ -139,7 +150,7 @@ def _dtype(name: str, value: object) -> str:
         where=name,
         expected="torch.Tensor with strides, on a CPU or a GPU",
         found=kind if isinstance(value, torch.Tensor) else short(value),
-        do="hand over the module or its state_dict(), not a sharded_state_dict()",
+        do="hand over the module, its state_dict() or its sharded_state_dict()",
     )
 
 
@@ -184,12 +195,14 @@ class Manifest:
     """What a rank says of the shard that it holds.
 
     Attributes:
+        file: the virtual file's name.
+        place: the rank's coordinates and the job's sizes; None of a sharded state dict, which says where all belongs.
         size: bytes of the virtual file.
         time: when it was said (nanoseconds since the epoch): no two handoffs have one plan.
     """
 
-    coord: Coord
-    parallel: Parallel
+    file: str
+    place: tuple[Coord, Parallel] | None
     size: int
     time: int
     chunks: Chunks
@@ -206,11 +219,46 @@ def open_source(manifests: Sequence[Manifest], args: dict[str, object] | None) -
     Raises:
         Damaged: ranks that are not of one model, or not all of its ranks.
     """
-    sizes = {manifest.parallel for manifest in manifests}
+    placed = [(manifest, *manifest.place) for manifest in manifests if manifest.place is not None]
+    if placed and len(placed) < len(manifests):
+        raise Damaged("some ranks hand over sharded state dicts, others local ones, nothing was written")
+    if not placed:
+        wholes = _wholes(manifests)
+        return _source(
+            manifests,
+            args,
+            parallel=None,
+            locate=lambda family, facts: locate(apart(wholes, family, facts), family, facts),
+            stored_bytes=sum(held.spec.nbytes for held in wholes),
+            shapes={held.spec.name: held.spec.shape for held in wholes},
+        )
+    parallel, shards = _by_place(placed)
+    return _source(
+        manifests,
+        args,
+        parallel=parallel,
+        locate=lambda family, facts: locate(shards, family, facts),
+        stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
+        shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
+    )
+
+
+def _source(manifests: Sequence[Manifest], args: dict[str, object] | None, **found: Any) -> Source:
+    files = {m.file: FileStamp(m.size, m.time, 0, m.size) for m in manifests}
+    return Source(format=FORMAT, root=_ROOT, config=None, args=args, side={}, files=files, in_memory=True, **found)
+
+
+def _by_place(placed: Sequence[tuple[Manifest, Coord, Parallel]]) -> tuple[Parallel, Shards]:
+    """The job's layout, and what its ranks hold under canonical names.
+
+    Raises:
+        Damaged: ranks that are not of one model, or not all of its ranks.
+    """
+    sizes = {parallel for _, _, parallel in placed}
     if len(sizes) != 1:
         raise Damaged("ranks disagree on the parallel sizes", found="\n".join(sorted(s.described for s in sizes)))
     parallel = sizes.pop()
-    absent = set(parallel.coords()) - {manifest.coord for manifest in manifests}
+    absent = set(parallel.coords()) - {coord for _, coord, _ in placed}
     if absent:
         raise Damaged(
             f"{len(absent)} of {parallel.world} shards are with no rank, nothing was written",
@@ -218,33 +266,44 @@ def open_source(manifests: Sequence[Manifest], args: dict[str, object] | None) -
             expected=parallel.described,
             do="every rank of the job calls handoff",
         )
-    chunks = {(m.coord.tp, m.coord.pp, m.coord.ep): m.chunks for m in manifests}
+    chunks = {(coord.tp, coord.pp, coord.ep): manifest.chunks for manifest, coord, _ in placed}
     parallel = staged(parallel, chunks)
     layers = parallel.chunks(sum(map(sum, parallel.stages or ())))
     shards: Shards = {}
-    for manifest in manifests:
-        coord, file = manifest.coord, shard_name(manifest.coord)
+    for manifest, coord, _ in placed:
         holder = Holder(coord.tp, parallel.tp, coord.ep, parallel.ep, coord.etp)
         for vp, chunk in enumerate(manifest.chunks):
             for name, held in chunk.items():
-                extent = Extent(Region.whole(held.shape), file, held.offset, held.strides)
+                extent = Extent(Region.whole(held.shape), manifest.file, held.offset, held.strides)
                 stored = Stored(TensorSpec(name, held.shape, held.dtype), (extent,))
                 key = names.renumber(name, layers[coord.pp][vp])
                 shards.setdefault(key, []).append(Shard(stored, holder))
+    return parallel, shards
 
-    def lay(family: Family, facts: Facts) -> Located:
-        return locate(shards, family, facts)
 
-    return Source(
-        format=FORMAT,
-        root=_ROOT,
-        config=None,
-        args=args,
-        side={},
-        files={shard_name(m.coord): FileStamp(m.size, m.time, 0, m.size) for m in manifests},
-        parallel=parallel,
-        locate=lay,
-        stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
-        shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
-        in_memory=True,
-    )
+def _wholes(manifests: Sequence[Manifest]) -> list[Stored]:
+    """The global tensors of sharded state dicts, each with the boxes that ranks hold.
+
+    Raises:
+        Damaged: ranks disagree on a tensor's shape or dtype.
+    """
+    specs: dict[str, TensorSpec] = {}
+    extents: dict[str, list[Extent]] = {}
+    for manifest in manifests:
+        for chunk in manifest.chunks:
+            for held in chunk.values():
+                if held.box is None:
+                    continue
+                key, lead = held.box.key, len(held.box.start) - len(held.shape)
+                spec = TensorSpec(key, held.box.shape, held.dtype)
+                if specs.setdefault(key, spec) != spec:
+                    raise Damaged(
+                        "ranks disagree on the shape or the dtype of a tensor, nothing was written",
+                        where=f"{key} in {manifest.file}",
+                        expected=f"{specs[key].dtype} {specs[key].shape}",
+                        found=f"{spec.dtype} {spec.shape}",
+                    )
+                region = Region(held.box.start, (1,) * lead + held.shape)
+                extent = Extent(region, manifest.file, held.offset, (0,) * lead + held.strides)
+                extents.setdefault(key, []).append(extent)
+    return [Stored(specs[key], tuple(held)) for key, held in extents.items()]

@@ -20,9 +20,11 @@ from dconv.arch.config import hf_config_from_meta
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.files import read_json, stamp, stamps
-from dconv.checkpoint.huggingface import cut_region, differ, equal, read_ranks, with_dtype
+from dconv.checkpoint.huggingface import with_dtype
+from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
+from dconv.checkpoint.tied import differ, equal
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH

@@ -8,6 +8,7 @@ names), ``megatron/bridge/training/model_load_save.py`` (what is read), Megatron
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,11 @@ NAME: Final = "run_config.yaml"
 #: Its dataclasses take some 15 kB.
 _MAX_BYTES: Final = 4 << 20
 _PROVIDER: Final = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-_LATENT_PROVIDER: Final = "megatron.bridge.models.mla_provider.MLAModelProvider"
+#: Providers whose fields say all that their models compute. Others (Gemma's, OLMoE's …) bring layers of their own.
+_BY_FIELDS: Final = re.compile(
+    r"megatron\.bridge\..*\.(?:GPT|MLA|(?:Code)?Llama(?:2|3|31|32)|Mistral(?:Small3)?|Qwen(?:2|25|3|3MoE)|"
+    r"DeepSeek\w*|Moonlight)ModelProvider\w*"
+)
 _SILU: Final = "torch.nn.functional.silu"
 _QUICK_GELU: Final = "megatron.core.fusions.fused_bias_geglu.quick_gelu"
 _TARGET: Final = "_target_"
@@ -69,8 +74,8 @@ _NO_FIELDS: Final = {
 }
 
 
-def read_args(path: Path) -> dict[str, object] | None:
-    """Megatron-LM's args for a ``run_config.yaml``; None when there is no such file.
+def read_args(path: Path) -> tuple[dict[str, object] | None, str]:
+    """Megatron-LM's args for a ``run_config.yaml``, or why it does not tell the model; neither without such a file.
 
     Raises:
         Damaged: it is no YAML, or has no model.
@@ -78,7 +83,7 @@ def read_args(path: Path) -> dict[str, object] | None:
     import yaml  # most checkpoints have no such file
 
     if not path.exists():
-        return None
+        return None, ""
     data = read_small(path, what=NAME)
     if len(data) > _MAX_BYTES or b"<<" in data:  # merged maps may double at every level
         raise Damaged("no run config that Megatron-Bridge writes", where=str(path), found=f"{len(data)} bytes")
@@ -90,7 +95,10 @@ def read_args(path: Path) -> dict[str, object] | None:
     model = run.get("model") if isinstance(run, Mapping) else None
     if not isinstance(model, Mapping):
         raise Damaged("no model in Megatron-Bridge's run config", where=str(path), expected="a mapping under model")
-    return _to_args({str(key): value for key, value in model.items()})
+    target = model.get(_TARGET)
+    if target is not None and not _BY_FIELDS.fullmatch(str(target)):
+        return None, f"{NAME} of {target!s:.120}, whose code computes what its fields do not say"
+    return _to_args({str(key): value for key, value in model.items()}), ""
 
 
 def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
@@ -123,21 +131,19 @@ def can_say(args: Mapping[str, object]) -> bool:
 
 
 def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
-    """The ``run_config.yaml`` of a model with these args, ``vocabulary`` rows before padding, on ``tp`` ranks."""
+    """The ``run_config.yaml`` of a model that it `can_say`, ``vocabulary`` rows before padding, on ``tp`` ranks."""
     grouped = args.get("group_query_attention")
     dtype = "torch." + ("bfloat16" if args.get("bf16") else "float16" if args.get("fp16") else "float32")
-    latent = bool(args.get("multi_latent_attention"))
-    renamed = {field: arg for field, arg in _ARG_OF.items() if not (latent and field.startswith("yarn_"))}
-    others = {*_SAME, *renamed.values(), *_NO_FIELDS}
+    others = {*_SAME, *_ARG_OF.values(), *_NO_FIELDS}
     model = {
-        _TARGET: _LATENT_PROVIDER if latent else _PROVIDER,
+        _TARGET: _PROVIDER,
         **{name: args[name] for name in _SAME if name in args},
-        **{field: args[arg] for field, arg in renamed.items() if arg in args},
+        **{field: args[arg] for field, arg in _ARG_OF.items() if arg in args},
         **{name: value for name, value in args.items() if name not in others and value not in (None, False)},
         "num_query_groups": args.get("num_query_groups") if grouped else args.get("num_attention_heads"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
-        "gated_linear_unit": any(args.get(arg) for arg in ("swiglu", "quick_geglu", "gated_linear_unit")),
-        **_activation(args),
+        "gated_linear_unit": True,
+        "activation_func": _named(_SILU),
         # Bridge pads nothing that it imports and exports the padding, too: asked for only where it cannot do without
         "should_pad_vocab": vocabulary % tp != 0,
         "params_dtype": _named(dtype),
@@ -150,11 +156,6 @@ def dump(args: Mapping[str, object], vocabulary: int, tp: int) -> bytes:
         for line in (f"{section}:", *(f"  {name}: {_scalar(value)}" for name, value in entries.items()))
     ]
     return ("\n".join(lines) + "\n").encode()
-
-
-def _activation(args: Mapping[str, object]) -> dict[str, object]:
-    kind = _SILU if args.get("swiglu") else _QUICK_GELU if args.get("quick_geglu") else ""
-    return {"activation_func": _named(kind)} if kind else {}
 
 
 def _scalar(value: object) -> str:

@@ -6,12 +6,13 @@ A weight ``X`` in FP8 (e4m3) has its scales under ``X_scale_inv``, one for each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final
 
 from dconv.checkpoint.source import shape_error
-from dconv.errors import Damaged, group_names
-from dconv.sharding.tensor import Stored
+from dconv.errors import Damaged, Refused, group_names
+from dconv.sharding.tensor import Stored, TensorSpec
 
 _SUFFIX: Final = "_scale_inv"
 FP8: Final = "f8_e4m3"
@@ -72,3 +73,28 @@ def pair(tensors: Mapping[str, Stored], block: tuple[int, int]) -> set[str]:
         if len(shape) != len(block) or scale.spec.shape != expected:
             raise shape_error(name + _SUFFIX, scale.extents[0].file, expected, scale.spec.shape)
     return scales
+
+
+def refuse_quantized(config: Mapping[str, object], where: Path) -> None:
+    """A quantised source needs its decoder; moving its codes as plain numbers would ruin it.
+
+    Block FP8 is described (each weight with its scales) and refused when it is to be converted.
+    """
+    if config.get("quantization_config") and not is_block_fp8(config):
+        raise Refused(
+            "the source is quantised, which this version does not decode, nothing was written",
+            where=f"quantization_config in {where / 'config.json'}",
+            expected="bf16, f16 or f32 weights",
+        )
+
+
+def refuse_fp8(specs: Iterable[TensorSpec], where: Path) -> None:
+    """Refuse to convert weights whose values are codes times"""
+    codes = [spec.name for spec in specs if spec.dtype == FP8]
+    if codes:
+        raise Refused(
+            f"{len(codes)} tensors are in FP8, which this version does not decode, nothing was written",
+            where=f"{group_names(codes)}\nin {where}",
+            expected="bf16, f16 or f32 weights",
+            do="dconv inspect pairs them with their scales",
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any, Final
 
 from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts, size
-from dconv.checkpoint import dcp, megatron, names, pickling, run_config, torchframe, torchzip
+from dconv.checkpoint import dcp, megatron, names, pickling, run_config, stacked, torchframe, torchzip
 from dconv.checkpoint.files import stamp
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.shards import Shard, Shards, locate
+from dconv.checkpoint.shards import locate
 from dconv.checkpoint.source import Located, Source
-from dconv.errors import Damaged
 from dconv.sharding.coords import Coord
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
@@ -31,13 +29,8 @@ _METADATA: Final = ".metadata"
 _MARKER: Final = "metadata.json"
 _COMMON: Final = "common.pt"
 _COMMON_STATE: Final = "common_state/shard_0_1"
-_STACKED: Final = re.compile(r"(.+?\.layers\.)(?!\d)(.+)")
-_LAYERS: Final = re.compile(r"\.layers\.\*\.")
-_NUMBERED: Final = re.compile(r"\.layers\.\d{1,9}\.")
-#: All experts of a layer in one tensor.
-_EXPERTS: Final = re.compile(r"(.+\.experts\.)experts\.(?!\d)(.+)")
-#: Gate and up apart, as ``singleton_local_shards`` has them.
-_HALF: Final = re.compile(r"(.+\.linear_fc1\.(?:weight|bias))_([wv])")
+#: Objects beside the model that nobody misses.
+_NO_WEIGHTS: Final = ("common_state", "rerun_state")
 _OPTIMIZER: Final = ("optimizer", "chained_", "opt_param_scheduler")
 
 #: A shard's tensors go to several files so that several ranks can write one shard without contending for a file.
@@ -65,15 +58,16 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
     said = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
     files = {name: stamp(iteration / name) for name in said}  # before what they hold
     config, side = megatron.sides(iteration)
+    args, lacks = _args(iteration, metadata)
 
     def lay(family: Family, facts: Facts) -> Located:
-        return locate(_shards(iteration, weights, family, facts), family, facts)
+        return locate(stacked.apart(_wholes(iteration, weights), family, facts), family, facts)
 
     return Source(
         format="megatron torch_dist",
         root=iteration,
         config=config,
-        args=_args(iteration, metadata),
+        args=args,
         side=side,
         files=files,
         parallel=None,
@@ -81,6 +75,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         left_out=left_out,
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
         shapes={key: tensor.shape for key, tensor in weights.items()},
+        lacks=lacks,
     )
 
 
@@ -97,11 +92,13 @@ def _weights(metadata: dcp.DcpMetadata) -> tuple[dict[str, dcp.DcpTensor], dict[
     for key in metadata.objects:
         if key.startswith("rng_state"):
             left_out["rng_state"] = "not weights"
+        elif not names.is_state(key) and not key.startswith((*_OPTIMIZER, *_NO_WEIGHTS)):
+            left_out[key] = "an object, no tensor"
     return weights, left_out
 
 
-def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | None:
-    """Megatron-LM's args from the common state; Megatron-Bridge has a file of its own for them."""
+def _args(iteration: Path, metadata: dcp.DcpMetadata) -> tuple[dict[str, object] | None, str]:
+    """Megatron-LM's args from the common state, or from Megatron-Bridge's own file; else what that lacks."""
     common: Any = None
     if (iteration / _COMMON).exists():
         common = torchzip.read(iteration / _COMMON).tree
@@ -109,82 +106,19 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> dict[str, object] | Non
         common = dcp.read_object(iteration, metadata.objects[_COMMON_STATE])
         common = common[0] if isinstance(common, list) and common else common
     if isinstance(common, Mapping) and "args" in common:
-        return megatron.plain_args(common["args"])
+        return megatron.plain_args(common["args"]), ""
     return run_config.read_args(iteration / run_config.NAME)
 
 
-def _shards(iteration: Path, weights: Mapping[str, dcp.DcpTensor], family: Family, facts: Facts) -> Shards:
-    layers = {_LAYERS.sub(".layers.", row.megatron): row.stack for row in family.rows if row.per_layer}
-    depth = {_prefix(key): size(facts, stack) for key, stack in layers.items() if stack in facts}
-    experts = size(facts, "experts")
-    apart = {f"{row.megatron}.{end}": part for row in family.rows for part, end in enumerate(row.apart)}
-    shards: Shards = {}
+def _wholes(iteration: Path, weights: Mapping[str, dcp.DcpTensor]) -> Iterable[Stored]:
     for key, tensor in weights.items():
         extents = tuple(_extent(iteration, chunk, tensor.dtype) for chunk in tensor.chunks)
-        whole = Stored(TensorSpec(key, tensor.shape, tensor.dtype), extents)
-        for name, stored in _one_by_one(whole, depth, experts):
-            part = apart.get(_NUMBERED.sub(".layers.*.", name, count=1), -1)
-            if part >= 0:
-                name = name.rpartition(".")[0]
-            elif half := _HALF.fullmatch(name):
-                name, part = half[1], "wv".index(half[2])
-            shards.setdefault(name, []).append(Shard(stored, None, part))
-    return shards
-
-
-def _prefix(key: str) -> str:
-    """What stands before a layer's number."""
-    return key[: key.index(".layers.") + len(".layers.")]
-
-
-def _one_by_one(whole: Stored, depth: Mapping[str, int], experts: int) -> Iterable[tuple[str, Stored]]:
-    """A stored tensor's layers and experts, each under its own name."""
-    key = whole.spec.name
-    stacked = _STACKED.fullmatch(key)
-    if stacked is None or stacked[1] not in depth:
-        layers = [(key, whole)]
-    else:
-        unstacked = _unstack(whole, depth[stacked[1]], "layers")
-        layers = [(f"{stacked[1]}{number}.{stacked[2]}", layer) for number, layer in enumerate(unstacked)]
-    for name, layer in layers:
-        if single := names.parse_single(name):
-            yield names.expert(*single), layer
-        elif together := _EXPERTS.fullmatch(name):
-            for number, one in enumerate(_unstack(layer, experts, "experts")):
-                yield names.expert(together[1], number, together[2]), one
-        else:
-            yield name, layer
-
-
-def _unstack(whole: Stored, count: int, what: str) -> list[Stored]:
-    """The slices of a stored tensor along its first axis.
-
-    Raises:
-        Damaged: there are not ``count`` of them.
-    """
-    spec = whole.spec
-    if not spec.shape or spec.shape[0] != count:
-        raise Damaged(
-            f"a stacked tensor has another number of {what} than the config says",
-            where=spec.name,
-            expected=str(count),
-            found=str(spec.shape),
-        )
-    held: list[list[Extent]] = [[] for _ in range(count)]
-    for extent in whole.extents:
-        for i in range(extent.region.shape[0]):
-            held[extent.region.start[0] + i].append(_slice(extent, i))
-    return [Stored(TensorSpec(spec.name, spec.shape[1:], spec.dtype), tuple(extents)) for extents in held]
+        yield Stored(TensorSpec(key, tensor.shape, tensor.dtype), extents)
 
 
 def _extent(iteration: Path, chunk: dcp.DcpChunk, dtype: str) -> Extent:
     at = dcp.locate_chunk(iteration, chunk, dtype)
     return Extent(Region(chunk.offsets, chunk.sizes), chunk.file, at.offset, at.strides)
-
-
-def _slice(extent: Extent, i: int) -> Extent:
-    region = Region(extent.region.start[1:], extent.region.shape[1:])
-    return Extent(region, extent.file, extent.offset + i * extent.strides[0], extent.strides[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +186,8 @@ def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
     key = entry.row.megatron
     number = str(entry.layer)
     if model.local_spec:  # its spelling may depend on what it is below the layer
-        key = names.local_key(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
+        respelled = names.local_name if model.facts.get("mla") else names.local_key
+        key = respelled(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
     if entry.layer >= 0 and entry.row.stacked and model.facts.get("uniform_layers", True):
         key = key.replace(".*", "")
         place.append(entry.layer)
@@ -339,11 +274,13 @@ def _objects(name: str, model: megatron.Model) -> tuple[TargetFile, dict[str, tu
 
 def _states(model: megatron.Model) -> Iterable[str]:
     """Keys of all extra states that a model of either layer spec may ask for."""
-    stacks = {_prefix(row.megatron): size(model.facts, row.stack) for row in model.family.rows if row.stacked}
+    stacks = {
+        stacked.layer_prefix(row.megatron): size(model.facts, row.stack) for row in model.family.rows if row.stacked
+    }
     for prefix, layers in stacks.items():
         for layer in range(layers):
-            stacked = model.facts.get("uniform_layers", True)
-            key, at = (prefix, f"{layer}_{layers}") if stacked else (f"{prefix}{layer}.", "0_1")
+            together = model.facts.get("uniform_layers", True)
+            key, at = (prefix, f"{layer}_{layers}") if together else (f"{prefix}{layer}.", "0_1")
             yield from (f"{model.prefix}{key}{module}._extra_state/shard_{at}" for module in _LAYER_STATES)
     for entry in model.family.entries(model.facts):
         if entry.layer < 0 and entry.row.first_stage and ".linear_" not in entry.row.megatron:

@@ -351,7 +351,7 @@ def _fill(model: Model, state: Mapping[str, Any], where: str) -> None:
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("_extra_state")}
+    return {key: tuple(value.shape) for key, value in state.items() if "_extra_state" not in key}
 
 
 def _mismatch(where: str, lacking: Iterable[str], left: Iterable[str]) -> Damaged:

@@ -128,7 +128,10 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="the vocabulary is padded to a multiple of this times tp (128)")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--dtype", type=dtype, metavar="DTYPE", help="bf16, f16 or f32 (default: as it is)")
-    group.add_argument("--shard-size", type=byte_count, default=byte_count("5GB"), metavar="SIZE",
+    group.add_argument("--mup2llama", action="store_true",
+                       help="fold muP scalars (MiniCPM, Granite) into the weights, so that a plain LLaMA computes the "
+                            "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
+    group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
                        help="largest HuggingFace file (5GB)")  # fmt: skip
 
 
@@ -219,6 +222,13 @@ def to_request(args: argparse.Namespace) -> Request:
             "the source",
             do="leave them out",
         )
+    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") != "huggingface":
+        raise UsageError(
+            f"{args.format} has no files of a size that one chooses, nothing was written",
+            where="--shard-size",
+            expected="this option with FORMAT huggingface only",
+            do="leave it out",
+        )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
     parallel = Parallel(
         tp=said["tp"],
@@ -242,7 +252,7 @@ def to_request(args: argparse.Namespace) -> Request:
         transformer_impl=said["transformer_impl"],
         divisor=said["make_vocab_size_divisible_by"],
         dtype=args.dtype,
-        shard_size=args.shard_size,
+        shard_size=args.shard_size or byte_count("5GB"),
         drop=tuple(args.drop),
         replicas=args.replicas,
         rename=args.rename,
@@ -250,6 +260,7 @@ def to_request(args: argparse.Namespace) -> Request:
         teacher=args.teacher,
         teacher_only=args.teacher_only,
         with_eagle=args.with_eagle,
+        mup2llama=args.mup2llama,
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
 from dconv.errors import Preempted
@@ -108,3 +111,15 @@ def mute(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def tell_torchrun(text: str) -> None:
+    """Leave an error where torchrun looks for it: it prints a table of failures last, with this as the root cause.
+
+    Source of the form: ``ErrorHandler`` in ``torch/distributed/elastic/multiprocessing/errors/error_handler.py``.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # it is said on standard error as well
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

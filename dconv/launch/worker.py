@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.options import to_request
-from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say
+from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.commit import Outcome, Settings
@@ -243,6 +243,7 @@ def _summary(
         "rounded": numeric,
         "left_out": plan.target.left_out or {},
         "needs": list(job.needs),
+        "notes": list(job.notes),
         "verified": verified,
     }
     if args.json:
@@ -256,7 +257,7 @@ def _summary(
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
         f"peak memory a rank: {max(peaks.values()) / 2**20:.0f} MiB   plan {plan.id}   receipt dconv.json",
     ]
-    lines += _sentences(verified)
+    lines += [*job.notes, *_sentences(verified)]
     if outcome.kept:
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
@@ -265,7 +266,8 @@ def _summary(
 
 
 def report(error: DconvError, as_json: bool, where: Place | None = None) -> None:
-    """Print an error in its form, or as JSON on standard output."""
+    """Print an error in its form, or as JSON on standard output; torchrun ends with it, too."""
+    tell_torchrun(str(error))
     if as_json:
         say(json.dumps(error.to_dict()))
         return

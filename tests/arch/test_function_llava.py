@@ -14,9 +14,9 @@ from dconv.checkpoint.detect import open_source  # noqa: E402
 from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.arch.test_function import Check, close  # noqa: E402
 from tests.models import tensors  # noqa: E402
 from tests.oracles import hf, llava_core  # noqa: E402
+from tests.oracles.function import Check, close  # noqa: E402
 
 IMAGE = 300
 _DRAW = torch.Generator().manual_seed(3)

@@ -14,8 +14,8 @@ from dconv.checkpoint.detect import open_source  # noqa: E402
 from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.arch.test_function import TOKENS, Check, close, last  # noqa: E402
-from tests.oracles import hf, mamba_core  # noqa: E402
+from tests.oracles import mamba_core  # noqa: E402
+from tests.oracles.function import TOKENS, Check, Sources, close, last, sources_of  # noqa: E402
 
 #: transformers' Nemotron-H takes no smaller time step, NVIDIA's own code and megatron-core have no least one.
 NO_LIMIT = {"time_step_min": 1e-30}
@@ -30,13 +30,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    root = tmp_path_factory.mktemp("hf")
-    made = {}
-    for name, (family, keys) in MODELS.items():
-        _, model = hf.tiny(family, **keys)
-        made[name] = (hf.save(model, root / name), hf.logits(model, TOKENS))
-    return made
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return sources_of(MODELS, tmp_path_factory.mktemp("hf"))
 
 
 def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list[Check], write: str) -> list[Any]:
@@ -60,7 +55,7 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2), (4, 1)], ids=lambda layout: "tp{}pp{}".format(*layout))
 def test_megatron_core_computes_what_transformers_does(
-    layout: tuple[int, int], sources: dict[str, tuple[Path, Any]], tmp_path: Path
+    layout: tuple[int, int], sources: Sources, tmp_path: Path
 ) -> None:
     """Loaded in both containers and both spellings; what it then saves converts back to the same bits."""
     tp, pp = layout

@@ -117,10 +117,12 @@ def test_broken_longrope_is_damage(factors: object) -> None:
         by_name("minicpm").config.to_args({**PUBLISHED["MiniCPM4-8B"][1], "rope_scaling": scaling})
 
 
-def test_llama_refuses_what_only_minicpm_carries() -> None:
+def test_longrope_without_scalars_is_a_llama_and_qwen_has_none() -> None:
     args = by_name("minicpm").config.to_args({**PUBLISHED["MiniCPM4-8B"][1], "scale_emb": None, "scale_depth": None,
                                               "dim_model_base": None})  # fmt: skip
-    assert any("rope_scaling" in reason for reason in by_name("llama").config.matches_args(args))
+    assert detect(None, args).name == "llama"
+    assert by_name("llama").config.to_hf(args)["rope_scaling"] == PUBLISHED["MiniCPM4-8B"][1]["rope_scaling"]
+    assert any("rope_scaling" in reason for reason in by_name("qwen2").config.matches_args(args))
 
 
 def test_a_llama_by_the_name_of_minicpm_is_a_llama(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_options_without_a_meaning(dconv: Dconv, hf: Path, tmp_path: Path, optio
     assert listing(tmp_path) == before
 
 
+def test_the_size_of_a_file_is_huggingfaces(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
+    """Elsewhere it would be taken without effect."""
+    (tmp_path / "run.yaml").write_text("shard_size: 1MB\n")
+    for options in (["--shard-size", "1MB"], ["--config", str(tmp_path / "run.yaml")]):
+        for target, code in (("megatron", 2), ("pt", 2), ("bmtrain", 2), ("hf", 0), ("safetensors", 0)):
+            ran = dconv("plan", hf, target, *options)
+            assert ran.code == code, ran.err
+            assert code == 0 or "--shard-size" in ran.err
+
+
 @pytest.mark.parametrize(
     "options", [["--pp-layout", "2|2", "--pp", "2", "--vpp", "1"], ["--pp-layout", "1|1|1|1", "--vpp", "2"]]
 )

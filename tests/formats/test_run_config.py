@@ -13,7 +13,7 @@ from dconv.checkpoint import run_config
 from dconv.errors import Damaged, Refused
 from dconv.pipeline import Request, convert, describe_model
 from dconv.sharding.coords import Parallel
-from tests.models import config_of, write_random
+from tests.models import config_of, tensors, write_random
 
 
 def without_args(made: Path) -> Path:
@@ -127,3 +127,46 @@ def test_another_function_is_refused(tmp_path: Path, field: str, value: object) 
     with pytest.raises(Refused):
         convert(Request(iteration, "hf", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider",
+        "megatron.bridge.models.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider",
+        "megatron.bridge.models.olmoe.olmoe_provider.OlMoEModelProvider",
+        "megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider",
+        "house.models.OurProvider",
+    ],
+)
+def test_a_provider_with_layers_of_its_own_asks_for_a_config(tmp_path: Path, target: str) -> None:
+    """Its fields alone look like some other model's; Gemma 3's are not even of the kinds that Megatron-LM has."""
+    family = families()["llama"]
+    source = write_random(tmp_path / "hf", family, config_of(family))
+    convert(Request(source, "megatron", tmp_path / "made"))
+    iteration = without_args(tmp_path / "made")
+    written = yaml.safe_load((iteration / "run_config.yaml").read_text())
+    written["model"] |= {"_target_": target, "rotary_base": [10000, 1000000], "window_size": 512}
+    (iteration / "run_config.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(Refused) as refused:
+        convert(Request(iteration, "hf", tmp_path / "out"))
+    assert target in str(refused.value)
+    assert "--hf-config" in str(refused.value)
+    convert(Request(iteration, "hf", tmp_path / "out", hf_config=source))
+    assert tensors(tmp_path / "out") == tensors(source)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider8B",
+        "megatron.bridge.models.mistral.mistral_provider.MistralModelProvider",
+        "megatron.bridge.models.qwen.qwen_provider.Qwen3MoEModelProvider30B_A3B",
+    ],
+)
+def test_a_provider_that_only_has_other_defaults_is_read(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump({"model": {"_target_": target, "num_layers": 3}}))
+    args, lacks = run_config.read_args(tmp_path / "run_config.yaml")
+    assert not lacks
+    assert args is not None
+    assert args["num_layers"] == 3

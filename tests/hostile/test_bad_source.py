@@ -99,6 +99,13 @@ def test_index_that_disagrees_with_the_files(model: Path, attempt: Attempt) -> N
     attempt(DAMAGED, "model.embed_tokens.weight", model=model)
 
 
+def test_one_file_beside_an_index_that_does_not_name_it(model: Path, attempt: Attempt) -> None:
+    """Of the two transformers takes the one file, which may hold the newer weights."""
+    shard = next(model.glob("model-*.safetensors"))
+    (model / "model.safetensors").write_bytes(shard.read_bytes())
+    attempt(DAMAGED, "two models", "model.safetensors.index.json", "model.safetensors is not among", model=model)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}', "\xff", "[" * 100_000])
 def test_rubbish_for_an_index(model: Path, attempt: Attempt, text: str) -> None:
     (model / "model.safetensors.index.json").write_text(text, "latin-1")

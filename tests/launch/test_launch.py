@@ -76,7 +76,10 @@ def test_torchrun_says_a_refusal_once(model: Path, tmp_path: Path) -> None:
     words = one_rank(model, "megatron", "-o", tmp_path / "out", "--tp", 3)
     code, out, err = call(*TORCHRUN, "--nproc-per-node", "3", *words[1:])
     assert code != 0
-    assert (out + err).count("refused (3)") == 1, err
+    said, _, table = (out + err).partition("ChildFailedError")  # torchrun's own, and the last that it prints
+    assert said.count("refused (3)") == 1, err
+    assert table.count("refused (3)") == 1, err
+    assert "Root Cause" in table.partition("refused (3)")[0]
     assert list(tmp_path.iterdir()) == []
 
 

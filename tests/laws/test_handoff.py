@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dconv
-from dconv import live, pipeline
+from dconv import describe, live
 from dconv.arch.registry import by_name, families
 from dconv.errors import DconvError, Refused, UsageError
 from dconv.pipeline import Request, convert
@@ -157,8 +157,8 @@ def test_ranks_that_read_different_configs_are_refused(
     parallel = Parallel(tp=2, etp=2)
     convert(Request(source, "megatron", tmp_path / "saved", parallel=parallel, megatron_format="legacy"))
     count = itertools.count()
-    read = pipeline.read_json
-    monkeypatch.setattr(pipeline, "read_json", lambda *a, **k: read(*a, **k) | {"rope_theta": float(1 + next(count))})
+    read = describe.read_json
+    monkeypatch.setattr(describe, "read_json", lambda *a, **k: read(*a, **k) | {"rope_theta": float(1 + next(count))})
     request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
 
     def hand(ranks: Threads) -> Any:
@@ -202,4 +202,114 @@ def test_a_rank_that_is_not_there_is_missed(source: Path, tmp_path: Path) -> Non
     with pytest.raises(DconvError) as missing:
         dconv.handoff(state, "hf", tmp_path / "out", hf_config=source, parallel=parallel, coord=Coord(0, 0, 0, 0, 0))
     assert "tp1-pp0" in str(missing.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_of_copies_that_may_differ_all_bytes_are_of_the_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "LEAF_BYTES", 1 << 10)  # a tensor has many writers
+    state = state_of(source, tmp_path)
+    other = {name: value + 1 if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source, replicas="first")
+
+    def hand(ranks: Threads) -> Any:
+        mine = state if ranks.rank == 0 else other
+        return live.handoff(mine, request, Settings(), ranks, coord=Coord(0, 0, 0, 0, 0), parallel=Parallel())
+
+    for done in each(3, hand):
+        assert not isinstance(done, DconvError), done
+    assert tensors(tmp_path / "out") == tensors(source)
+
+
+def sharded(state: Mapping[str, Any], parts: int = 1, part: int = 0) -> dict[str, Any]:
+    """A rank's sharded state dict, as if it were one of several that cut every matrix's columns."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            cut = value.dim() > 1 and parts > 1
+            mine = value.chunk(parts, 1)[part] if cut else value
+            offsets = [(1, part, parts)] if cut else []
+            found[f"local {name}"] = ShardedTensor.from_rank_offsets(name, mine, *offsets)
+    return found
+
+
+def test_a_sharded_state_dict_says_where_all_belongs(source: Path, tmp_path: Path) -> None:
+    state = state_of(source, tmp_path)
+    request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
+    for done in each(4, lambda ranks: live.handoff(sharded(state, 2, ranks.rank % 2), request, Settings(), ranks)):
+        assert not isinstance(done, DconvError), done
+    assert tensors(tmp_path / "out") == tensors(source)
+
+
+def odd_boxes() -> list[Any]:
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensorFactory
+
+    def with_range(tensor: Any) -> Any:
+        tensor.flattened_range = slice(3, 9)
+        return tensor
+
+    def without_data(tensor: Any) -> Any:
+        return tensor.without_data()
+
+    def outside(tensor: Any) -> Any:
+        tensor.global_offset = (8, 0)
+        return tensor
+
+    def factory(tensor: Any) -> Any:
+        made = ShardedTensorFactory(tensor.key, tensor.data, lambda *_: [tensor], lambda part: part)
+        made.flattened_range = slice(0, 2)
+        return made
+
+    return [
+        pytest.param(with_range, "elements 3 to 9", id="flattened"),
+        pytest.param(factory, "elements 0 to 2", id="flattened factory"),
+        pytest.param(without_data, "without data", id="no data"),
+        pytest.param(outside, "at (8, 0)", id="outside"),
+        pytest.param(lambda tensor: tensor.data, "no place", id="a tensor without a place"),
+        pytest.param(lambda t: ShardedObject(t.key, t.data, (1,), (0,)), "no place", id="an object"),
+        pytest.param(LocalNonpersistentObject, "lm_head.weight", id="missing"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "named"), odd_boxes())
+def test_what_has_no_place_in_a_sharded_state_dict_is_refused(
+    source: Path, tmp_path: Path, change: Callable[[Any], object], named: str
+) -> None:
+    state = sharded(state_of(source, tmp_path))
+    state["local output_layer.weight"] = change(state["local output_layer.weight"])
+    with pytest.raises(DconvError) as refused:
+        dconv.handoff([state], "hf", tmp_path / "out", hf_config=source)
+    assert "output_layer.weight" in str(refused.value) or named == "lm_head.weight"
+    assert named in str(refused.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda state: sharded({name: v.double() if hasattr(v, "double") else v for name, v in state.items()}),
+            "dtype",
+        ),
+        (lambda state: sharded({name: v + 1 if hasattr(v, "dim") else v for name, v in state.items()}), "disagree"),
+        (lambda state: state, "others local ones"),
+    ],
+)
+def test_sharded_state_dicts_that_do_not_fit_together_are_refused(
+    source: Path, tmp_path: Path, change: Callable[[Any], Any], named: str
+) -> None:
+    state = state_of(source, tmp_path)
+    request = Request(Path("memory"), "hf", tmp_path / "out", hf_config=source)
+    place = {"coord": Coord(0, 0, 0, 0, 0), "parallel": Parallel()}
+
+    def hand(ranks: Threads) -> Any:
+        mine = sharded(state) if ranks.rank == 0 else change(state)
+        return live.handoff(mine, request, Settings(), ranks, **place)
+
+    for refused in each(2, hand):
+        assert isinstance(refused, DconvError)
+        assert named in str(refused)
     assert not list(tmp_path.glob("out*"))

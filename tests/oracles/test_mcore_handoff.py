@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import dconv
-from dconv import live
 from dconv.errors import DconvError, ToolMissing
 from dconv.export import megatron_runtime as megatron
+from dconv.live import write as live_write
 from dconv.sharding import execute
 from tests.models import tree_digest
 
@@ -82,6 +82,11 @@ def hands_over(rank: int, world: int, init_method: str, root: str, name: str) ->
             assert done.complete
             assert done.committed == (rank == 0)
             written.append(done.written)
+            sharded = [model.sharded_state_dict() for model in models]
+            states = sharded[0] if target == "hf" and len(sharded) == 1 else sharded
+            done = dconv.handoff(states, to, f"{root}/{target}-sharded", args=given, **options)
+            assert done.committed == (rank == 0)
+            written.append(done.written)
         return written
 
 
@@ -97,13 +102,15 @@ def test_the_bytes_are_those_of_saving_and_converting(name: str, tmp_path: Path)
         assert min(by_target) > 0  # every rank wrote of every target
     for target, (to, options) in TARGETS.items():
         handed = tree_digest(tmp_path / target)
+        assert tree_digest(tmp_path / f"{target}-sharded") == handed
         for saved in tmp_path.glob("saved-*"):
             converted = tmp_path / f"{target}-of-{saved.name}"
             dconv.convert(saved, to, converted, **options)
             assert tree_digest(converted) == handed, f"{target}, {saved.name}"
             assert digests(converted) == digests(tmp_path / target)
     left = {path.name.partition("-of-")[0] for path in tmp_path.iterdir()}
-    assert left == {*TARGETS, *(path.name for path in tmp_path.glob("saved-*") if "-of-" not in path.name)}
+    saved = {path.name for path in tmp_path.glob("saved-*") if "-of-" not in path.name}
+    assert left == {*TARGETS, *(f"{target}-sharded" for target in TARGETS), *saved}
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str]:
@@ -153,7 +160,7 @@ def fails(rank: int, world: int, init_method: str, root: str) -> dict[str, tuple
                 patch.setattr(execute.Outputs, "write", full)
             hand("a full disk")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(live, "conclude", full)
+            patch.setattr(live_write, "conclude", full)
             hand("a commit that fails")
     with megatron.parallel_world(1, 2, rank=rank, world=world, init_method=init_method):
         models = megatron.build_gpt(LLAMA)

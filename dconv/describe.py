@@ -1,0 +1,131 @@
+"""A source with its family and its config settled: the first step of every conversion, and all of an inspection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dconv.arch import eagle, registry
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts
+from dconv.checkpoint import scales
+from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.files import read_json
+from dconv.checkpoint.rename import renaming_of
+from dconv.checkpoint.source import Source, describe, side_files
+from dconv.errors import Refused, UsageError
+from dconv.sharding.tensor import Logical
+
+
+@dataclass(frozen=True)
+class Described:
+    """A source with its family and config settled."""
+
+    source: Source
+    family: Family
+    config: dict[str, object]
+    rebuilt: bool
+    facts: Facts
+    logical: Logical
+
+
+def describe_model(
+    path: Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
+    config_alone: bool = False,
+    submodel: str | None = None,
+    with_eagle: bool = False,
+) -> Described:
+    """Open a checkpoint, find its family, and lay the family's table over it.
+
+    Args:
+        path: a directory, a state dict's file, or a name on the hub.
+        source_format: its container; None detects it.
+        model_type: its family; None detects it.
+        hf_config: a directory whose config.json and tokenizer are used instead of its own.
+        drop: a pattern, or several, of tensors to leave out.
+        rename: a file of patterns for the tensors' stored names (`dconv.checkpoint.rename`).
+        config_alone: be content with a config.json, for a plan.
+        submodel: ``student`` or ``teacher`` of a distillation checkpoint.
+        with_eagle: keep the tensors of an EAGLE head instead of leaving them out (`dconv.arch.eagle`).
+
+    Raises:
+        UsageError: ``hf_config`` is no directory, ``rename`` no such file.
+        DconvError: see `dconv.checkpoint.detect.open_source` and `dconv.checkpoint.source.describe`.
+    """
+    if hf_config is not None:
+        _check_directory(Path(hf_config))
+    renaming = renaming_of(rename, submodel)
+    source = open_source(path, source_format, own_config=hf_config is None, rename=renaming, config_alone=config_alone)
+    return settle(
+        source,
+        model_type=model_type,
+        hf_config=hf_config,
+        drop=drop,
+        config_alone=config_alone,
+        with_eagle=with_eagle,
+    )
+
+
+def _check_directory(hf_config: Path) -> None:
+    if not hf_config.is_dir():
+        raise UsageError(
+            "--hf-config names no directory",
+            where=str(hf_config),
+            expected="a directory with a config.json",
+            found="a file" if hf_config.exists() else "nothing of that name",
+        )
+
+
+def settle(
+    source: Source,
+    *,
+    model_type: str | None = None,
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
+    config_alone: bool = False,
+    with_eagle: bool = False,
+) -> Described:
+    """Find the family of a source that has been opened, and lay the family's table over it; see `describe_model`."""
+    drop = (drop,) if isinstance(drop, str) else tuple(drop)
+    if hf_config is not None:
+        hf_config = Path(hf_config)
+        _check_directory(hf_config)
+        config = read_json(hf_config / "config.json", what="config.json")
+        source = replace(source, config=config, side=side_files(hf_config))
+    if source.lacks and source.config is None:
+        raise registry.nothing_known(source.lacks)
+    family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
+    eagle.refuse_alone(source.shapes, str(source.root))
+    family = eagle.kept(family) if with_eagle else eagle.left_out(family)
+    rebuilt = source.config is None
+    if source.config is not None:
+        config = source.config
+        if not config_alone or source.files:
+            scales.refuse_quantized(config, source.root)
+    elif source.args is not None:
+        config = family.config.to_hf(source.args)
+    else:
+        raise registry.nothing_known()
+    if source.config is not None and source.args is not None and hf_config is None:
+        disagree = family.config.check_pair(source.config, source.args)
+        if disagree:
+            raise Refused(
+                "the config.json inside this Megatron checkpoint is not of its weights, nothing was written",
+                where=str(source.root),
+                found="\n".join(disagree),
+                do="--hf-config DIR supplies the right one",
+            )
+    settled, absent = family.borne_out(config, source.shapes)
+    if absent:  # the file is then written anew, not copied
+        side = {name: path for name, path in source.side.items() if name != "config.json"}
+        source = replace(source, side=side, left_out={**source.left_out, **absent})
+    config = dict(settled)
+    facts = family.facts(config, source.shapes)
+    return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))

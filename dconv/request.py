@@ -1,0 +1,71 @@
+"""What a person asked for, before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dconv.sharding.coords import Parallel
+
+#: Every spelling of FORMAT -> its engine.
+FORMATS: Final = {
+    "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
+    "megatron": "megatron", "hf2megatron": "megatron",
+    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+}  # fmt: skip
+
+#: What to do about tensors that several shards of a source hold (`Request.replicas`).
+REPLICAS: Final = ("equal", "first")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for. Field names are the command line's.
+
+    Attributes:
+        model: path of the source.
+        format: a key of `FORMATS`.
+        out: output path; None is ``./<model>-<format>``.
+        parallel: the target's layout (Megatron; of ``pt`` the tensor parallel size alone).
+        dtype: dconv's short name, or None to keep every tensor's own.
+        shard_size: bytes of one HuggingFace file.
+        divisor: the vocabulary is padded to a multiple of this times tp (Megatron).
+        drop: patterns of tensors to leave out; one may stand without a tuple around it.
+        rename: a file of patterns for the source's tensor names.
+        replicas: a tensor that several shards hold must be ``equal`` in all of them, or the ``first`` is taken.
+        submodel: which model of a distillation checkpoint is meant, ``student`` or ``teacher``.
+        teacher: a second checkpoint, to go into the same output (Megatron) as the model's teacher.
+        teacher_only: leave the model itself out of that output.
+        with_eagle: keep the tensors of an EAGLE head.
+        mup2llama: fold muP scalars into the weights.
+    """
+
+    model: Path
+    format: str
+    out: Path | None = None
+    source_format: str | None = None
+    model_type: str | None = None
+    hf_config: Path | None = None
+    parallel: Parallel = Parallel()
+    megatron_format: str = "torch_dist"
+    transformer_impl: str = "transformer_engine"
+    divisor: int = 128
+    dtype: str | None = None
+    shard_size: int = 5_000_000_000
+    drop: str | Sequence[str] = ()
+    replicas: str = "equal"
+    rename: Path | None = None
+    submodel: str | None = None
+    teacher: Path | None = None
+    teacher_only: bool = False
+    with_eagle: bool = False
+    mup2llama: bool = False
+
+    @property
+    def output(self) -> Path:
+        """Where the result goes."""
+        if self.out is not None:
+            return self.out
+        return Path(f"{self.model.resolve().name}-{FORMATS.get(self.format, self.format)}")

@@ -1,0 +1,181 @@
+"""The output of each engine, laid out: which file has which tensor where, from a request and a described model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from dconv.arch.layouts import check_heads, size
+from dconv.checkpoint import huggingface, megatron
+from dconv.describe import Described
+from dconv.errors import Refused
+from dconv.request import FORMATS, Request
+from dconv.sharding.dtypes import TO_TORCH
+from dconv.sharding.plan import Target
+from dconv.sharding.tensor import TensorSpec
+
+#: No vocabulary has as many rows.
+_MOST_ROWS: Final = 2**31
+
+
+def engine_of(format: str) -> str:
+    engine = FORMATS.get(format)
+    if engine is None:
+        raise Refused(
+            f"no format is called {format}, nothing was written",
+            expected="one of " + ", ".join(sorted(FORMATS)),
+        )
+    return engine
+
+
+def _new_config(request: Request, model: Described) -> dict[str, object] | None:
+    """config.json of the output; None when the source's own file is copied."""
+    dtypes = {spec.dtype for spec in model.logical.specs.values()}
+    if request.dtype and dtypes != {request.dtype}:
+        return huggingface.with_dtype(model.config, TO_TORCH[request.dtype])
+    return model.config if model.rebuilt or "config.json" not in model.source.side else None
+
+
+def _specs(request: Request, model: Described) -> dict[str, TensorSpec]:
+    """The logical tensors as they are to be written."""
+    if not request.dtype:
+        return model.logical.specs
+    keeps = _keeps(model)
+    specs = model.logical.specs.items()
+    return {name: spec if name in keeps else replace(spec, dtype=request.dtype) for name, spec in specs}
+
+
+def _keeps(model: Described) -> set[str]:
+    """Tensors that ``--dtype`` leaves as they are."""
+    entries = model.family.entries(model.facts)
+    return {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+
+
+def _huggingface(request: Request, model: Described) -> Target:
+    return huggingface.lay_out(
+        _specs(request, model).values(),
+        config=_new_config(request, model),
+        side=model.source.side,
+        shard_size=request.shard_size,
+        left_out=model.logical.left_out,
+        twins=model.family.twin_names(model.facts),
+    )
+
+
+def _pt(request: Request, model: Described) -> Target:
+    from dconv.checkpoint import pt
+
+    return pt.lay_out(
+        model.family,
+        model.facts,
+        _specs(request, model),
+        tp=request.parallel.tp,
+        config=_new_config(request, model),
+        side=model.source.side,
+        left_out=model.logical.left_out,
+    )
+
+
+def _bmtrain(request: Request, model: Described) -> Target:
+    from dconv.checkpoint import bmtrain
+
+    return bmtrain.lay_out(
+        model.family,
+        model.facts,
+        _specs(request, model),
+        config=model.config,
+        side=model.source.side,
+        left_out=model.logical.left_out,
+    )
+
+
+def _megatron(request: Request, model: Described) -> Target:
+    return lay_out_megatron(request, megatron_model(request, model))
+
+
+def megatron_model(request: Request, model: Described, prefix: str = "") -> megatron.Model:
+    _check_layout(request, model)
+    config = _new_config(request, model)
+    dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
+    common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)
+    args = {
+        **model.family.config.to_args(model.config),
+        **megatron.parallel_args(request.parallel, size(model.facts, "vocab"), request.divisor),
+        **megatron.dtype_args(common),
+        "transformer_impl": request.transformer_impl,
+        "ckpt_format": "torch_dist" if request.megatron_format == "torch_dist" else "torch",
+    }
+    return megatron.Model(
+        family=model.family,
+        facts=model.facts,
+        parallel=request.parallel,
+        dtypes=dtypes,
+        divisor=request.divisor,
+        forced_dtype=request.dtype,
+        local_spec=request.transformer_impl == "local",
+        args=args,
+        config=config,
+        side=model.source.side,
+        left_out=model.logical.left_out,
+        prefix=prefix,
+    )
+
+
+def lay_out_megatron(request: Request, described: megatron.Model) -> Target:
+    if request.megatron_format == "legacy":
+        from dconv.checkpoint import legacy
+
+        return legacy.lay_out(described)
+    if request.megatron_format == "model_pt":
+        from dconv.checkpoint import model_pt
+
+        return model_pt.lay_out(described)
+    from dconv.checkpoint import torch_dist
+
+    return torch_dist.lay_out(described)
+
+
+def _check_layout(request: Request, model: Described) -> None:
+    """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
+    parallel = request.parallel
+    experts, most = size(model.facts, "experts"), size(model.facts, "most_stages")
+    if most and parallel.pp > most:
+        raise Refused(
+            f"{model.family.name} runs in one pipeline stage in Megatron, nothing was written",
+            where="--pp",
+            expected=str(most),
+            found=str(parallel.pp),
+        )
+    if not experts and (parallel.ep > 1 or parallel.inner > parallel.tp):
+        raise Refused(
+            f"{model.family.name} has no experts to divide, nothing was written",
+            where="--ep, --etp",
+            expected=f"ep 1, etp at most tp {parallel.tp}",
+            found=f"ep {parallel.ep}, etp {parallel.etp}",
+            do="leave --ep and --etp out",
+        )
+    if experts % parallel.ep:
+        raise Refused(
+            f"{experts} experts do not divide over expert parallel {parallel.ep}, nothing was written",
+            where="--ep",
+            expected=f"a divisor of {experts}",
+            found=str(parallel.ep),
+        )
+    if not 1 <= request.divisor < _MOST_ROWS:
+        raise Refused(
+            "the vocabulary cannot be padded to such a multiple, nothing was written",
+            where="--make-vocab-size-divisible-by",
+            expected="1 or more (Megatron's own is 128)",
+            found=str(request.divisor),
+        )
+    check_heads(model.facts, parallel.tp)
+    parallel.chunks(size(model.facts, "layers"))
+
+
+TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {
+    "huggingface": _huggingface,
+    "megatron": _megatron,
+    "pt": _pt,
+    "bmtrain": _bmtrain,
+}
