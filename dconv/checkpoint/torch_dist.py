@@ -162,7 +162,7 @@ def lay_out(model: megatron.Model) -> Target:
         yield from model.closing()
         yield f"{megatron.RELEASE}/{_COMMON}", dcp.object_blob(_common(model))
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
-        if run_config.can_say(model.args):
+        if not model.prefix and run_config.can_say(model.args):  # of one model alone
             said = run_config.dump(model.args, size(model.facts, "vocab"), model.parallel.tp)
             yield f"{megatron.RELEASE}/{run_config.NAME}", said
         marker = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -102,6 +102,10 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
     try:
         with stop.planning(grace, last_words):
             job = prepare(to_request(args))
+            if args.verify == "logits":
+                from dconv import logits
+
+                logits.require(job)
     except Stopped:
         last_words()
         return Preempted.exit_code

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed: the oracle 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
 
 from dconv.checkpoint.detect import open_source  # noqa: E402
+from dconv.export import megatron_runtime as megatron  # noqa: E402
 from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.oracles import mamba_core  # noqa: E402
 from tests.oracles.function import TOKENS, Check, Sources, close, last, sources_of  # noqa: E402
 
 #: transformers' Nemotron-H takes no smaller time step, NVIDIA's own code and megatron-core have no least one.
@@ -35,7 +35,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list[Check], write: str) -> list[Any]:
-    mamba_core.stand_in()
+    megatron.stand_in()
     from dconv.export.megatron_runtime import logits
     from dconv.export.megatron_weights import load_legacy, load_torch_dist, save_legacy, save_torch_dist
 
@@ -44,7 +44,7 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
         for check in checks:
             args = open_source(check.path).args
             assert args is not None
-            models = mamba_core.build(args)
+            models = megatron.build_hybrid(args)
             (load_torch_dist if check.container == "torch_dist" else load_legacy)(models, check.path)
             found.append(logits(models, TOKENS))
             if write:

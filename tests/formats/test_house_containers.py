@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dconv.checking import check
 from dconv.cli import main
 from dconv.errors import Damaged, Refused
-from dconv.examine import check
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
@@ -66,13 +66,13 @@ def test_check_runs_it(tmp_path: Path, target: str) -> None:
 
 
 def test_verify_logits_of_a_cut_state_dict(tmp_path: Path) -> None:
-    from dconv import verify
+    from dconv import logits
 
     _, model = hf.tiny("llama")
     hf.save(model, tmp_path / "model")
     job = prepare(Request(tmp_path / "model", "pt", tmp_path / "out", parallel=Parallel(tp=2, etp=2)))
     run(job, Settings())
-    assert verify.logits(job, tmp_path / "out")["why"] == "the same weights"
+    assert logits.compare(job, tmp_path / "out")["why"] == "the same weights"
 
 
 @pytest.mark.parametrize("target", ["pt", "bmtrain", "model_pt"])
