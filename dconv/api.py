@@ -7,9 +7,10 @@ import difflib
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from dconv.checking import check
 from dconv.compare import diff
 from dconv.errors import UsageError
-from dconv.examine import check, inspect
+from dconv.examine import inspect
 from dconv.launch.options import add_run_options, add_target_options, parse, to_request
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding.commit import Outcome, Settings
@@ -57,6 +58,10 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
     """
     args = _parsed(model, format, out, options)
     job = prepare(to_request(args))
+    if args.verify == "logits":
+        from dconv import logits
+
+        logits.require(job)
     outcome = run(job, _settings(args))
     if args.verify != "none":
         from dconv import verify

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv import __version__
-from dconv.errors import DconvError, StorageFault, UsageError
+from dconv.errors import DconvError, StorageFault, ToolMissing, UsageError
 from dconv.launch.process import say, tolerate
 
 #: What one rank reads or writes a second on a plain NVMe disk; the plan's floor is priced with it.
@@ -128,9 +128,19 @@ def plan_text(priced: dict[str, Any]) -> str:
     slowest = max(max(share["read"], share["written"]) for share in ranks) / _RATE
     many = f"{slowest:.1f} s with {len(ranks)} ranks, " if len(ranks) > 1 else ""
     lines.append(f"floor at 2 GB/s a rank: {many}{alone:.1f} s with 1        plan {priced['plan']}")
+    lines += [f"numeric: {words}\n  {names}" for words, names in precision_text(priced["precision"])]
+    lines += priced["notes"]
     lines += [f"left out: {name} ({reason})" for name, reason in list(priced["left_out"].items())[:_ROWS]]
     lines += [f"megatron-core lacks: {what}" for what in priced["needs"]]
     return "\n".join(lines)
+
+
+def precision_text(precision: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each thing that is done to values, with the tensors that it is done to."""
+    return [
+        (f"{kind['op']}, {kind['count']} tensor{'s' * (kind['count'] != 1)}", "\n  ".join(kind["tensors"]))
+        for kind in precision
+    ]
 
 
 def size(nbytes: float) -> str:
@@ -156,11 +166,15 @@ def container(name: str) -> str:
 
 
 def _diff_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.checkpoint.rename import SUBMODELS
+
     parser.add_argument("a", type=Path, metavar="A", help="a checkpoint, of any format and layout")
     parser.add_argument("b", type=Path, metavar="B", help="another one")
     parser.add_argument("--model-type", metavar="FAMILY", help="model family of both (normally detected)")
     parser.add_argument("--hf-config", type=Path, metavar="DIR", help="take config.json of both from DIR")
     parser.add_argument("--drop", action="append", default=[], metavar="PATTERN", help="leave matching tensors out")
+    parser.add_argument("--rename", type=Path, metavar="FILE", help="house spellings, of the side that they fit")
+    parser.add_argument("--submodel", choices=SUBMODELS, help="of the side that is a distillation checkpoint")
     _add_json(parser)
     _add_debug(parser)
 
@@ -169,7 +183,8 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.compare import diff
 
     args = parser.parse_args(words)
-    found = diff(args.a, args.b, model_type=args.model_type, hf_config=args.hf_config, drop=tuple(args.drop))
+    options = {key: getattr(args, key) for key in ("model_type", "hf_config", "rename", "submodel")}
+    found = diff(args.a, args.b, **options, drop=tuple(args.drop))
     say(json.dumps(found.to_dict()) if args.json else found.text())
     return 0 if found.equal else 1
 
@@ -205,19 +220,24 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.launch.options import byte_count
+
     _inspect_options(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--no-run", action="store_true", help="read everything, but do not run the model")
     group.add_argument("--force-run", action="store_true", help="run it even if fp32 weights seem not to fit in memory")
+    group.add_argument("--max-memory", type=byte_count, metavar="SIZE",
+                       help="run it layer by layer where fp32 weights take more (half of what is free)")  # fmt: skip
 
 
 def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from dconv.examine import check
+    from dconv.checking import check
 
     args = parser.parse_args(words)
-    found = check(args.path, **_described(args), run=not args.no_run, force=args.force_run)
+    run = {"run": not args.no_run, "force": args.force_run, "max_memory": args.max_memory}
+    found = check(args.path, **_described(args), **run)
     say(json.dumps(found.to_dict()) if args.json else found.text())
-    return 0
+    return 0 if found.run or args.no_run else ToolMissing.exit_code
 
 
 def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -303,7 +323,8 @@ COMMANDS: Final[dict[str, Command]] = {
     "check": Command(
         "read a checkpoint back, compare it with its receipt, then run it on the CPU",
         """  dconv check llama-8b-megatron               digests, then a real megatron-core model
-  dconv check llama-8b --no-run               headers, shapes and digests only""",
+  dconv check llama-8b --no-run               headers, shapes and digests only
+  dconv check deepseek-v3 --max-memory 32GB   layer by layer, in so much memory""",
         _check_options,
         _check,
     ),

@@ -6,6 +6,7 @@ largest absolute difference is computed in fp64, so that checkpoints of differen
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dconv.codec.cast import cast
-from dconv.errors import group_names
+from dconv.errors import Refused, group_names
 from dconv.pipeline import Described, describe_model
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE
@@ -129,16 +130,32 @@ def diff(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
+    submodel: str | None = None,
 ) -> Comparison:
     """Compare two checkpoints as logical tensors.
 
     Args:
         model_type, hf_config, drop: as for `dconv.pipeline.describe_model`, for both sides.
+        rename, submodel: the same, for the side that they fit, or both.
 
     Raises:
+        Refused: the renaming or the submodel fits neither side.
         DconvError: one of them cannot be described or read.
     """
-    models = [describe_model(Path(path), model_type=model_type, hf_config=hf_config, drop=drop) for path in (a, b)]
+    both = {"model_type": model_type, "hf_config": hf_config, "drop": drop}
+    told = {"rename": rename, "submodel": submodel}
+    told = {name: value for name, value in told.items() if value is not None}
+    found = [_as_told(Path(path), told, both) for path in (a, b)]
+    for name in told:
+        if not any(name in used for _, used in found):
+            raise Refused(
+                f"--{name} fits neither side",
+                where=f"{a}\n{b}",
+                expected="a side whose tensors have such names",
+                do="dconv inspect shows the names; leave it out if these are plain checkpoints",
+            )
+    models = [model for model, _ in found]
     specs_a, specs_b = (model.logical.specs for model in models)
     sides = [_Side(model) for model in models]
     differences: list[Difference] = []
@@ -171,6 +188,18 @@ def diff(
         bytes_compared=compared,
         notes=_notes(models),
     )
+
+
+def _as_told(path: Path, told: dict[str, Any], both: dict[str, Any]) -> tuple[Described, set[str]]:
+    """A side with as many of the options as fit it, and their names: house spellings are one side's, as a rule."""
+    first: Refused | None = None
+    for count in range(len(told), -1, -1):
+        for names in itertools.combinations(told, count):
+            try:
+                return describe_model(path, **both, **{name: told[name] for name in names}), set(names)
+            except Refused as refused:
+                first = first or refused
+    raise first or Refused("nothing describes this side", where=str(path))
 
 
 def _notes(models: Sequence[Described]) -> tuple[str, ...]:

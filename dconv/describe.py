@@ -102,6 +102,7 @@ def settle(
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
     family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
+    eagle.refuse_alone(source.shapes, str(source.root))
     family = eagle.kept(family) if with_eagle else eagle.left_out(family)
     rebuilt = source.config is None
     if source.config is not None:
@@ -121,6 +122,11 @@ def settle(
                 found="\n".join(disagree),
                 do="--hf-config DIR supplies the right one",
             )
+    settled, absent = family.borne_out(config, source.shapes)
+    if absent:  # the file is then written anew, not copied
+        side = {name: path for name, path in source.side.items() if name != "config.json"}
+        source = replace(source, side=side, left_out={**source.left_out, **absent})
+    config = dict(settled)
     facts = family.facts(config, source.shapes)
     _check_vocabulary(source, facts)
     return Described(source, family, config, rebuilt, facts, describe(source, family, facts, drop))

@@ -1,4 +1,4 @@
-"""Looking without converting: `inspect` reads a checkpoint's headers, `check` all of it, `price` sums up a plan."""
+"""Looking without converting: `inspect` reads a checkpoint's headers, `price` sums up a plan."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
-from dconv.errors import Damaged, DconvError, UsageError, group_names
-from dconv.export.runtimes import as_run, runs, runtime_of, shortage
+from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.sharding.execute import _TILE_BYTES
-from dconv.sharding.receipt import RECEIPT
-from dconv.sharding.replicas import torn
+from dconv.sharding.precision import numeric, precision
 
 _WIDTH: Final = 100
 _LABEL: Final = 13
@@ -34,7 +32,7 @@ _SIZES: Final = {
     "ep": "expert_model_parallel_size",
 }
 #: Patterns of names that are printed before the rest is counted.
-_MANY: Final = 12
+MANY: Final = 12
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ class Report:
             ("family", head),
             ("config", self.config_from),
             ("parallel", " x ".join(f"{key} {value}" for key, value in self.parallel.items())),
-            ("layers", _said(self.layers)),
-            ("parameters", _said(self.parameters)),
+            ("layers", said(self.layers)),
+            ("parameters", said(self.parameters)),
             ("tensors", ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())),
             ("stored", f"{self.stored_bytes:,} bytes of tensors"),
             ("vocabulary", _vocabulary(self.vocab, self.padded_vocab)),
@@ -100,19 +98,20 @@ class Report:
             ("side files", ", ".join(self.side) or "none"),
             ("made by", f"dconv, plan {self.receipt}" if self.receipt else ""),
             ("left out", "\n".join(_reasons(self.left_out))),
-            ("names", group_names(self.names, _MANY) if self.refused else ""),
+            ("names", group_names(self.names, MANY) if self.refused else ""),
             ("refused", self.refused),
         ]  # fmt: skip
-        return "\n".join(line for label, value in rows if value for line in _row(label, value))
+        return "\n".join(line for label, value in rows if value for line in lines_of(label, value))
 
 
-def _said(number: int | None) -> str:
+def said(number: int | None) -> str:
+    """A count with its thousands apart; empty for None."""
     return "" if number is None else f"{number:,}"
 
 
 def _vocabulary(vocab: int | None, padded: int | None) -> str:
     if vocab is None or padded is None or padded == vocab:
-        return _said(vocab)
+        return said(vocab)
     return f"{vocab:,}, stored with {padded - vocab:,} rows of padding"
 
 
@@ -121,10 +120,11 @@ def _reasons(left_out: Mapping[str, str]) -> Iterable[str]:
     for name, reason in left_out.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        yield f"{', '.join(group_names(names, _MANY).splitlines())}: {reason}"
+        yield f"{', '.join(group_names(names, MANY).splitlines())}: {reason}"
 
 
-def _row(label: str, value: str) -> Iterable[str]:
+def lines_of(label: str, value: str) -> Iterable[str]:
+    """A labelled value, wrapped to at most 100 columns."""
     wide = _WIDTH - _LABEL
     for i, line in enumerate(value.split("\n")):
         indent = " " * (len(line) - len(line.lstrip()))
@@ -166,10 +166,11 @@ def inspect(
         raise
     except DconvError as error:
         return _in_part(path, open_source(path, source_format, rename=renaming_of(rename, submodel)), str(error))
-    return _in_full(path, model, hf_config)
+    return report_of(path, model, hf_config)
 
 
-def _in_full(path: Path, model: Described, hf_config: str | Path | None) -> Report:
+def report_of(path: Path, model: Described, hf_config: str | Path | None) -> Report:
+    """The report of a source that has been described."""
     specs = model.logical.specs.values()
     return Report(
         **_container(path, model.source, model.facts),
@@ -189,7 +190,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
     with suppress(DconvError):
         family = registry.detect(source.config, source.args, source.shapes)
         config = source.config if source.config is not None else family.config.to_hf(source.args or {})
-        facts = family.facts(config, source.shapes)
+        facts = family.facts(family.borne_out(config, source.shapes)[0], source.shapes)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
     return Report(
         **_container(path, source, facts),
@@ -240,130 +241,11 @@ def _parallel(source: Source) -> dict[str, object]:
     return sizes | ({"layers": "|".join(stages)} if len(set(stages)) > 1 else {})
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What `check` did, all of it without finding fault.
-
-    Attributes:
-        reread: tensors, files and bytes compared with the receipt; None without a receipt.
-        run: what the runtime computed; None when it was not run.
-        not_run: why not.
-        notes: what is odd but not wrong.
-    """
-
-    report: Report
-    reread: verify.Reread | None
-    run: dict[str, object] | None
-    not_run: str = ""
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        brief = {key: getattr(self.report, key) for key in ("path", "format", "family", "layers", "parameters")}
-        read = asdict(self.reread) if self.reread else None
-        return {**brief, "receipt": read, "run": self.run, "not_run": self.not_run, "notes": list(self.notes)}
-
-    def text(self) -> str:
-        """For a person, at most 100 columns."""
-        report = self.report
-        read = self.reread
-        lines = [
-            *_row("whole", f"{report.family}, {report.layers} layers, {_said(report.parameters)} parameters: headers, "
-                           f"shapes and names agree with the config"),
-            *_row("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
-                             f"wrote them" if read else f"no {RECEIPT} to compare with"),
-        ]  # fmt: skip
-        if self.run is None:
-            lines += _row("not run", self.not_run)
-        else:
-            lines += _row("runs", f"{self.run['model']} in {self.run['runtime']}, fp32 on the CPU: finite logits "
-                                  f"within ±{self.run['largest_logit']:.4g}")  # fmt: skip
-            if text := self.run.get("continuation"):
-                lines += _row("continues", repr(text))
-            elif reason := self.run.get("no_text"):
-                lines += _row("no text", str(reason))
-        for note in self.notes:
-            lines += _row("note", note)
-        return "\n".join(lines)
-
-
-def check(
-    path: str | Path,
-    *,
-    source_format: str | None = None,
-    model_type: str | None = None,
-    hf_config: str | Path | None = None,
-    drop: str | Sequence[str] = (),
-    rename: str | Path | None = None,
-    submodel: str | None = None,
-    with_eagle: bool = False,
-    run: bool = True,
-    force: bool = False,
-) -> Checked:
-    """Read a checkpoint back, then run it in its own runtime.
-
-    Bytes are compared first: a flipped bit in a header is better said by the receipt than by what it makes the
-    header mean.
-
-    Args:
-        run: run the model after reading.
-        force: run it also when fp32 weights do not seem to fit into memory.
-
-    Raises:
-        Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense.
-        Refused: names or layouts that dconv does not know.
-        ToolMissing: the runtime is not installed, or failed.
-    """
-    path = Path(path)
-    covered = verify.find_receipt(path)
-    read = verify.reread(covered) if covered else None
-    if covered and read and not read.whole:
-        raise read.fault(Damaged, covered)
-    options: dict[str, Any] = {
-        "source_format": source_format,
-        "model_type": model_type,
-        "hf_config": None if hf_config is None else Path(hf_config),
-        "drop": drop,
-        "rename": rename,
-    }
-    model = describe_model(path, **options, submodel=submodel, with_eagle=with_eagle)
-    if disagree := torn(model.logical):
-        raise Damaged(
-            f"{len(disagree)} tensors are not the same in all the shards that hold them",
-            where=f"{group_names(disagree)}\nin {model.source.root}",
-            expected="the same bytes in every shard",
-            do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
-            "takes the first shard's",
-        )
-    report = _in_full(path, model, hf_config)
-    notes = []
-    if read and read.strangers:
-        notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, _MANY).splitlines())}")
-    not_run = "not asked for" if not run else ""
-    if run and not force and (short := shortage(report.parameters or 0, report.format)):
-        not_run = f"{short}; --force-run runs it all the same"
-    if run and (submodel or with_eagle):
-        not_run = "a model is run by itself: convert it first"
-    if run and not runs(report.format):
-        not_run = f"no runtime here runs a {report.format} checkpoint"
-    if not_run:
-        return Checked(report, read, None, not_run, tuple(notes))
-    tokens = verify.random_tokens(size(model.facts, "vocab"))
-    where = path if path.is_file() else model.source.root
-    found = runtime_of(as_run(report.format, rename)).can_infer(where, tokens, **options)
-    return Checked(report, read, found, notes=tuple(notes))
-
-
 def price(job: Job, world: int | None = None) -> dict[str, Any]:
     """What a planned job reads and writes, in all and by each of ``world`` ranks (default: one rank a shard)."""
     plan, request = job.plan, job.request
     specs = job.logical.specs.values()
-    rounded = {
-        slot.tensor
-        for tensor, copies in zip(plan.target.tensors, plan.copies, strict=True)
-        if not all(copy.op.exact for copy in copies)
-        for slot in tensor.slots
-    }
+    rounded = {name for names in numeric(plan).values() for name in names}
     parallel = request.parallel if size(job.facts, "experts") else replace(request.parallel, etp=1)
     owners = {file.owner for file in plan.target.files}
     engine = FORMATS[request.format]
@@ -387,6 +269,8 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "largest_buffer": _TILE_BYTES,
         "tensors": len(specs),
         "rounded": len(rounded),
+        "precision": precision(plan),
+        "notes": list(job.notes),
         "left_out": plan.target.left_out or {},
         "needs": list(job.needs),
         "world": world,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dconv import __version__
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import megatron, scales
+from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
-from dconv.errors import StorageFault, UsageError
+from dconv.errors import Refused, StorageFault, UsageError
 from dconv.request import FORMATS, REPLICAS, Request
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
@@ -31,6 +34,8 @@ class Job:
 
     Attributes:
         needs: what mainline megatron-core would have to add to compute a Megatron target's function, in words.
+        notes: what a person should know beside it, one line each.
+        folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
     """
 
     request: Request
@@ -40,6 +45,8 @@ class Job:
     logical: Logical
     plan: Plan
     needs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    folded: Mapping[str, Any] | None = None
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -66,6 +73,12 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
     )
     if request.teacher is None:
         return prepare_described(request, model)
+    if request.mup2llama:
+        raise UsageError(
+            "two models at once are not folded, nothing was written",
+            where="--mup2llama beside --teacher",
+            do="convert each with --mup2llama hf first, then put the two together",
+        )
     scales.refuse_fp8(model.logical.specs.values(), model.source.root)
     if engine != "megatron" or request.megatron_format == "model_pt":
         raise UsageError(
@@ -83,10 +96,28 @@ def prepare_described(request: Request, model: Described) -> Job:
     scales.refuse_fp8(model.logical.specs.values(), model.source.root)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
+    notes, folded = (), None
+    if request.mup2llama:
+        model, notes, folded = _folded(request, model)
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
-    return Job(request, model.source, model.family, model.facts, model.logical, plan, needs)
+    return Job(request, model.source, model.family, model.facts, model.logical, plan, needs, notes, folded)
+
+
+def _folded(request: Request, model: Described) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
+    """The model without muP scalars, what to say of it, and what to record of it."""
+    if nothing := nothing_to_fold(model.family, model.config):
+        return model, (f"--mup2llama: {nothing}",), None
+    if request.with_eagle:
+        raise Refused(
+            "an EAGLE head reads the embedding as it was before a fold, nothing was written",
+            where="--mup2llama beside --with-eagle",
+            do="leave one of the two out",
+        )
+    made = fold(model.family, model.config, model.logical, model.source.shapes)
+    plain = Described(model.source, made.family, made.config, True, made.facts, made.logical)
+    return plain, made.notes, made.record
 
 
 def _distillation(request: Request, student: Described, teacher: Described) -> Job:
@@ -132,6 +163,7 @@ def about(job: Job) -> dict[str, object]:
         "dconv": __version__,
         "source": {"path": str(job.request.model), "format": job.source.format},
         "target": {"format": job.request.format, "family": job.family.name},
+        **({"mup": job.folded} if job.folded else {}),
     }
 
 

@@ -39,6 +39,7 @@ class Request:
         teacher: a second checkpoint, to go into the same output (Megatron) as the model's teacher.
         teacher_only: leave the model itself out of that output.
         with_eagle: keep the tensors of an EAGLE head.
+        mup2llama: fold muP scalars into the weights.
     """
 
     model: Path
@@ -60,6 +61,7 @@ class Request:
     teacher: Path | None = None
     teacher_only: bool = False
     with_eagle: bool = False
+    mup2llama: bool = False
 
     @property
     def output(self) -> Path:

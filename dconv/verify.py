@@ -1,8 +1,7 @@
 """Is an output what it must be? Re-read against its receipt, or compare what the model computes.
 
 `reread` asks the bytes: every tensor, every byte between tensors, every closing file against the digests of
-``dconv.json``, streaming. `logits` asks the runtimes: the same random tokens through the source's own framework and
-through the target's, in fp32. ``dconv check`` uses the first, ``convert --verify`` both.
+``dconv.json``, streaming. ``dconv check`` uses it, ``convert --verify`` also what `dconv.logits` finds.
 """
 
 from __future__ import annotations
@@ -15,14 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dconv.arch.layouts import size
+from dconv import logits
 from dconv.checkpoint.files import read_json
-from dconv.errors import Damaged, DconvError, Refused, StorageFault, VerifyFailed, group_names
-from dconv.export.runtimes import as_run, runtime_of, shortage
-from dconv.pipeline import FORMATS, Job, Request
+from dconv.errors import Damaged, DconvError, StorageFault, VerifyFailed, group_names
+from dconv.pipeline import Job
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
@@ -30,12 +25,6 @@ from dconv.sharding.receipt import RECEIPT, hash_stretch
 from dconv.sharding.region import Region
 
 _READ: Final = 1 << 20
-#: Largest difference of logits, relative to the largest logit, between two fp32 runs of the same weights. Two
-#: frameworks that sum in another order differ by about 1e-6 on small models and a few 1e-5 on deep ones.
-BOUND: Final = 1e-4
-#: The same when weights were rounded once: this many unit roundoffs of the dtype (each weight moves by at most one).
-_ROUNDOFFS: Final = 16
-_UNIT_ROUNDOFF: Final = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -273,93 +262,15 @@ def _between(fd: int, tensors: Iterable[_Tensor], algorithm: str) -> str:
     return hasher.hexdigest()
 
 
-def random_tokens(vocabulary: int, length: int = 16) -> NDArray[np.int64]:
-    """Two rows of the same random tokens every time."""
-    return np.random.default_rng(0).integers(0, vocabulary, (2, length), np.int64)
-
-
-def logits(job: Job, out: Path) -> dict[str, object]:
-    """Compare the logits of a conversion's source and output, each in its own runtime, in fp32.
-
-    Returns:
-        difference: the largest, relative to the largest logit of the source; bound: what it had to keep;
-        why: what the bound rests on.
-
-    Raises:
-        VerifyFailed: the difference is past the bound, or the comparison could not be made.
-        ToolMissing: a runtime is not installed or failed.
-    """
-    if job.request.submodel or job.request.teacher or job.request.with_eagle:
-        raise VerifyFailed(
-            "the logits of one of several models in a checkpoint are not compared here",
-            where=str(out),
-            do="--verify digest; or convert the one model again by itself",
-        )
-    target = FORMATS[job.request.format]
-    vocabulary = size(job.facts, "vocab")
-    tokens = random_tokens(vocabulary)
-    parameters = sum(Region.whole(spec.shape).volume for spec in job.logical.specs.values())
-    short = next(filter(None, (shortage(parameters, kind) for kind in (job.source.format, target))), "")
-    if short:
-        raise VerifyFailed(
-            "the logits were not compared",
-            where=str(out),
-            found=short,
-            do="--verify digest needs no memory; or compare on a larger machine",
-        )
-    try:
-        container = as_run(job.source.format, job.request.rename)
-        where = job.request.model if job.request.model.is_file() else job.source.root
-        reference = runtime_of(container).logits_of(where, tokens, **_options(job.request))
-        result = runtime_of(target).logits_of(out, tokens)
-    except (Refused, Damaged) as error:
-        raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
-    reference, result = reference[..., :vocabulary], result[..., :vocabulary]
-    scale = float(np.abs(reference).max()) or 1.0
-    difference = float(np.abs(reference - result).max()) / scale
-    bound, why = _bound(job)
-    if not difference <= bound:  # also when either side is NaN
-        raise VerifyFailed(
-            "the output does not compute what the source computes",
-            where=str(out),
-            expected=f"logits within {bound:.1e} of the largest logit ({why})",
-            found=f"{difference:.3e} of {scale:.4g}",
-            do="keep the source; dconv diff shows whether the weights differ",
-        )
-    return {"difference": difference, "bound": bound, "why": why}
-
-
-def _options(request: Request) -> dict[str, Any]:
-    return {
-        "source_format": request.source_format,
-        "model_type": request.model_type,
-        "hf_config": request.hf_config,
-        "drop": request.drop,
-        "rename": request.rename,
-    }
-
-
-def _bound(job: Job) -> tuple[float, str]:
-    rounded = {
-        tensor.spec.dtype
-        for tensor, copies in zip(job.plan.target.tensors, job.plan.copies, strict=True)
-        if not all(copy.op.exact for copy in copies)
-    }
-    if not rounded:
-        return BOUND, "the same weights"
-    worst = max(rounded, key=lambda dtype: _UNIT_ROUNDOFF[dtype])
-    return max(BOUND, _ROUNDOFFS * _UNIT_ROUNDOFF[worst]), f"weights rounded to {worst}, {_ROUNDOFFS} unit roundoffs"
-
-
 def told(mode: str, job: Job, out: Path) -> dict[str, object]:
     """Run ``--verify`` after a commit: what was verified, for the summary and ``--json``.
 
     Raises:
-        VerifyFailed, ToolMissing: see `digest` and `logits`; the output stays where it is.
+        VerifyFailed, ToolMissing: see `digest` and `dconv.logits.compare`; the output stays where it is.
     """
     found = digest(out)
     shown: dict[str, object] = {"tensors": found.tensors, "files": found.files, "bytes": found.nbytes}
-    return {**shown, "logits": logits(job, out)} if mode == "logits" else shown
+    return {**shown, "logits": logits.compare(job, out)} if mode == "logits" else shown
 
 
 def sentence(shown: Mapping[str, Any]) -> str:

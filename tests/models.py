@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ KEYS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 24, "mlp_hidden_act": "relu2",
     },
+    "bamba": {
+        "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": "auto", "mamba_n_groups": 4,
+        "mamba_d_state": 6,
+    },
     "minicpm": {
         "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
         "sparse_config": {"kernel_size": 32, "topk": 64, "use_nope": False}, "mup_denominator": 32,
@@ -73,6 +78,14 @@ KEYS: dict[str, dict[str, Any]] = {
     "minicpm_blockffn": {
         "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "num_experts": 6,
         "expert_size": 3, "router_act": "relu",
+    },
+    "blockffn": {
+        "head_dim": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "num_experts": 6,
+        "expert_size": 3, "router_act": "relu", "ffn_type": "block", "norm_after_router": "rms",
+    },
+    "blockffn_mla": {
+        **_LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "num_experts": 6, "expert_size": 3,
+        "attention_type": "mla", "ffn_type": "block", "norm_after_router": "sum",
     },
     "minicpm3": {**_LATENT, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
     "deepseek_v3": {**_LATE, **_LATENT, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 1},
@@ -94,15 +107,27 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 #: Of a layer's tensors whose shapes no config says, and the layers that have them.
-_BLOCKS = {"moe_router": (6, 32), "router_norm": (6,), "moe_w_in": (6, 3, 32), "moe_w_out": (6, 32, 3)}
+_BLOCKS = {
+    "moe_router.weight": (6, 32), "router_norm.weight": (6,), "moe_w_in.weight": (6, 3, 32),
+    "moe_w_out.weight": (6, 32, 3),
+}  # fmt: skip
+_PUBLISHED = {"router_proj.weight": (6, 32), "up_proj": (6, 3, 32), "down_proj": (6, 32, 3)}
+BLOCKS = {
+    "minicpm_blockffn": _BLOCKS,
+    "blockffn": {**_PUBLISHED, "router_norm.weight": (6,)},
+    "blockffn_mla": _PUBLISHED,
+}
 
 
 def stored_shapes(family: Family, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of what a family has as the source has it: every other layer is block-sparse."""
-    if family.name != "minicpm_blockffn":
-        return {}
-    layers = range(1, config["num_hidden_layers"], 2)
-    return {f"model.layers.{layer}.mlp.{name}.weight": shape for layer in layers for name, shape in _BLOCKS.items()}
+    layers = range(1, config["num_hidden_layers"], 2) if family.name in BLOCKS else ()
+    return blocks(family.name, layers)
+
+
+def blocks(family: str, layers: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the block-sparse layers' own tensors."""
+    return {f"model.layers.{layer}.mlp.{name}": shape for layer in layers for name, shape in BLOCKS[family].items()}
 
 
 def facts_of(family: Family, config: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +175,8 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
     if "hybrid_override_pattern" in config:
         pattern, layers = config["hybrid_override_pattern"], config["num_hidden_layers"]
         config["hybrid_override_pattern"] = (pattern * layers)[:layers]
+    if "attn_layer_indices" in config:
+        config["attn_layer_indices"] = [at for at in config["attn_layer_indices"] if at < config["num_hidden_layers"]]
     if isinstance(config.get("layer_types"), str):  # one kind for all layers
         config["layer_types"] = [config["layer_types"]] * config["num_hidden_layers"]
     names = NAMES.get(family.name, {})

@@ -50,15 +50,18 @@ ABOUT: Final[dict[str, About]] = {
     "deepseek_v3": About("DeepSeek-V3, R1, Moonlight", "token predictor; FP8 described, not decoded", LOGITS),
     "mamba2": About("Mamba-2", "", LOGITS),
     "nemotron_h": About("Nemotron-H", "mixers, attention, feed-forward layers and experts in any pattern", LOGITS),
+    "bamba": About("Bamba", "a layer is two of Megatron's: mixer or attention, feed-forward", LOGITS),
     "llava": About("LLaVA", "CLIP tower, projector, a Llama, Mistral or Qwen2 language model", LOGITS),
     "minicpm": About("MiniCPM 1B, 2B, 4, 4.1", "muP scalars, longrope and sparse_config travel in the args", REFERENCE),
     "minicpm_moe": About("MiniCPM-MoE", "muP scalars travel in the args", REFERENCE),
     "minicpm_blockffn": About("MiniCPM with BlockFFN", "block-sparse layers are those that have the tensors", LAWS),
+    "blockffn": About("BlockFFN as published", "the same under its own names", LAWS),
+    "blockffn_mla": About("BlockFFN as published, with latent attention", "the same", LAWS),
     "minicpm3": About("MiniCPM3", "latent attention; muP scalars travel in the args"),
     "gpt2": About("GPT-2, GPT", "transposed matrices, learned positions; classic checkpoints, too", LOGITS),
     "megatron-bert": About("BERT as Megatron has it", "both heads; classic checkpoints, too", LOGITS),
     "bert": About("BERT as Google has it", "for apply_residual_connection_post_layernorm", REFERENCE),
-    "t5": About("T5 1.1, Flan-T5", "unscaled logits, gated or plain GELU; one pipeline stage", LOGITS),
+    "t5": About("T5, T5 1.1, Flan-T5", "one pipeline stage; T5's scaled logits travel in the args", LOGITS),
 }  # fmt: skip
 
 

@@ -204,7 +204,10 @@ class Window:
         width, slides = window(said)
         if self.layers == "none":
             return {}
-        hf: dict[str, object] = {"sliding_window": width}
+        # the classes where a layer's type decides take no null, though then none slides
+        hf: dict[str, object] = (
+            {} if self.layers == "types" and not (self.switch or width) else {"sliding_window": width}
+        )
         if self.switch:
             hf["use_sliding_window"] = width is not None
         if self.layers == "late" and width:

@@ -104,6 +104,14 @@ def _norm(megatron: str, hf: str, when: str = "", after: str = "") -> tuple[Row,
     return tuple(Row(f"{megatron}{part}", f"{hf}.{part}", copied("hidden"), when, after=after) for part in _BOTH)
 
 
+def _classes(name: str) -> tuple[str, ...]:
+    """The classes of the hub's files that have both heads, or may have."""
+    return tuple(f"{name}{head}" for head in ("ForMaskedLM", "Model", "LMHeadModel", "ForNextSentencePrediction"))
+
+
+#: As norms were called in TensorFlow, and are in the hub's oldest files.
+_OLD = (("*.LayerNorm.gamma", "*.LayerNorm.weight"), ("*.LayerNorm.beta", "*.LayerNorm.bias"))
+
 # fmt: off
 MEGATRON_BERT = Family("megatron-bert", _PRE, (
     Row("embedding.word_embeddings.weight",            "bert.embeddings.word_embeddings.weight",        vocab_rows("vocab", "hidden")),
@@ -132,9 +140,9 @@ MEGATRON_BERT = Family("megatron-bert", _PRE, (
 ), recomputed=(
     ("bert.embeddings.position_ids", "counted"),
     ("bert.embeddings.token_type_ids", "zeros"),
-), head="cls.predictions.decoder.weight", again=(("cls.predictions.decoder.bias", "cls.predictions.bias"),))
+), head="cls.predictions.decoder.weight", again=(("cls.predictions.decoder.bias", "cls.predictions.bias"),), also=_OLD, base="bert.", classes=_classes("MegatronBert"))
 
-BERT = MEGATRON_BERT.derive("bert", _POST, drop=tuple(f"{norm}{part}" for norm in (f"{_OPENS}_", f"{_THEN}_", f"{_END}.") for part in _BOTH), add=(
+BERT = replace(MEGATRON_BERT, classes=_classes("Bert")).derive("bert", _POST, drop=tuple(f"{norm}{part}" for norm in (f"{_OPENS}_", f"{_THEN}_", f"{_END}.") for part in _BOTH), add=(
     *_norm(f"{_OPENS}_",                               "bert.embeddings.LayerNorm",                     when="first_layer"),
     *_norm(f"{_OPENS}_",                               f"{_HF}.output.LayerNorm",                       when="later_layers", after="previous"),
     *_norm(f"{_THEN}_",                                f"{_HF}.attention.output.LayerNorm"),

@@ -6,7 +6,7 @@ family that does not declare them refuses them on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -56,10 +56,12 @@ class Carried:
     Attributes:
         keys: key, and what mainline megatron-core would have to compute with it, in words.
         optional: whether a model of this family may have none of them.
+        idle: the values that change nothing, where they follow from the model's sizes.
     """
 
     keys: Mapping[str, str] = field(hash=False)
     optional: bool = False
+    idle: Callable[[Said], Mapping[str, object]] = lambda _: {}
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -84,7 +86,9 @@ class Carried:
         return [f"none of {', '.join(self.keys)} is in the args"] if lacking else []
 
     def needs(self, said: Said) -> list[str]:
-        return [f"{key}: {words}" for key, words in self.keys.items() if rescales(key, said.get(key))]
+        idle = self.idle(said)
+        busy = {key for key in self.keys if rescales(key, said.get(key)) and said[key] != idle.get(key)}
+        return [f"{key}: {words}" for key, words in self.keys.items() if key in busy]
 
 
 def _number(said: Said, key: str, where: str) -> object:

@@ -9,6 +9,7 @@ from dconv.arch.args import ARGS
 from dconv.arch.attention import Biases, Grouped, Window
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.fields import flag, multiple, number, table, whole
+from dconv.arch.rotary import Rope
 from dconv.arch.translate import Config
 from dconv.errors import Refused
 
@@ -148,7 +149,9 @@ _QWEN: Final[Mapping[str, object]] = {
 
 _BIAS = "attention_bias"
 _LATE = Window("late", switch=True)
-LLAMA = DecoderConfig("llama", "LlamaForCausalLM", COMMON, bias=Biases(_BIAS, _BIAS, "mlp_bias"))
+LLAMA = DecoderConfig(
+    "llama", "LlamaForCausalLM", COMMON, bias=Biases(_BIAS, _BIAS, "mlp_bias"), rope=Rope(longrope=True)
+)
 MISTRAL = DecoderConfig(
     "mistral", "MistralForCausalLM", {**COMMON, **_MISTRAL, "sliding_window": 4096}, window=Window("all")
 )

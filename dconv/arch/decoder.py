@@ -45,13 +45,17 @@ _UNSET: Final[Mapping[str, object]] = {
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "softmax_scale": None,
+    "activation_func": None,
+    "scale_decoder_outputs": None,
     "rope_scaling": None,
     "latent_rotary_halves": None,
     "block_ffn": None,
+    "time_step_min": None,
     "use_mup": False,
     "apply_residual_connection_post_layernorm": False,
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
     "hybrid_layer_pattern": None,
     "vision_model_type": None,
     "hybrid_override_pattern": None,
@@ -287,7 +291,7 @@ class DecoderConfig:
         hf: dict[str, object] = {"architectures": [self.architecture], "model_type": self.model_type}
         hf |= {key: whole(said, arg, ARGS) for key, arg in self.sizes.items()}
         hf |= {key: number(said, arg, ARGS) for key, arg in {**self.numbers, self.norm_eps: "norm_epsilon"}.items()}
-        hf |= {"bos_token_id": None, "eos_token_id": None, **self.only}
+        hf |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **self.only}
         hf["tie_word_embeddings"] = not flag(said, "untie_embeddings_and_output_weights", ARGS)
         for aspect in self.aspects:
             hf |= aspect.to_hf(said)

@@ -21,6 +21,9 @@ from dconv.errors import Damaged
 #: Args with which Megatron's experts compute something that no family here does.
 _UNSET: Final[Mapping[str, object]] = {
     "moe_expert_capacity_factor": None,  # drops tokens
+    "moe_expert_rank_capacity_factor": None,
+    "moe_mlp_glu_interleave_size": None,  # gate and up alternate in blocks of so many rows
+    "moe_shared_expert_glu_interleave_size": None,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
 }
@@ -90,6 +93,8 @@ class Experts:
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         router, lost = self.router.to_args(said, facts)
+        if self.shared.endswith("_size") and not facts["shared_ffn"]:
+            lost = [*lost, f"{self.shared} {said.get(self.shared)}: this family has a shared expert"]
         return {
             "num_experts": facts["experts"],
             "moe_ffn_hidden_size": facts["moe_ffn"],
@@ -106,7 +111,7 @@ class Experts:
         hf: dict[str, object] = {self.count[0]: whole(said, "num_experts", ARGS), self.width: width}
         if self.shared:
             shared = count({_SHARED: 0, **said}, _SHARED, ARGS)
-            hf[self.shared] = shared if self.shared.endswith("_size") else shared // width or None
+            hf[self.shared] = shared if self.shared.endswith("_size") else shared // width
         moe = moe_layers(said)
         if self.layers == "late":
             hf["first_k_dense_replace"] = moe.index(True) if any(moe) else len(moe)

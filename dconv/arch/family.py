@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, Final
 
+from dconv.arch import predictors
 from dconv.arch.layouts import Facts, Layout, size
+from dconv.arch.mup import Mup
 from dconv.arch.translate import Config
 from dconv.sharding.layout import Fused
 from dconv.sharding.region import Index
@@ -33,6 +35,7 @@ class Row:
         when: the fact that must hold for the row to exist ("" means always); it may differ by layer.
         stack: the fact that numbers the layers. Only ``layers`` are spread over pipeline stages.
         after: the fact that HuggingFace adds to the layer number ("" for none).
+        folds: how many of Megatron's layers one of HuggingFace's is.
         stage: the pipeline stage of what is in no pipelined layer: ``first`` or ``last``.
         keeps: whether ``--dtype`` leaves it as it is (a router's bias is fp32 whatever the weights are).
         beside: whether Megatron's model has no such tensor; it travels with the checkpoint.
@@ -49,6 +52,7 @@ class Row:
     keeps: bool = False
     apart: tuple[str, ...] = ()
     beside: bool = False
+    folds: int = 1
 
     @property
     def per_layer(self) -> bool:
@@ -83,8 +87,7 @@ class Row:
 
     def stored_shape(self, stored: Mapping[str, Index], layer: int) -> Index | None:
         """The shape of this row's tensor in a source, under any of its names; None where it is not there."""
-        number = str(layer)
-        for name in (self.hf.replace("*", number), self.megatron.replace("*", number)):
+        for name in (self.hf.replace("*", str(layer // self.folds)), self.megatron.replace("*", str(layer))):
             if name in stored:
                 return stored[name]
         stacked = stored.get(self.megatron.replace(".*", "")) if self.per_layer else None
@@ -137,13 +140,17 @@ class Family:
         rows: the table.
         recomputed: tensors that carry no weights, with the reason they may be left out.
         twins: HuggingFace tensors that Megatron does not store a second time.
-        mark: what stands in the name of some stored tensor, where the config alone does not tell this family from
-            others of its architecture.
+        marks: what stands in the name of some stored tensor, one of them, where the config alone does not tell this
+            family from others of its architecture; of two that fit, the first is meant.
         either: pairs of facts, each true in just the layers where the other is not.
         base: what a directory of the base class alone leaves out before HuggingFace's names.
         head: where a tied model may still store a second copy of its embedding.
         again: other HuggingFace names under which a tensor may be stored once more, each with the tensor's own.
-        also: beginnings of names that some versions of transformers write, and those of the table.
+        also: beginnings of names that some versions of transformers write, and those of the table; with a ``*`` before
+            them, ends of names.
+        classes: other classes that a config.json of this family may name: the files are this family's where they have
+            all that its own class has.
+        mup: how scalars of its config.json are folded into its weights (``--mup2llama``); None where it has none.
     """
 
     name: str
@@ -151,19 +158,48 @@ class Family:
     rows: tuple[Row, ...]
     recomputed: tuple[tuple[str, str], ...] = ()
     twins: tuple[Twin, ...] = ()
-    mark: str = ""
+    marks: tuple[str, ...] = ()
     either: tuple[tuple[str, str], ...] = ()
     base: str = ""
     head: str = TIED_HEAD
     again: tuple[tuple[str, str], ...] = ()
     also: tuple[tuple[str, str], ...] = ()
+    classes: tuple[str, ...] = ()
+    mup: Mup | None = None
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""
         for theirs, ours in self.also:
+            if theirs.startswith("*") and name.endswith(theirs[1:]):
+                return name.removesuffix(theirs[1:]) + ours[1:]
             if name.startswith(theirs) and not name.startswith(ours):
                 return ours + name.removeprefix(theirs)
         return name
+
+    def lacking(self, names: Collection[str]) -> list[str]:
+        """HuggingFace's names, outside the layers, that every model of this family has and ``names`` has not."""
+        there = {prefix + self.published(name) for name in names for prefix in ("", self.base)}
+        wanted = (row.hf for row in self.rows if "*" not in row.hf and not row.when)
+        return [name for name in wanted if name not in there and name not in dict(self.again).values()]
+
+    def borne_out(
+        self, config: Mapping[str, object], stored: Collection[str]
+    ) -> tuple[Mapping[str, object], dict[str, str]]:
+        """The config of what is stored. transformers saves no token predictor, and leaves their number in config.json.
+
+        Args:
+            stored: names of the source's tensors, HuggingFace's or Megatron's; none where there is only a config.
+
+        Returns:
+            The config, without predictors of which not one tensor is there; what it lost, with the reason.
+        """
+        facts = self.config.facts(config)
+        first, count = size(facts, "layers"), size(facts, "mtp")
+        theirs = [f"model.layers.{layer}." for layer in range(first, first + count)]
+        if not count or not stored or any(name.startswith(("mtp.", *theirs)) for name in stored):
+            return config, {}
+        reason = f"{predictors.KEYS[0]} is {count} and no tensor of a token predictor is stored, the output has none"
+        return predictors.without(config), {f"{name}*": reason for name in theirs}
 
     def facts(self, config: Mapping[str, object], stored: Mapping[str, Index] | None = None) -> dict[str, Any]:
         """The facts of a config, and those that follow from which tensors there are: rows ``as_stored``.
@@ -185,7 +221,7 @@ class Family:
             if row.layout.stored:
                 layers = range(size(facts, row.stack)) if row.per_layer else range(-1, 0)
                 found = [row.stored_shape(stored or {}, layer) for layer in layers]
-                names = (row.hf.replace("*", str(layer)) for layer in layers)
+                names = (row.hf.replace("*", str(layer // row.folds)) for layer in layers)
                 shapes |= {name: shape for name, shape in zip(names, found, strict=True) if shape is not None}
                 here = tuple(shape is not None for shape in found)
                 before = facts.get(row.when) or (False,) * len(here)
@@ -203,11 +239,11 @@ class Family:
         add: tuple[Row, ...] = (),
         drop: tuple[str, ...] = (),
         twins: tuple[Twin, ...] = (),
-        mark: str = "",
+        marks: tuple[str, ...] = (),
     ) -> Family:
         """A variant: this family's rows less those whose Megatron name is in ``drop``, plus ``add`` and ``twins``."""
         kept = tuple(row for row in self.rows if row.megatron not in drop)
-        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins, mark=mark)
+        return replace(self, name=name, config=config, rows=kept + add, twins=self.twins + twins, marks=marks)
 
     def twin_names(self, facts: Facts) -> dict[str, str]:
         """The name of every twin, with the name of what it repeats."""
@@ -267,7 +303,7 @@ def _entry(row: Row, layer: int, expert: int, facts: Facts, dtypes: Mapping[str,
     def fill(name: str, number: int) -> str:
         return name.replace("*", str(number)).replace("#", str(expert))
 
-    theirs = layer + size(facts, row.after) if row.after else layer
+    theirs = layer // row.folds + (size(facts, row.after) if row.after else 0)
     logical = [fill(name, theirs) for name in row.logical]
     dtype = dtypes.get(logical[0], "bf16") if dtypes else "bf16"
     return Entry(row.layout.fuse(fill(row.megatron, layer), logical, facts, dtype, expert), row, layer, expert)

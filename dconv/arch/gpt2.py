@@ -54,6 +54,6 @@ GPT2 = Family("gpt2", _CONFIG, (
 ), recomputed=(
     ("*h.*.attn.bias", "the causal mask, recomputed"),
     ("*h.*.attn.masked_bias", "a constant, recomputed"),
-), base="transformer.")
+), base="transformer.", classes=("GPT2Model",))
 # fmt: on
 FAMILIES = (GPT2,)

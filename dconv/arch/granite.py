@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from dconv.arch import mup
 from dconv.arch.attention import Biases, Scaled
 from dconv.arch.carried import Carried
 from dconv.arch.config import COMMON
@@ -25,5 +28,5 @@ _CONFIG = DecoderConfig(
     ),
 )  # fmt: skip
 
-GRANITE = LLAMA.derive("granite", _CONFIG)
+GRANITE = replace(LLAMA.derive("granite", _CONFIG), mup=mup.GRANITE)
 FAMILIES = (GRANITE,)

@@ -15,7 +15,7 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.experts import Experts
-from dconv.arch.fields import deep, flag, heads, multiple, number, whole
+from dconv.arch.fields import deep, flag, heads, multiple, not_negative, number, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -26,12 +26,14 @@ LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
     "-": ("mlp",),
     "E": ("moe",),
 }
-_PATTERN: Final = "hybrid_override_pattern"
+PATTERN: Final = "hybrid_override_pattern"
 #: Until 2026 a stack could be drawn from ratios; since then only a pattern says that there is one.
 _RATIOS: Final = ("hybrid_attention_ratio", "hybrid_mlp_ratio")
 _SPEC: Final = ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]
 _CONVOLUTION: Final = 4
 _EPSILON: Final = 1e-5
+#: A least time step that changes nothing: Megatron has none, and transformers takes the logarithm of its own.
+_ANY_STEP: Final = 1e-9
 #: What follows the 0 of ``time_step_limit``, as versions of transformers write it.
 _NO_LIMIT: Final = ([math.inf], ["Infinity"], [{"__float__": "Infinity"}])
 
@@ -42,37 +44,46 @@ class Mixer:
 
     Attributes:
         least: the key of the least time step that transformers' class has (NVIDIA's own code has none).
-        alone: whether the family has nothing else: then ``expand`` times the hidden size is what the heads are wide
-            together, and the args that Megatron demands of attention and feed-forward follow the mixer.
+        expand: the key that says how many times the hidden size the heads are wide together.
+        residual: the key that says whether the residuals are in fp32.
+        alone: whether the family has nothing else: then the args that Megatron demands of attention and feed-forward
+            follow the mixer.
     """
 
     heads: str
     head_dim: str
     state: str
     act: str
+    groups: str = "n_groups"
+    kernel: str = "conv_kernel"
+    conv_bias: str = "use_conv_bias"
+    bias: str = "use_bias"
+    epsilon: str = "layer_norm_epsilon"
     least: str = ""
+    expand: str = ""
+    residual: str = "residual_in_fp32"
     alone: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return *self._sizes().values(), "fp32_residual_connection"
+        return *self._sizes().values(), "fp32_residual_connection", *((self.least,) if self.least else ())
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return self._sizes()
+        return {**self._sizes(), **({self.least: self.least} if self.least else {})}
 
     def facts(self, said: Said) -> dict[str, Any]:
         """mamba_heads, mamba_head_dim, mamba_inner (their product), mamba_groups, mamba_bc (groups times state),
         mamba_conv; mamba_state."""
         count, width = heads(said, self.heads, CONFIG), whole(said, self.head_dim, CONFIG)
-        groups, state = heads(said, "n_groups", CONFIG), whole(said, self.state, CONFIG)
-        multiple(self.heads, count, "n_groups", groups, CONFIG)
-        if self.alone and number(said, "expand", CONFIG) * whole(said, "hidden_size", CONFIG) != count * width:
+        groups, state = heads(said, self.groups, CONFIG), whole(said, self.state, CONFIG)
+        multiple(self.heads, count, self.groups, groups, CONFIG)
+        if self.expand and number(said, self.expand, CONFIG) * whole(said, "hidden_size", CONFIG) != count * width:
             raise Damaged(
-                "expand times hidden_size is not what the heads are wide together",
-                where=f"{CONFIG}: expand",
+                f"{self.expand} times hidden_size is not what the heads are wide together",
+                where=f"{CONFIG}: {self.expand}",
                 expected=f"{self.heads} x {self.head_dim}, {count * width}",
-                found=f"{said['expand']} x {said['hidden_size']}",
+                found=f"{said[self.expand]} x {said['hidden_size']}",
             )
         return {
             "mamba_heads": count,
@@ -81,13 +92,13 @@ class Mixer:
             "mamba_groups": groups,
             "mamba_state": state,
             "mamba_bc": groups * state,
-            "mamba_conv": whole(said, "conv_kernel", CONFIG),
+            "mamba_conv": whole(said, self.kernel, CONFIG),
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         lost = []
         if facts["mamba_conv"] != _CONVOLUTION:
-            lost.append(f"conv_kernel {facts['mamba_conv']}: Megatron's is {_CONVOLUTION} wide")
+            lost.append(f"{self.kernel} {facts['mamba_conv']}: Megatron's is {_CONVOLUTION} wide")
         limit = said.get("time_step_limit")
         if limit is not None and (not isinstance(limit, list) or limit[:1] != [0.0] or limit[1:] not in _NO_LIMIT):
             lost.append(f"time_step_limit {limit!r:.60}: Megatron limits no time step")
@@ -96,10 +107,10 @@ class Mixer:
         lost += [
             f"{key} {value}: Megatron's mixer has {'a' if not value else 'no'} such bias"
             for key, value in (
-                ("use_conv_bias", flag({"use_conv_bias": True, **said}, "use_conv_bias", CONFIG)),
-                ("use_bias", flag(said, "use_bias", CONFIG)),
+                (self.conv_bias, flag({self.conv_bias: True, **said}, self.conv_bias, CONFIG)),
+                (self.bias, flag(said, self.bias, CONFIG)),
             )
-            if value != (key == "use_conv_bias")
+            if value != (key == self.conv_bias)
         ]
         absent: dict[str, object] = {
             "num_attention_heads": facts["mamba_heads"],
@@ -110,8 +121,9 @@ class Mixer:
         }
         return {
             **(absent if self.alone else {}),
+            **({self.least: not_negative(said, self.least, CONFIG)} if self.least else {}),
             **{arg: facts[fact] for fact, arg in _ARG_OF.items()},
-            "fp32_residual_connection": flag(said, "residual_in_fp32", CONFIG),
+            "fp32_residual_connection": flag(said, self.residual, CONFIG),
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
@@ -120,15 +132,18 @@ class Mixer:
             self.heads: count,
             self.head_dim: width,
             self.state: whole(said, "mamba_state_dim", ARGS),
-            "n_groups": whole(said, "mamba_num_groups", ARGS),
-            "conv_kernel": _CONVOLUTION,
+            self.groups: whole(said, "mamba_num_groups", ARGS),
+            self.kernel: _CONVOLUTION,
             self.act: "silu",
-            "use_conv_bias": True,
-            "use_bias": False,
-            "residual_in_fp32": flag(said, "fp32_residual_connection", ARGS),
+            self.conv_bias: True,
+            self.bias: False,
         }
-        if self.alone:
-            hf["expand"] = multiple("mamba_num_heads", count * width, "hidden_size", self._hidden(said), ARGS)
+        if self.least:
+            hf[self.least] = not_negative({self.least: _ANY_STEP, **said}, self.least, ARGS)
+        if self.residual:
+            hf[self.residual] = flag(said, "fp32_residual_connection", ARGS)
+        if self.expand:
+            hf[self.expand] = multiple("mamba_num_heads", count * width, "hidden_size", self._hidden(said), ARGS)
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
@@ -136,12 +151,12 @@ class Mixer:
         if lacking:
             return [f"{', '.join(lacking)} not set, this family has Mamba mixers"]
         wide = self._heads(said) * whole(said, "mamba_head_dim", ARGS)
-        if self.alone and wide % self._hidden(said):
+        if self.expand and wide % self._hidden(said):
             return [f"the Mamba heads are {wide} wide together, no multiple of hidden_size {self._hidden(said)}"]
         return []
 
     def needs(self, said: Said) -> list[str]:
-        epsilon, lines = number(said, "layer_norm_epsilon", CONFIG), []
+        epsilon, lines = number(said, self.epsilon, CONFIG), []
         if epsilon != _EPSILON:
             lines.append(f"an epsilon of {epsilon} in the mixer's norm (megatron-core: 1e-5)")
         if self.least and number(said, self.least, CONFIG) > 0:
@@ -149,7 +164,7 @@ class Mixer:
         return lines
 
     def _sizes(self) -> dict[str, str]:
-        keys = (self.heads, self.head_dim, "n_groups", self.state)
+        keys = (self.heads, self.head_dim, self.groups, self.state)
         return dict(zip(keys, _ARG_OF.values(), strict=True))
 
     def _heads(self, said: Said) -> int:
@@ -186,12 +201,12 @@ class Stack:
 
     @property
     def owns(self) -> tuple[str, ...]:
-        own = (_PATTERN, "hybrid_layer_pattern", "is_hybrid_model", "spec", *_RATIOS)
+        own = (PATTERN, "hybrid_layer_pattern", "is_hybrid_model", "spec", *_RATIOS)
         return (*own, *self.experts.owns) if self.experts else own
 
     @property
     def compared(self) -> Mapping[str, str]:
-        own = {_PATTERN: _PATTERN} if len(self.letters) > 1 else {}
+        own = {PATTERN: PATTERN} if len(self.letters) > 1 else {}
         return {**own, **self.experts.compared} if self.experts else own
 
     def facts(self, said: Said) -> dict[str, Any]:
@@ -233,7 +248,7 @@ class Stack:
                 lost.append("mlp_bias with experts: Megatron's have biases only where all linear layers have")
         return {
             **args,
-            _PATTERN: layers_of(said),
+            PATTERN: layers_of(said),
             "is_hybrid_model": True,
             **dict.fromkeys(_RATIOS, 0.0),
             "spec": list(_SPEC),
@@ -241,7 +256,7 @@ class Stack:
 
     def to_hf(self, said: Said) -> dict[str, object]:
         pattern, _ = _pattern_of(said)
-        hf: dict[str, object] = {_PATTERN: pattern} if len(self.letters) > 1 else {}
+        hf: dict[str, object] = {PATTERN: pattern} if len(self.letters) > 1 else {}
         if self.experts and "E" in pattern:
             latent = said.get("moe_latent_size")
             hf |= {**self.experts.to_hf(said), "n_shared_experts": 1, "moe_latent_size": latent}
@@ -296,7 +311,7 @@ def layers_of(said: Said) -> str:
     Raises:
         Damaged: an unknown kind, or another number of layers than ``num_hidden_layers`` says.
     """
-    kinds, pattern = said.get("layers_block_type"), said.get(_PATTERN)
+    kinds, pattern = said.get("layers_block_type"), said.get(PATTERN)
     letter = {name: letter for letter, names in LAYERS.items() for name in names}
     if isinstance(kinds, list) and all(isinstance(kind, str) and kind in letter for kind in kinds):
         pattern = "".join(letter[kind] for kind in kinds)
@@ -305,7 +320,7 @@ def layers_of(said: Said) -> str:
     if pattern is None:
         return "M" * deep(said, "num_hidden_layers", CONFIG)
     if not isinstance(pattern, str) or not pattern or set(pattern) - set(LAYERS):
-        raise Damaged(f"{_PATTERN} is no row of {' '.join(LAYERS)}", where=CONFIG, found=f"{pattern!r:.120}")
+        raise Damaged(f"{PATTERN} is no row of {' '.join(LAYERS)}", where=CONFIG, found=f"{pattern!r:.120}")
     layers = said.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
         raise Damaged(
@@ -319,11 +334,11 @@ def layers_of(said: Said) -> str:
 
 def _pattern_of(said: Said) -> tuple[str, str]:
     """The pattern that Megatron's args say, and why there is none that is understood here."""
-    pattern = said.get("hybrid_layer_pattern") or said.get(_PATTERN)
+    pattern = said.get("hybrid_layer_pattern") or said.get(PATTERN)
     layers = deep(said, "num_layers", ARGS)
     if pattern is None:
         if not said.get("is_hybrid_model") and "mamba" not in str(said.get("spec")):
-            return "", f"neither {_PATTERN} nor is_hybrid_model is set, this family has Mamba mixers"
+            return "", f"neither {PATTERN} nor is_hybrid_model is set, this family has Mamba mixers"
         drawn = [ratio for ratio in _RATIOS if said.get(ratio)]
         return "M" * layers, f"{', '.join(drawn)}: layers drawn from ratios, without a pattern" if drawn else ""
     if not isinstance(pattern, str):

@@ -181,7 +181,7 @@ class LatentRope:
         lost = [] if kind in ("default", "yarn") else [f"rope_type {kind}: Megatron's latent attention has yarn"]
         yarn: Mapping[str, object] = _UNSCALED
         if kind == "yarn":
-            yarn = concentrated({**_UNSCALED, **rope})
+            yarn = {**_UNSCALED, **concentrated(rope)}
             lost += _unsayable(rope)
         if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
             lost.append(f"partial_rotary_factor {part}: qk_rope_head_dim says what is rotated")

@@ -22,7 +22,7 @@ _MAMBA2 = DecoderConfig(
         "n_groups": 8, "state_size": 128, "conv_kernel": 4, "expand": 2, "use_conv_bias": True,
         "residual_in_fp32": True, "initializer_range": 0.1,
     },
-    attention=Mixer("num_heads", "head_dim", "state_size", "hidden_act", alone=True),
+    attention=Mixer("num_heads", "head_dim", "state_size", "hidden_act", expand="expand", alone=True),
     rope=Unplaced(),
     activation=Stack(),
     norm_eps="layer_norm_epsilon",

@@ -2,21 +2,29 @@
 
 All scale the embedding, each residual and the head's input (muP) by numbers of the config, which stay there. Sources:
 OpenBMB's ``modeling_minicpm.py`` (its defaults), transformers' ``modeling_minicpm3.py``, and for BlockFFN the converter
-``convert_bmt_to_hf.py`` of thunlp/BlockFFN. MiniCPM5 and others are plain Llamas by their config.json.
+``convert_bmt_to_hf.py`` and ``BlockMLP`` of thunlp/BlockFFN. MiniCPM5 and others are plain Llamas by their config.json.
+
+Sparse attention by InfLLM-v2 has no tensors of its own: the mean of some keys stands for them (``CompressK`` of
+MiniCPM4's ``modeling_minicpm.py``), so that a checkpoint is the dense one with a ``sparse_config``. One trained by NSA
+has some (compression, its positions, gates), under names that no public MiniCPM checkpoint, model or converter shows:
+looked for in the repositories of OpenBMB and thunlp, forks of Megatron-LM with MiniCPM's converters, and NSA's own
+implementations, which agree on none. They are refused as tensors in no row, by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from dconv.arch import mup
 from dconv.arch.attention import Biases
 from dconv.arch.carried import Carried, Kept
 from dconv.arch.config import COMMON
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.deepseek import ATTENTION_NAMES, LATENT
 from dconv.arch.experts import Experts
-from dconv.arch.family import Row
+from dconv.arch.family import Family, Row
 from dconv.arch.latent import Latent, LatentRope
 from dconv.arch.layouts import as_stored
 from dconv.arch.llama import LLAMA
@@ -28,7 +36,7 @@ _SCALED: Final = Carried({
     "scale_emb": "the embedding times it",
     "scale_depth": "what each block adds times it / sqrt(layers)",
     "dim_model_base": "the head's input times it / hidden_size",
-})  # fmt: skip
+}, idle=mup.minicpm_ones)  # fmt: skip
 _KEPT: Final = Kept({
     "sparse_config": "InfLLM-v2 attention, which leaves out blocks of a long context",
     "mup_denominator": "",  # of heads that guess ahead
@@ -54,7 +62,8 @@ _BLOCK_CONFIG: Final = replace(
     MINICPM_CONFIG,
     more=(_SCALED, _KEPT, Kept(dict.fromkeys((
         "ffn_type", "ffn_gated", "num_experts", "expert_size", "router_act", "norm_after_router", "norm_scale",
-        "block_implementation", "attention_type",
+        "block_implementation", "attention_type", "moe_routing_strategy", "num_shared_experts", "moe_top_k",
+        "moe_top_p",
     ), ""), table="block_ffn")),
     lacking=("BlockFFN: blocks of a feed-forward layer that a normalised ReLU switches on",),
 )  # fmt: skip
@@ -72,28 +81,55 @@ _MINICPM3_CONFIG: Final = DecoderConfig(
     more=(_SCALED, _KEPT),
     only={"attention_bias": False, "mlp_bias": False},
 )  # fmt: skip
+#: BlockFFN's published models: latent attention as MiniCPM3's.
+_LATENT_BLOCK_CONFIG: Final = replace(
+    _MINICPM3_CONFIG,
+    model_type=MINICPM_CONFIG.model_type,
+    architecture=MINICPM_CONFIG.architecture,
+    defaults={**_MINICPM3_CONFIG.defaults, **MINICPM_CONFIG.defaults, "head_dim": None},
+    more=_BLOCK_CONFIG.more,
+    lacking=_BLOCK_CONFIG.lacking,
+)
 
 _MLP, _HF = "decoder.layers.*.mlp", "model.layers.*.mlp"
 _DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if row.megatron.startswith(_MLP))
 _EXPERT = f"{_HF}.experts.#"
-#: A block-sparse layer's tensors, under the same names on both sides.
-_BLOCK = ("moe_router", "router_norm", "moe_w_in", "moe_w_out")
+#: A block-sparse layer's tensors, under the same names on both sides: MiniCPM4's, and BlockFFN's as published, of which
+#: some have a norm behind the router.
+_BLOCK: Mapping[str, str] = dict.fromkeys(
+    ("moe_router.weight", "router_norm.weight", "moe_w_in.weight", "moe_w_out.weight"), "block_ffn"
+)
+_PUBLISHED = {
+    **dict.fromkeys(("router_proj.weight", "up_proj", "down_proj"), "block_ffn"),
+    "router_norm.weight": "router_norm",
+}
+
+
+def _block_sparse(name: str, mark: str, tensors: Mapping[str, str]) -> Family:
+    """Layers with these tensors beside dense ones; they are of any shape, and exist by the fact that is given."""
+    blocks = (Row(f"{_MLP}.{tensor}", f"{_HF}.{tensor}", as_stored(), when=fact) for tensor, fact in tensors.items())
+    rows = (*DENSE, replace(ROUTED[0], when="block_ffn"), *blocks)
+    family = LLAMA.derive(name, _BLOCK_CONFIG, drop=_DENSE_NAMES, add=rows, marks=(mark,))
+    return replace(family, either=(("block_ffn", "dense"),))
+
 
 # fmt: off
 MINICPM = LLAMA.derive("minicpm", MINICPM_CONFIG)
-MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, mark=".mlp.experts.", add=(
+MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, marks=(".mlp.experts.",), add=(
     *ROUTED[:2],
     replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
     replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),
 ))
-MINICPM_BLOCKFFN = replace(
-    LLAMA.derive("minicpm_blockffn", _BLOCK_CONFIG, drop=_DENSE_NAMES, mark=".mlp.moe_router.", add=(
-        *DENSE,
-        replace(ROUTED[0], when="block_ffn"),
-        *(Row(f"{_MLP}.{name}.weight", f"{_HF}.{name}.weight", as_stored(), when="block_ffn") for name in _BLOCK),
-    )),
-    either=(("block_ffn", "dense"),),
-)
+MINICPM_BLOCKFFN = _block_sparse("minicpm_blockffn", ".mlp.moe_router.", _BLOCK)
+BLOCKFFN = _block_sparse("blockffn", ".mlp.router_proj.", _PUBLISHED)
+BLOCKFFN_MLA = BLOCKFFN.derive("blockffn_mla", _LATENT_BLOCK_CONFIG, drop=ATTENTION_NAMES, add=LATENT, marks=(
+    ".kv_a_proj_with_mqa.", ".linear_kv_down_proj.",
+))
 MINICPM3 = LLAMA.derive("minicpm3", _MINICPM3_CONFIG, drop=ATTENTION_NAMES, add=LATENT)
 # fmt: on
-FAMILIES = (MINICPM, MINICPM_MOE, MINICPM_BLOCKFFN, MINICPM3)
+#: An MLA model whose args say nothing of BlockFFN is MiniCPM3.
+FAMILIES = (
+    replace(MINICPM, mup=mup.MINICPM),
+    replace(MINICPM_MOE, mup=mup.MINICPM_MOE),
+    *(replace(one, mup=mup.MINICPM_ITSELF) for one in (MINICPM_BLOCKFFN, MINICPM3, BLOCKFFN_MLA, BLOCKFFN)),
+)

@@ -24,6 +24,7 @@ MIXTRAL: Final = DecoderConfig(
         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
     window=Window("all"),
+    rope=Rope(longrope=True),
     more=(Experts(Router(), _LOCAL, "intermediate_size"),),
 )  # fmt: skip
 
@@ -101,7 +102,8 @@ GPT_OSS: Final = DecoderConfig(
     Grouped(sinks=True),
     Biases(_BIAS, _BIAS, True),
     Window("types", every=2),
-    activation=_CLAMPED,
+    Rope(stretched=True),
+    _CLAMPED,
     more=(Experts(Router(), _LOCAL, "intermediate_size", bias=True),),
     only={"swiglu_alpha": 1.702},
 )  # fmt: skip

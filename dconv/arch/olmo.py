@@ -1,6 +1,7 @@
 """OLMo 2: what leaves attention and feed-forward is normalised, not what enters; query and key over all heads at once.
 
-Megatron names: mcore-bridge's (``model/gpts/olmo2.py``); Megatron-LM and Megatron-Bridge have no such layer.
+Megatron names: mcore-bridge's (``model/gpts/olmo2.py``); Megatron-LM and Megatron-Bridge have no such layer. Not its
+order of rows in ``linear_qkv``, all queries, all keys, all values: here they are grouped as in every other model.
 """
 
 from __future__ import annotations

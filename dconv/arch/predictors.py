@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from dconv.arch.args import ARGS
 from dconv.arch.fields import count
 from dconv.arch.translate import CONFIG, Said
 
+#: What files call their number, first what is written.
+KEYS: Final = ("num_nextn_predict_layers", "num_mtp_layers")
+
 
 @dataclass(frozen=True)
 class Predictors:
-    """How many such layers there are.
-
-    Attributes:
-        keys: the keys that may say so, first what is written.
-    """
-
-    keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
+    """How many such layers there are."""
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -27,22 +24,27 @@ class Predictors:
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return {self.keys[0]: "mtp_num_layers"}
+        return {KEYS[0]: "mtp_num_layers"}
 
     def facts(self, said: Said) -> dict[str, Any]:
         """mtp."""
         # an alias that a file gives stands before the default of the name that is written
-        key = next((key for key in reversed(self.keys) if said.get(key) is not None), "")
+        key = next((key for key in reversed(KEYS) if said.get(key) is not None), "")
         return {"mtp": count(said, key, CONFIG) if key else 0}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         return {"mtp_num_layers": facts["mtp"] or None}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
-        return {self.keys[0]: count({"mtp_num_layers": 0, **said}, "mtp_num_layers", ARGS)}
+        return {KEYS[0]: count({"mtp_num_layers": 0, **said}, "mtp_num_layers", ARGS)}
 
     def mismatches(self, _said: Said) -> list[str]:
         return []
 
     def needs(self, _said: Said) -> list[str]:
         return []
+
+
+def without(config: Mapping[str, object]) -> dict[str, object]:
+    """The config of the same model without its predictors."""
+    return {**config, **{key: 0 for key in KEYS if key in config or key == KEYS[0]}}

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Final
 
 from dconv.arch import (
+    bamba,
     bert,
     deepseek,
     gemma,
@@ -25,16 +26,12 @@ from dconv.arch import (
 )
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
-from dconv.errors import Refused
+from dconv.errors import Refused, group_names
 
-_MODULES: Final = (llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, minicpm, gpt2, bert, t5, llava)
+_MODULES: Final = (
+    llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava
+)  # fmt: skip
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
-#: Architectures that were looked at and are not here, with the reason.
-_LEFT_OUT: Final[Mapping[str, str]] = dict.fromkeys(
-    ("BambaForCausalLM", "bamba"),
-    "a layer of Bamba is two of Megatron's hybrid stack (a mixer or attention, then a feed-forward), and no converter "
-    "of Megatron's has defined their numbers",
-)
 
 
 @cache
@@ -66,7 +63,7 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
 
     Args:
-        names: of the stored tensors. They tell families of one architecture apart (`Family.mark`), and a decoder from
+        names: of the stored tensors. They tell families of one architecture apart (`Family.marks`), and a decoder from
             an encoder, of which Megatron's args say nothing.
 
     Raises:
@@ -78,8 +75,8 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     kin = [family for family in known.values() if family.config.architecture == found.config.architecture]
     if len(kin) == 1:
         return found
-    marked = [family for family in kin if family.mark and any(family.mark in name for name in names)]
-    plain = [family for family in kin if not family.mark]
+    marked = [family for family in kin if any(mark in name for mark in family.marks for name in names)]
+    plain = [family for family in kin if not family.marks]
     return next(iter(marked or plain), found)
 
 
@@ -92,6 +89,8 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
             for family in (known() if callable(known) else known).values():
                 if family.config.architecture == named if named else family.config.model_type == model_type:
                     return family
+                if named in family.classes:
+                    return _whole(family, str(named), names)
         raise _unknown(str(named or model_type))
     if args is not None:
         blocks = _blocks(names)
@@ -99,6 +98,23 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
         wanted = detect_by_args(args, [family.config for family in fitting])
         return next(family for family in fitting if family.config is wanted)
     raise nothing_known()
+
+
+def _whole(family: Family, named: str, names: Sequence[str]) -> Family:
+    """The family, for the files of another of its classes that have all of its own.
+
+    Raises:
+        Refused: a part of them.
+    """
+    megatron = any(name.startswith("embedding.word_embeddings.") for name in names)
+    if lacking := family.lacking(names) if names and not megatron else ():
+        raise Refused(
+            f"{named} with {len(lacking)} tensors less than Megatron's {family.name} has, nothing was written",
+            expected=f"all that {family.config.architecture} has, as files that say {named} often do",
+            found="without " + group_names(lacking),
+            do=f"add what is missing ({family.config.architecture}.from_pretrained draws it at random), save it",
+        )
+    return family
 
 
 def _blocks(names: Iterable[str]) -> set[str]:
@@ -120,8 +136,6 @@ def _unknown(name: str) -> Refused:
     known = {f.config.architecture: f for f in families().values()} | families()
     import difflib
 
-    if reason := _LEFT_OUT.get(name):
-        return Refused(f"{name} has no Megatron counterpart here, nothing was written", found=reason)
     close = difflib.get_close_matches(name, known, 1, 0.0)
     nearest = known[close[0]].name if close else "llama"
     return Refused(

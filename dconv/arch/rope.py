@@ -147,7 +147,7 @@ def rope_to_args(rope: Mapping[str, object]) -> tuple[dict[str, object], list[st
     known = _KINDS.get(str(rope["rope_type"]))
     kind = known or _KINDS["default"]
     reasons = [] if known else [f"rope_type {rope['rope_type']}: Megatron has {', '.join(_KINDS)}"]
-    said = concentrated({**kind.defaults, **rope}) if kind is _KINDS["yarn"] else rope
+    said = {**kind.defaults, **concentrated(rope)} if kind is _KINDS["yarn"] else rope
     theta = number(rope, "rope_theta", _CONFIG)
     scaled = kind is _KINDS["llama3"]
     args: dict[str, object] = {

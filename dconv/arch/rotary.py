@@ -26,12 +26,14 @@ class Rope:
             (``partial_rotary_factor``), or a number of them where the key ends in ``_dim``; none means whole heads.
         interleaved: whether neighbours are rotated together instead of the two halves of a head.
         longrope: whether a longrope's table is carried along in the args (`needs` says that Megatron lacks it).
+        stretched: whether transformers' class scales by itself where config.json has no table that says otherwise.
     """
 
     kinds: tuple[str, ...] = ()
     part: str = ""
     interleaved: bool = False
     longrope: bool = False
+    stretched: bool = False
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -67,6 +69,8 @@ class Rope:
 
     def to_hf(self, said: Said) -> dict[str, object]:
         hf = rope_from_args(said)[0]
+        if self.stretched and hf["rope_scaling"] is None:
+            hf["rope_parameters"] = {"rope_type": "default", "rope_theta": hf["rope_theta"]}
         if self.longrope and said.get(TABLE) is not None:
             rotated = number(said, "rotary_percent", ARGS) * whole(said, "kv_channels", ARGS)
             hf[TABLE] = longrope(said, round(rotated), ARGS)

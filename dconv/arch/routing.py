@@ -112,8 +112,9 @@ class Router:
         if not self.scaling and said.get("moe_router_topk_scaling_factor") not in (None, 0, 1):
             reasons.append(f"moe_router_topk_scaling_factor is {said['moe_router_topk_scaling_factor']}, it has none")
         balancing = said.get("moe_router_load_balancing_type")
-        if balancing == "sinkhorn" or (isinstance(balancing, list | tuple) and "sinkhorn" in balancing):
-            reasons.append("moe_router_load_balancing_type is sinkhorn, this family takes the best scores")
+        for kind in balancing if isinstance(balancing, list | tuple) else (balancing,):
+            if kind in ("sinkhorn", "quantile_balancing"):
+                reasons.append(f"moe_router_load_balancing_type is {kind}, this family takes the best scores")
         if said.get("moe_router_topk_limited_devices") is not None:
             reasons.append("moe_router_topk_limited_devices is set: name the groups with moe_router_num_groups")
         if self.groups_judged_by and said.get("moe_router_group_topk") is not None:

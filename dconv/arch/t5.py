@@ -1,8 +1,9 @@
-"""T5 1.1, Flan-T5 and what else has unscaled logits: an encoder and a decoder with relative positions, in one stage.
+"""T5, T5 1.1, Flan-T5: an encoder and a decoder with relative positions, in one stage.
 
 megatron-core's T5 computes the same with RMSNorm, no biases, ``softmax_scale`` 1 and positions ``relative``. It does not
-scale logits, as the first T5 does, and ties them only with a bias that HuggingFace lacks: Megatron's output layer is
-therefore one of its own, with the embedding's values where HuggingFace ties the two. It has no ReLU either.
+scale logits, as the first T5 does: that travels in the args, under HuggingFace's name. It ties them only with a bias
+that HuggingFace lacks: Megatron's output layer is therefore one of its own, with the embedding's values where
+HuggingFace ties the two.
 Sources: ``modeling_t5.py`` of transformers; ``models/T5`` of megatron-core.
 """
 
@@ -27,7 +28,10 @@ _KINDS: Final[Mapping[str, Mapping[str, object]]] = {
     "gated-gelu": {"gated_linear_unit": True, "bias_gelu_fusion": True},
     "gated-silu": {"swiglu": True},
     "gelu": {},
+    "relu": {"activation_func": "relu"},  # a field of TransformerConfig
 }
+_OFF: Final[Mapping[str, object]] = {**OFF, "activation_func": None}
+_SCALED: Final = "scale_decoder_outputs"
 _BUCKETS: Final = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 
 
@@ -37,7 +41,7 @@ class FeedForward:
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return tuple(OFF)
+        return tuple(_OFF)
 
     @property
     def compared(self) -> Mapping[str, str]:
@@ -51,6 +55,13 @@ class FeedForward:
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         named = str(said.get("feed_forward_proj"))
         lost = [] if named in _KINDS else [f"feed_forward_proj {named}: Megatron has {', '.join(_KINDS)} here"]
+        function = "gelu_new" if named == "gated-gelu" else named.rpartition("-")[2]
+        meant: dict[str, object] = {"dense_act_fn": function, "is_gated_act": named.startswith("gated-")}
+        lost += [
+            f"{key} {said[key]!r:.60}: feed_forward_proj {named} means {value}"
+            for key, value in meant.items()
+            if said.get(key, value) != value
+        ]
         return {**OFF, **_KINDS.get(named, {})}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
@@ -61,11 +72,13 @@ class FeedForward:
         return [] if not all(found) else found[-1]
 
     def needs(self, said: Said) -> list[str]:
-        gated = said.get("feed_forward_proj") == "gated-gelu"
-        return ["a gated tanh-GELU: TransformerConfig.gated_linear_unit without --swiglu has no argument"] * gated
+        return {
+            "gated-gelu": ["a gated tanh-GELU: TransformerConfig.gated_linear_unit without --swiglu has no argument"],
+            "relu": ["a ReLU: TransformerConfig.activation_func has it, no argument sets it"],
+        }.get(str(said.get("feed_forward_proj")), [])
 
     def _differs(self, said: Said, name: str) -> list[str]:
-        wanted = {**OFF, **_KINDS[name]}
+        wanted = {**_OFF, **_KINDS[name]}
         if name == "gated-silu":  # its gate and its kernel are said twice, or not at all
             wanted = {arg: its for arg, its in wanted.items() if arg not in ("gated_linear_unit", "bias_gelu_fusion")}
         return differing(said, wanted)
@@ -77,11 +90,11 @@ class EncoderDecoder:
 
     @property
     def owns(self) -> tuple[str, ...]:
-        return "position_embedding_type", *_BUCKETS, "untie_embeddings_and_output_weights"
+        return "position_embedding_type", *_BUCKETS, "untie_embeddings_and_output_weights", _SCALED
 
     @property
     def compared(self) -> Mapping[str, str]:
-        return {"num_decoder_layers": "decoder_num_layers", **{key: key for key in _BUCKETS}}
+        return {"num_decoder_layers": "decoder_num_layers", **{key: key for key in (*_BUCKETS, _SCALED)}}
 
     def facts(self, said: Said) -> dict[str, Any]:
         """decoder_layers, buckets, most_stages; tied (never: see above), own_head or shared_head."""
@@ -98,26 +111,32 @@ class EncoderDecoder:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        scaled = facts["shared_head"] and said.get("scale_decoder_outputs") is not False
-        lost = ["logits scaled by d_model ** -0.5 (scale_decoder_outputs, where tied): Megatron's are not"]
         return {
             "encoder_num_layers": whole(said, "num_layers", CONFIG),
             "decoder_num_layers": facts["decoder_layers"],
             "position_embedding_type": "relative",
             **{key: whole(said, key, CONFIG) for key in _BUCKETS},
-        }, lost if scaled else []
+            **({_SCALED: True} if _scales(said) else {}),
+        }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
         said = {**_BUCKETS, "decoder_num_layers": said.get("num_layers"), **said}
         layers = whole(said, "decoder_num_layers", ARGS)
-        return {"num_decoder_layers": layers, **{key: whole(said, key, ARGS) for key in _BUCKETS}}
+        scaled = {"tie_word_embeddings": True, _SCALED: True} if flag(said, _SCALED, ARGS) else {}
+        return {"num_decoder_layers": layers, **{key: whole(said, key, ARGS) for key in _BUCKETS}, **scaled}
 
     def mismatches(self, said: Said) -> list[str]:
         wanted = {"position_embedding_type": "relative", "untie_embeddings_and_output_weights": True}
         return differing(said, {**wanted, "encoder_num_layers": said.get("encoder_num_layers") and said["num_layers"]})
 
-    def needs(self, _said: Said) -> list[str]:
-        return ["softmax_scale: TransformerConfig has it, no argument sets it"]
+    def needs(self, said: Said) -> list[str]:
+        scaled = [f"{_SCALED}: logits times d_model ** -0.5"] if _scales(said) else []
+        return ["softmax_scale: TransformerConfig has it, no argument sets it", *scaled]
+
+
+def _scales(said: Said) -> bool:
+    """As transformers decides it: where the output is tied, unless the config says no."""
+    return flag(said, "tie_word_embeddings", CONFIG) and said.get(_SCALED) is not False
 
 
 _CONFIG = DecoderConfig(
@@ -185,6 +204,6 @@ T5 = Family("t5", _CONFIG, (
     *(Row(name, "shared.weight", vocab_rows("vocab", "hidden"), when="shared_head") for name in _HEAD),
 ), recomputed=(
     ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "never used"),
-), again=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")))
+), again=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")), classes=("T5WithLMHeadModel", "T5Model"))
 # fmt: on
 FAMILIES = (T5,)

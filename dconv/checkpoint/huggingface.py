@@ -183,8 +183,10 @@ def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Sha
     there = {name for shard in shards for tensors in shard.values() for name in tensors}
 
     def full(name: str) -> str:
-        whole = family.base + name if family.base else family.published(name)
-        return whole if name not in known and whole in known and whole not in there else name
+        published = family.published(name)
+        if name in known:
+            return name
+        return next((it for it in (published, family.base + published) if it in known and it not in there), name)
 
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
 

@@ -42,13 +42,15 @@ _SAVED_AS_FUSED: Final = {
 }
 
 #: The decoder layer inside a token predictor, now and from 2026 on.
-_PREDICTOR: Final = "mtp.layers."
 _INNER: Final = (".transformer_layer.", ".mtp_model_layer.")
 
 #: Layers that a pipeline stage numbers from 0.
 _LAYER: Final = re.compile(r"((?:language_model\.)?(?:decoder|encoder)\.layers\.)(\d{1,9})\.(.+)")
-#: Those and the layers of a vision tower, which is no part of the pipeline.
-_ANY_LAYER: Final = re.compile(r"((?:language_model\.|vision_model\.)?(?:decoder|encoder)\.layers\.)(\d{1,9})\.(.+)")
+#: Those, the layers of a vision tower, which is no part of the pipeline, and the one inside a token predictor.
+_ANY_LAYER: Final = re.compile(
+    r"((?:language_model\.|vision_model\.)?(?:decoder|encoder)\.layers\.\d{1,9}\."
+    r"|mtp\.layers\.\d{1,9}\.(?:transformer_layer|mtp_model_layer)\.)(.+)"
+)
 _ENCODER: Final = "encoder."
 _CANONICAL: Final = re.compile(r"(.+\.experts\.)(\d{1,6})\.(.+)")
 _SEQUENTIAL: Final = re.compile(r"(.+\.experts\.)local_experts\.(\d{1,6})\.(.+)")
@@ -64,30 +66,30 @@ def head_beside(embedding: str) -> str:
 def local_name(name: str) -> str:
     """The local layer spec's spelling of a canonical name."""
     match = _ANY_LAYER.fullmatch(name)
-    if match is None or match[3] not in _LOCAL_SPEC:
-        return name
-    return f"{match[1]}{match[2]}.{_LOCAL_SPEC[match[3]]}"
+    return name if match is None else match[1] + _LOCAL_SPEC.get(match[2], match[2])
 
 
 def local_key(name: str) -> str:
-    """The name under which a model of the local layer spec saves a canonical name in torch_dist."""
+    """The name under which a model of the local layer spec saves a canonical name in torch_dist.
+
+    Not with latent attention: such layers have no ``sharded_state_dict_keys_map`` and save what `local_name` says.
+    """
     match = _ANY_LAYER.fullmatch(name)
     if match is None:
         return name
-    inner = _LOCAL_SPEC.get(match[3], match[3])
-    return f"{match[1]}{match[2]}.{_SAVED_AS_FUSED.get(inner, inner)}"
+    inner = _LOCAL_SPEC.get(match[2], match[2])
+    return match[1] + _SAVED_AS_FUSED.get(inner, inner)
 
 
 def spellings(name: str) -> tuple[str, ...]:
     """A canonical name, and others that may stand for it."""
-    if name.startswith(_PREDICTOR):
-        return tuple(name.replace(_INNER[0], inner, 1) for inner in _INNER)
     match = _ANY_LAYER.fullmatch(name)
     if match is None:
         return (name,)
-    inner = [match[3]] + ([_OTHER[match[3]]] if match[3] in _OTHER else [])
+    inner = [match[2]] + ([_OTHER[match[2]]] if match[2] in _OTHER else [])
     inner += [f"{half[1]}{half[2]}" for known in inner if (half := _HALF_NAMED.fullmatch(known))]
-    return tuple(f"{match[1]}{match[2]}.{known}" for known in inner)
+    before = dict.fromkeys(match[1].replace(_INNER[0], called, 1) for called in _INNER)
+    return tuple(f"{layer}{known}" for layer in before for known in inner)
 
 
 def renumber(name: str, layers: range) -> str:

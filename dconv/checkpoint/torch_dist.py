@@ -162,7 +162,7 @@ def lay_out(model: megatron.Model) -> Target:
         yield from model.closing()
         yield f"{megatron.RELEASE}/{_COMMON}", dcp.object_blob(_common(model))
         yield f"{megatron.RELEASE}/{_METADATA}", dcp.dump_metadata(_tensors(chunks, blobs), objects)
-        if run_config.can_say(model.args):
+        if not model.prefix and run_config.can_say(model.args):  # of one model alone
             said = run_config.dump(model.args, size(model.facts, "vocab"), model.parallel.tp)
             yield f"{megatron.RELEASE}/{run_config.NAME}", said
         marker = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -186,7 +186,8 @@ def _key(model: megatron.Model, entry: Entry) -> tuple[str, Index, Index]:
     key = entry.row.megatron
     number = str(entry.layer)
     if model.local_spec:  # its spelling may depend on what it is below the layer
-        key = names.local_key(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
+        respelled = names.local_name if model.facts.get("mla") else names.local_key
+        key = respelled(key.replace("*", "0")).replace(".layers.0.", ".layers.*.", 1)
     if entry.layer >= 0 and entry.row.stacked and model.facts.get("uniform_layers", True):
         key = key.replace(".*", "")
         place.append(entry.layer)

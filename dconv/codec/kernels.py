@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dconv.codec.cast import cast
-from dconv.sharding.ops import Cast, Op
+from dconv.codec.scale import scale
+from dconv.sharding.ops import Cast, Op, Scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,5 +19,7 @@ def apply(op: Op, values: NDArray[np.generic]) -> NDArray[np.generic]:
     match op:
         case Cast(source, target):
             return cast(values, source, target)
+        case Scale(source, target, factor):
+            return scale(values, source, target, factor)
         case _:
             return values

@@ -6,26 +6,35 @@ Nothing is fetched and no code of the checkpoint runs. torch and transformers ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.errors import Damaged, ToolMissing, group_names
+from dconv.errors import Damaged, DconvError, ToolMissing, group_names
+from dconv.export.prompt import Answers, Kind, Prompt
 
 _PROMPT: Final = "The capital of France is"
 _NEW_TOKENS: Final = 12
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+#: transformers' class that picks a model by its config.
+AUTO: Final[dict[Kind, str]] = {
+    "decoder": "AutoModelForCausalLM",
+    "hybrid": "AutoModelForCausalLM",
+    "encoder": "AutoModelForPreTraining",
+    "encoder-decoder": "AutoModelForSeq2SeqLM",
+    "sighted": "AutoModelForImageTextToText",
+}
 
 
-def can_infer(path: Path, tokens: NDArray[np.int64], *, hf_config: Path | None = None, **_: Any) -> dict[str, object]:
+def can_infer(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_: Any) -> dict[str, object]:
     """Run a few tokens, and continue a sentence greedily where there is a tokenizer.
 
     Args:
-        tokens: int64 [batch, sequence].
         hf_config: directory of config.json, when it is not in ``path``.
 
     Returns:
@@ -35,27 +44,36 @@ def can_infer(path: Path, tokens: NDArray[np.int64], *, hf_config: Path | None =
         Damaged: weights are missing or of another shape, or the logits are not finite.
         ToolMissing: transformers is not installed, or fails to load the directory.
     """
-    model = _load(path, hf_config)
+    model = _load(path, hf_config, prompt.kind)
     import transformers
 
-    result = _forward(model, tokens)
-    if not np.isfinite(result).all():
-        raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
     shown: dict[str, object] = {
         "runtime": f"transformers {transformers.__version__}",
         "model": type(model).__name__,
-        "largest_logit": float(np.abs(result).max()),
+        "largest_logit": largest(forward(model, prompt), path),
     }
-    return shown | _continuation(model, hf_config or path)
+    return shown | continuation(hf_config or path, prompt, partial(_generated, model, prompt))
 
 
-def logits_of(path: Path, tokens: NDArray[np.int64], *, hf_config: Path | None = None, **_: Any) -> NDArray[np.float32]:
-    """fp32 logits [batch, sequence, vocabulary]; arguments and errors as for `can_infer`."""
-    return _forward(_load(path, hf_config), tokens)
+def largest(answers: Answers, path: Path) -> float:
+    """The largest logit.
+
+    Raises:
+        Damaged: one is not finite.
+    """
+    if not all(np.isfinite(answer).all() for answer in answers):
+        raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
+    return float(np.abs(answers[0]).max())
+
+
+def answers_of(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_: Any) -> Answers:
+    """What the model answers; arguments and errors as for `can_infer`."""
+    return forward(_load(path, hf_config, prompt.kind), prompt)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without what transformers tells a person at a terminal."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -71,10 +89,10 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(path: Path, hf_config: Path | None) -> Any:
+def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ToolMissing(
             "transformers is needed to run a HuggingFace checkpoint",
@@ -83,9 +101,9 @@ def _load(path: Path, hf_config: Path | None) -> Any:
         ) from error
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(hf_config or path, **local)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(hf_config or path, **local)
+            loaded: Any = getattr(transformers, AUTO[kind]).from_pretrained(
                 path,
                 config=config,
                 dtype=torch.float32,
@@ -106,25 +124,66 @@ def _load(path: Path, hf_config: Path | None) -> Any:
     return model.eval()
 
 
-def _forward(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def forward(model: Any, prompt: Prompt) -> Answers:
+    """What a model of transformers answers."""
     import torch
 
-    with torch.no_grad(), _quiet():
-        return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+    def given(values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values)
+
+    with torch.no_grad(), quiet():
+        if prompt.types is not None:
+            words = model(input_ids=given(prompt.tokens), token_type_ids=given(prompt.types))
+            return words.prediction_logits.float().numpy(), words.seq_relationship_logits.float().numpy()
+        inputs: dict[str, torch.Tensor] = {"input_ids": given(prompt.with_places())}
+        if prompt.replies is not None:
+            inputs["decoder_input_ids"] = given(prompt.replies)
+        if prompt.image is not None:
+            inputs["pixel_values"] = given(prompt.image)
+        return (model(**inputs, use_cache=False).logits.float().numpy(),)
 
 
-def _continuation(model: Any, folder: Path) -> dict[str, object]:
+def continuation(
+    folder: Path, prompt: Prompt, write: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+) -> dict[str, object]:
+    """A sentence and what follows it.
+
+    Args:
+        folder: with the tokenizer.
+        write: makes of a sentence's tokens [1, length] those of the text.
+
+    Returns:
+        continuation (text) or no_text (why there is none).
+    """
+    if prompt.kind == "encoder":
+        return {"no_text": "an encoder writes none"}
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return {"no_text": "no tokenizer"}
-    import torch
     from transformers import AutoTokenizer
 
     try:
-        with torch.no_grad(), _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            prompt = tokenizer(_PROMPT, return_tensors="pt")
-            # a pad token that the config lacks would be warned about and is not used for one row
-            made = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
+            made = write(tokenizer(_PROMPT, return_tensors="np")["input_ids"])
             return {"continuation": tokenizer.decode(made[0], skip_special_tokens=True)}
+    except DconvError:
+        raise
     except Exception as error:  # a broken tokenizer says nothing about the weights
         return {"no_text": f"the tokenizer fails: {type(error).__name__}: {error}"[:200]}
+
+
+def _generated(model: Any, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Greedily, by transformers' own loop."""
+    import torch
+
+    inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(sentence)}
+    if prompt.image is not None:
+        places = prompt.with_places()[:, : prompt.patches]
+        inputs = {
+            "input_ids": torch.from_numpy(np.concatenate([places, sentence], 1)),
+            "pixel_values": torch.from_numpy(prompt.image),
+        }
+    with torch.no_grad():
+        # a pad token that the config lacks would be warned about and is not used for one row
+        made = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return made[:, prompt.patches :].numpy()

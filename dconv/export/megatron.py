@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Final
 
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
-from dconv.errors import Damaged, ToolMissing
+from dconv.errors import ToolMissing
+from dconv.export.huggingface import largest
 from dconv.export.megatron_cpu import parallel_world, spawn
+from dconv.export.prompt import Answers, Kind, Prompt
 from dconv.pipeline import Request, convert
 
 #: Processes that one machine starts to load a legacy checkpoint; each takes about 0.5 GB beside its weights.
@@ -51,21 +50,20 @@ class _Run:
         return self.pp * max(self.tp, self.ep * self.etp)
 
 
-def can_infer(
-    path: Path,
-    tokens: NDArray[np.int64],
-    *,
-    source_format: str | None = None,
-    model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: str | Sequence[str] = (),
-    rename: Path | None = None,
-) -> dict[str, object]:
-    """Run a few tokens through megatron-core's own GPTModel.
+_MODELS: Final[dict[Kind, str]] = {
+    "decoder": "GPTModel",
+    "hybrid": "MambaModel",
+    "encoder": "BertModel",
+    "encoder-decoder": "T5Model",
+    "sighted": "LLaVAModel",
+}
+
+
+def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
+    """Run a few tokens through megatron-core's own model.
 
     Args:
-        tokens: int64 [batch, sequence].
-        source_format, model_type, hf_config, drop, rename: as for `dconv.pipeline.describe_model`.
+        options: as for `dconv.pipeline.describe_model`.
 
     Returns:
         runtime, model (with the layout that was run) and largest_logit.
@@ -75,49 +73,35 @@ def can_infer(
         Refused: the args ask for what megatron-core does not compute on a CPU.
         ToolMissing: megatron-core is not installed, or a process of it failed.
     """
-    result, how = _logits(
-        Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop, rename=rename), tokens
-    )
-    if not np.isfinite(result).all():
-        raise Damaged("the model computes no finite logits", where=str(path), found="NaN or infinity")
+    answers, how = _answers(Request(path, "megatron", **options), prompt)
     from importlib.metadata import version
 
     return {
         "runtime": f"megatron-core {version('megatron-core')}",
-        "model": f"GPTModel, {how}",
-        "largest_logit": float(np.abs(result).max()),
+        "model": f"{_MODELS[prompt.kind]}, {how}",
+        "largest_logit": largest(answers, path),
     }
 
 
-def logits_of(
-    path: Path,
-    tokens: NDArray[np.int64],
-    *,
-    source_format: str | None = None,
-    model_type: str | None = None,
-    hf_config: Path | None = None,
-    drop: str | Sequence[str] = (),
-    rename: Path | None = None,
-) -> NDArray[np.float32]:
-    """fp32 logits [batch, sequence, padded vocabulary]; arguments and errors as for `can_infer`."""
-    return _logits(
-        Request(path, "megatron", None, source_format, model_type, hf_config, drop=drop, rename=rename), tokens
-    )[0]
+def answers_of(path: Path, prompt: Prompt, **options: Any) -> Answers:
+    """What the model answers, of its padded vocabulary; arguments and errors as for `can_infer`."""
+    return _answers(Request(path, "megatron", **options), prompt)[0]
 
 
-def _logits(request: Request, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], str]:
-    """Logits of the model that ``request`` would convert to TP 1, and the layout that was run."""
+def _answers(request: Request, prompt: Prompt) -> tuple[Answers, str]:
+    """Answers of the model that ``request`` would convert to TP 1, and the layout that was run."""
     _require()
-    said = request.hf_config is not None or request.drop or request.rename  # Megatron's loaders would not hear of it
-    run = None if said else _as_it_is(open_source(request.model, request.source_format))
+    # Megatron's loaders would not hear of any of these
+    said = (request.hf_config, request.drop, request.rename, request.submodel, request.with_eagle)
+    run = None if any(said) else _as_it_is(open_source(request.model, request.source_format))
     if run is not None:
         how = f"tp {run.tp} x pp {run.pp}" + (f" x vpp {run.vpp}" if run.vpp > 1 else "")
         how += f", ep {run.ep} x etp {run.etp}" if run.ep > 1 else ""
-        return _spawn(run, tokens), how
+        return _spawn(run, prompt), how
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         out = Path(scratch, "tp1")
         convert(replace(request, out=out))
-        return _spawn(_Run(out, False, open_source(out).args or {}), tokens), "tp 1 x pp 1 (a temporary copy)"
+        return _spawn(_Run(out, False, open_source(out).args or {}), prompt), "tp 1 x pp 1 (a temporary copy)"
 
 
 def _require() -> None:
@@ -148,19 +132,43 @@ def _as_it_is(source: Source) -> _Run | None:
     return _Run(source.root, True, args, parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp)
 
 
-def _spawn(run: _Run, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    found = spawn(_rank, run.world, run, tokens)
+def _spawn(run: _Run, prompt: Prompt) -> Answers:
+    found = spawn(_rank, run.world, run, prompt)
     return next(result for result in found if result is not None)
 
 
-def _rank(rank: int, world: int, init_method: str, run: _Run, tokens: NDArray[np.int64]) -> NDArray[np.float32] | None:
-    """One process of the world; the last stage has the logits."""
+def _rank(rank: int, world: int, init_method: str, run: _Run, prompt: Prompt) -> Answers | None:
+    """One process of the world; the last stage has the answers."""
+    from dconv.export import megatron_runtime as core
+
+    if prompt.kind == "hybrid":
+        core.stand_in()
+    build: dict[Kind, Any] = {
+        "decoder": core.build_gpt,
+        "hybrid": core.build_hybrid,
+        "encoder": core.build_bert,
+        "encoder-decoder": core.build_t5,
+        "sighted": core.build_llava,
+    }
+    with parallel_world(run.tp, run.pp, run.vpp, run.ep, run.etp, rank=rank, world=world, init_method=init_method):
+        models = build[prompt.kind](run.args)
+        (core.load_legacy if run.legacy else core.load_torch_dist)(models, run.path)
+        found = _ask(models, prompt)
+    return None if found is None else tuple(answer.numpy() for answer in found if answer is not None)
+
+
+def _ask(models: list[Any], prompt: Prompt) -> tuple[Any, ...] | None:
+    """Answers as tensors, on the last stage."""
     import torch
 
-    from dconv.export.megatron_runtime import build_gpt, load_legacy, load_torch_dist, logits
+    from dconv.export import megatron_runtime as core
 
-    with parallel_world(run.tp, run.pp, run.vpp, run.ep, run.etp, rank=rank, world=world, init_method=init_method):
-        models = build_gpt(run.args)
-        (load_legacy if run.legacy else load_torch_dist)(models, run.path)
-        result = logits(models, torch.from_numpy(tokens))
-    return None if result is None else result.numpy()
+    tokens = torch.from_numpy(prompt.tokens)
+    if prompt.types is not None:
+        return core.bert_logits(models, tokens, token_types=torch.from_numpy(prompt.types))
+    if prompt.replies is not None:
+        return (core.t5_logits(models, tokens, torch.from_numpy(prompt.replies)),)
+    if prompt.image is not None:
+        return (core.llava_logits(models, tokens, torch.from_numpy(prompt.image)),)
+    found = core.logits(models, tokens)
+    return None if found is None else (found,)

@@ -63,28 +63,41 @@ _UNSUPPORTED = (
     # no arguments of Megatron-LM: a converted checkpoint says with them what no version of megatron-core computes
     "post_self_attn_layernorm", "post_mlp_layernorm", "no_pre_layernorm", "qk_layernorm_full_width", "embedding_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
-    "apply_residual_connection_post_layernorm",
+    "apply_residual_connection_post_layernorm", "scale_decoder_outputs",
 )  # fmt: skip
 
 # the same, but for this number
 _UNSUPPORTED_UNLESS_1 = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
-def as_dict(args: Args) -> dict[str, Any]:
-    """Arguments as a dictionary; refuses one that lacks a size, or asks for what is not computed here."""
+# what says that a decoder has layers of Mamba, which another runtime here builds
+_HYBRID = ("is_hybrid_model", "hybrid_override_pattern", "spec")
+
+
+def as_dict(args: Args, *, hybrid: bool = False) -> dict[str, Any]:
+    """Arguments as a dictionary; refuses one that lacks a size, or asks for what is not computed here.
+
+    Args:
+        hybrid: layers of Mamba are computed.
+    """
     given = dict(vars(args) if isinstance(args, Namespace) else args)
     missing = [name for name in _REQUIRED if given.get(name) is None]
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))
-    unsupported = [name for name in _UNSUPPORTED if given.get(name)]
-    unsupported += [name for name in _UNSUPPORTED_UNLESS_1 if given.get(name) not in (None, 1)]
-    if unsupported:
+    if unsupported := not_computed(given, hybrid=hybrid):
         raise Refused(
             "megatron-core on a CPU (local layer spec) does not compute this model",
             where="args",
-            found=", ".join(f"{name}={given[name]}" for name in unsupported),
+            found=", ".join(unsupported),
         )
     return given
+
+
+def not_computed(given: Mapping[str, Any], *, hybrid: bool = False) -> list[str]:
+    """Arguments that ask for what the local modules of megatron-core do not compute on a CPU, with their values."""
+    names = [name for name in _UNSUPPORTED if given.get(name) and not (hybrid and name in _HYBRID)]
+    names += [name for name in _UNSUPPORTED_UNLESS_1 if given.get(name) not in (None, 1)]
+    return [f"{name}={given[name]}" for name in names]
 
 
 def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> TransformerConfig:
@@ -137,8 +150,10 @@ def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> Transfor
 
 def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
     from megatron.core.activations import quick_gelu, squared_relu
-    from torch.nn.functional import gelu, silu
+    from torch.nn.functional import gelu, relu, silu
 
+    if given.get("activation_func") == "relu":
+        return {"activation_func": relu}
     if given.get("swiglu"):
         return {"activation_func": silu, "gated_linear_unit": True}
     if given.get("gated_linear_unit"):

@@ -18,9 +18,12 @@ from __future__ import annotations
 from dconv.export.megatron_bert_t5 import bert_logits, build_bert, build_t5, t5_logits
 from dconv.export.megatron_cpu import cpu_patches, parallel_world, require_megatron, spawn
 from dconv.export.megatron_gpt import build_gpt, logits
+from dconv.export.megatron_hybrid import build_hybrid, stand_in
+from dconv.export.megatron_llava import build_llava, llava_logits
 from dconv.export.megatron_weights import load_legacy, load_torch_dist, save_legacy, save_torch_dist, seed_weights
 
 __all__ = [
-    "bert_logits", "build_bert", "build_gpt", "build_t5", "cpu_patches", "load_legacy", "load_torch_dist", "logits",
-    "parallel_world", "require_megatron", "save_legacy", "save_torch_dist", "seed_weights", "spawn", "t5_logits",
+    "bert_logits", "build_bert", "build_gpt", "build_hybrid", "build_llava", "build_t5", "cpu_patches", "llava_logits",
+    "load_legacy", "load_torch_dist", "logits", "parallel_world", "require_megatron", "save_legacy", "save_torch_dist",
+    "seed_weights", "spawn", "stand_in", "t5_logits",
 ]  # fmt: skip

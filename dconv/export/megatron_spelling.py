@@ -21,13 +21,14 @@ _NORMS: Final = (
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
     (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
     (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
+    (".norm.", ".mixer.in_proj.layer_norm_"),
 )
 
 
 def to_local(key: str) -> str:
     """A name of a legacy file as the local spec has it."""
     for alone, fused in _NORMS:
-        key = key.replace(fused, alone)
+        key = _swap(key, fused, alone)
     return _GROUPED.sub(r".experts.local_experts.\3.\1.\2", key)
 
 
@@ -44,16 +45,21 @@ def _fused(key: str, linears: Collection[tuple[str, str]], grouped: bool) -> str
     layer = _LAYER.search(key)
     for alone, fused in _NORMS:
         linear = fused.rpartition(".")[0].removeprefix(".") + ".weight"  # none before experts and latent attention
-        if alone in key and layer and (layer[0], linear) in linears:
-            return key.replace(alone, fused)
+        if (spelled := _swap(key, alone, fused)) != key and layer and (layer[0], linear) in linears:
+            return spelled
     return key
+
+
+def _swap(key: str, old: str, new: str) -> str:
+    """A name with one part of it spelled otherwise; a mixer's own norm is not the one before the mixer."""
+    return re.sub(rf"(?<!\.mixer){re.escape(old)}", new, key)
 
 
 def as_saved(keys: Collection[str], saved: Collection[str]) -> Mapping[str, str]:
     """For each of ``keys`` that ``saved`` lacks, the other spelling, if ``saved`` has that."""
     found = {}
     for key in keys:
-        others = (key.replace(a, b) for names in _NORMS for a, b in (names, names[::-1]) if a in key)
+        others = (_swap(key, a, b) for names in _NORMS for a, b in (names, names[::-1]) if a in key)
         if key not in saved and (other := next((name for name in others if name in saved), None)):
             found[key] = other
     return found

@@ -1,32 +1,43 @@
-"""Which runtime runs a checkpoint here, and whether there is memory for it."""
+"""Which runtime runs a checkpoint here, whether it computes the model, and whether there is memory for it."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Final
 
-from dconv.errors import ToolMissing
+from dconv.arch.family import Family
+from dconv.export.megatron_config import not_computed
+from dconv.export.prompt import Kind, kind_of
+
+#: How transformers calls its lists of models.
+_MAPPINGS: Final[dict[Kind, str]] = {
+    "decoder": "CAUSAL_LM",
+    "hybrid": "CAUSAL_LM",
+    "encoder": "PRETRAINING",
+    "encoder-decoder": "SEQ_TO_SEQ_CAUSAL_LM",
+    "sighted": "IMAGE_TEXT_TO_TEXT",
+}
 
 
-def runs(container: str) -> bool:
-    """Whether `runtime_of` has one for a container (`dconv.checkpoint.source.Source.format`)."""
-    return container in ("huggingface", "pt", "bmtrain") or container.startswith("megatron")
+def as_run(container: str, *said: object) -> str:
+    """The container that a source is run as: transformers cannot be told of house spellings, or of one model of two.
 
-
-def as_run(container: str, rename: object) -> str:
-    """The container that a source is run as: transformers cannot be told of house spellings (``--rename``)."""
-    return "pt" if rename and container == "huggingface" else container
+    Args:
+        container: `dconv.checkpoint.source.Source.format`.
+        said: what a loader would have to be told (``--rename``, ``--submodel``); a copy under plain names is run then.
+    """
+    return container if container.startswith("megatron") or (container == "huggingface" and not any(said)) else "pt"
 
 
 def runtime_of(container: str) -> ModuleType:
-    """The module with ``can_infer`` and ``logits_of`` for a container.
+    """The module with ``can_infer`` and ``answers_of`` for a container.
 
-    Raises:
-        ToolMissing: nothing here runs it.
+    State dicts of all kinds are run by transformers from a copy.
     """
-    if not runs(container):
-        raise ToolMissing(f"no runtime here runs a {container} checkpoint", do="--verify digest needs none")
     if container == "huggingface":
         from dconv.export import huggingface
 
@@ -40,14 +51,43 @@ def runtime_of(container: str) -> ModuleType:
     return megatron
 
 
+def missing(container: str) -> str:
+    """The module that running a container needs and that is not installed; empty when there is none."""
+    needed = ("torch", "megatron", "megatron.core") if container.startswith("megatron") else ("torch", "transformers")
+    return next((module for module in needed if importlib.util.find_spec(module) is None), "")
+
+
+def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Mapping[str, Any] | None = None) -> str:
+    """Why the runtime of a container does not compute this model, by the family's name; empty where it does.
+
+    Args:
+        container: `dconv.checkpoint.source.Source.format`, or an engine of `dconv.pipeline.FORMATS`.
+        config: config.json.
+        args: Megatron's, where they are not what the config translates to.
+    """
+    kind = kind_of(family)
+    if container.startswith("megatron"):
+        said = family.config.to_args(config, strict=False) if args is None else args
+        found = not_computed(said, hybrid=kind == "hybrid")
+        return f"megatron-core on a CPU does not compute {family.name}: {', '.join(found)}" if found else ""
+    from transformers.models.auto import modeling_auto
+
+    known = getattr(modeling_auto, f"MODEL_FOR_{_MAPPINGS[kind]}_MAPPING_NAMES")
+    named = config.get("model_type")
+    from transformers import __version__
+
+    return "" if named in known else f"transformers {__version__} has no model of type {named} ({family.name})"
+
+
 def shortage(parameters: int, container: str) -> str:
     """Why a model cannot be run in fp32 in the memory that is free now; empty when it can."""
     copies = 2.0 if container.startswith("megatron") else 1.25  # megatron-core fills a state dict, then the model
-    needed, free = int(parameters * 4 * copies), _available_memory()
+    needed, free = int(parameters * 4 * copies), available_memory()
     return f"fp32 needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes that this process could still take."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -12,20 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dconv.errors import Damaged, ToolMissing
 from dconv.export import huggingface
+from dconv.export.prompt import Answers, Prompt
 from dconv.pipeline import Request, prepare, run
 from dconv.sharding.commit import Settings
 
 
-def can_infer(path: Path, tokens: NDArray[np.int64], **options: Any) -> dict[str, object]:
+def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
     """Open every file with ``torch.load(weights_only=True)``, then run a few tokens.
 
     Args:
-        tokens: int64 [batch, sequence].
         options: as for `dconv.pipeline.describe_model`.
 
     Returns:
@@ -36,13 +33,13 @@ def can_infer(path: Path, tokens: NDArray[np.int64], **options: Any) -> dict[str
         ToolMissing: torch or transformers is not installed, or fails.
     """
     with _copy(path, options) as folder:
-        return huggingface.can_infer(folder, tokens)
+        return huggingface.can_infer(folder, prompt)
 
 
-def logits_of(path: Path, tokens: NDArray[np.int64], **options: Any) -> NDArray[np.float32]:
-    """fp32 logits [batch, sequence, vocabulary]; arguments and errors as for `can_infer`."""
+def answers_of(path: Path, prompt: Prompt, **options: Any) -> Answers:
+    """What the model answers; arguments and errors as for `can_infer`."""
     with _copy(path, options) as folder:
-        return huggingface.logits_of(folder, tokens)
+        return huggingface.answers_of(folder, prompt)
 
 
 @contextmanager

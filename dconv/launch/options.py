@@ -128,6 +128,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="the vocabulary is padded to a multiple of this times tp (128)")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--dtype", type=dtype, metavar="DTYPE", help="bf16, f16 or f32 (default: as it is)")
+    group.add_argument("--mup2llama", action="store_true",
+                       help="fold muP scalars (MiniCPM, Granite) into the weights, so that a plain LLaMA computes the "
+                            "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
                        help="largest HuggingFace file (5GB)")  # fmt: skip
 
@@ -257,6 +260,7 @@ def to_request(args: argparse.Namespace) -> Request:
         teacher=args.teacher,
         teacher_only=args.teacher_only,
         with_eagle=args.with_eagle,
+        mup2llama=args.mup2llama,
     )
 
 

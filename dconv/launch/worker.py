@@ -102,6 +102,10 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
     try:
         with stop.planning(grace, last_words):
             job = prepare(to_request(args))
+            if args.verify == "logits":
+                from dconv import logits
+
+                logits.require(job)
     except Stopped:
         last_words()
         return Preempted.exit_code
@@ -243,6 +247,7 @@ def _summary(
         "rounded": numeric,
         "left_out": plan.target.left_out or {},
         "needs": list(job.needs),
+        "notes": list(job.notes),
         "verified": verified,
     }
     if args.json:
@@ -256,7 +261,7 @@ def _summary(
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
         f"peak memory a rank: {max(peaks.values()) / 2**20:.0f} MiB   plan {plan.id}   receipt dconv.json",
     ]
-    lines += _sentences(verified)
+    lines += [*job.notes, *_sentences(verified)]
     if outcome.kept:
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]

@@ -284,7 +284,7 @@ def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterab
         )
         shape = tuple(1 if axis < 0 else box.shape[axis] for axis in slot.axes)
         strides = tuple(0 if axis < 0 else piece.strides[axis] for axis in slot.axes)
-        op = op_between(piece.dtype, tensor.spec.dtype)
+        op = op_between(piece.dtype, tensor.spec.dtype, piece.factor)
         yield box, Copy(Region(start, shape), piece.file, offset, strides, piece.dtype, op)
 
 

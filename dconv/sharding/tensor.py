@@ -69,6 +69,7 @@ class Piece:
         tensor: the logical tensor's name.
         region: the box, in the logical tensor's coordinates.
         strides: bytes from one index to the next, per *logical* axis.
+        factor: what a stored value is to be multiplied by; 1 leaves it as it is.
     """
 
     tensor: str
@@ -77,6 +78,7 @@ class Piece:
     offset: int
     strides: Index
     dtype: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -437,6 +437,7 @@ def core():
         YARN_ROPE,
         {**YARN_ROPE, "truncate": False, "beta_fast": 24.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.1},
         {**YARN_ROPE, "mscale": 0.7},  # without its partner it counts for nothing
+        {**YARN_ROPE, "mscale_all_dim": 0.7},
     ],
     ids=str,
 )
@@ -528,7 +529,7 @@ def test_megatron_core_takes_the_args(core, name):
 REFUSED = {
     "dynamic": (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
     "longrope": (
-        LLAMA,
+        QWEN2,
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
         "long",
     ),

@@ -1,24 +1,26 @@
-"""Law 4: the real megatron-core and the real transformers compute the same logits from the same weights.
-
-One group of gloo processes a layout does all its work, since starting them costs more than the checks.
-"""
+"""Law 4: the real megatron-core and the real transformers compute the same logits from the same weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed: the oracle cannot run")
+pytest.importorskip("torch", reason="torch is not installed: the oracle cannot run")
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
 
-from dconv.checkpoint.detect import open_source  # noqa: E402
-from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
-from dconv.pipeline import Request, convert  # noqa: E402
-from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.oracles import hf  # noqa: E402
+from dconv.pipeline import Request, convert
+from dconv.sharding.coords import Parallel
+from tests.oracles.function import (
+    Check,
+    Sources,
+    close,
+    differing,
+    loaded,
+    sources_of,
+    unlike_what_was_saved,
+)
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -46,129 +48,49 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-erf-untied": ("gpt2", {"activation_function": "gelu", "tie_word_embeddings": False, "n_inner": 344}),
 }
 
-#: tp, pp, vpp. Four layers in all models.
+#: tp, pp, vpp, ep, etp. Four layers in all models. Each model meets every layout in one container, with --long in all.
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1)]
-TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(5))
+SAVED = ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3", "gpt2")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A checkpoint for real megatron-core to load. ``container`` says by which of its loaders."""
-
-    path: Path
-    container: str
+def _name(layout: tuple[int, int, int]) -> str:
+    return "tp{}pp{}vpp{}".format(*layout)
 
 
-def load(rank: int, world: int, init: str, layout: tuple[int, ...], checks: list[Check]) -> list[Any]:
-    """One rank of megatron-core: the logits of every check on the last stage. Layout: tp, pp, vpp, ep, etp."""
-    from dconv.export.megatron_runtime import build_gpt, logits
-    from dconv.export.megatron_weights import load_legacy, load_torch_dist
-
-    found = []
-    with parallel_world(*layout, rank=rank, world=world, init_method=init):
-        for check in checks:
-            args = open_source(check.path).args
-            assert args is not None
-            models = build_gpt(args)
-            (load_torch_dist if check.container == "torch_dist" else load_legacy)(models, check.path)
-            found.append(logits(models, TOKENS))
-    return found
-
-
-def last(results: list[list[Any]]) -> list[Any]:
-    """The last stage's answers."""
-    return next(found for found in results if found[0] is not None)
+def _whole(layout: tuple[int, int, int]) -> tuple[int, ...]:
+    """With ep and etp, as megatron-core lays a dense model out."""
+    return (*layout, 1, layout[0])
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Every model of `MODELS` as a directory, with transformers' logits."""
-    root = tmp_path_factory.mktemp("hf")
-    made = {}
-    for name, (family, keys) in MODELS.items():
-        _, model = hf.tiny(family, **keys)
-        made[name] = (hf.save(model, root / name), hf.logits(model, TOKENS))
-    return made
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return sources_of(MODELS, tmp_path_factory.mktemp("hf"))
 
 
-def close(ours: Any, theirs: Any) -> bool:
-    """fp32, within 1e-4 of the logits' scale."""
-    return bool((ours[..., : theirs.shape[-1]] - theirs).abs().max() <= 1e-4 * theirs.abs().max())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}pp{}vpp{}".format(*layout))
+@pytest.mark.parametrize("turn", range(len(LAYOUTS)), ids=[_name(layout) for layout in LAYOUTS])
 def test_megatron_core_computes_what_transformers_does(
-    layout: tuple[int, int, int], sources: dict[str, tuple[Path, Any]], tmp_path: Path
+    turn: int, sources: Sources, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    tp, pp, vpp = layout
-    parallel = Parallel(tp=tp, pp=pp, vpp=vpp, etp=tp)
-    checks, expected = [], []
-    for name, (source, logits) in sources.items():
-        for container, impl in (("torch_dist", "local"), ("legacy", "transformer_engine"), ("legacy", "local")):
-            out = tmp_path / f"{name}-{container}-{impl}"
-            convert(
-                Request(source, "megatron", out, parallel=parallel, megatron_format=container, transformer_impl=impl)
-            )
-            checks.append(Check(out, container))
-            expected.append((name, container, impl, logits))
-    computed = last(spawn(load, tp * pp, layout, checks))
-    wrong = [case[:3] for case, ours in zip(expected, computed, strict=True) if not close(ours, case[3])]
-    assert not wrong
+    every = request.config.getoption("--long")
+    assert not differing(sources, _whole(LAYOUTS[turn]), tmp_path, None if every else turn)
 
 
-def test_torch_dist_loads_in_another_layout(sources: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+def test_torch_dist_loads_in_another_layout(sources: Sources, tmp_path: Path) -> None:
     """Written for tp 4 x pp 2, loaded by megatron-core as tp 2 x pp 1: the padding differs, too."""
-    checks, expected = [], []
-    for name in ("llama-tied-odd", "qwen2-odd", "qwen3"):
-        source, logits = sources[name]
-        convert(Request(source, "megatron", tmp_path / name, parallel=Parallel(tp=4, pp=2, etp=4)))
-        checks.append(Check(tmp_path / name, "torch_dist"))
-        expected.append(logits)
-    computed = last(spawn(load, 2, (2, 1, 1), checks))
-    for ours, theirs in zip(computed, expected, strict=True):
-        assert close(ours, theirs)
+    names = ("llama-tied-odd", "qwen2-odd", "qwen3")
+    for name in names:
+        convert(Request(sources[name][0], "megatron", tmp_path / name, parallel=Parallel(tp=4, pp=2, etp=4)))
+    computed = loaded((2, 1, 1, 1, 2), [Check(tmp_path / name, "torch_dist") for name in names])
+    for name, ours in zip(names, computed, strict=True):
+        assert close(ours, sources[name][1])
 
 
-def _write(
-    rank: int, world: int, init: str, layout: tuple[int, int, int], jobs: list[tuple[dict[str, Any], Path]]
-) -> list[Any]:
-    from dconv.export.megatron_runtime import build_gpt, logits
-    from dconv.export.megatron_weights import save_legacy, save_torch_dist, seed_weights
-
-    tp, pp, vpp = layout
-    found = []
-    with parallel_world(tp, pp, vpp, rank=rank, world=world, init_method=init):
-        for seed, (args, root) in enumerate(jobs):
-            models = build_gpt(args)
-            seed_weights(models, seed)
-            save_torch_dist(models, root / "torch_dist", args)
-            save_legacy(models, root / "legacy", args)
-            found.append(logits(models, TOKENS))
-    return found
-
-
-@pytest.mark.parametrize(
-    "layout", [(1, 1, 1), (2, 2, 1), (1, 2, 2)], ids=lambda layout: "tp{}pp{}vpp{}".format(*layout)
-)
+@pytest.mark.parametrize("turn", range(3), ids=[_name(LAYOUTS[at]) for at in (0, 3, 4)])
 def test_checkpoints_that_megatron_core_wrote_convert(
-    layout: tuple[int, int, int], sources: dict[str, tuple[Path, Any]], tmp_path: Path
+    turn: int, sources: Sources, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Args alone describe the model: no HuggingFace config comes along."""
-    tp, pp, vpp = layout
-    jobs, names = [], []
-    (tmp_path / "args").mkdir()
-    for name in ("llama-tied-odd", "llama3-scaled", "llama-mha", "qwen2-odd", "qwen3", "gpt2"):
-        source, _ = sources[name]
-        convert(Request(source, "megatron", tmp_path / "args" / name, parallel=Parallel(tp=tp, pp=pp, vpp=vpp, etp=tp)))
-        args = open_source(tmp_path / "args" / name).args
-        assert args is not None
-        jobs.append((args, tmp_path / "written" / name))
-        names.append(name)
-    computed = last(spawn(_write, tp * pp, layout, jobs))
-    for name, (_, root), theirs in zip(names, jobs, computed, strict=True):
-        for container in ("torch_dist", "legacy"):
-            out = tmp_path / "hf" / f"{name}-{container}"
-            out.parent.mkdir(exist_ok=True)
-            convert(Request(root / container, "hf", out))
-            ours = hf.logits(out, TOKENS)
-            assert close(theirs, ours), (name, container)
+    layout = _whole(LAYOUTS[(0, 3, 4)[turn]])
+    every = request.config.getoption("--long")
+    saved = {name: sources[name] for name in SAVED}
+    assert not unlike_what_was_saved(saved, layout, tmp_path, None if every else turn)

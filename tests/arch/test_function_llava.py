@@ -11,12 +11,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed: the oracle 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
 
 from dconv.checkpoint.detect import open_source  # noqa: E402
+from dconv.export import megatron_runtime as megatron  # noqa: E402
 from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.arch.test_function import Check, close  # noqa: E402
 from tests.models import tensors  # noqa: E402
-from tests.oracles import hf, llava_core  # noqa: E402
+from tests.oracles import hf  # noqa: E402
+from tests.oracles.function import Check, close  # noqa: E402
 
 IMAGE = 300
 _DRAW = torch.Generator().manual_seed(3)
@@ -32,9 +33,9 @@ def _run(rank: int, world: int, init: str, tp: int, checks: list[Check]) -> list
         for check in checks:
             args = open_source(check.path).args
             assert args is not None
-            models: Any = llava_core.build(args)
+            models: Any = megatron.build_llava(args)
             (load_torch_dist if check.container == "torch_dist" else load_legacy)(models, check.path)
-            found.append(llava_core.logits(models, TOKENS, PIXELS))
+            found.append(megatron.llava_logits(models, TOKENS, PIXELS))
     return found
 
 

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed: the oracle 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
 
 from dconv.checkpoint.detect import open_source  # noqa: E402
+from dconv.export import megatron_runtime as megatron  # noqa: E402
 from dconv.export.megatron_cpu import parallel_world, spawn  # noqa: E402
 from dconv.pipeline import Request, convert  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
-from tests.arch.test_function import TOKENS, Check, close, last  # noqa: E402
-from tests.oracles import hf, mamba_core  # noqa: E402
+from tests.oracles.function import TOKENS, Check, Sources, close, last, sources_of  # noqa: E402
 
 #: transformers' Nemotron-H takes no smaller time step, NVIDIA's own code and megatron-core have no least one.
 NO_LIMIT = {"time_step_min": 1e-30}
@@ -24,21 +24,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"vocab_size": 301}),
     "mamba2-tied": ("mamba2", {"tie_word_embeddings": True}),
     "nemotron_h": ("nemotron_h", {"num_key_value_heads": 2, **NO_LIMIT}),
+    "bamba": ("bamba", {"vocab_size": 301}),
+    "bamba-tied": ("bamba", {"tie_word_embeddings": True, "num_key_value_heads": 2, "attn_layer_indices": [0]}),
 }
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    root = tmp_path_factory.mktemp("hf")
-    made = {}
-    for name, (family, keys) in MODELS.items():
-        _, model = hf.tiny(family, **keys)
-        made[name] = (hf.save(model, root / name), hf.logits(model, TOKENS))
-    return made
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return sources_of(MODELS, tmp_path_factory.mktemp("hf"))
 
 
 def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list[Check], write: str) -> list[Any]:
-    mamba_core.stand_in()
+    megatron.stand_in()
     from dconv.export.megatron_runtime import logits
     from dconv.export.megatron_weights import load_legacy, load_torch_dist, save_legacy, save_torch_dist
 
@@ -47,7 +44,7 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
         for check in checks:
             args = open_source(check.path).args
             assert args is not None
-            models = mamba_core.build(args)
+            models = megatron.build_hybrid(args)
             (load_torch_dist if check.container == "torch_dist" else load_legacy)(models, check.path)
             found.append(logits(models, TOKENS))
             if write:
@@ -58,7 +55,7 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2), (4, 1)], ids=lambda layout: "tp{}pp{}".format(*layout))
 def test_megatron_core_computes_what_transformers_does(
-    layout: tuple[int, int], sources: dict[str, tuple[Path, Any]], tmp_path: Path
+    layout: tuple[int, int], sources: Sources, tmp_path: Path
 ) -> None:
     """Loaded in both containers and both spellings; what it then saves converts back to the same bits."""
     tp, pp = layout

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dconv.arch.bamba import BAMBA
 from dconv.arch.layouts import check_heads
 from dconv.arch.mamba import MAMBA2, NEMOTRON_H
 from dconv.arch.registry import detect
@@ -34,7 +35,23 @@ CODESTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "hf"), [(NEMOTRON_H, NEMOTRON), (MAMBA2, CODESTRAL)], ids=["nemotron_h", "mamba2"])
+#: ibm-ai-platform/Bamba-9B, the same.
+BAMBA_9B: dict[str, Any] = {
+    "architectures": ["BambaForCausalLM"], "model_type": "bamba", "attention_bias": False, "attention_dropout": 0.0,
+    "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "mamba_chunk_size": 256, "mamba_conv_bias": True,
+    "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1,
+    "mamba_n_heads": 128, "mamba_proj_bias": False, "max_position_embeddings": 4096, "mlp_bias": False,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "hf"),
+    [(NEMOTRON_H, NEMOTRON), (MAMBA2, CODESTRAL), (BAMBA, BAMBA_9B)],
+    ids=["nemotron_h", "mamba2", "bamba"],
+)
 def test_args_alone_give_the_config_again(family: Any, hf: dict[str, Any]) -> None:
     args = family.config.to_args(hf)
     assert detect(None, args) is family
@@ -127,7 +144,43 @@ def test_groups_of_a_mixer_must_divide() -> None:
     assert "128 Mamba heads in 1 groups" in str(caught.value)
 
 
-def test_bamba_is_refused_with_the_reason() -> None:
-    with pytest.raises(Refused, match="BambaForCausalLM") as caught:
-        detect({"architectures": ["BambaForCausalLM"], "model_type": "bamba"}, None)
-    assert "two of Megatron's hybrid stack" in str(caught.value)
+def test_a_layer_of_bamba_is_two_of_the_stack() -> None:
+    args = BAMBA.config.to_args(BAMBA_9B)
+    expected = {
+        "num_layers": 64, "hybrid_override_pattern": "".join("*-" if at in (9, 18, 27) else "M-" for at in range(32)),
+        "rotary_percent": 0.5, "position_embedding_type": "rope", "swiglu": True, "mamba_head_dim": 64,
+        "ffn_hidden_size": 14336,
+    }  # fmt: skip
+    assert {key: args[key] for key in expected} == expected
+    entries = list(BAMBA.entries(BAMBA.config.facts(BAMBA_9B)))
+    names = {entry.fused.name: [spec.name for spec in entry.fused.specs] for entry in entries}
+    attention = [f"model.layers.9.self_attn.{it}_proj.weight" for it in "qkv"]
+    assert names["decoder.layers.18.self_attention.linear_qkv.weight"] == attention
+    assert names["decoder.layers.19.mlp.linear_fc1.layer_norm_weight"] == ["model.layers.9.pre_ff_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ({"attn_rotary_emb": 128}, "attn_rotary_emb"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
+        ({"partial_rotary_factor": 1.0}, "partial_rotary_factor"),
+    ],
+)
+def test_what_a_stack_cannot_say_of_bamba_is_refused(change: dict[str, Any], word: str) -> None:
+    with pytest.raises(Refused, match=word):
+        BAMBA.config.to_args({**BAMBA_9B, **change})
+
+
+@pytest.mark.parametrize("change", [{"attn_layer_indices": [32]}, {"mamba_d_head": 32}, {"attn_layer_indices": "9"}])
+def test_a_bamba_that_cannot_be_is_damaged(change: dict[str, Any]) -> None:
+    with pytest.raises(Damaged):
+        BAMBA.config.facts({**BAMBA_9B, **change})
+
+
+def test_a_stack_in_another_order_is_no_bamba() -> None:
+    args = BAMBA.config.to_args({**BAMBA_9B, "num_hidden_layers": 2, "attn_layer_indices": [1]})
+    assert BAMBA.config.matches_args(args) == []
+    assert BAMBA.config.matches_args({**args, "hybrid_override_pattern": "M*--"})

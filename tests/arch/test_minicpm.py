@@ -117,10 +117,12 @@ def test_broken_longrope_is_damage(factors: object) -> None:
         by_name("minicpm").config.to_args({**PUBLISHED["MiniCPM4-8B"][1], "rope_scaling": scaling})
 
 
-def test_llama_refuses_what_only_minicpm_carries() -> None:
+def test_longrope_without_scalars_is_a_llama_and_qwen_has_none() -> None:
     args = by_name("minicpm").config.to_args({**PUBLISHED["MiniCPM4-8B"][1], "scale_emb": None, "scale_depth": None,
                                               "dim_model_base": None})  # fmt: skip
-    assert any("rope_scaling" in reason for reason in by_name("llama").config.matches_args(args))
+    assert detect(None, args).name == "llama"
+    assert by_name("llama").config.to_hf(args)["rope_scaling"] == PUBLISHED["MiniCPM4-8B"][1]["rope_scaling"]
+    assert any("rope_scaling" in reason for reason in by_name("qwen2").config.matches_args(args))
 
 
 def test_a_llama_by_the_name_of_minicpm_is_a_llama(tmp_path: Path) -> None:
@@ -223,6 +225,7 @@ def test_bmtrain_takes_none_that_computes_something_else(family: str, said: str,
 
 
 BLOCK = "model.layers.{}.mlp.moe_router.weight"
+LATENT = "self_attn.kv_a_proj_with_mqa.weight", "self_attention.linear_kv_down_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +236,15 @@ BLOCK = "model.layers.{}.mlp.moe_router.weight"
         (["decoder.layers.mlp.experts.experts.linear_fc1.weight"], "minicpm_moe"),
         ([BLOCK.format(3)], "minicpm_blockffn"),
         (["decoder.layers.3.mlp.moe_router.weight"], "minicpm_blockffn"),
+        (["model.layers.3.mlp.router_proj.weight"], "blockffn"),
+        (
+            ["model.layers.3.mlp.router_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"],
+            "blockffn_mla",
+        ),
+        (
+            ["decoder.layers.mlp.router_proj.weight", "decoder.layers.self_attention.linear_kv_down_proj.weight"],
+            "blockffn_mla",
+        ),
     ],
 )
 def test_variants_are_told_by_their_tensors(names: list[str], expected: str) -> None:
@@ -242,44 +254,43 @@ def test_variants_are_told_by_their_tensors(names: list[str], expected: str) -> 
 
 @pytest.mark.parametrize("container", ["torch_dist", "legacy"])
 @pytest.mark.parametrize("sparse", [(0, 1, 2, 3), (1, 2), (0, 3), (3,)], ids=str)
+@pytest.mark.parametrize("name", ["minicpm_blockffn", "blockffn", "blockffn_mla"])
 def test_block_sparse_layers_are_those_that_have_the_tensors(
-    sparse: tuple[int, ...], container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, sparse: tuple[int, ...], container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever layers they are: nothing counts from 0 or from 1."""
     import tests.models as models
 
-    monkeypatch.setattr(
-        models,
-        "stored_shapes",
-        lambda *_: {
-            f"model.layers.{i}.mlp.{name}.weight": shape for i in sparse for name, shape in models._BLOCKS.items()
-        },
-    )
-    family = by_name("minicpm_blockffn")
+    monkeypatch.setattr(models, "stored_shapes", lambda *_: models.blocks(name, sparse))
+    family = by_name(name)
     source = write_random(tmp_path / "hf", family, config_of(family))
     out = tmp_path / "megatron"
     convert(Request(source, "megatron", out, parallel=Parallel(tp=2, pp=2, etp=2), megatron_format=container))
     found = open_source(out).shapes
-    layers = {name.split(".")[2] for name in found if ".mlp.moe_router." in name}
+    layers = {key.split(".")[2] for key in found if f".mlp.{next(iter(models.BLOCKS[name]))}" in key}
     assert layers == ({"mlp"} if len(sparse) == 4 and container == "torch_dist" else {str(i) for i in sparse})
     convert(Request(out, "hf", tmp_path / "back"))
     assert tensors(tmp_path / "back") == tensors(source)
 
 
-def test_half_a_block_sparse_layer_is_damage(tmp_path: Path) -> None:
-    family = by_name("minicpm_blockffn")
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("minicpm_blockffn", "moe_w_in.weight"), ("blockffn", "up_proj"), ("blockffn_mla", "router_proj.weight")],
+)
+def test_half_a_block_sparse_layer_is_damage(name: str, lost: str, tmp_path: Path) -> None:
+    family = by_name(name)
     config = config_of(family)
     source = write_random(tmp_path / "hf", family, config)
     (source / "model.safetensors").unlink()
     kept = {
         spec.name: torch.zeros(spec.shape)
         for spec in expected_specs(family, facts_of(family, config)).values()
-        if spec.name != "model.layers.3.mlp.moe_w_in.weight"
+        if spec.name != f"model.layers.3.mlp.{lost}"
     }
     save_file(kept, source / "model.safetensors")
     with pytest.raises(Damaged) as caught:
         convert(Request(source, "megatron", tmp_path / "out"))
-    assert "model.layers.3.mlp.moe_w_in.weight" in str(caught.value)
+    assert f"model.layers.3.mlp.{lost}" in str(caught.value)
 
 
 def test_an_unknown_tensor_of_a_layer_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dconv import verify
+from dconv import checking, logits, verify
 from dconv.arch.llama import LLAMA
 from dconv.checkpoint import safetensors
 from dconv.errors import Damaged, ToolMissing, VerifyFailed
@@ -233,7 +233,7 @@ def test_runs_megatron(dconv: Dconv, tiny: Path, tmp_path: Path, format: str) ->
     ran = dconv("convert", tiny, "megatron", "--pp", 2, "--megatron-format", format, "-o", out, "--verify", "logits",
                 "--json")  # fmt: skip
     assert ran.code == 0, ran.out
-    assert ran.json["verified"]["logits"]["difference"] < verify.BOUND
+    assert ran.json["verified"]["logits"]["difference"] < logits.BOUND
     run = dconv("check", out, "--json").json["run"]
     assert run["runtime"].startswith("megatron-core ")
     assert f"pp {2 if format == 'legacy' else 1}" in run["model"]
@@ -249,24 +249,24 @@ def test_megatron_logits_that_differ(tiny: Path, tmp_path: Path) -> None:
         file.seek(entry["offset"])
         file.write(bytes(4 * 344))
     with pytest.raises(VerifyFailed, match="does not compute what the source computes"):
-        verify.logits(job, tmp_path / "m")
+        logits.compare(job, tmp_path / "m")
 
 
 def test_logits_that_differ(tiny: Path, tmp_path: Path) -> None:
     job = prepare(Request(tiny, "hf", tmp_path / "a", shard_size=100_000))
     convert(job.request)
-    assert verify.logits(job, tmp_path / "a")["difference"] == 0.0
+    assert logits.compare(job, tmp_path / "a")["difference"] == 0.0
     stored = next(safetensors.read_header(path) for path in sorted((tmp_path / "a").glob("*.safetensors")))
     extent = stored["model.embed_tokens.weight"].extents[0]
     with (tmp_path / "a" / extent.file).open("r+b") as file:
         file.seek(extent.offset)
         file.write(bytes(128 * 4 * 30))
     with pytest.raises(VerifyFailed) as caught:
-        verify.logits(job, tmp_path / "a")
+        logits.compare(job, tmp_path / "a")
     assert "logits within 1.0e-04" in caught.value.expected
     cast = prepare(Request(tiny, "hf", tmp_path / "b", dtype="bf16"))
     convert(cast.request)
-    found = verify.logits(cast, tmp_path / "b")
+    found = logits.compare(cast, tmp_path / "b")
     assert 0.0 < float(str(found["difference"])) < 0.0625
     assert "rounded to bf16" in str(found["why"])
 
@@ -284,10 +284,16 @@ def test_nonsense_is_damage(dconv: Dconv, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_memory(dconv: Dconv, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "_available_memory", lambda: 1000)
-    ran = dconv("check", tiny)
-    assert ran.code == 0
-    assert "not run      fp32 needs about" in ran.out
+    """Layer by layer, and where that is too much as well, not at all, which is no success."""
+    for bytes_free in (400_000, 1000):
+        monkeypatch.setattr(runtimes, "available_memory", lambda: bytes_free)  # noqa: B023
+        monkeypatch.setattr(checking, "available_memory", lambda: bytes_free)  # noqa: B023
+        ran = dconv("check", tiny)
+        assert "fp32 needs about" in ran.out
+        assert ran.code == (0 if "layer by layer" in ran.out else ToolMissing.exit_code)
+    assert "not run" in ran.out
+    assert "too small" in ran.out
+    assert dconv("check", tiny, "--no-run").code == 0
     assert dconv("check", tiny, "--force-run", "--json").json["run"]
 
 
@@ -332,6 +338,6 @@ def test_a_hostile_receipt(dconv: Dconv, made: Callable[[str], Path], change: Ca
 def test_a_model_that_computes_zero(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal logits are equal, also when the largest is 0."""
     job = prepare(Request(tiny, "hf", tmp_path / "a"))
-    nothing = SimpleNamespace(logits_of=lambda *_, **__: np.zeros((2, 16, 512), np.float32))
-    monkeypatch.setattr(verify, "runtime_of", lambda _: nothing)
-    assert verify.logits(job, tmp_path / "a")["difference"] == 0.0
+    nothing = SimpleNamespace(answers_of=lambda *_, **__: (np.zeros((2, 16, 512), np.float32),))
+    monkeypatch.setattr(logits, "runtime_of", lambda _: nothing)
+    assert logits.compare(job, tmp_path / "a")["difference"] == 0.0

@@ -140,3 +140,37 @@ def test_memory_and_holes(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert (found.name, found.largest, found.at) == ("lm_head.weight", 3.0, (49_999, 0))
     assert peak < 32 << 20
+
+
+def test_house_spellings_and_one_of_two_models_are_compared_on_the_side_that_has_them(
+    dconv: Dconv, hf: Path, tmp_path: Path
+) -> None:
+    patterns = tmp_path / "names.json"
+    house = tmp_path / "house"
+    shutil.copytree(hf, house)
+    for file in house.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = opened.read(length)
+        changed = header.replace(b'"model.', b'"house.')
+        file.write_bytes(file.read_bytes().replace(header, changed))
+    for file in house.glob("*.index.json"):
+        file.write_text(file.read_text().replace('"model.', '"house.'))
+    patterns.write_text(json.dumps({"house.*": "model.*"}))
+    both = tmp_path / "both"
+    teacher = write_random(tmp_path / "teacher", LLAMA, config_of(LLAMA, num_hidden_layers=2))
+    assert dconv("convert", hf, "megatron", "--teacher", teacher, "-o", both, "--tp", 2).code == 0
+    for a, b, words in (
+        (house, hf, ("--rename", patterns)),
+        (hf, house, ("--rename", patterns)),
+        (both, hf, ("--submodel", "student")),
+        (teacher, both, ("--submodel", "teacher")),
+        (house, both, ("--submodel", "student", "--rename", patterns)),
+    ):
+        ran = dconv("diff", a, b, *words)
+        assert ran.code == 0, ran.err
+    assert dconv("diff", hf, both, "--submodel", "teacher").code == 1
+    for words in (("--rename", patterns), ("--submodel", "teacher")):
+        ran = dconv("diff", hf, hf, *words)
+        assert ran.code == 3
+        assert f"{words[0]} fits neither side" in ran.err

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dconv import verify
+from dconv import logits, verify
 from dconv.checkpoint import safetensors
 from dconv.errors import Damaged, Refused, VerifyFailed
 from dconv.export import runtimes
@@ -32,16 +32,16 @@ def spoilt(at: tuple[int, ...], value: float) -> Logits:
 
 
 def runtimes_that_compute(source: Logits | Exception, target: Logits | Exception) -> Callable[[str], Any]:
-    """In place of `verify.runtime_of`: the first call is the source's."""
+    """In place of `logits.runtime_of`: the first call is the source's."""
     answers = [source, target]
 
-    def logits_of(*_: object, **__: object) -> Logits:
+    def answers_of(*_: object, **__: object) -> tuple[Logits]:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return (answer,)
 
-    return lambda _: SimpleNamespace(logits_of=logits_of)
+    return lambda _: SimpleNamespace(answers_of=answers_of)
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ LARGEST = float(np.abs(LOGITS).max())
 def test_logits_that_are_none_or_too_far_fail(
     job: Job, monkeypatch: pytest.MonkeyPatch, source: Logits, target: Logits
 ) -> None:
-    monkeypatch.setattr(verify, "runtime_of", runtimes_that_compute(source, target))
+    monkeypatch.setattr(logits, "runtime_of", runtimes_that_compute(source, target))
     with np.errstate(invalid="ignore"), pytest.raises(VerifyFailed) as caught:
-        verify.logits(job, job.request.output)
+        logits.compare(job, job.request.output)
     assert caught.value.exit_code == 6
     assert "within 1.0e-04 of the largest logit" in caught.value.expected
 
@@ -82,8 +82,8 @@ def test_logits_that_are_none_or_too_far_fail(
 def test_logits_within_the_bound_pass_and_padding_is_not_compared(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     near = spoilt(LAST, LOGITS[LAST] + 0.9e-4 * LARGEST)
     padded = np.concatenate([near, np.full((2, 16, 3), np.nan, np.float32)], axis=-1)
-    monkeypatch.setattr(verify, "runtime_of", runtimes_that_compute(LOGITS, padded))
-    assert float(str(verify.logits(job, job.request.output)["difference"])) == pytest.approx(0.9e-4, rel=1e-2)
+    monkeypatch.setattr(logits, "runtime_of", runtimes_that_compute(LOGITS, padded))
+    assert float(str(logits.compare(job, job.request.output)["difference"])) == pytest.approx(0.9e-4, rel=1e-2)
 
 
 @pytest.mark.parametrize("error", [Refused("not this"), Damaged("no finite logits")])
@@ -91,23 +91,24 @@ def test_logits_within_the_bound_pass_and_padding_is_not_compared(job: Job, monk
 def test_a_comparison_that_cannot_be_made_fails(
     job: Job, monkeypatch: pytest.MonkeyPatch, error: Exception, first: bool
 ) -> None:
-    monkeypatch.setattr(verify, "runtime_of", runtimes_that_compute(*((error, LOGITS) if first else (LOGITS, error))))
+    monkeypatch.setattr(logits, "runtime_of", runtimes_that_compute(*((error, LOGITS) if first else (LOGITS, error))))
     with pytest.raises(VerifyFailed, match="could not be compared") as caught:
-        verify.logits(job, job.request.output)
+        logits.compare(job, job.request.output)
     assert str(error) in caught.value.found
 
 
 def test_too_little_memory_fails(
     dconv: Dconv, job: Job, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtimes, "_available_memory", lambda: 1000)
+    """Before the first byte where it is known then, else after the commit."""
+    monkeypatch.setattr(runtimes, "available_memory", lambda: 1000)
     with pytest.raises(VerifyFailed, match="were not compared") as caught:
-        verify.logits(job, job.request.output)
+        logits.compare(job, job.request.output)
     assert "fp32 needs about" in caught.value.found
     ran = dconv("convert", hf, "hf", "-o", tmp_path / "out", "--verify", "logits")
-    assert ran.code == 6
-    assert "were not compared" in ran.err
-    assert dconv("check", tmp_path / "out", "--no-run").code == 0  # the output is whole and stays
+    assert ran.code == 3
+    assert "fp32 needs about" in ran.err
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +139,12 @@ def test_one_spoilt_matrix_of_a_cast_output_is_past_the_bound(
     """Rounding is allowed for, a matrix whose rows are in another order is not."""
     job = prepare(Request(tiny, "hf", tmp_path / "out", dtype=dtype))
     convert(job.request)
-    found = verify.logits(job, tmp_path / "out")
+    found = logits.compare(job, tmp_path / "out")
     assert f"rounded to {dtype}" in str(found["why"])
     _, (_, columns), data = tensors(tmp_path / "out")[name]
     write(tmp_path / "out", name, data[2 * columns :] + data[: 2 * columns])
     with pytest.raises(VerifyFailed, match="does not compute") as caught:
-        verify.logits(job, tmp_path / "out")
+        logits.compare(job, tmp_path / "out")
     assert f"rounded to {dtype}, 16 unit roundoffs" in caught.value.expected
 
 
@@ -153,7 +154,7 @@ def test_an_output_that_computes_nan_fails(tiny: Path, tmp_path: Path, name: str
     convert(job.request)
     write(tmp_path / "out", name, b"\xff" * 4, at=20)
     with np.errstate(invalid="ignore"), pytest.raises(VerifyFailed):
-        verify.logits(job, tmp_path / "out")
+        logits.compare(job, tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["digest", "logits"])

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
 
 from dconv.arch.llama import LLAMA
+from dconv.checking import check
 from dconv.checkpoint.rename import Renaming, Rule, read_renaming
 from dconv.cli import main
 from dconv.errors import DconvError, Refused, UsageError
-from dconv.examine import check, inspect
+from dconv.examine import inspect
 from dconv.pipeline import Request, convert
 from dconv.sharding.coords import Parallel
 from tests.models import config_of, tensors, write_random

@@ -66,8 +66,9 @@ CASES = [
 
 #: Families that Bridge builds with providers of their own, or not at all.
 UNSAID = {
+    "blockffn", "blockffn_mla",
     "bert", "deepseek", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "gpt2",
-    "gpt_oss", "granite", "mamba2", "megatron-bert", "minicpm", "minicpm3", "minicpm_blockffn", "minicpm_moe",
+    "bamba", "gpt_oss", "granite", "mamba2", "megatron-bert", "minicpm", "minicpm3", "minicpm_blockffn", "minicpm_moe",
     "minimax_m2", "nemotron_h", "olmo2", "olmoe", "qwen2_moe", "t5",
 }  # fmt: skip
 

@@ -114,7 +114,16 @@ def test_what_a_teacher_needs(options: dict[str, Any], student: Path, tmp_path: 
 
 
 HEADS = {
-    "eagle2": {"fc.weight": (32, 64), "input_norm1.weight": (32,), "input_norm2.weight": (32,)},
+    "eagle": {
+        "fc.weight": (32, 64), "fc.bias": (32,), "embed_tokens.weight": (61, 32),
+        **{f"layers.0.self_attn.{it}_proj.weight": (32, 32) for it in "qkvo"}, "layers.0.self_attn.q_proj.bias": (32,),
+        "layers.0.mlp.gate_proj.weight": (48, 32), "layers.0.mlp.up_proj.weight": (48, 32),
+        "layers.0.mlp.down_proj.weight": (32, 48), "layers.0.post_attention_layernorm.weight": (32,),
+    },
+    "eagle2 of MiniCPM4": {
+        "fc.weight": (32, 64), "input_norm1.weight": (32,), "input_norm2.weight": (32,),
+        "layers.0.input_layernorm.weight": (32,), "layers.0.self_attn.k_proj.weight": (16, 32),
+    },
     "eagle3": {
         "fc.weight": (32, 96), "d2t": (20,), "norm.weight": (32,), "midlayer.hidden_norm.weight": (32,),
         "midlayer.self_attn.q_proj.weight": (32, 64), "midlayer.mlp.down_proj.weight": (32, 48),
@@ -158,3 +167,17 @@ def test_a_head_is_kept_or_left_out_by_name(kind: str, container: str, student: 
         convert(out, "hf", tmp_path / "alone", overwrite=True)
         assert tensors(tmp_path / "alone") == plain
     assert tree_digest(kept) != tree_digest(left)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_alone_is_no_model(kind: str, tmp_path: Path) -> None:
+    """As heads are published: with a config.json of the model's architecture."""
+    from safetensors.numpy import save_file
+
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in HEADS[kind].items()}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config_of(by_name("llama"), num_hidden_layers=1)))
+    for options in ({}, {"with_eagle": True}):
+        with pytest.raises(Refused, match="EAGLE head without its model"):
+            convert(tmp_path, "megatron", tmp_path / "out", **options)

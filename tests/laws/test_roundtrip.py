@@ -39,7 +39,6 @@ def fits(family: Family, facts: Mapping[str, Any], parallel: Parallel) -> bool:
 def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[str, Parallel, int, str]]]:
     """A config and two Megatron targets (container, layout, vocabulary divisor, layer names) that it divides by."""
     groups = draw(st.sampled_from([1, 2, 4]))
-    layers = draw(st.integers(1, 6))
     config = config_of(
         family,
         num_attention_heads=groups * draw(st.sampled_from([1, 2, 3])),
@@ -48,10 +47,11 @@ def models(draw: st.DrawFn, family: Family) -> tuple[dict[str, Any], list[tuple[
         hidden_size=draw(st.sampled_from([16, 24])),
         intermediate_size=draw(st.sampled_from([16, 48])),
         vocab_size=draw(st.integers(1, 70)),
-        num_hidden_layers=layers,
+        num_hidden_layers=draw(st.integers(1, 6)),
         tie_word_embeddings=draw(st.booleans()),
     )
     facts = facts_of(family, config)
+    layers = size(facts, "layers")
     targets = []
     for _ in range(2):
         stages = draw(
@@ -169,7 +169,7 @@ def test_fixed_layouts(name: str, container: str, kind: int, tmp_path: Path, req
 def test_layouts_that_do_not_divide_are_refused(name: str, container: str, tmp_path: Path) -> None:
     family = families()[name]
     source = write_random(tmp_path / "hf", family, config_of(family))
-    for parallel in (Parallel(tp=5, etp=5), Parallel(pp=3), Parallel(pp=2, vpp=3), Parallel(pp=2, first=5)):
+    for parallel in (Parallel(tp=5, etp=5), Parallel(pp=3), Parallel(pp=2, vpp=3), Parallel(pp=2, first=9)):
         with pytest.raises(Refused):
             to_megatron(source, tmp_path / "m", (container, parallel, 8, "local"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -1,8 +1,10 @@
-"""A small reference model of MiniCPM (1B, 2B, 4, 4.1, and with experts), which transformers does not have.
+"""A small reference model of MiniCPM (1B, 2B, 4, 4.1, with experts and with BlockFFN), which transformers lacks.
 
 The maths of OpenBMB's published code in the plainest torch: Llama, with the embedding times ``scale_emb``, what each
 block adds times ``scale_depth / sqrt(layers)``, and the head's input over ``hidden_size / dim_model_base``; longrope
-divides each frequency by a factor, and cosine and sine are scaled by sqrt(1 + ln(stretch) / ln(original context)).
+divides each frequency by a factor, and cosine and sine are scaled by sqrt(1 + ln(stretch) / ln(original context)). A
+BlockFFN layer (``modeling_minicpm.py`` of thunlp/BlockFFN) weighs blocks of a feed-forward layer without a gate by a
+normalised ReLU. ``null`` for a scalar is a factor of 1.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import linear, silu, softmax
+from torch.nn.functional import linear, relu, silu, softmax
 
 
 def logits(folder: Path, tokens: Tensor) -> Tensor:
@@ -37,12 +39,13 @@ class _Model:
     def logits(self, tokens: Tensor) -> Tensor:
         c, w = self.c, self.w
         x = w["model.embed_tokens.weight"][tokens] * c["scale_emb"]
-        residual = c["scale_depth"] / math.sqrt(c["num_hidden_layers"])
+        depth = c["scale_depth"]
+        residual = 1.0 if depth is None else depth / math.sqrt(c["num_hidden_layers"])
         for layer in range(c["num_hidden_layers"]):
             at = f"model.layers.{layer}."
             x = x + residual * self._attention(at + "self_attn.", self._norm(at + "input_layernorm", x))
             x = x + residual * self._feed_forward(at + "mlp.", self._norm(at + "post_attention_layernorm", x))
-        x = self._norm("model.norm", x) / (c["hidden_size"] / c["dim_model_base"])
+        x = self._norm("model.norm", x) / (c["hidden_size"] / (c["dim_model_base"] or c["hidden_size"]))
         return linear(x, w["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class _Model:
 
     def _attention(self, at: str, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (linear(x, self.w[f"{at}{name}_proj.weight"]) for name in "qkv")
+        q, k, v = (self._linear(f"{at}{name}_proj", x) for name in "qkv")
         q, k, v = (part.view(batch, length, -1, self.head).transpose(1, 2) for part in (q, k, v))
         cos, sin = self._rotation(length)
         q, k = (part * cos + torch.cat((-part.chunk(2, -1)[1], part.chunk(2, -1)[0]), -1) * sin for part in (q, k))
@@ -71,9 +74,17 @@ class _Model:
         scores = q @ k.transpose(2, 3) / math.sqrt(self.head)
         hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
         out = softmax(scores.masked_fill(hidden, -math.inf), -1) @ v
-        return linear(out.transpose(1, 2).reshape(batch, length, -1), self.w[f"{at}o_proj.weight"])
+        return self._linear(f"{at}o_proj", out.transpose(1, 2).reshape(batch, length, -1))
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
 
     def _feed_forward(self, at: str, x: Tensor) -> Tensor:
+        if f"{at}moe_router.weight" in self.w:
+            router, w_in, w_out = (self.w[f"{at}{name}.weight"] for name in ("moe_router", "moe_w_in", "moe_w_out"))
+            shares = self._norm(f"{at}router_norm", relu(linear(x, router)))
+            inner = silu(torch.einsum("bsm,edm->bsed", x, w_in))
+            return torch.einsum("bsed,bse,emd->bsm", inner, shares, w_out)
         if f"{at}gate.weight" not in self.w:
             gate, up, down = (self.w[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))
             return linear(silu(linear(x, gate)) * linear(x, up), down)

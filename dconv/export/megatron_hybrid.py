@@ -1,18 +1,25 @@
-"""megatron-core's own MambaModel on a CPU: its modules, its sharding and its forward pass, with kernels in torch.
+"""Hybrids (MambaModel) of megatron-core from Megatron arguments: its modules, sharding and forward pass on a CPU.
 
-What it takes from mamba_ssm and einops (a gated norm, one scan, three transpositions) is here in torch, after the
-definitions that those give: a state a head, ``h = exp(dt A) h + dt B x`` and ``y = C h + D x``, gated by ``silu(z)``.
+What it takes from mamba_ssm and einops (a gated norm, one scan, three transpositions) runs on a GPU only. It is here in
+torch, after the definitions that those give: a state a head, ``h = exp(dt A) h + dt B x`` and ``y = C h + D x``, gated
+by ``silu(z)``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
+
+from dconv.errors import Refused
+from dconv.export.megatron_config import as_dict, position_embedding, transformer_config
+from dconv.export.megatron_cpu import cpu_patches
+from dconv.export.megatron_weights import Args, forget_weights
+
+_SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads")
 
 
 class RMSNorm(torch.nn.Module):
@@ -20,7 +27,8 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, hidden_size: int, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: Any):
         super().__init__()
-        assert not norm_before_gate
+        if norm_before_gate:
+            raise NotImplementedError("a norm before the gate")
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.eps, self.group_size = eps, group_size
 
@@ -31,32 +39,35 @@ class RMSNorm(torch.nn.Module):
 
 def scan(
     zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor, dt_bias: torch.Tensor, a: torch.Tensor,
-    *, D: torch.Tensor, headdim: int, ngroups: int, **_: Any,
+    *, headdim: int, ngroups: int, **further: Any,
 ) -> torch.Tensor:  # fmt: skip
     """``mamba_split_conv1d_scan_combined``: [batch, length, z x B C dt] to [batch, length, channels]."""
     heads, inner = len(a), len(a) * headdim
     z, xbc, dt = zxbcdt.split([inner, len(conv_weight), heads], -1)
     width = conv_weight.shape[-1]
-    padded = F.pad(xbc.transpose(1, 2), (width - 1, 0))
-    xbc = F.silu(F.conv1d(padded, conv_weight[:, None], conv_bias, groups=len(conv_weight))).transpose(1, 2)
+    padded = functional.pad(xbc.transpose(1, 2), (width - 1, 0))
+    xbc = functional.silu(
+        functional.conv1d(padded, conv_weight[:, None], conv_bias, groups=len(conv_weight))
+    ).transpose(1, 2)
     each = (len(conv_weight) - inner) // 2
     x, b, c = xbc.split([inner, each, each], -1)
     x = x.unflatten(-1, (heads, headdim))
     b, c = (part.unflatten(-1, (ngroups, -1)).repeat_interleave(heads // ngroups, 2) for part in (b, c))
-    dt = F.softplus(dt + dt_bias)
+    dt = functional.softplus(dt + dt_bias)
     state = torch.zeros(*x[:, 0].shape, b.shape[-1])
     out = []
     for t in range(x.shape[1]):
         kept = torch.exp(dt[:, t] * a)[..., None, None] * state
         state = kept + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
-        out.append((state * c[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
-    return torch.stack(out, 1).flatten(2) * F.silu(z)
+        out.append((state * c[:, t, :, None]).sum(-1) + further["D"][:, None] * x[:, t])
+    return torch.stack(out, 1).flatten(2) * functional.silu(z)
 
 
 def rearrange(x: torch.Tensor, pattern: str) -> torch.Tensor:
     if pattern == "d 1 w -> d w":
         return x.squeeze(1)
-    assert pattern in ("l b d -> b l d", "b l d -> l b d")
+    if pattern not in ("l b d -> b l d", "b l d -> l b d"):
+        raise NotImplementedError(pattern)
     return x.transpose(0, 1)
 
 
@@ -79,33 +90,51 @@ def stand_in() -> None:
         module.__dict__.update(members)
 
 
-def build(args: Mapping[str, Any]) -> list[Any]:
-    """The model of this rank in the running `parallel_world`, weights all NaN; layers of its local (ModelOpt) spec."""
+def build_hybrid(args: Args, *, dtype: torch.dtype | None = None) -> list[Any]:
+    """This rank's stage of a stack of Mamba and other layers in the running `parallel_world`, weights all NaN.
+
+    Arguments as for `dconv.export.megatron_gpt.build_gpt`, and hybrid_override_pattern and the mixer's sizes
+    (mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim). Layers are of megatron-core's local (ModelOpt)
+    specification. `stand_in` must have been called where mamba_ssm is not installed.
+
+    Returns:
+        One `MambaModel`, for `dconv.export.megatron_gpt.logits`; megatron-core has no virtual stages for it.
+
+    Raises:
+        Refused: an argument is missing, or asks for what this runtime does not compute.
+    """
+    cpu_patches()
     from megatron.core import parallel_state
     from megatron.core.models.mamba import MambaModel
     from megatron.core.post_training.modelopt.mamba import model_specs
     from megatron.core.ssm import mamba_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from dconv.export.megatron_config import transformer_config
-    from dconv.export.megatron_weights import forget_weights
-
+    given = as_dict(args, hybrid=True)
+    lacking = [name for name in (*_SIZES, "hybrid_override_pattern") if given.get(name) is None]
+    if lacking:
+        raise Refused("Megatron arguments are missing", where="args", expected=", ".join(lacking))
     model_specs.Norm = mamba_block.TENorm = WrappedTorchNorm  # theirs is Transformer Engine's
-    config = transformer_config(args, torch.float32)
+    config = transformer_config(given, dtype or torch.float32)
+    if config.virtual_pipeline_model_parallel_size:
+        raise Refused("megatron-core has no virtual stages for hybrids", found="vpp > 1", do="run it with vpp 1")
     config.is_hybrid_model = True
-    for name in ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"):
-        setattr(config, name, args[name])
-    model = MambaModel(
+    for name in _SIZES:
+        setattr(config, name, given[name])
+    positions: Any = position_embedding(given)
+    model: Any = MambaModel(
         config,
         model_specs.get_mamba_stack_modelopt_spec(local_core_attention=True, remap_te_layernorm=True),
-        vocab_size=args["padded_vocab_size"],
-        max_sequence_length=256,
+        vocab_size=given["padded_vocab_size"],
+        max_sequence_length=given.get("max_position_embeddings") or 0,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        hybrid_override_pattern=args["hybrid_override_pattern"],
+        hybrid_override_pattern=given["hybrid_override_pattern"],
         parallel_output=False,
-        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
-        position_embedding_type=args["position_embedding_type"],
+        share_embeddings_and_output_weights=not given.get("untie_embeddings_and_output_weights", False),
+        position_embedding_type=positions,
+        rotary_base=given.get("rotary_base") or 10000,
+        rotary_percent=given.get("rotary_percent") or 1.0,
     )
     forget_weights(model)
     return [model.eval()]

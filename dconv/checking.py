@@ -1,0 +1,165 @@
+"""`check`: all of a checkpoint read, and run in its own runtime or, where that cannot be, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dconv import verify
+from dconv.errors import Damaged, Refused, group_names
+from dconv.examine import MANY, Report, lines_of, report_of, said
+from dconv.export.prompt import prompt_for
+from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
+from dconv.pipeline import Described, describe_model
+from dconv.sharding.receipt import RECEIPT
+from dconv.sharding.region import Region
+from dconv.sharding.replicas import torn
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` did, all of it without finding fault.
+
+    Attributes:
+        reread: tensors, files and bytes compared with the receipt; None without a receipt.
+        run: what the runtime computed; None when it was not run.
+        not_run: why it was not.
+        notes: what is odd but not wrong.
+    """
+
+    report: Report
+    reread: verify.Reread | None
+    run: dict[str, object] | None
+    not_run: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        brief = {key: getattr(self.report, key) for key in ("path", "format", "family", "layers", "parameters")}
+        read = asdict(self.reread) if self.reread else None
+        return {**brief, "receipt": read, "run": self.run, "not_run": self.not_run, "notes": list(self.notes)}
+
+    def text(self) -> str:
+        """For a person, at most 100 columns."""
+        report = self.report
+        read = self.reread
+        lines = [
+            *lines_of("whole", f"{report.family}, {report.layers} layers, {said(report.parameters)} parameters: "
+                               f"headers, shapes and names agree with the config"),
+            *lines_of("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
+                                 f"wrote them" if read else f"no {RECEIPT} to compare with"),
+        ]  # fmt: skip
+        if self.run is None:
+            lines += lines_of("not run", self.not_run)
+        else:
+            layers = f", each of {self.run['layers']} layers finite" if "layers" in self.run else ""
+            ran = f"{self.run['model']} in {self.run['runtime']}, fp32 on the CPU: finite logits"
+            lines += lines_of("runs", f"{ran} within ±{self.run['largest_logit']:.4g}{layers}")
+            if text := self.run.get("continuation"):
+                lines += lines_of("continues", repr(text))
+            elif reason := self.run.get("no_text"):
+                lines += lines_of("no text", str(reason))
+        for note in self.notes:
+            lines += lines_of("note", note)
+        return "\n".join(lines)
+
+
+def check(
+    path: str | Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: str | Path | None = None,
+    drop: str | Sequence[str] = (),
+    rename: str | Path | None = None,
+    submodel: str | None = None,
+    with_eagle: bool = False,
+    run: bool = True,
+    force: bool = False,
+    max_memory: int | None = None,
+) -> Checked:
+    """Read a checkpoint back, then run it in its own runtime.
+
+    Bytes are compared first: a flipped bit in a header is better said by the receipt than by what it makes the
+    header mean. What its own runtime does not compute, or not in this memory, transformers runs layer by layer.
+
+    Args:
+        run: run the model after reading.
+        force: run it also when fp32 weights do not seem to fit into memory.
+        max_memory: bytes that weights may take at a time; by default half of the memory that is free.
+
+    Raises:
+        Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense.
+        Refused: names or layouts that dconv does not know.
+        ToolMissing: the runtime is not installed, or failed.
+    """
+    path = Path(path)
+    covered = verify.find_receipt(path)
+    read = verify.reread(covered) if covered else None
+    if covered and read and not read.whole:
+        raise read.fault(Damaged, covered)
+    options: dict[str, Any] = {
+        "source_format": source_format,
+        "model_type": model_type,
+        "hf_config": None if hf_config is None else Path(hf_config),
+        "drop": drop,
+        "rename": rename,
+        "submodel": submodel,
+    }
+    model = describe_model(path, **options, with_eagle=with_eagle)
+    if disagree := torn(model.logical):
+        raise Damaged(
+            f"{len(disagree)} tensors are not the same in all the shards that hold them",
+            where=f"{group_names(disagree)}\nin {model.source.root}",
+            expected="the same bytes in every shard",
+            do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
+            "takes the first shard's",
+        )
+    report = report_of(path, model, hf_config)
+    notes = []
+    if read and read.strangers:
+        notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, MANY).splitlines())}")
+    if not run:
+        return Checked(report, read, None, "not asked for", tuple(notes))
+    found, why = _run(path, model, options, with_eagle, force, max_memory)
+    if found is not None and why:
+        notes.append(f"not run as it is: {why}")
+    if found is not None and (unread := found.get("unread")):
+        notes.append(f"not of transformers' model: {', '.join(group_names(unread, MANY).splitlines())}")
+    return Checked(report, read, found, "" if found else why, tuple(notes))
+
+
+def _run(
+    path: Path, model: Described, options: dict[str, Any], with_eagle: bool, force: bool, max_memory: int | None
+) -> tuple[dict[str, Any] | None, str]:
+    """What the runtime computed, if any did, and why it was not the checkpoint's own or none."""
+    container = as_run(model.source.format, options["rename"], options["submodel"])
+    prompt = prompt_for(model.family, model.facts, model.config)
+    why = _why_not(model, container, with_eagle, force, max_memory)
+    if not why:
+        where = path if path.is_file() else model.source.root
+        return runtime_of(container).can_infer(where, prompt, **options), ""
+    from dconv.export import layerwise
+
+    if missing("huggingface"):
+        return None, why
+    if lacking := layerwise.obstacle(model):
+        return None, why if why.endswith(lacking) else f"{why}; {lacking}"
+    try:
+        return layerwise.can_infer(model, prompt, max_memory or max(available_memory() // 2, 1)), why
+    except Refused as small:  # the budget, before anything ran
+        return None, f"{why}; {small.what}: {small.where} takes {small.expected}"
+
+
+def _why_not(model: Described, container: str, with_eagle: bool, force: bool, max_memory: int | None) -> str:
+    """Why a checkpoint is not run whole in its own runtime; empty where it is."""
+    if with_eagle:
+        return "no runtime runs an EAGLE head"
+    if not missing(container) and (why := obstacle(container, model.family, model.config, model.source.args)):
+        return why
+    parameters = sum(Region.whole(spec.shape).volume for spec in model.logical.specs.values())
+    if max_memory is not None and parameters * 4 > max_memory:
+        return f"fp32 needs about {parameters * 4 / 1e9:.2f} GB of memory, {max_memory / 1e9:.2f} GB are allowed"
+    return "" if force else shortage(parameters, container)

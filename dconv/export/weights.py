@@ -1,0 +1,165 @@
+"""A source's weights under the names of a transformers model, read by the boxes that a computation comes to.
+
+Containers do not matter: what is read are logical tensors, whose names are those that HuggingFace publishes. How
+transformers renames and joins them (experts of one tensor each into one of three axes) is asked of transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dconv.errors import Damaged, group_names
+from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
+from dconv.sharding.ops import MOVE
+from dconv.sharding.plan import Copy
+from dconv.sharding.reader import Reader
+from dconv.sharding.region import Region
+from dconv.sharding.tensor import Logical
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bytes read at once, beside what they become.
+_TILE: Final = 4 << 20
+
+
+class Weights:
+    """The parameters of a model of transformers, as float32 tensors.
+
+    Args:
+        logical: the source.
+        model: of the architecture that the source's config names; its parameters are not touched.
+
+    Raises:
+        Damaged: the source lacks a parameter of the model, or has one in another shape.
+    """
+
+    def __init__(self, logical: Logical, model: Any) -> None:
+        self._logical, self._model = logical, model
+        self._reader = Reader(logical.root, logical.files, _TILE)
+        self._wanted: dict[str, Any] = model.state_dict(keep_vars=True)
+        #: model's name -> how its sources are joined (None: it is the one), and them with the pattern each matched
+        self._recipes: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        self.unused = tuple(self._map())
+        tied = {id(value): name for name, value in self._wanted.items() if name in self._recipes}
+        for name, value in self._wanted.items():
+            if name not in self._recipes and id(value) in tied:
+                self._recipes[name] = self._recipes[tied[id(value)]]
+        if lacking := sorted(self._wanted.keys() - self._recipes.keys()):
+            raise Damaged(
+                "weights that the model needs are missing", where=f"{group_names(lacking)}\nin {logical.root}"
+            )
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a parameter is one logical tensor as it is, so that `rows` reads any part of it."""
+        how, sources = self._recipes[name]
+        return how is None and self._logical.specs[sources[0][1]].file_shape == tuple(self._wanted[name].shape)
+
+    def by_expert(self, name: str) -> bool:
+        """Whether `expert` reads a parameter, whose first axis numbers experts, one by one."""
+        if self._wanted[name].ndim < 3:
+            return False
+        how, sources = self._recipes[name]
+        if how is None:
+            spec = self._logical.specs[sources[0][1]]
+            return self.is_plain(name) and spec.shape[0] == spec.file_shape[0]
+        first, *rest = how.operations
+        axes = {axis for op in rest for axis in (getattr(op, name, None) for name in ("dim", "dim0", "dim1"))}
+        named = {type(op).__name__ for op in rest}
+        return type(first).__name__ == "MergeModulelist" and named <= {"Concatenate", "Transpose"} and 0 not in axes
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A parameter.
+
+        Raises:
+            Damaged: it has another shape than the model's.
+        """
+        how, sources = self._recipes[name]
+        value = self._read(sources[0][1]) if how is None else self._join(name, how, sources)
+        return self._fitting(name, value, tuple(self._wanted[name].shape))
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a plain parameter."""
+        _, ((_, source),) = self._recipes[name]
+        return self._read(source, start, stop)
+
+    def expert(self, name: str, index: int) -> torch.Tensor:
+        """One expert's matrix of a parameter that `by_expert` holds for."""
+        how, sources = self._recipes[name]
+        if how is None:
+            value = self._read(sources[0][1], index, index + 1)
+        else:
+            each: dict[str, list[str]] = {}
+            for pattern, source in sources:
+                each.setdefault(pattern, []).append(source)
+            value = self._join(name, how, [(pattern, found[index]) for pattern, found in each.items()])
+        return self._fitting(name, value, (1, *self._wanted[name].shape[1:]))[0]
+
+    def _fitting(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if tuple(value.shape) != shape:
+            raise Damaged("a weight has another shape than the model's", where=name, expected=f"{list(shape)}",
+                          found=f"{list(value.shape)}")  # fmt: skip
+        return value
+
+    def _map(self) -> list[str]:
+        """Give each logical tensor its place in the model, in transformers' order; returns those that have none."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        rules = get_model_conversion_mapping(self._model) or []
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        place: Mapping[str, Any] = {"base_model_prefix": self._model.base_model_prefix, "meta_state_dict": self._wanted}
+        unused = []
+        for source in sorted(self._logical.specs, key=dot_natural_key):
+            name, pattern = rename_source_key(source, renamings, converters, **place)
+            if name not in self._wanted and source in self._wanted:
+                name, pattern = source, None
+            if name not in self._wanted:
+                unused.append(source)
+                continue
+            how = None if pattern is None else by_pattern[pattern]
+            self._recipes.setdefault(name, (how, []))[1].append((pattern or source, source))
+        return unused
+
+    def _join(self, name: str, how: Any, sources: list[tuple[str, str]]) -> torch.Tensor:
+        rule = deepcopy(how)
+        for pattern, source in sources:
+            rule.add_tensor(name, source, pattern, self._read(source))
+        made = rule.convert(name, model=self._model, config=self._model.config)[name]
+        return made[0] if isinstance(made, list) else made
+
+    def _read(self, source: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of a logical tensor (all of them without ``stop``), read tile by tile and widened to float32."""
+        import torch
+
+        spec = self._logical.specs[source]
+        box = Region.whole(spec.shape)
+        if stop is not None:
+            box = Region((start, *box.start[1:]), (stop - start, *box.shape[1:]))
+        kind: torch.dtype = getattr(torch, TO_TORCH[spec.dtype])
+        code, itemsize = f"<i{ITEMSIZE[spec.dtype]}", ITEMSIZE[spec.dtype]
+        out = torch.empty(box.shape)
+        pieces = self._logical.pieces[source]
+        copies = [Copy(p.region, p.file, p.offset, p.strides, p.dtype, MOVE) for p in pieces]
+        for tile in box.bands(_TILE // itemsize):
+            bits = np.empty(tile.shape, code)
+            for copy in copies:
+                if (part := copy.clip(tile)) is not None:
+                    self._reader.read_box(part, bits[_within(part.region, tile)])
+            out[_within(tile, box)] = torch.from_numpy(bits).view(kind).float()
+        return out.reshape(spec.file_shape if stop is None else (stop - start, *spec.file_shape[1:]))
+
+
+def _within(inner: Region, outer: Region) -> tuple[Any, ...]:
+    """An index of the larger box that is the smaller one; of no axes, it is all."""
+    place = zip(inner.start, outer.start, inner.shape, strict=True)
+    return (..., *(slice(a - b, a - b + n) for a, b, n in place))

@@ -1,0 +1,167 @@
+"""Does an output compute what its source computes? The same question to both, each in its own runtime, in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dconv.arch.layouts import size
+from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
+from dconv.export.prompt import prompt_for
+from dconv.export.runtimes import as_run, missing, obstacle, runtime_of, shortage
+from dconv.pipeline import FORMATS, Described, Job, Request, describe_model
+from dconv.sharding.region import Region
+
+#: Largest difference of logits, relative to the largest logit, between two fp32 runs of the same weights. Two
+#: frameworks that sum in another order differ by about 1e-6 on small models and a few 1e-5 on deep ones.
+BOUND: Final = 1e-4
+#: The same when weights were rounded once: this many unit roundoffs of the dtype (each weight moves by at most one).
+_ROUNDOFFS: Final = 16
+_UNIT_ROUNDOFF: Final = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
+
+
+def require(job: Job) -> None:
+    """Refuse ``--verify logits`` before the first byte is written where the comparison could not be made.
+
+    Raises:
+        Refused: a runtime does not compute a model of this family, or there is too little memory.
+        ToolMissing: a runtime is not installed.
+    """
+    request, target = job.request, FORMATS[job.request.format]
+    if request.with_eagle:
+        raise _refused("no runtime here runs an EAGLE head")
+    for side in _compared(request):
+        source, family, config = side.model.source, side.model.family, side.model.config
+        containers = (side.container, source.args), (target, None)
+        for container, args in containers:
+            if module := missing(container):
+                raise ToolMissing(
+                    "--verify logits needs a runtime that is not installed, nothing was written",
+                    found=f"no module {module}",
+                    do="pip install 'dconv[megatron]'; --verify digest needs none",
+                )
+            if why := obstacle(container, family, config, args) or shortage(_parameters(side.model), container):
+                raise _refused(why)
+
+
+def _refused(why: str) -> Refused:
+    return Refused(
+        "the logits could not be compared, nothing was written",
+        where="--verify logits",
+        found=why,
+        do="--verify digest needs no runtime and no memory",
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model of the source, and how it is found there and in the output.
+
+    Attributes:
+        options: as for `describe_model`.
+        within: the same for the output.
+    """
+
+    path: Path
+    model: Described
+    options: dict[str, Any]
+    within: dict[str, Any]
+
+    @property
+    def container(self) -> str:
+        return as_run(self.model.source.format, self.options.get("rename"), self.options.get("submodel"))
+
+
+def _compared(request: Request) -> Iterator[_Side]:
+    """The models of a request: one, or a student and its teacher."""
+    options = {
+        "source_format": request.source_format,
+        "model_type": request.model_type,
+        "hf_config": request.hf_config,
+        "drop": request.drop,
+        "rename": request.rename,
+        "submodel": request.submodel,
+    }
+    if not request.teacher_only:
+        within = {"submodel": "student"} if request.teacher else {}
+        yield _Side(request.model, describe_model(request.model, **options), options, within)
+    if request.teacher is not None:
+        yield _Side(request.teacher, describe_model(request.teacher), {}, {"submodel": "teacher"})
+
+
+def _parameters(model: Described) -> int:
+    return sum(Region.whole(spec.shape).volume for spec in model.logical.specs.values())
+
+
+def compare(job: Job, out: Path) -> dict[str, object]:
+    """Compare what a conversion's source and output compute, each in its own runtime, in fp32.
+
+    Of an encoder also its second head is compared; of a student and a teacher in one output, each with its source.
+
+    Returns:
+        difference: the largest, relative to the largest logit of the source; bound: what it had to keep;
+        why: what the bound rests on.
+
+    Raises:
+        VerifyFailed: the difference is past the bound, or the comparison could not be made.
+        ToolMissing: a runtime is not installed or failed.
+    """
+    bound, why = _bound(job)
+    worst = 0.0
+    for side in _compared(job.request):
+        difference, scale = _difference(job, out, side)
+        if not difference <= bound:  # also when either side is NaN
+            raise VerifyFailed(
+                "the output does not compute what the source computes",
+                where=f"{out}{''.join(f', the {name}' for name in side.within.values())}",
+                expected=f"logits within {bound:.1e} of the largest logit ({why})",
+                found=f"{difference:.3e} of {scale:.4g}",
+                do="keep the source; dconv diff shows whether the weights differ",
+            )
+        worst = max(worst, difference)
+    return {"difference": worst, "bound": bound, "why": why}
+
+
+def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
+    """The largest difference of any head relative to that head's largest answer, and this of the worst head."""
+    model, target = side.model, FORMATS[job.request.format]
+    short = next(filter(None, (shortage(_parameters(model), kind) for kind in (side.container, target))), "")
+    if short:
+        raise VerifyFailed(
+            "the logits were not compared",
+            where=str(out),
+            found=short,
+            do="--verify digest needs no memory; or compare on a larger machine",
+        )
+    prompt = prompt_for(model.family, model.facts, model.config)
+    try:
+        where = side.path if side.path.is_file() else model.source.root
+        references = runtime_of(side.container).answers_of(where, prompt, **side.options)
+        results = runtime_of(as_run(target, *side.within)).answers_of(out, prompt, **side.within)
+    except (Refused, Damaged) as error:
+        raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
+    found: list[tuple[float, float]] = []
+    for i, (reference, result) in enumerate(zip(references, results, strict=True)):
+        if i == 0:  # of words, behind which there may be padding
+            vocabulary = size(model.facts, "vocab")
+            reference, result = reference[..., :vocabulary], result[..., :vocabulary]
+        scale = float(np.abs(reference).max()) or 1.0
+        found.append((float(np.abs(reference - result).max()) / scale, scale))
+    return next((one for one in found if math.isnan(one[0])), max(found))
+
+
+def _bound(job: Job) -> tuple[float, str]:
+    rounded = {
+        tensor.spec.dtype
+        for tensor, copies in zip(job.plan.target.tensors, job.plan.copies, strict=True)
+        if not all(copy.op.exact for copy in copies)
+    }
+    if not rounded:
+        return BOUND, "the same weights"
+    worst = max(rounded, key=lambda dtype: _UNIT_ROUNDOFF[dtype])
+    return max(BOUND, _ROUNDOFFS * _UNIT_ROUNDOFF[worst]), f"weights rounded to {worst}, {_ROUNDOFFS} unit roundoffs"
