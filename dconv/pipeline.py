@@ -60,6 +60,8 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         Damaged: a source that is not whole.
     """
     engine = engine_of(request.format)
+    if request.fake_weight:
+        return prepare_described(request, _made_up(request))
     model = describe_model(
         request.model,
         source_format=request.source_format,
@@ -96,13 +98,21 @@ def prepare_described(request: Request, model: Described) -> Job:
     scales.refuse_fp8(model.logical.specs.values(), model.source.root)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
-    notes, folded = (), None
+    notes, folded = model.source.notes, None
     if request.mup2llama:
-        model, notes, folded = _folded(request, model)
+        model, said, folded = _folded(request, model)
+        notes += said
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
     return Job(request, model.source, model.family, model.facts, model.logical, plan, needs, notes, folded)
+
+
+def _made_up(request: Request) -> Described:
+    from dconv.checkpoint import fake  # real weights do not pay for it
+
+    source = fake.open_source(request.model, request.fake_weight_config, request.model_type, request.hf_config)
+    return settle(source, model_type=request.model_type)
 
 
 def _folded(request: Request, model: Described) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
@@ -161,7 +171,11 @@ def about(job: Job) -> dict[str, object]:
     """What the receipt says of a job beside its plan."""
     return {
         "dconv": __version__,
-        "source": {"path": str(job.request.model), "format": job.source.format},
+        "source": {
+            "path": str(job.request.model),
+            "format": job.source.format,
+            **({"made": job.source.made} if job.source.made else {}),
+        },
         "target": {"format": job.request.format, "family": job.family.name},
         **({"mup": job.folded} if job.folded else {}),
     }

@@ -40,6 +40,8 @@ class Request:
         teacher_only: leave the model itself out of that output.
         with_eagle: keep the tensors of an EAGLE head.
         mup2llama: fold muP scalars into the weights.
+        fake_weight: take the model's config alone, and make its weights up.
+        fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
     model: Path
@@ -62,10 +64,15 @@ class Request:
     teacher_only: bool = False
     with_eagle: bool = False
     mup2llama: bool = False
+    fake_weight: bool = False
+    fake_weight_config: Path | None = None
 
     @property
     def output(self) -> Path:
         """Where the result goes."""
         if self.out is not None:
             return self.out
-        return Path(f"{self.model.resolve().name}-{FORMATS.get(self.format, self.format)}")
+        model = self.model.resolve()
+        if self.fake_weight and model.name == "config.json":
+            model = model.parent
+        return Path(f"{model.name}-{FORMATS.get(self.format, self.format)}")

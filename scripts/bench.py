@@ -236,14 +236,14 @@ DEEPSEEK_V3 = {
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
 PLANNING_671B = """
-import os, resource, sys, time
+import os, sys, time
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 began = time.perf_counter()
 import dconv
+from dconv.launch.progress import peak_memory
 job = dconv.plan(sys.argv[1], "megatron", "out", tp=8, pp=16, ep=64, etp=1, first_stage_layers=3, last_stage_layers=2)
 job.plan.id
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-print(f"{time.perf_counter() - began:.1f} {len(job.plan.tasks)} {peak}")
+print(f"{time.perf_counter() - began:.1f} {len(job.plan.tasks)} {peak_memory() >> 20}")
 """
 
 
@@ -257,6 +257,31 @@ def plan_671b(work: Path) -> str:
     return (
         "Planning DeepSeek-V3 671B from its config alone (tp 8 x pp 16 x ep 64, stages of 3 + 14 x 4 + 2 layers, "
         f"{tasks} tasks, imports included, one core): {seconds} s, {peak} MiB."
+    )
+
+
+def fake_671b(work: Path) -> str:
+    """One line on making the same model up, and on what `inspect` takes to read it."""
+    folder, out = work / "671B", work / "671B-fake"
+    shutil.rmtree(out, ignore_errors=True)
+    run = [sys.executable, "-m", "dconv"]
+    began = time.perf_counter()
+    told = json.loads(
+        subprocess.run(
+            [*run, "convert", str(folder), "hf", "--fake-weight", "-o", str(out), "--json"],
+            check=True, capture_output=True, text=True,
+        ).stdout
+    )  # fmt: skip
+    made = time.perf_counter()
+    subprocess.run([*run, "inspect", str(out)], check=True, stdout=subprocess.DEVNULL)
+    read = time.perf_counter()
+    size = sum(path.stat().st_size for path in out.iterdir())
+    used = sum(path.stat().st_blocks * 512 for path in out.iterdir())
+    shutil.rmtree(out)
+    return (
+        f"The same model made up (`dconv convert config.json hf --fake-weight`): {made - began:.1f} s, "
+        f"{max(told['peak_memory'].values()) >> 20} MiB, {size / 1e9:.0f} GB of files in {used / 1e6:.0f} MB of disk; "
+        f"`dconv inspect` reads it in {read - made:.1f} s."
     )
 
 
@@ -329,7 +354,7 @@ def main() -> None:
     if args.speed_3b:
         speed(bench, "3B", min(3, args.repeat))
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
-    plan_line = plan_671b(args.work)
+    plan_line = f"{plan_671b(args.work)} {fake_671b(args.work)}"
     print(plan_line)
     if args.all:
         command = [sys.executable, "-c", PLANNING, str(args.work / "70B")]

@@ -17,6 +17,7 @@ from dconv.checkpoint.files import read_small
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import check_pieces
+from dconv.sharding.reader import BoxReader
 from dconv.sharding.region import Index
 from dconv.sharding.tensor import FileStamp, Logical, Piece, TensorSpec
 
@@ -45,6 +46,8 @@ class Source:
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
         lacks: what is missing to tell the architecture, where there is neither config nor args.
         in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
+        notes: what a person should know of how it was understood, one line each.
+        reader, made: see `dconv.sharding.tensor.Logical`.
     """
 
     format: str
@@ -60,6 +63,9 @@ class Source:
     shapes: dict[str, Index] = field(default_factory=dict)
     lacks: str = ""
     in_memory: bool = False
+    notes: tuple[str, ...] = ()
+    reader: Callable[[int], BoxReader] | None = None
+    made: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
     pieces, replicas = check_pieces(specs, located.pieces)
     used = {piece.file for found in (*pieces.values(), *replicas.values()) for piece in found}
     files = {name: stamp for name, stamp in source.files.items() if name in used}
-    return Logical(source.root, specs, pieces, files, left_out, replicas)
+    return Logical(source.root, specs, pieces, files, left_out, replicas, source.reader, source.made)
 
 
 def expected_specs(

@@ -99,6 +99,12 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
     group = add_model_options(parser)
+    group.add_argument("--fake-weight", action="store_true",
+                       help="make the weights up: MODEL is a config.json, or a directory with one; zeros are holes in "
+                            "files, so that any size takes seconds and no room")  # fmt: skip
+    group.add_argument("--fake-weight-config", type=Path, metavar="FILE",
+                       help="JSON or YAML: dimensions by config key, shapes by tensor name, and what to fill them with "
+                            "(zeros, position, {constant: 0.5}, {normal: {std: 0.02, seed: 0}})")  # fmt: skip
     group.add_argument("--replicas", choices=REPLICAS, default=REPLICAS[0],
                        help="tensors that several ranks hold: refuse unless equal, or take the first")  # fmt: skip
     group = parser.add_argument_group("distillation (Megatron)")
@@ -210,6 +216,7 @@ def to_request(args: argparse.Namespace) -> Request:
     """
     if args.teacher_only and args.teacher is None:
         raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
+    _check_fake(args)
     engine = FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
@@ -261,7 +268,30 @@ def to_request(args: argparse.Namespace) -> Request:
         teacher_only=args.teacher_only,
         with_eagle=args.with_eagle,
         mup2llama=args.mup2llama,
+        fake_weight=args.fake_weight,
+        fake_weight_config=args.fake_weight_config,
     )
+
+
+def _check_fake(args: argparse.Namespace) -> None:
+    """Made-up weights are of a config alone: what says how to read weights does not go with them."""
+    if not args.fake_weight:
+        if args.fake_weight_config is not None:
+            raise UsageError("--fake-weight-config without --fake-weight", where=str(args.fake_weight_config))
+        return
+    reading = ("source_format", "drop", "rename", "submodel", "with_eagle", "teacher")
+    given = [
+        "--" + {"source_format": "from"}.get(name, name).replace("_", "-") for name in reading if getattr(args, name)
+    ]
+    if getattr(args, "verify", "none") == "logits":
+        given.append("--verify logits")
+    if given:
+        raise UsageError(
+            "made-up weights are read from nowhere, nothing was written",
+            where=", ".join(given),
+            expected="without --fake-weight",
+            do="--verify digest reads the output back" if given == ["--verify logits"] else "leave it out",
+        )
 
 
 def _pipeline(pp: int | None, vpp: int | None, flat: tuple[int, ...] | None) -> dict[str, Any]:

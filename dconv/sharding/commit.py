@@ -269,6 +269,7 @@ class _Run:
                 algorithm=self.settings.algorithm,
                 stop=self.settings.stop,
                 log=self.settings.log,
+                reader=self.plan.source.reader,
             )
         if not whole:
             raise self._preempted()
@@ -337,6 +338,8 @@ class _Run:
 
 def _source_fault(plan: Plan) -> DconvError | None:
     """What is wrong with the source now that was not when it was planned."""
+    if plan.source.reader is not None:  # no file that could change
+        return None
     for name, stamp in plan.source.files.items():
         path = plan.source.root / name
         try:

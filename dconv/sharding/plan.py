@@ -171,7 +171,7 @@ class Plan:
 
         The place counts since archives and object stores give every file one time.
         """
-        place = os.fsencode(os.path.realpath(self.source.root))
+        place = os.fsencode(os.path.realpath(self.source.root)) + self.source.made.encode()
         digest = xxhash.xxh3_128(b"dconv plan 2\n" + place + f"\n{self.target.seal}\n".encode())
         for path, stamp in sorted(self.source.files.items()):
             digest.update(f"{path} {stamp.size} {stamp.mtime_ns}\n".encode())

@@ -121,7 +121,8 @@ def make_receipt(
         }
         for i, tensor in enumerate(plan.target.tensors)
     }
-    sources = {name: stamp.size for name, stamp in sorted(plan.source.files.items())}
+    read = {} if plan.source.made else plan.source.files
+    sources = {name: stamp.size for name, stamp in sorted(read.items())}
     return {
         "plan": plan.id,
         **about,

@@ -6,11 +6,16 @@ container; reading and writing a checkpoint are both lists of pieces, so a conve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.region import Index, Region
+
+if TYPE_CHECKING:
+    from dconv.sharding.reader import BoxReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,8 @@ class Logical:
         replicas: for some names, boxes of ``pieces`` once more, from other shards; to be equal, byte by byte.
         files: every file that pieces name.
         left_out: stored tensors that no logical tensor has, with the reason.
+        reader: opens what fills boxes, given its scratch buffer's size, where ``files`` are none that can be opened.
+        made: what their bytes are, where they are in no file: a part of the plan's identity.
     """
 
     root: Path
@@ -132,3 +139,5 @@ class Logical:
     files: dict[str, FileStamp]
     left_out: dict[str, str] = field(default_factory=dict)
     replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    reader: Callable[[int], BoxReader] | None = None
+    made: str = ""

@@ -1,0 +1,178 @@
+"""``--fake-weight-config FILE``: sizes and fills of a model that is to be made up.
+
+    dimensions: {num_hidden_layers: 4, hidden_size: 256}     config keys; a dotted one reaches into a nested config
+    shapes: {"model.layers.*.mlp.down_proj.weight": [256, 1024]}
+    fill: position                                           zeros | position | {constant: 0.5} | {normal: {std, seed}}
+    fills: {"*norm.weight": {constant: 1}}                   the first pattern that matches a name counts
+
+A shape is not taken on trust: the key of the config that decides it is found and changed, or the shape is refused with
+the rule that it breaks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from dconv.checkpoint.files import parse_json, read_small
+from dconv.codec.fill import KINDS, Fill
+from dconv.errors import UsageError
+
+#: Nobody writes a longer one by hand.
+_MAX_BYTES: Final = 1 << 20
+_KEYS: Final = ("dimensions", "shapes", "fill", "fills")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the file asks for.
+
+    Attributes:
+        file: where it is from, for errors.
+        shapes: by pattern of tensor names.
+        fills: by pattern, before ``fill``.
+    """
+
+    file: Path = Path()
+    dimensions: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    fill: Fill = Fill()
+    fills: Mapping[str, Fill] = field(default_factory=dict)
+
+    def pattern_of(self, name: str) -> str | None:
+        """The pattern of ``fills`` that counts for a tensor."""
+        return next((pattern for pattern in self.fills if fnmatchcase(name, pattern)), None)
+
+    def fill_of(self, name: str) -> Fill:
+        pattern = self.pattern_of(name)
+        return self.fill if pattern is None else self.fills[pattern]
+
+    def changed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with the wished-for dimensions; a list with an entry for each layer is cut to fewer layers.
+
+        Raises:
+            UsageError: a key that the config does not have.
+        """
+        made = copy.deepcopy(dict(config))
+        for key, value in self.dimensions.items():
+            *path, last = key.split(".")
+            held: Any = made
+            for part in path:
+                held = held.get(part) if isinstance(held, dict) else None
+            if not isinstance(held, dict) or last not in held:
+                raise UsageError(
+                    "a dimension that config.json does not have",
+                    where=f"{key} in {self.file}",
+                    expected="a key of config.json: " + ", ".join(numbers(config)),
+                )
+            before, held[last] = held[last], value
+            if last == "num_hidden_layers" and _is_size(before) and _is_size(value):
+                for other, entries in held.items():
+                    if isinstance(entries, list) and len(entries) == before > value:
+                        held[other] = entries[:value]
+        return made
+
+
+def numbers(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The config's keys that are sizes, dotted."""
+    found: list[str] = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += numbers(value, f"{prefix}{key}.")
+        elif _is_size(value):
+            found.append(prefix + key)
+    return found
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def read_wishes(path: Path) -> Wishes:
+    """Read a JSON or YAML file.
+
+    Raises:
+        UsageError: no such file, or not of the form above.
+        Damaged: JSON that is none.
+    """
+    if not path.is_file():
+        raise UsageError("--fake-weight-config names no file", where=str(path), expected="JSON or YAML")
+    said = _load(path)
+    unknown = [key for key in said if key not in _KEYS]
+    if unknown:
+        raise UsageError(
+            "--fake-weight-config has keys that it does not know",
+            where=str(path),
+            expected=", ".join(_KEYS),
+            found=", ".join(map(str, unknown)),
+        )
+    shapes = {pattern: _shape(path, pattern, shape) for pattern, shape in _mapping(path, said, "shapes").items()}
+    fills = {pattern: _fill(path, pattern, fill) for pattern, fill in _mapping(path, said, "fills").items()}
+    fill = _fill(path, "fill", said.get("fill", "zeros"))
+    return Wishes(path, _mapping(path, said, "dimensions"), shapes, fill, fills)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    data = read_small(path, what="the file of --fake-weight-config")
+    if len(data) > _MAX_BYTES:
+        raise UsageError("--fake-weight-config is implausibly large", where=str(path), found=f"{len(data)} bytes")
+    if path.suffix == ".json":
+        return parse_json(data, where=str(path), what="the file of --fake-weight-config")
+    import yaml  # a rank without it does not pay for it
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(data)):  # few bytes may stand for many
+            raise UsageError("--fake-weight-config has YAML aliases", where=str(path), do="write the values out")
+        said = yaml.safe_load(data)
+    except (ValueError, RecursionError, yaml.YAMLError) as fault:
+        raise UsageError("--fake-weight-config is no YAML", where=str(path), found=str(fault)[:200]) from fault
+    if not isinstance(said, dict):
+        raise UsageError("--fake-weight-config is no mapping", where=str(path), expected=", ".join(_KEYS))
+    return said
+
+
+def _mapping(path: Path, said: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = said.get(key, {})
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise _wrong(path, key, "a mapping by name", value)
+    return value
+
+
+def _shape(path: Path, pattern: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+        raise _wrong(path, pattern, "a list of sizes such as [4096, 11008]", value)
+    return tuple(value)
+
+
+def _fill(path: Path, name: str, value: object) -> Fill:
+    kind, options = value, {}
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, options),) = value.items()
+        options = {"value": options} if kind == "constant" else options
+    known = {"constant": {"value"}, "normal": {"std", "seed"}}.get(str(kind), set[str]())
+    if (
+        kind not in KINDS
+        or (kind == "constant" and not options)
+        or not isinstance(options, dict)
+        or not known.issuperset(options)
+        or not all(map(_is_number, options.values()))
+        or not isinstance(options.get("seed", 0), int)
+        or options.get("std", 0) < 0
+    ):
+        raise _wrong(path, name, "zeros, position, {constant: NUMBER} or {normal: {std: NUMBER, seed: N}}", value)
+    return Fill(str(kind), **options)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(path: Path, name: str, expected: str, found: object) -> UsageError:
+    return UsageError(
+        f"--fake-weight-config: {name} is wrong", where=str(path), expected=expected, found=f"{found!r:.80}"
+    )
