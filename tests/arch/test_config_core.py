@@ -20,15 +20,6 @@ from tests.arch.dense_published import (
 )
 
 
-@pytest.fixture
-def core():
-    megatron_cpu = pytest.importorskip("dconv.export.megatron_cpu")
-    megatron_cpu.cpu_patches()
-    import megatron.core
-
-    return megatron.core
-
-
 @pytest.mark.parametrize(
     "rope",
     [

@@ -32,16 +32,6 @@ from tests.arch.moe_published import (
     yarn,
 )
 
-
-@pytest.fixture
-def core():
-    megatron_cpu = pytest.importorskip("dconv.export.megatron_cpu")
-    megatron_cpu.cpu_patches()
-    import megatron.core
-
-    return megatron.core
-
-
 ROUTERS = {
     moe.MIXTRAL: MixtralTopKRouter,
     moe.QWEN2_MOE: Qwen2MoeTopKRouter,
