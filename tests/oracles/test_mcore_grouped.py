@@ -72,9 +72,16 @@ def build_grouped(module: str) -> Any:
         return megatron.build_gpt(MOE)
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_grouped_experts_are_the_same_model(module: str, name: str, tmp_path: Path) -> None:
+#: Each layout with one of the modules, with --long both.
+CASES = [
+    pytest.param(name, module, marks=[pytest.mark.long] if (i + j) % 2 else [])
+    for i, name in enumerate(LAYOUTS)
+    for j, module in enumerate(MODULES)
+]
+
+
+@pytest.mark.parametrize(("name", "module"), CASES)
+def test_grouped_experts_are_the_same_model(name: str, module: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     world = layout[1] * max(layout[0], layout[3] * layout[4])
     megatron.spawn(saves, world, str(tmp_path), module, layout, timeout=300)
