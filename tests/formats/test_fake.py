@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from tests.arch.moe_published import V3
 from tests.models import config_of, tensors, tree_digest, write_random
 
 
@@ -290,3 +293,18 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
         cls = getattr(transformers, hf.FAMILIES[family].model)
         _, told = cls.from_pretrained(tmp_path / f"{family}-out", output_loading_info=True)
         assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+
+
+def test_a_model_of_the_size_of_deepseek_v3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """600 B parameters and more in less than 1 GB of memory and 100 MB of disk; inspected, and planned for Megatron."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**V3, "torch_dtype": "bfloat16"}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dconv", "convert", str(tmp_path / "model"), "hf", "--fake-weight", "-o", str(out)]
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert max(told["peak_memory"].values()) < 1e9
+    assert sum(path.stat().st_blocks * 512 for path in out.iterdir()) < 100e6
+    assert main(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] > 600e9
+    assert main(["plan", str(out), "megatron", "--tp", "8", "--pp", "61", "--ep", "64", "--etp", "1"]) == 0
+    assert "tp 8 x pp 61 x ep 64" in capsys.readouterr().out
