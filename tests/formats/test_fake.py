@@ -183,6 +183,8 @@ def test_a_list_with_an_entry_a_layer_is_cut(tmp_path: Path) -> None:
         ({"shapes": {"nothing.like.it": [4]}}, "gives a shape to no tensor"),
         ({"dimensions": {"intermediate_size": 50}, "shapes": {"*.up_proj.weight": [40, 32]}}, "intermediate_size 50"),
         ({"dimensions": {"no_such_size": 5}}, "config.json does not have"),
+        ({"dimensions": {"num_hidden_layers": "two"}}, "num_hidden_layers in "),
+        ({"dimensions": {"num_hidden_layers": 10**9}}, "at most"),
         ({"fills": {"nothing.like.it": "zeros"}}, "fills no tensor"),
         ({"fill": "noise"}, "is wrong"),
         ({"fill": {"normal": {"mean": 1}}}, "is wrong"),
