@@ -110,11 +110,12 @@ def plan_text(priced: dict[str, Any]) -> str:
     exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
     shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
     layout = f", {target['layout']}" if target["layout"] else ""
+    plural = f", {source['files']} file{'s' * (source['files'] != 1)}"
+    files = "" if source["format"].startswith("config alone") else plural
     lines = [
         f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
         f"{'+'.join(priced['dtypes'])}",
-        f"{container(source['format'])}, {source['files']} file{'s' * (source['files'] != 1)}  ->  "
-        f"{container(target['format'])}{layout}",
+        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}",
         f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
         f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
         "rank   shard             read       write   tensors",

@@ -257,7 +257,9 @@ def test_the_file_itself_and_a_fold(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
     assert main(["plan", str(model), "megatron", "--tp", "2", "--fake-weight"]) == 0
-    assert "quantization_config of config.json is left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "quantization_config of config.json is left out" in told
+    assert "config alone, made-up weights  ->  Megatron" in told  # no files that nobody has
 
 
 @pytest.mark.parametrize(
