@@ -59,6 +59,7 @@ def test_usage_errors(dconv: Dconv, words: tuple[str, ...]) -> None:
     ran = dconv(*words)
     assert ran.code == 2
     assert "usage" in ran.err
+    assert len(ran.err.splitlines()) <= 3, "what is wrong is not to be looked for under all options"
 
 
 def test_missing_words_and_paths(dconv: Dconv, tmp_path: Path) -> None:
