@@ -161,5 +161,5 @@ def _why_not(model: Described, container: str, with_eagle: bool, force: bool, ma
         return why
     parameters = sum(Region.whole(spec.shape).volume for spec in model.logical.specs.values())
     if max_memory is not None and parameters * 4 > max_memory:
-        return f"fp32 needs about {parameters * 4 / 1e9:.2f} GB of memory, {max_memory / 1e9:.2f} GB are allowed"
+        return f"fp32 needs about {parameters * 4 / 1e6:,.1f} MB of memory, {max_memory / 1e6:,.1f} MB are allowed"
     return "" if force else shortage(parameters, container)

@@ -34,11 +34,13 @@ class Command:
     """One word after ``dconv``.
 
     Attributes:
+        words: what follows the command, options aside.
         options: adds its arguments to a parser.
         run: does it, given its parser and the words after it, and returns the exit code.
     """
 
     help: str
+    words: str
     examples: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.ArgumentParser, Sequence[str]], int]
@@ -108,11 +110,12 @@ def plan_text(priced: dict[str, Any]) -> str:
     exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
     shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
     layout = f", {target['layout']}" if target["layout"] else ""
+    plural = f", {source['files']} file{'s' * (source['files'] != 1)}"
+    files = "" if source["format"].startswith("config alone") else plural
     lines = [
         f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
         f"{'+'.join(priced['dtypes'])}",
-        f"{container(source['format'])}, {source['files']} file{'s' * (source['files'] != 1)}  ->  "
-        f"{container(target['format'])}{layout}",
+        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}",
         f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
         f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
         "rank   shard             read       write   tensors",
@@ -254,7 +257,9 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     elif args.markdown:
         say(markdown(known).rstrip())
     else:
-        said = "\n".join(f"{name:<17}{models:<42}{sizes:<19}{shown}" for name, models, sizes, _, shown in lines(known))
+        table = [(name, models, sizes, shown) for name, models, sizes, _, shown in lines(known)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        said = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
         say(f"{said}\n\nAll of them: HuggingFace to Megatron (torch_dist, legacy), back, and Megatron to Megatron.")
     return 0
 
@@ -291,6 +296,7 @@ def _list_options(parser: argparse.ArgumentParser) -> None:
 COMMANDS: Final[dict[str, Command]] = {
     "convert": Command(
         "make a checkpoint of another format or layout",
+        "MODEL FORMAT [-o OUT] ",
         """  dconv convert llama-8b megatron --tp 4 --pp 2              HuggingFace -> Megatron torch_dist
   dconv convert llama-8b megatron --tp 4 --megatron-format legacy --nproc 4 -o out
   dconv convert megatron-run hf --dtype bf16 --verify digest  the newest iteration, back to HuggingFace
@@ -300,6 +306,7 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "plan": Command(
         "show what convert would read and write, by whom; writes nothing",
+        "MODEL FORMAT ",
         """  dconv plan llama-70b megatron --tp 8 --pp 8
   dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json""",
         _plan_options,
@@ -307,6 +314,7 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "diff": Command(
         "compare two checkpoints tensor by tensor, across formats and layouts",
+        "A B ",
         """  dconv diff llama-8b llama-8b-megatron         exit 0: bit-equal; 1: a difference, named
   dconv diff run/iter_0001000 run/iter_0002000 --json""",
         _diff_options,
@@ -314,6 +322,7 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "inspect": Command(
         "say what a checkpoint is and what would be refused, from its headers",
+        "PATH ",
         """  dconv inspect llama-8b
   dconv inspect megatron-run --json                 the iteration that the tracker file names
   dconv inspect shards/ --hf-config llama-8b        bare mp_rank_* directories""",
@@ -322,14 +331,15 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "check": Command(
         "read a checkpoint back, compare it with its receipt, then run it on the CPU",
+        "PATH ",
         """  dconv check llama-8b-megatron               digests, then a real megatron-core model
   dconv check llama-8b --no-run               headers, shapes and digests only
   dconv check deepseek-v3 --max-memory 32GB   layer by layer, in so much memory""",
         _check_options,
         _check,
     ),
-    "archs": Command("list the model families", "  dconv archs", _arch_options, _archs),
-    "formats": Command("list the formats that are read and written", "  dconv formats", _list_options, _formats),
+    "archs": Command("list the model families", "", "  dconv archs", _arch_options, _archs),
+    "formats": Command("list the formats that are read and written", "", "  dconv formats", _list_options, _formats),
 }
 
 
@@ -337,6 +347,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(
         f"dconv {name}",
+        usage=f"dconv {name} {command.words}[options]",  # a list of all of them would hide what is wrong
         description=f"{command.help[0].upper()}{command.help[1:]}.",
         epilog=f"examples:\n{command.examples}\n\n{_EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

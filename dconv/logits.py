@@ -36,9 +36,10 @@ def require(job: Job) -> None:
     if request.with_eagle:
         raise _refused("no runtime here runs an EAGLE head")
     for side in _compared(request):
-        source, family, config = side.model.source, side.model.family, side.model.config
-        containers = (side.container, source.args), (target, None)
-        for container, args in containers:
+        model = side.model
+        own = (side.container, model.family, model.config, model.source.args)
+        written = (target, job.family, job.config, None) if request.mup2llama else (target, *own[1:3], None)
+        for container, family, config, args in (own, written):
             if module := missing(container):
                 raise ToolMissing(
                     "--verify logits needs a runtime that is not installed, nothing was written",

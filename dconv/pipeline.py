@@ -33,6 +33,7 @@ class Job:
     """A request that has been planned.
 
     Attributes:
+        family, config, facts: of the output, whose muP scalars may have been folded into the weights.
         needs: what mainline megatron-core would have to add to compute a Megatron target's function, in words.
         notes: what a person should know beside it, one line each.
         folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
@@ -41,6 +42,7 @@ class Job:
     request: Request
     source: Source
     family: Family
+    config: Mapping[str, object]
     facts: Facts
     logical: Logical
     plan: Plan
@@ -105,7 +107,9 @@ def prepare_described(request: Request, model: Described) -> Job:
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
-    return Job(request, model.source, model.family, model.facts, model.logical, plan, needs, notes, folded)
+    return Job(
+        request, model.source, model.family, model.config, model.facts, model.logical, plan, needs, notes, folded
+    )
 
 
 def _made_up(request: Request) -> Described:
@@ -143,7 +147,7 @@ def _distillation(request: Request, student: Described, teacher: Described) -> J
         first = replace(first, args={**first.args, megatron.TEACHER_ARGS: other.args}, teacher=other)
     target = replace(lay_out_megatron(request, first), left_out=logical.left_out)
     of = next(iter(held.values()))
-    return Job(request, of.source, of.family, of.facts, logical, build_plan(logical, target))
+    return Job(request, of.source, of.family, of.config, of.facts, logical, build_plan(logical, target))
 
 
 def _first_replicas(logical: Logical) -> Logical:

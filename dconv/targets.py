@@ -22,9 +22,13 @@ _MOST_ROWS: Final = 2**31
 def engine_of(format: str) -> str:
     engine = FORMATS.get(format)
     if engine is None:
+        import difflib  # only where a name is wrong
+
+        close = difflib.get_close_matches(format, FORMATS, 1)
         raise Refused(
             f"no format is called {format}, nothing was written",
             expected="one of " + ", ".join(sorted(FORMATS)),
+            do=f"did you mean {close[0]}?" if close else "",
         )
     return engine
 

@@ -179,7 +179,7 @@ class LlavaConfig:
     def _language(self, hf: Mapping[str, object]) -> tuple[DecoderConfig, dict[str, object]]:
         text = table(hf, "text_config", CONFIG)
         kind = text.get("model_type", "llama")
-        if kind not in _LANGUAGES:
+        if not isinstance(kind, str) or kind not in _LANGUAGES:
             raise Refused(
                 f"LLaVA with a language model of {kind!r:.60} is not here, nothing was written",
                 where=f"{CONFIG}: text_config.model_type",
@@ -187,7 +187,7 @@ class LlavaConfig:
             )
         dtype = hf.get("dtype") or hf.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
         text.pop("dtype", None)
-        return _LANGUAGES[str(kind)], {**text, "torch_dtype": dtype}
+        return _LANGUAGES[kind], {**text, "torch_dtype": dtype}
 
     def _tower(self, hf: Mapping[str, object]) -> dict[str, object]:
         return {**_TOWER, **table(hf, "vision_config", CONFIG)}

@@ -9,9 +9,12 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.fields import count
 from dconv.arch.translate import CONFIG, Said
+from dconv.errors import Damaged
 
 #: What files call their number, first what is written.
 KEYS: Final = ("num_nextn_predict_layers", "num_mtp_layers")
+#: Far above every model, which has one or two; each has a layer's tensors, experts included, in the plan.
+_MOST: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class Predictors:
         """mtp."""
         # an alias that a file gives stands before the default of the name that is written
         key = next((key for key in reversed(KEYS) if said.get(key) is not None), "")
-        return {"mtp": count(said, key, CONFIG) if key else 0}
+        found = count(said, key, CONFIG) if key else 0
+        if found > _MOST:
+            raise Damaged(f"{key} is {found}", where=f"{CONFIG}: {key}", expected=f"at most {_MOST} token predictors")
+        return {"mtp": found}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         return {"mtp_num_layers": facts["mtp"] or None}, []

@@ -51,12 +51,24 @@ def open_source(
                 "there is no such checkpoint", where=str(path), expected="a directory, or org/name on the hub"
             )
         path = hub.fetch(*name)
+    if said and said not in CONTAINERS and said not in _SPELLINGS and said != "megatron":
+        import difflib  # only where a name is wrong
+
+        close = difflib.get_close_matches(said, (*CONTAINERS, *_SPELLINGS), 1)
+        raise UsageError(
+            f"no container is called {said}, nothing was written",
+            where="--from",
+            expected="one of megatron, " + ", ".join((*CONTAINERS, *_SPELLINGS)),
+            do=f"did you mean {close[0]}?" if close else "leave --from out: it is detected",
+        )
     if not path.is_dir() and not state_dict.is_file(path):
+        beside = path.suffix == ".safetensors" or path.name == "config.json"
         raise Refused(
             "a checkpoint is a directory, or a state dict's file",
             where=str(path),
             expected=f"a directory, or a file of {', '.join(state_dict.SUFFIXES)}",
             found="another file",
+            do=f"name the directory that it lies in: {path.parent}" if beside else "",
         )
     folder = megatron.find_iteration(path) if path.is_dir() else path
     kind = _SPELLINGS.get(said or "", said) if said and said != "megatron" else _kind(folder, rename)

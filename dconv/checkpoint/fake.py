@@ -6,6 +6,7 @@ size takes seconds and no room; `FakeReader` makes other values where they are r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from dconv.checkpoint.fake_shapes import settled
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
 from dconv.codec.fill import filled
-from dconv.errors import Refused, UsageError
+from dconv.errors import Damaged, Refused, UsageError
 from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE
 from dconv.sharding.plan import Copy
 from dconv.sharding.reader import BoxReader
@@ -85,11 +86,14 @@ def open_source(path: Path, config_file: Path | None, model_type: str | None, hf
     if not file.is_file():
         raise UsageError("made-up weights need a config.json", where=str(path), expected="a directory with one, or it")
     wishes = read_wishes(config_file) if config_file else Wishes()
-    config = wishes.changed(read_json(file, what="config.json"))
+    published = read_json(file, what="config.json")
+    config = wishes.changed(published)
     stored = next((key for key in _QUANTIZED if config.pop(key, None) is not None), None)
     notes = (f"{stored} of config.json is left out: made-up weights are not quantised",) if stored else ()
     family = registry.by_name(model_type) if model_type else registry.detect(config, None, {})
     _check_told(family, config, model_type, file)
+    if wishes.dimensions:
+        _check_dimensions(family, wishes, published, config)
     if wishes.shapes:
         config = settled(config, wishes, partial(_shapes, family))
     dtype = FROM_TORCH.get(str(dtype_name(config.get("dtype") or config.get("torch_dtype"))), "bf16")
@@ -141,6 +145,22 @@ def _check_told(family: Family, config: Mapping[str, Any], model_type: str | Non
             found=f"{family.name}, {' or '.join(others)}",
             do="--model-type FAMILY says which",
         )
+
+
+def _check_dimensions(family: Family, wishes: Wishes, published: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Raises UsageError where the family takes the config as published but not as changed."""
+    try:
+        _shapes(family, changed)
+    except (Damaged, Refused) as fault:
+        with contextlib.suppress(Damaged, Refused):
+            _shapes(family, published)
+            raise UsageError(
+                "wished-for dimensions contradict the architecture, nothing was written",
+                where=f"{', '.join(wishes.dimensions)} in {wishes.file}",
+                expected=fault.expected,
+                found=fault.what,
+            ) from fault
+        raise
 
 
 def _reader(wishes: Wishes, scratch_bytes: int) -> BoxReader:

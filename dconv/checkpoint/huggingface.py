@@ -131,6 +131,14 @@ def _shards(folder: Path) -> list[_Shard]:
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return [{loose[0].name: _read(loose[0])}]
+    if not any(entry.suffix in (".safetensors", *state_dict.SUFFIXES) for entry in folder.iterdir()):
+        raise Damaged(
+            "a config without weights, nothing was written",
+            where=str(folder),
+            expected="model.safetensors, pytorch_model.bin, or an index",
+            found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]),
+            do="dconv plan needs no weights;  --fake-weight makes them up",
+        )
     raise Damaged(
         "no weights that can be told apart",
         where=str(folder),

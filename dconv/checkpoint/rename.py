@@ -61,6 +61,7 @@ class Renaming:
         submodel: which of a distillation checkpoint's two models is wanted, ``student`` or ``teacher``; "" where it
             must be no such checkpoint.
         seen: the submodels that have been met so far, with the prefix each has.
+        taken: the one that was wanted, once a tensor of it has been met, with a prefix or without.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -68,6 +69,7 @@ class Renaming:
     used: set[str] = field(default_factory=set)
     submodel: str = ""
     seen: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     def __call__(self, held: Mapping[str, _T], where: object) -> dict[str, _T]:
         """The same values under their new names.
@@ -104,6 +106,7 @@ class Renaming:
             if match is not None:
                 self.seen[which] = match[0]
             if not self.submodel or which == self.submodel:
+                self.taken.add(which)
                 own = name[match.end() :] if match else name
                 if own in chosen:
                     raise _two_models(name, where)
@@ -124,7 +127,7 @@ class Renaming:
         Raises:
             Refused: the wanted submodel is not there.
         """
-        if self.submodel and not self.seen.keys() & {self.submodel, "teacher"}:
+        if self.submodel and (not self.seen or self.submodel not in self.taken):
             raise Refused(
                 f"there is no {self.submodel} in this checkpoint, nothing was written",
                 where=str(where),
@@ -182,7 +185,7 @@ def renaming_of(rename: str | Path | None, submodel: str | None = None) -> Renam
         UsageError, Damaged: see `read_renaming`.
     """
     rules = AS_STORED if rename is None else read_renaming(Path(rename))
-    return replace(rules, submodel=submodel or "", used=set[str](), seen={})
+    return replace(rules, submodel=submodel or "", used=set[str](), seen={}, taken=set[str]())
 
 
 def read_renaming(path: Path) -> Renaming:
@@ -200,7 +203,7 @@ def read_renaming(path: Path) -> Renaming:
             "--rename takes one mapping of patterns to patterns",
             where=str(path),
             expected=f"1 to {_MOST_RULES} lines such as  backbone.*: model.*",
-            found=f"{len(said)} entries" if isinstance(said, dict) else type(said).__name__,
+            found=f"{len(said)} entries" if isinstance(said, dict) else "something else",
         )
     return Renaming(tuple(_rule(path, pattern, result) for pattern, result in said.items()), path)
 

@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dconv.launch.worker import main as run_rank
     from dconv.launch.worker import place, report
 
-    parser = argparse.ArgumentParser("python -m dconv.launch", description=__doc__, allow_abbrev=False)
+    name = "python -m dconv.launch"
+    usage = f"{name} MODEL FORMAT [-o OUT] [options]"
+    parser = argparse.ArgumentParser(name, usage=usage, description=__doc__, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
     words = sys.argv[1:] if argv is None else argv

@@ -203,7 +203,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         args = parser.parse_args(argv)
     for name in ("model", "format"):
         if hasattr(args, name) and getattr(args, name) is None:
-            raise UsageError(f"{name.upper()} is missing", expected=parser.format_usage().strip())
+            raise UsageError(
+                f"{name.upper()} is missing", expected=parser.format_usage().removeprefix("usage:").strip()
+            )
     return args
 
 

@@ -76,7 +76,7 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
         "the output exists, nothing was written",
         where=str(out),
         found=what,
-        do="name another -o, or --overwrite replaces it once the new one is whole",
+        do="name another -o" + (", or --overwrite replaces it once the new one is whole" if _is_ours(out) else ""),
     )
 
 

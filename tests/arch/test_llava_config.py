@@ -51,6 +51,7 @@ def changed(part: str, **keys: Any) -> dict[str, Any]:
         (changed("vision_config", model_type="siglip_vision_model"), "siglip_vision_model"),
         (changed("vision_config", hidden_act="gelu"), "hidden_act"),
         (changed("text_config", model_type="mamba2"), "mamba2"),
+        (changed("text_config", model_type=["llama"]), "text_config.model_type"),
         (changed("text_config", attention_bias=True), "bias"),
         ({**PUBLISHED, "projector_hidden_act": "silu"}, "projector_hidden_act"),
         ({**PUBLISHED, "vision_feature_select_strategy": "pooled"}, "vision_feature_select_strategy"),

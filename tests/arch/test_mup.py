@@ -411,3 +411,17 @@ def test_from_a_tied_minicpm_through_megatron_to_a_generating_llama(tmp_path: Pa
     loaded: Any = hf.load(back)
     made = loaded.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert made.tolist() == greedy(lambda tokens: minicpm.logits(source, tokens), prompt, 12).tolist()
+
+
+@pytest.mark.parametrize(("target", "tp"), [("hf", 1), ("megatron", 2)])
+def test_verify_logits_asks_the_folded_models_own_runtime(target: str, tp: int, tmp_path: Path) -> None:
+    """megatron-core computes no Granite, and the Llama that it becomes."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
+    _, model = hf.tiny("granite", tie_word_embeddings=True)
+    source = hf.save(model, tmp_path / "hf")
+    options = [] if target == "hf" else ["--tp", str(tp)]
+    words = ["convert", str(source), target, "-o", str(tmp_path / "out"), *options, "--verify", "logits", "--quiet"]
+    if target == "megatron":
+        assert main(words) == Refused.exit_code
+        assert not (tmp_path / "out").exists()
+    assert main([*words, "--mup2llama"]) == 0

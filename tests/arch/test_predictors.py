@@ -114,3 +114,9 @@ def test_what_transformers_saves_converts(tmp_path: Path) -> None:
         convert(Request(source, "megatron", tmp_path / f"{name}-m", parallel=Parallel(tp=2, pp=2)))
         convert(Request(tmp_path / f"{name}-m", "hf", tmp_path / f"{name}-back"))
         assert tensors(tmp_path / f"{name}-back") == tensors(source)
+
+
+def test_more_of_them_than_any_model_has_is_damage() -> None:
+    family = families()["deepseek_v3"]
+    with pytest.raises(Damaged, match="token predictors"):
+        family.facts({**config_of(family), KEY: 10**6})

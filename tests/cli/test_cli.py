@@ -59,13 +59,34 @@ def test_usage_errors(dconv: Dconv, words: tuple[str, ...]) -> None:
     ran = dconv(*words)
     assert ran.code == 2
     assert "usage" in ran.err
+    assert len(ran.err.splitlines()) <= 3, "what is wrong is not to be looked for under all options"
 
 
 def test_missing_words_and_paths(dconv: Dconv, tmp_path: Path) -> None:
     assert dconv("convert").code == 2
+    assert "expected   dconv convert MODEL FORMAT [-o OUT] [options]" in dconv("convert", tmp_path).err
     ran = dconv("inspect", tmp_path / "nowhere")
     assert ran.code == 2
     assert "no such checkpoint" in ran.err
+
+
+def test_names_that_are_nearly_right(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = dconv("convert", hf, "megatrom", "-o", out)
+    assert ran.code == 3 and "did you mean megatron?" in ran.err
+    ran = dconv("convert", hf, "megatron", "-o", out, "--from", "safetensor")
+    assert ran.code == 2 and "did you mean safetensors?" in ran.err
+    ran = dconv("convert", hf / "config.json", "megatron", "-o", out)
+    assert ran.code == 3 and str(hf) in ran.err.split("do ")[1]
+    assert not out.exists()
+
+
+def test_a_config_without_weights_is_said_as_such(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
+    for file in hf.glob("*.safetensors*"):
+        file.unlink()
+    ran = dconv("convert", hf, "megatron", "-o", tmp_path / "out")
+    assert ran.code == 4 and "a config without weights" in ran.err and "--fake-weight" in ran.err
+    assert dconv("plan", hf, "megatron").code == 0
 
 
 def test_lists(dconv: Dconv) -> None:
@@ -206,6 +227,15 @@ def test_an_output_that_exists(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     assert dconv("convert", hf, "megatron", "-o", tmp_path / "m").code == 2
     assert dconv("convert", hf, "megatron", "-o", tmp_path / "m", "--overwrite").code == 0
+    assert "--overwrite" in dconv("convert", hf, "hf", "-o", tmp_path / "m").err
+
+
+def test_overwrite_is_not_advised_where_it_would_be_refused(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    ran = dconv("convert", hf, "megatron", "-o", tmp_path / "mine")
+    assert ran.code == 2 and "--overwrite" not in ran.err
+    assert dconv("convert", hf, "megatron", "-o", tmp_path / "mine", "--overwrite").code == 2
 
 
 def test_what_nobody_expected(dconv: Dconv, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

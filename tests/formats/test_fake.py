@@ -186,6 +186,8 @@ def test_a_list_with_an_entry_a_layer_is_cut(tmp_path: Path) -> None:
         ({"shapes": {"nothing.like.it": [4]}}, "gives a shape to no tensor"),
         ({"dimensions": {"intermediate_size": 50}, "shapes": {"*.up_proj.weight": [40, 32]}}, "intermediate_size 50"),
         ({"dimensions": {"no_such_size": 5}}, "config.json does not have"),
+        ({"dimensions": {"num_hidden_layers": "two"}}, "num_hidden_layers in "),
+        ({"dimensions": {"num_hidden_layers": 10**9}}, "at most"),
         ({"fills": {"nothing.like.it": "zeros"}}, "fills no tensor"),
         ({"fill": "noise"}, "is wrong"),
         ({"fill": {"normal": {"mean": 1}}}, "is wrong"),
@@ -258,7 +260,9 @@ def test_the_file_itself_and_a_fold(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
     assert main(["plan", str(model), "megatron", "--tp", "2", "--fake-weight"]) == 0
-    assert "quantization_config of config.json is left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "quantization_config of config.json is left out" in told
+    assert "config alone, made-up weights  ->  Megatron" in told  # no files that nobody has
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def test_the_teacher_alone(container: str, student: Path, teacher: Path, tmp_pat
     convert(student, "megatron", out, teacher=str(teacher), teacher_only=True, megatron_format=container)
     convert(out, "hf", tmp_path / "back", submodel="teacher")
     assert tensors(tmp_path / "back") == tensors(teacher)
+    with pytest.raises(Refused, match="no student") as caught:
+        convert(out, "hf", tmp_path / "student", submodel="student")
+    assert "--submodel teacher" in caught.value.do
 
 
 def test_names_of_modelopt(student: Path, teacher: Path, tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ def test_out_exists(model: Path, attempt: Attempt, kind: str) -> None:
         out.mkdir()
         if kind == "folder":
             (out / "thesis.tex").write_text("mine")
-    attempt(USAGE, "exists", "--overwrite", model=model, out=out)
+    replaceable = kind not in ("folder", "file")
+    attempt(USAGE, "exists", *["--overwrite"] * replaceable, model=model, out=out)
+    if not replaceable:
+        attempt(USAGE, "outputs of dconv only", model=model, out=out, options="megatron --overwrite")
     if kind != "receipt":
         attempt(USAGE, "exists", model=model, out=out, options="megatron --resume")
     if kind in ("folder", "file"):  # nobody's thesis goes, whatever was typed
