@@ -104,6 +104,7 @@ def source_of(
         left_out=_left_out(folder, before.keys() - files.keys()),
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
         shapes=shapes,
+        tensors={name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {},
     )
 
 
