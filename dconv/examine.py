@@ -20,6 +20,7 @@ from dconv.checkpoint.source import Source
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.report import mup, words
+from dconv.report.page import page
 from dconv.report.precision import Precision, precision_of
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.precision import numeric, precision
@@ -87,10 +88,19 @@ class Report:
 
     def text(self) -> str:
         """For a person, at most 100 columns."""
+        return "\n".join(line for label, value in self.rows() if value for line in lines_of(label, value))
+
+    def html(self) -> str:
+        """The same as one page that needs nothing else (`dconv.report.page`)."""
+        return page(Path(self.path).name or self.path, self.rows(full=False), self.to_dict(), self.precision)
+
+    def rows(self, *, full: bool = True) -> list[tuple[str, str]]:
+        """Labels and values; ``full`` has those that are parts of their own on a page, too."""
         head = self.family or "unknown family"
         if self.architecture and self.architecture != self.family:
             head += f" ({self.architecture})"
-        rows = [
+        precision = words.rows(self.precision, full=full) if self.precision else ()
+        return [
             ("path", self.path),
             ("format", f"{self.format}, {len(self.files)} file{'s' * (len(self.files) != 1)}, "
                        f"{sum(self.files.values()):,} bytes"),
@@ -107,11 +117,10 @@ class Report:
             ("made by", f"dconv, plan {self.receipt}" if self.receipt else ""),
             ("left out", "\n".join(_reasons(self.left_out))),
             ("muP", mup.text(self.mup)),
-            *(words.rows(self.precision) if self.precision else ()),
+            *precision,
             ("names", group_names(self.names, MANY) if self.refused else ""),
-            ("refused", self.refused),
+            ("refused", self.refused if full else ""),
         ]  # fmt: skip
-        return "\n".join(line for label, value in rows if value for line in lines_of(label, value))
 
 
 def said(number: int | None) -> str:

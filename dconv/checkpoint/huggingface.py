@@ -208,7 +208,7 @@ def _locate(
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
         scaling = scales.pair({name: tensor for part in shard.values() for name, tensor in part.items()}, block)
-        located.left_out.update(dict.fromkeys(scaling, "scales, which go with their FP8 weights"))
+        located.left_out.update(dict.fromkeys(sorted(scaling), "scales, which go with their FP8 weights"))
         for file, tensors in shard.items():
             for stored_name, tensor in tensors.items():
                 if stored_name in scaling:

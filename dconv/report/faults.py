@@ -73,6 +73,10 @@ class Facts:
     said: bool
 
 
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def faults_of(facts: Facts) -> tuple[Fault, ...]:
     """All contradictions, those that ruin values first."""
     return (*_values(facts), *_blocks(facts), *_claims(facts))
@@ -80,12 +84,14 @@ def faults_of(facts: Facts) -> tuple[Fault, ...]:
 
 def _values(facts: Facts) -> Iterator[Fault]:
     if facts.unscaled:
-        yield Fault("unscaled", f"{len(facts.unscaled):,} weights in FP8 have no scales", tuple(facts.unscaled), _CODES)
+        yield Fault(
+            "unscaled", f"{_many(len(facts.unscaled), 'FP8 weight')} without scales", tuple(facts.unscaled), _CODES
+        )
     if facts.idle:
-        what = f"{len(facts.idle):,} tensors of scales belong to no weight in FP8"
+        what = f"{_many(len(facts.idle), 'scale tensor')} without an FP8 weight"
         yield Fault("idle", what, tuple(facts.idle), "a reader takes the weights for plain numbers, or stops")
     if facts.bad:
-        what = f"{len(facts.bad):,} tensors of scales have values that are infinite, no number or below 0"
+        what = f"{_many(len(facts.bad), 'scale tensor')} with values that are infinite, no number or below 0"
         yield Fault("values", what, tuple(facts.bad), "the weights become NaN or change their sign")
 
 
@@ -94,7 +100,9 @@ def _blocks(facts: Facts) -> Iterator[Fault]:
     if blocks.odd:
         yield Fault("block", blocks.odd, ("quantization_config.weight_block_size",), "no reader takes it")
     elif blocks.disagree:
-        what = f"{len(blocks.disagree):,} weights have scales of another shape than blocks of {blocks.words} make"
+        what = (
+            f"{_many(len(blocks.disagree), 'weight')} with scales of another shape than blocks of {blocks.words} make"
+        )
         do = ""
         if blocks.admitted:
             do = f"the shapes of all scales fit blocks of {blocks.admitted_words} (rows x columns)"
@@ -105,11 +113,11 @@ def _blocks(facts: Facts) -> Iterator[Fault]:
 def _claims(facts: Facts) -> Iterator[Fault]:
     if not facts.said:
         if facts.quantised or facts.unscaled:
-            count = len(facts.quantised)
+            names = tuple(facts.quantised or facts.unscaled)
             yield Fault(
                 "unsaid",
-                f"{count:,} modules are in FP8, of which config.json says nothing",
-                tuple(facts.quantised or facts.unscaled),
+                f"{_many(len(names), 'module')} in FP8, of which config.json says nothing",
+                names,
                 "codes are taken for numbers",
                 'quantization_config: {"quant_method": "fp8", …}',
             )
@@ -132,17 +140,17 @@ def _listed(facts: Facts, loaded: Collection[str]) -> Iterator[Fault]:
     listing = facts.listing
     unread = tuple(entry.text[:200] for entry in listing.entries or () if not entry.readable)
     if unread:
-        what = f"{len(unread):,} entries of {listing.key} are no regular expression that can be tried"
+        what = f"{listing.key} has entries that are no regular expression, or none that can be tried"
         yield Fault("list", what, unread, "transformers takes entries for such, and stops", _write(facts))
     yield from _excluded(facts)
     partly = {loaded_as(m) for m in facts.quantised} & {loaded_as(m) for m in facts.linear}
     if partly:
-        what = f"experts of {len(partly):,} layers are in FP8 in part"
+        what = f"experts of {_many(len(partly), 'layer')} are in FP8 in part"
         yield Fault("experts", what, tuple(sorted(partly)), "transformers loads a layer's experts as one: no list fits")
     yield from _not_excluded(facts, partly)
     absent = _absent(facts, loaded)
     if absent:
-        what = f"{len(absent):,} entries of {listing.key} name nothing in this model"
+        what = f"{listing.key} names what is not in this model"
         yield Fault("absent", what, absent, "the list is another model's, or misspelt", _write(facts))
 
 
@@ -160,7 +168,7 @@ def _excluded(facts: Facts) -> Iterator[Fault]:
         entries = ", ".join(group_names(dict.fromkeys(strict.values())).split("\n"))
         yield Fault(
             "excluded",
-            f"{listing.key} leaves out {len(strict):,} modules that are in FP8 with scales, by {entries}",
+            f"{listing.key} leaves out {_many(len(strict), 'module')} in FP8 with scales, by {entries}",
             tuple(strict),
             "plain layers are made for them: an AssertionError at load, or codes taken for numbers",
             _write(facts),
@@ -169,7 +177,7 @@ def _excluded(facts: Facts) -> Iterator[Fault]:
         entries = ", ".join(group_names(sorted({text for found in inside.values() for text in found})).split("\n"))
         yield Fault(
             "excluded",
-            f"{listing.key} names {entries}, and {len(inside):,} modules in it are in FP8 with scales",
+            f"{listing.key} names {entries}, in which {_many(len(inside), 'module')} in FP8 with scales lie",
             tuple(inside),
             "transformers 5 takes an entry for the beginning or the end of a whole name and loads them; a reader that "
             "looks for it inside of names makes plain layers: an AssertionError at load",
@@ -189,9 +197,9 @@ def _not_excluded(facts: Facts, partly: Collection[str]) -> Iterator[Fault]:
     why = f"; {', '.join(sorted(near)[:4])} names what they are in, which does not count" if near else ""
     yield Fault(
         "not_excluded",
-        f"{len(left):,} linear modules are not in FP8, and {key} does not leave them out{why}",
+        f"{key} does not leave out {_many(len(left), 'linear module')} that are not in FP8{why}",
         tuple(left),
-        "FP8 layers are made for them, whose scales are nowhere: left as they were initialised, or a KeyError",
+        "FP8 layers are made for them, and their scales are missing",
         _write(facts),
     )
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from dconv.errors import group_names
 from dconv.report.precision import Class, Precision, ranges
 from dconv.report.statistics import Statistics
 
@@ -14,12 +15,13 @@ _MANY: Final = 40
 #: Roles whose classes are one line together, as long as they agree.
 _TOGETHER: Final = {"norm": "norms", "bias": "biases", "embedding": "embeddings"}
 _NAME: Final = 34
+_LISTED: Final = 12
 _NOT: Final = "not in fp8"
 
 
-def rows(report: Precision) -> list[tuple[str, str]]:
-    """Labels and values."""
-    said = [("precision", "\n".join(_classes(report.classes)))]
+def rows(report: Precision, *, full: bool = True) -> list[tuple[str, str]]:
+    """Labels and values; ``full`` has the classes and what is wrong, too, which a page shows by themselves."""
+    said = [("precision", "\n".join(_classes(report.classes)))] if full else []
     if report.blocks is None:
         if report.method:
             said.append(("quantised", f"{report.method}, as config.json says"))
@@ -33,12 +35,13 @@ def rows(report: Precision) -> list[tuple[str, str]]:
         said.append(("scales", scale_words(report.scales)))
     listed = report.listing.entries if report.listing else None
     if report.listing and listed is not None:
-        texts = [entry.text[:100] for entry in listed]
-        said.append((_NOT, f"{report.listing.key} lists {_some(texts)}"))
+        texts = group_names((entry.text[:200] for entry in listed), _LISTED).split("\n") if listed else ["nothing"]
+        said.append((_NOT, f"{report.listing.key} lists {', '.join(texts)}"))
     else:
         said.append((_NOT, "no list: the output layer by default"))
-    said.append(("", f"right would be {_some(report.right)}" if report.right else "none need be listed"))
-    for fault in report.faults[:_MANY]:
+    right = group_names(report.right, _LISTED).split("\n")
+    said.append(("", f"right would be {', '.join(right)}" if report.right else "none need be listed"))
+    for fault in report.faults if full else ():
         lines = [fault.what, *(f"  {line}" for line in fault.where.split("\n") if line)]
         lines += [f"  leads to: {fault.leads_to}"] * bool(fault.leads_to) + [f"  do: {fault.do}"] * bool(fault.do)
         said.append(("wrong", "\n".join(lines)))
@@ -52,11 +55,6 @@ def scale_words(scales: Statistics) -> str:
         text += f" from {scales.low:.3g} to {scales.high:.3g}"
     odd = {"zero": scales.zeros, "below 0": scales.negative, "infinite or no number": scales.broken}
     return text + "".join(f", {n:,} {what}" for what, n in odd.items() if n)
-
-
-def _some(texts: Sequence[str], limit: int = 12) -> str:
-    more = f" … and {len(texts) - limit:,} more" if len(texts) > limit else ""
-    return (", ".join(texts[:limit]) or "nothing") + more
 
 
 def _classes(classes: Sequence[Class]) -> Iterable[str]:
