@@ -178,7 +178,7 @@ def _with_claims(
     by_class: dict[str, list[str]] = {module: [module] for module in heads}
     for place in (*others["router"], *others["linear"]):
         by_class.setdefault(place.kind, []).append(place.module)
-    right = tuple(right_list(by_class, quantised))
+    right = tuple(right_list(by_class, [places[name].module for name in fp8]))
     facts = Facts(
         quantised=quantised,
         linear=heads + linear,

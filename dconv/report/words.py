@@ -78,6 +78,7 @@ def _line(name: str, states: Mapping[str, int], one: Class | None) -> str:
     for state, n in states.items():
         where = ""
         if one and len(states) > 1 and one.layers.get(state):
-            where = f" (layers {ranges(one.layers[state])})"
+            layers = one.layers[state]
+            where = f" (layer{'s' * (len(layers) != 1)} {ranges(layers)})"
         parts.append(f"{n:,} {state}{where}")
     return f"{name[:100]:<{_NAME}} {', '.join(parts)}"

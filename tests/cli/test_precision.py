@@ -91,6 +91,26 @@ def test_experts_of_a_layer_are_one_cell(tmp_path: Path) -> None:
     assert {cell["count"] for cell in cells if "experts" in cell["kind"]} == {64}
 
 
+def test_scales_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few values at a time, also of a tensor that lies transposed in its file, gives the same."""
+    import torch
+
+    from dconv.report import statistics
+
+    model = listing(tmp_path / "model", RELEASED)
+    before = report(model)["scales"]
+    state: dict[str, torch.Tensor] = {}
+    dtypes = {"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32, "BF16": torch.bfloat16}
+    for name, (dtype, shape, data) in tensors(model).items():
+        state[name] = torch.frombuffer(bytearray(data), dtype=dtypes[dtype]).reshape(shape)
+        if name.endswith("_scale_inv"):
+            state[name] = state[name].t().contiguous().t()
+    (model / "model.safetensors").unlink()
+    torch.save(state, model / "pytorch_model.bin")
+    monkeypatch.setattr(statistics, "_VALUES", 5)
+    assert report(model)["scales"] == before
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
 def test_values_that_are_no_scales(tmp_path: Path, value: float) -> None:
     said = report(listing(tmp_path / "model", RELEASED, value=value))
