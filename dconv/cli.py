@@ -193,6 +193,11 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    _source_options(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page: map of layers, scales, modules")
+
+
+def _source_options(parser: argparse.ArgumentParser) -> None:
     from dconv.launch.options import add_model_options
 
     parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint directory, or a state dict's file")
@@ -218,6 +223,10 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     report = inspect(args.path, **_described(args))
+    if args.html:
+        from dconv.report.page import write
+
+        write(args.html, report.html())
     say(json.dumps(report.to_dict()) if args.json else report.text())
     return 0
 
@@ -225,7 +234,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _check_options(parser: argparse.ArgumentParser) -> None:
     from dconv.launch.options import byte_count
 
-    _inspect_options(parser)
+    _source_options(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--no-run", action="store_true", help="read everything, but do not run the model")
     group.add_argument("--force-run", action="store_true", help="run it even if fp32 weights seem not to fit in memory")
@@ -321,9 +330,10 @@ COMMANDS: Final[dict[str, Command]] = {
         _diff,
     ),
     "inspect": Command(
-        "say what a checkpoint is and what would be refused, from its headers",
+        "say what a checkpoint is, its precision by module, and what is wrong or would be refused",
         "PATH ",
         """  dconv inspect llama-8b
+  dconv inspect minimax-m2 --html m2.html           a page: layers by precision, scales, modules
   dconv inspect megatron-run --json                 the iteration that the tracker file names
   dconv inspect shards/ --hf-config llama-8b        bare mp_rank_* directories""",
         _inspect_options,

@@ -19,6 +19,9 @@ from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
+from dconv.report import mup, words
+from dconv.report.page import page
+from dconv.report.precision import Precision, precision_of
 from dconv.sharding.execute import _TILE_BYTES
 from dconv.sharding.precision import numeric, precision
 
@@ -51,6 +54,9 @@ class Report:
         left_out: what a conversion leaves out, with the reason.
         refused: why a conversion would be refused, as printed then; empty when it would not.
         receipt: plan id of the conversion that made it.
+        mup: muP scalars of the config, and what they multiply; empty where there are none.
+        precision: dtypes, scales and what the config claims of them; None where only `check` asked, or where no more
+            than the container's own names is known.
     """
 
     path: str
@@ -72,17 +78,29 @@ class Report:
     refused: str = ""
     names: tuple[str, ...] = ()
     receipt: str | None = None
+    mup: dict[str, Any] = field(default_factory=dict)
+    precision: Precision | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return asdict(self)
+        precision = self.precision.to_dict() if self.precision else None
+        return {**asdict(replace(self, precision=None)), "precision": precision}
 
     def text(self) -> str:
         """For a person, at most 100 columns."""
+        return "\n".join(line for label, value in self.rows() if value for line in lines_of(label, value))
+
+    def html(self) -> str:
+        """The same as one page that needs nothing else (`dconv.report.page`)."""
+        return page(Path(self.path).name or self.path, self.rows(full=False), self.to_dict(), self.precision)
+
+    def rows(self, *, full: bool = True) -> list[tuple[str, str]]:
+        """Labels and values; ``full`` has those that are parts of their own on a page, too."""
         head = self.family or "unknown family"
         if self.architecture and self.architecture != self.family:
             head += f" ({self.architecture})"
-        rows = [
+        precision = words.rows(self.precision, full=full) if self.precision else ()
+        return [
             ("path", self.path),
             ("format", f"{self.format}, {len(self.files)} file{'s' * (len(self.files) != 1)}, "
                        f"{sum(self.files.values()):,} bytes"),
@@ -98,10 +116,11 @@ class Report:
             ("side files", ", ".join(self.side) or "none"),
             ("made by", f"dconv, plan {self.receipt}" if self.receipt else ""),
             ("left out", "\n".join(_reasons(self.left_out))),
+            ("muP", mup.text(self.mup)),
+            *precision,
             ("names", group_names(self.names, MANY) if self.refused else ""),
-            ("refused", self.refused),
+            ("refused", self.refused if full else ""),
         ]  # fmt: skip
-        return "\n".join(line for label, value in rows if value for line in lines_of(label, value))
 
 
 def said(number: int | None) -> str:
@@ -144,7 +163,7 @@ def inspect(
     submodel: str | None = None,
     with_eagle: bool = False,
 ) -> Report:
-    """Describe a checkpoint from its headers; what a conversion would refuse is reported, not raised.
+    """Describe a checkpoint from its headers and scales; what a conversion would refuse is reported, not raised.
 
     Raises:
         UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory.
@@ -165,8 +184,15 @@ def inspect(
     except UsageError:
         raise
     except DconvError as error:
-        return _in_part(path, open_source(path, source_format, rename=renaming_of(rename, submodel)), str(error))
-    return report_of(path, model, hf_config)
+        source = open_source(path, source_format, rename=renaming_of(rename, submodel))
+        report = _in_part(path, source, str(error))
+        return replace(report, precision=precision_of(source, None, source.config))
+    head = model.family.head.removesuffix(".weight") if model.facts["tied"] else ""
+    return replace(
+        report_of(path, model, hf_config),
+        mup=mup.scalars_of(model.family, model.config, model.source.shapes),
+        precision=precision_of(model.source, model.logical, model.config, head),
+    )
 
 
 def report_of(path: Path, model: Described, hf_config: str | Path | None) -> Report:

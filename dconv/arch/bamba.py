@@ -19,12 +19,15 @@ from dconv.arch.fields import deep, heads, multiple, number, whole
 from dconv.arch.hybrid import PATTERN, Mixer, Stack
 from dconv.arch.layouts import columns, copied, gate_up, query_groups, vocab_rows
 from dconv.arch.mamba import MAMBA2
+from dconv.arch.rope import rope_parameters
 from dconv.arch.rotary import Rope
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
 _ATTENDS: Final = "attn_layer_indices"
 _STACK: Final = Stack("M*-")
+#: The part of a head that is rotated, in all published models.
+_HALF: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Pairs:
         rotated = said.get("attn_rotary_emb")
         if rotated not in (None, facts["head_dim"] // 2):
             lost.append(f"attn_rotary_emb {rotated!r:.60}: half of each head ({facts['head_dim'] // 2}) is rotated")
+        part = rope_parameters(said).get("partial_rotary_factor", _HALF)
+        if part != _HALF:  # the older spelling, a key of its own, is judged by `only`
+            lost.append(f"rope_parameters.partial_rotary_factor {part!r:.60}: half of each head is rotated")
         return {**args, "num_layers": facts["layers"]}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
@@ -99,7 +105,7 @@ _CONFIG = DecoderConfig(
     "bamba", "BambaForCausalLM",
     {
         **COMMON, "vocab_size": 128000, "intermediate_size": 14336, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 262144, "partial_rotary_factor": 0.5, "mamba_n_heads": 128, "mamba_d_head": "auto",
+        "max_position_embeddings": 262144, "partial_rotary_factor": _HALF, "mamba_n_heads": 128, "mamba_d_head": "auto",
         "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": True,
     },
     Grouped(),
@@ -111,8 +117,8 @@ _CONFIG = DecoderConfig(
         ),
         Pairs(),
     ),
-    constants={"rotary_percent": 0.5},
-    only={"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 0.5},
+    constants={"rotary_percent": _HALF},
+    only={"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": _HALF},
     filling=_with_width,
 )  # fmt: skip
 

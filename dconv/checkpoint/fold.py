@@ -126,6 +126,24 @@ def _factors(declared: Mup, said: Mapping[str, object], facts: Facts) -> dict[st
     return found
 
 
+def meaning_of(family: Family, config: Mapping[str, object], stored: Mapping[str, Index]) -> dict[str, dict[str, Any]]:
+    """What each muP factor of a model is: formula, value and the tensors (patterns) that `fold` would multiply by it.
+
+    Args:
+        stored: as for `fold`.
+
+    Raises:
+        Damaged, Refused: a scalar that is no number above 0.
+    """
+    if family.mup is None:
+        return {}
+    values = _factors(family.mup, _said(family, config), family.facts(config, stored))
+    return {
+        part: {"formula": factor.words, "factor": values[part], "tensors": list(factor.tensors)}
+        for part, factor in family.mup.factors.items()
+    }
+
+
 def _part(factors: Mapping[str, Factor], name: str) -> str:
     return next((part for part, f in factors.items() if any(fnmatchcase(name, pattern) for pattern in f.tensors)), "")
 

@@ -104,6 +104,7 @@ def source_of(
         left_out=_left_out(folder, before.keys() - files.keys()),
         stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
         shapes=shapes,
+        tensors={name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {},
     )
 
 
@@ -215,7 +216,7 @@ def _locate(
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
         scaling = scales.pair({name: tensor for part in shard.values() for name, tensor in part.items()}, block)
-        located.left_out.update(dict.fromkeys(scaling, "scales, which go with their FP8 weights"))
+        located.left_out.update(dict.fromkeys(sorted(scaling), "scales, which go with their FP8 weights"))
         for file, tensors in shard.items():
             for stored_name, tensor in tensors.items():
                 if stored_name in scaling:

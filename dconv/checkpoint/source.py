@@ -19,7 +19,7 @@ from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import check_pieces
 from dconv.sharding.reader import BoxReader
 from dconv.sharding.region import Index
-from dconv.sharding.tensor import FileStamp, Logical, Piece, TensorSpec
+from dconv.sharding.tensor import FileStamp, Logical, Piece, Stored, TensorSpec
 
 #: Small files that travel beside the weights, through Megatron and back. Python files never do.
 SIDE_FILES: Final = (
@@ -43,6 +43,7 @@ class Source:
         parallel: how the source is cut, for reports.
         left_out: what is not weights (optimizer state, RNG), with the reason.
         shapes: of the stored tensors by name; of those that ranks divide, some rank's.
+        tensors: the stored tensors by name, where these are HuggingFace's names and no rank divides them.
         locate: pieces of the logical tensors that a table expects; calls back for names that it does not know.
         lacks: what is missing to tell the architecture, where there is neither config nor args.
         in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
@@ -61,6 +62,7 @@ class Source:
     left_out: dict[str, str] = field(default_factory=dict)
     stored_bytes: int = 0
     shapes: dict[str, Index] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
     lacks: str = ""
     in_memory: bool = False
     notes: tuple[str, ...] = ()

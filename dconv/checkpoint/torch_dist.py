@@ -20,6 +20,7 @@ from dconv.checkpoint.files import stamp
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.shards import locate
 from dconv.checkpoint.source import Located, Source
+from dconv.errors import Refused
 from dconv.sharding.coords import Coord
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
@@ -154,6 +155,7 @@ def lay_out(model: megatron.Model) -> Target:
             file, placed = _file(f"{megatron.RELEASE}/{name}", group, rank, blobs)
             files.append(file)
             chunks.extend(placed)
+    _refuse_mixed(chunks)
     objects_name = f"__{model.parallel.world}_0.distcp"
     objects_file, objects = _objects(objects_name, model)
     files.append(objects_file)
@@ -170,6 +172,20 @@ def lay_out(model: megatron.Model) -> Target:
 
     tensors = tuple(chunk.tensor for chunk in chunks)
     return Target(tuple(files), tensors, closing, model.seal, model.parallel.world, model.left_out)
+
+
+def _refuse_mixed(chunks: Iterable[_Chunk]) -> None:
+    """Raises Refused where layers that are stacked under one key differ in their dtype."""
+    dtypes: dict[str, str] = {}
+    for chunk in chunks:
+        dtype = chunk.tensor.spec.dtype
+        if dtypes.setdefault(chunk.key, dtype) != dtype:
+            raise Refused(
+                "torch_dist holds all layers of a tensor under one dtype, nothing was written",
+                where=chunk.key,
+                found=f"{dtypes[chunk.key]} and {dtype}",
+                do="--dtype makes them one, --megatron-format legacy keeps each as it is",
+            )
 
 
 def _writes(model: megatron.Model, entry: Entry, coord: Coord) -> bool:

@@ -58,6 +58,7 @@ _SMALL = {"num_hidden_layers": 2, "vocab_size": 301}
 SIZES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"vocab_size": 301, "chunk_size": 128},
     "mamba2": {**_SMALL, "chunk_size": 256},
+    "bamba": {"vocab_size": 301},
     "llava": {},
     "t5": {"num_layers": 2, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
 }

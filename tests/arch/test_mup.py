@@ -23,7 +23,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: the o
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from dconv import live, verify  # noqa: E402
+from dconv import live, logits  # noqa: E402
 from dconv.arch.registry import by_name  # noqa: E402
 from dconv.cli import main  # noqa: E402
 from dconv.errors import Damaged, DconvError, Refused, UsageError, VerifyFailed  # noqa: E402
@@ -352,20 +352,20 @@ def test_megatron_core_computes_what_granite_does(tmp_path: Path) -> None:
     request = Request(source, "megatron", tmp_path / "out", parallel=Parallel(tp=2, etp=2), mup2llama=True)
     run(job := prepare(request), Settings())
     assert not job.needs
-    assert verify.logits(job, request.output)["difference"] <= 1e-5
+    assert logits.compare(job, request.output)["difference"] <= 1e-5
 
 
 def test_logits_are_verified_between_the_two_functions(tmp_path: Path) -> None:
     _, model = hf.tiny("granite", tie_word_embeddings=True)
     request = Request(hf.save(model, tmp_path / "hf"), "hf", tmp_path / "out", mup2llama=True)
     run(job := prepare(request), Settings())
-    found = verify.logits(job, request.output)
+    found = logits.compare(job, request.output)
     assert found["difference"] <= 1e-5
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["lm_head.weight"] *= 1.01
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerifyFailed):
-        verify.logits(job, request.output)
+        logits.compare(job, request.output)
 
 
 def test_a_running_job_hands_over_a_llama(tmp_path: Path) -> None:

@@ -129,6 +129,17 @@ def test_two_dtypes_in_two_tensors_stay_what_they_are(tmp_path: Path, container:
     assert tensors(model.parent / "back") == tensors(model)
 
 
+def test_one_tensor_of_two_dtypes_in_two_layers(tmp_path: Path) -> None:
+    """torch_dist stacks the layers under one key and one dtype; legacy files keep each layer's own."""
+    model = retyped(tmp_path, "layers.1.self_attn.o_proj.weight", "f32")
+    named = "self_attention.linear_proj.weight"
+    refused(megatron(model, "torch_dist", 2), Refused, "under one dtype", named, "--dtype")
+    convert(megatron(model, "legacy", 2))
+    convert(Request(model.parent / "out", "hf", model.parent / "back"))
+    assert tensors(model.parent / "back") == tensors(model)
+    convert(replace(megatron(model, "torch_dist", 2, dtype="f32"), out=model.parent / "f32"))
+
+
 @pytest.mark.parametrize("dtype", ["i8", "u8", "f8_e5m2"])
 @pytest.mark.parametrize("format", ["hf", "megatron"])
 def test_codes_are_not_cast(tmp_path: Path, dtype: str, format: str) -> None:
