@@ -19,6 +19,8 @@ from dconv.sharding.receipt import RECEIPT, to_json
 
 #: Working state inside a partial folder, and never in a result.
 STATE: Final = ".dconv"
+#: A process notes its progress a few times a second, so that the second try finds the folder quiet.
+_TRIES: Final = 20
 
 
 def cannot(what: str, where: Path, fault: OSError) -> StorageFault:
@@ -48,10 +50,19 @@ def finish(out: Path, partial: Path, overwrite: bool) -> None:
     try:
         sync_folders(partial)
         # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
-        shutil.rmtree(partial / STATE, ignore_errors=True)
+        _remove_state(partial / STATE)
         _rename(out, partial, overwrite)
     except OSError as fault:
         raise cannot("commit", partial, fault) from fault
+
+
+def _remove_state(state: Path) -> None:
+    """Another process of the plan may put a note there meanwhile; once the folder is gone it cannot."""
+    for _ in range(_TRIES):
+        shutil.rmtree(state, ignore_errors=True)
+        if not os.path.lexists(state):
+            return
+    shutil.rmtree(state)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ from dconv.launch import worker
 from dconv.launch.__main__ import main
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import commit
+from dconv.sharding import finish as finish_module
 from dconv.sharding.commit import Outcome, Settings
 from tests.crash.conftest import (
     CONTAINERS,
@@ -233,6 +234,28 @@ def test_two_processes_with_the_same_plan_and_rank(
     assert ends[1][0] in (0, 2), ends
     assert "Traceback" not in ends[0][1] + ends[1][1]
     check_result(out, undisturbed[container])
+
+
+def test_a_note_that_comes_while_the_working_state_is_removed(
+    model: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another process of the same plan, between the listing of the folder and its removal."""
+    out = tmp_path / "out"
+    inner, late = finish_module.shutil.rmtree, [0, 1]
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == ".dconv" and late:
+            ranks = path / "ranks"
+            ranks.mkdir(exist_ok=True)
+            (ranks / f"{late.pop()}.json").write_text("{}")
+            return
+        inner(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(finish_module.shutil, "rmtree", rmtree)
+    assert run(job_of(model, out), Settings()).committed
+    assert not late
+    monkeypatch.undo()
+    check_result(out, undisturbed["torch_dist"])
 
 
 @pytest.mark.parametrize("at", [0, 10, 40])
