@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dconv import verify
+from dconv.codec.kernels import apply
 from dconv.errors import Damaged, Refused, group_names
 from dconv.examine import MANY, Report, lines_of, report_of, said
 from dconv.export.prompt import prompt_for
@@ -15,7 +16,7 @@ from dconv.export.runtimes import as_run, available_memory, missing, obstacle, r
 from dconv.pipeline import Described, describe_model
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.region import Region
-from dconv.sharding.replicas import torn
+from dconv.sharding.torn import torn
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def check(
         "submodel": submodel,
     }
     model = describe_model(path, **options, with_eagle=with_eagle)
-    if disagree := torn(model.logical):
+    if disagree := torn(model.logical, apply):
         raise Damaged(
             f"{len(disagree)} tensors are not the same in all the shards that hold them",
             where=f"{group_names(disagree)}\nin {model.source.root}",

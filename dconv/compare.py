@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dconv.codec.cast import cast
+from dconv.codec.kernels import apply
 from dconv.errors import Refused, group_names
 from dconv.pipeline import Described, describe_model
+from dconv.sharding.derived import open_reader
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy
-from dconv.sharding.reader import Reader
 from dconv.sharding.region import Region
-from dconv.sharding.replicas import torn
 from dconv.sharding.tensor import Piece, TensorSpec
+from dconv.sharding.torn import torn
 
 #: Bytes of one buffer; there are four (a tile and a scratch a side) and the temporaries of a difference.
 _TILE_BYTES: Final = 1 << 20
@@ -206,7 +207,7 @@ def _notes(models: Sequence[Described]) -> tuple[str, ...]:
     names = [model.family.name for model in models]
     notes = [f"different families: {names[0]} and {names[1]}"] if names[0] != names[1] else []
     for model in models:
-        if disagree := torn(model.logical):
+        if disagree := torn(model.logical, apply):
             named = group_names(disagree).replace("\n", "\n  ")
             notes.append(f"{model.logical.root}: shards disagree, the first was compared, on\n  {named}")
     return tuple(notes)
@@ -220,7 +221,7 @@ class _Side:
     """One checkpoint, read by boxes of its logical tensors."""
 
     def __init__(self, model: Described) -> None:
-        self.reader = Reader(model.logical.root, model.logical.files, _TILE_BYTES)
+        self.reader = open_reader(model.logical, _TILE_BYTES, apply)
         self._pieces: Mapping[str, Sequence[Piece]] = model.logical.pieces
 
     def copies(self, name: str) -> list[Copy]:

@@ -9,18 +9,22 @@ from pathlib import Path
 from dconv.arch import eagle, registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, size
-from dconv.checkpoint import scales
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source, describe, side_files
+from dconv.coded.decode import KEY
 from dconv.errors import Refused, UsageError
 from dconv.sharding.tensor import Logical
 
 
 @dataclass(frozen=True)
 class Described:
-    """A source with its family and config settled."""
+    """A source with its family and config settled.
+
+    Attributes:
+        fixed: tensors of a quantised form, which ``--dtype`` has no say in.
+    """
 
     source: Source
     family: Family
@@ -28,6 +32,7 @@ class Described:
     rebuilt: bool
     facts: Facts
     logical: Logical
+    fixed: frozenset[str] = frozenset()
 
 
 def describe_model(
@@ -68,7 +73,6 @@ def describe_model(
         model_type=model_type,
         hf_config=hf_config,
         drop=drop,
-        config_alone=config_alone,
         with_eagle=with_eagle,
     )
 
@@ -89,7 +93,6 @@ def settle(
     model_type: str | None = None,
     hf_config: str | Path | None = None,
     drop: str | Sequence[str] = (),
-    config_alone: bool = False,
     with_eagle: bool = False,
 ) -> Described:
     """Find the family of a source that has been opened, and lay the family's table over it; see `describe_model`."""
@@ -99,6 +102,8 @@ def settle(
         _check_directory(hf_config)
         config = read_json(hf_config / "config.json", what="config.json")
         source = replace(source, config=config, side=side_files(hf_config))
+    if source.fault:
+        raise source.fault
     if source.lacks and source.config is None:
         raise registry.nothing_known(source.lacks)
     family = registry.by_name(model_type) if model_type else registry.detect(source.config, source.args, source.shapes)
@@ -107,8 +112,6 @@ def settle(
     rebuilt = source.config is None
     if source.config is not None:
         config = source.config
-        if not config_alone or source.files:
-            scales.refuse_quantized(config, source.root)
     elif source.args is not None:
         config = family.config.to_hf(source.args)
     else:
@@ -123,6 +126,10 @@ def settle(
                 do="--hf-config DIR supplies the right one",
             )
     settled, absent = family.borne_out(config, source.shapes)
+    if KEY in settled:
+        settled = {key: value for key, value in settled.items() if key != KEY}
+        why = "the weights are decoded" if source.coded else "no weight is in codes"
+        absent[f"{KEY} of config.json"] = why
     if absent:  # the file is then written anew, not copied
         side = {name: path for name, path in source.side.items() if name != "config.json"}
         source = replace(source, side=side, left_out={**source.left_out, **absent})

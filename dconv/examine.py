@@ -191,7 +191,7 @@ def inspect(
     return replace(
         report_of(path, model, hf_config),
         mup=mup.scalars_of(model.family, model.config, model.source.shapes),
-        precision=precision_of(model.source, model.logical, model.config, head),
+        precision=precision_of(model.source, model.logical, model.source.config or model.config, head),
     )
 
 

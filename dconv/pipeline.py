@@ -13,12 +13,13 @@ from typing import Any
 from dconv import __version__
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron, scales
+from dconv.checkpoint import megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
 from dconv.errors import Refused, StorageFault, UsageError
+from dconv.quantise import quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
@@ -83,7 +84,6 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
             where="--mup2llama beside --teacher",
             do="convert each with --mup2llama hf first, then put the two together",
         )
-    scales.refuse_fp8(model.logical.specs.values(), model.source.root)
     if engine != "megatron" or request.megatron_format == "model_pt":
         raise UsageError(
             "a teacher goes into Megatron checkpoints only, nothing was written",
@@ -97,12 +97,14 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
 def prepare_described(request: Request, model: Described) -> Job:
     """Plan for a model that has been described; see `prepare`."""
     engine = engine_of(request.format)
-    scales.refuse_fp8(model.logical.specs.values(), model.source.root)
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     notes, folded = model.source.notes, None
     if request.mup2llama:
         model, said, folded = _folded(request, model)
+        notes += said
+    if scheme := scheme_of(request):
+        model, said = quantised(model, scheme)
         notes += said
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)

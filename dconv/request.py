@@ -13,9 +13,11 @@ from dconv.sharding.coords import Parallel
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
+#: Those whose weights are stored in codes.
+QUANTISED: Final = ("fp8",)
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -41,6 +43,9 @@ class Request:
         with_eagle: keep the tensors of an EAGLE head.
         mup2llama: fold muP scalars into the weights.
         fake_weight: take the model's config alone, and make its weights up.
+        quant: the variant of FORMAT (`dconv.quantise.VARIANTS`); None is its first.
+        block_size: rows and columns that share a scale.
+        scale_format: ``float`` or ``ue8m0``, powers of two.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -64,6 +69,9 @@ class Request:
     teacher_only: bool = False
     with_eagle: bool = False
     mup2llama: bool = False
+    quant: str | None = None
+    block_size: tuple[int, int] | None = None
+    scale_format: str = "float"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 
@@ -75,4 +83,5 @@ class Request:
         model = self.model.resolve()
         if self.fake_weight and model.name == "config.json":
             model = model.parent
-        return Path(f"{model.name}-{FORMATS.get(self.format, self.format)}")
+        name = self.format if self.quant is None else self.quant
+        return Path(f"{model.name}-{name if self.format in QUANTISED else FORMATS.get(self.format, name)}")

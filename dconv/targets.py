@@ -50,10 +50,10 @@ def _specs(request: Request, model: Described) -> dict[str, TensorSpec]:
     return {name: spec if name in keeps else replace(spec, dtype=request.dtype) for name, spec in specs}
 
 
-def _keeps(model: Described) -> set[str]:
+def _keeps(model: Described) -> frozenset[str]:
     """Tensors that ``--dtype`` leaves as they are."""
     entries = model.family.entries(model.facts)
-    return {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+    return model.fixed | {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
 
 
 def _huggingface(request: Request, model: Described) -> Target:

@@ -81,6 +81,14 @@ class Row:
         return not self.per_layer and self.first_stage and self.layout.padded
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a linear layer of the decoder: what quantised formats store in codes."""
+        module, _, last = self.megatron.rpartition(".")
+        named = module.rpartition(".")[2]
+        decoder = self.per_layer and self.megatron.removeprefix("language_model.").startswith(("decoder.", "mtp."))
+        return decoder and last == "weight" and (named.startswith("linear_") or named in ("in_proj", "out_proj"))
+
+    @property
     def logical(self) -> tuple[str, ...]:
         """HuggingFace's names with the braces spelled out."""
         return _spelled_out(self.hf)

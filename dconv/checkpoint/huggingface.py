@@ -11,12 +11,14 @@ from typing import Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import safetensors, scales, state_dict, tied
+from dconv.checkpoint import safetensors, state_dict, tied
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
-from dconv.errors import Damaged, Refused, group_names
+from dconv.coded.decode import decode
+from dconv.coded.decoded import Decoded
+from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
@@ -85,12 +87,21 @@ def source_of(
         container: its name in reports.
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
-    shapes = {name: at.spec.shape for shard in shards for tensors in shard.values() for name, at in tensors.items()}
+    tensors = {name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {}
+    stored_bytes = sum(t.spec.nbytes for shard in shards for part in shard.values() for t in part.values())
+    fault: DconvError | None = None
+    found: list[Decoded] = []
+    try:
+        found = [decode({name: at for part in shard.values() for name, at in part.items()}, config) for shard in shards]
+        shards = [_decoded(shard, made) for shard, made in zip(shards, found, strict=True)]
+    except DconvError as error:
+        fault = error
+    shapes = {name: at.spec.shape for shard in shards for part in shard.values() for name, at in part.items()}
 
     def locate(family: Family, facts: Facts) -> Located:
         named = _full_names(shards, family, facts)
         alone = tied.alone(folder, files, named, family.copies(facts))
-        return _locate(named, family, facts, alone, scales.block_of(config))
+        return _locate(named, family, facts, alone)
 
     return Source(
         format=container,
@@ -101,11 +112,24 @@ def source_of(
         files=files,
         parallel=None,
         locate=locate,
-        left_out=_left_out(folder, before.keys() - files.keys()),
-        stored_bytes=sum(t.spec.nbytes for shard in shards for tensors in shard.values() for t in tensors.values()),
+        left_out=_left_out(folder, before.keys() - files.keys())
+        | {name: why for made in found for name, why in made.left_out.items()},
+        stored_bytes=stored_bytes,
         shapes=shapes,
-        tensors={name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {},
+        tensors=tensors,
+        derived={file: derived for made in found for file, derived in made.derived.items()},
+        coded={name: words for made in found for name, words in made.coded.items()},
+        fault=fault,
     )
+
+
+def _decoded(shard: _Shard, made: Decoded) -> _Shard:
+    """The same files with the tensors that their codes make."""
+    left = dict(made.tensors)
+    new: _Shard = {file: {name: left.pop(name) for name in part if name in left} for file, part in shard.items()}
+    for name, tensor in left.items():  # under another name than any of its parts
+        new[next(iter(shard))][name] = tensor
+    return new
 
 
 def _shards(folder: Path) -> list[_Shard]:
@@ -200,27 +224,16 @@ def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Sha
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
 
 
-def _locate(
-    shards: list[_Shard], family: Family, facts: Facts, alone: Mapping[str, str], block: tuple[int, int]
-) -> Located:
-    """See `Located`.
-
-    Args:
-        alone: copies that stand for the tensor itself.
-        block: rows and columns of FP8 weights that share a scale.
-    """
+def _locate(shards: list[_Shard], family: Family, facts: Facts, alone: Mapping[str, str]) -> Located:
+    """See `Located`; ``alone`` are copies that stand for the tensor itself."""
     if len(shards) > 1:
         _refuse_broken(family, facts)
     specs = expected_specs(family, facts)
     twins = family.twin_names(facts)
     located = Located({}, {}, {})
     for rank, shard in enumerate(shards):
-        scaling = scales.pair({name: tensor for part in shard.values() for name, tensor in part.items()}, block)
-        located.left_out.update(dict.fromkeys(sorted(scaling), "scales, which go with their FP8 weights"))
         for file, tensors in shard.items():
             for stored_name, tensor in tensors.items():
-                if stored_name in scaling:
-                    continue
                 name = alone.get(stored_name, twins.get(stored_name, stored_name))
                 spec = specs.get(name)
                 if spec is not None:

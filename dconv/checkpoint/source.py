@@ -14,8 +14,9 @@ import xxhash
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint.files import read_small
-from dconv.errors import Damaged, Refused, group_names
+from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.coords import Parallel
+from dconv.sharding.derived import Derived, real_files
 from dconv.sharding.plan import check_pieces
 from dconv.sharding.reader import BoxReader
 from dconv.sharding.region import Index
@@ -48,7 +49,9 @@ class Source:
         lacks: what is missing to tell the architecture, where there is neither config nor args.
         in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
         notes: what a person should know of how it was understood, one line each.
-        reader, made: see `dconv.sharding.tensor.Logical`.
+        reader, made, derived: see `dconv.sharding.tensor.Logical`.
+        coded: names of the tensors that are decoded from codes, with the scheme in words.
+        fault: why the codes of a quantised source cannot be decoded; it can be looked at, not converted.
     """
 
     format: str
@@ -68,6 +71,9 @@ class Source:
     notes: tuple[str, ...] = ()
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    coded: Mapping[str, str] = field(default_factory=dict)
+    fault: DconvError | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,11 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
     specs = expected_specs(family, facts, located.pieces)
     pieces, replicas = check_pieces(specs, located.pieces)
     used = {piece.file for found in (*pieces.values(), *replicas.values()) for piece in found}
-    files = {name: stamp for name, stamp in source.files.items() if name in used}
-    return Logical(source.root, specs, pieces, files, left_out, replicas, source.reader, source.made)
+    behind = real_files(used, source.derived)
+    files = {name: stamp for name, stamp in source.files.items() if name in behind}
+    return Logical(
+        source.root, specs, pieces, files, left_out, replicas, source.reader, source.made, dict(source.derived)
+    )
 
 
 def expected_specs(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from dconv.codec.kernels import apply
 from dconv.errors import Damaged, group_names
+from dconv.sharding.derived import open_reader
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy
-from dconv.sharding.reader import Reader
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical
 
@@ -40,7 +41,7 @@ class Weights:
 
     def __init__(self, logical: Logical, model: Any) -> None:
         self._logical, self._model = logical, model
-        self._reader = Reader(logical.root, logical.files, _TILE)
+        self._reader = open_reader(logical, _TILE, apply)
         self._wanted: dict[str, Any] = model.state_dict(keep_vars=True)
         #: model's name -> how its sources are joined (None: it is the one), and them with the pattern each matched
         self._recipes: dict[str, tuple[Any, list[tuple[str, str]]]] = {}

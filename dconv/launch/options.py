@@ -12,6 +12,7 @@ from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
 from dconv.pipeline import FORMATS, REPLICAS, Request
+from dconv.quantise import VARIANTS
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION
@@ -94,7 +95,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory, or one .pt/.bin file"
     )
     parser.add_argument(
-        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, megatron, pt, bmtrain"
+        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, fp8, megatron, pt, bmtrain"
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -139,6 +140,12 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                             "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
                        help="largest HuggingFace file (5GB)")  # fmt: skip
+    group.add_argument("--quant", metavar="TYPE", help=f"variant of FORMAT: {_variants()}")
+    group.add_argument(
+        "--block-size", type=block_size, metavar="RxC", help="rows x columns that share a scale (128x128)"
+    )
+    group.add_argument("--scale-format", choices=("float", "ue8m0"), default="float",
+                       help="scales as fp32 (default), or as powers of two")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +170,22 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--launcher", choices=("local",), default="local",
                        help="who starts them; under torchrun or srun: python -m dconv.launch")  # fmt: skip
     group.add_argument("--debug", action="store_true", help="show where an internal error happened")
+
+
+def _variants() -> str:
+    return "; ".join(f"{format} {', '.join(known)}" for format, known in VARIANTS.items())
+
+
+def block_size(text: str) -> tuple[int, int]:
+    """``128x128`` → rows and columns.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", str(text), re.ASCII):
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no block such as 128x128")
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
 
 
 def whole(text: str | int) -> int:
@@ -270,6 +293,9 @@ def to_request(args: argparse.Namespace) -> Request:
         teacher_only=args.teacher_only,
         with_eagle=args.with_eagle,
         mup2llama=args.mup2llama,
+        quant=args.quant,
+        block_size=args.block_size,
+        scale_format=args.scale_format,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

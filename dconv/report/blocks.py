@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dconv.checkpoint import scales
+from dconv.coded import fp8
 from dconv.errors import Damaged
 
 Shape = tuple[int, ...]
@@ -78,9 +78,9 @@ def blocks_of(config: Mapping[str, object] | None, pairs: Mapping[str, tuple[Sha
     size, odd = None, ""
     if "weight_block_size" not in said or said["weight_block_size"] is not None:
         try:
-            size = scales.block_of(config)
+            size = fp8.block_of(config)
         except Damaged as error:
-            size, odd = scales.block_of(None), f"{error.what}: {error.found}"
+            size, odd = fp8.block_of(None), f"{error.what}: {error.found}"
     by = "config.json" if "weight_block_size" in said else "transformers' default, config.json says none"
     known = Blocks(size, by, odd)
     disagree = tuple(name for name, (weight, scale) in pairs.items() if known.shape_for(weight) != scale)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from dconv.coded.listing import Listing
+from dconv.coded.places import loaded_as
 from dconv.errors import group_names
 from dconv.report.blocks import Blocks
-from dconv.report.listing import Listing
-from dconv.report.places import loaded_as
 
 #: Pairs of an entry and a module that are tried against each other; a hostile list would take forever.
 _PAIRS: Final = 30_000_000

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from dconv.checkpoint.scales import FP8
 from dconv.checkpoint.source import Source
+from dconv.coded.fp8 import FP8
+from dconv.coded.listing import Listing, listing_of, right_list
+from dconv.coded.places import Place, place_of
 from dconv.errors import group_names
 from dconv.report import statistics
 from dconv.report.blocks import Blocks, blocks_of
 from dconv.report.faults import Facts, Fault, faults_of
-from dconv.report.listing import Listing, listing_of, right_list
-from dconv.report.places import Place, place_of
 from dconv.report.statistics import Statistics
 from dconv.sharding.tensor import Logical, Stored, TensorSpec
 
@@ -138,6 +138,7 @@ def precision_of(
     specs = logical.specs if logical else {name: stored.spec for name, stored in source.tensors.items()}
     if not specs:
         return None
+    specs = specs | {name: source.tensors[name].spec for name in source.coded if name in source.tensors}
     pairs = {name: source.tensors[name + _SCALE] for name in specs if name + _SCALE in source.tensors}
     idle = [n for n in source.tensors if n.endswith(_SCALE) and _dtype(specs, n.removesuffix(_SCALE)) != FP8]
     weights = {name: spec for name, spec in specs.items() if not (name.endswith(_SCALE) and name in source.tensors)}

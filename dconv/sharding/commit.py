@@ -269,7 +269,6 @@ class _Run:
                 algorithm=self.settings.algorithm,
                 stop=self.settings.stop,
                 log=self.settings.log,
-                reader=self.plan.source.reader,
             )
         if not whole:
             raise self._preempted()

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.errors import StorageFault
+from dconv.sharding.derived import open_reader
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
-from dconv.sharding.ops import MOVE, Kernel
+from dconv.sharding.ops import MOVE, Derive, Kernel
 from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
-from dconv.sharding.reader import BoxReader, Reader, ReadLog
+from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.region import Region
 from dconv.sharding.replicas import disagreement, equal
 
@@ -172,7 +173,7 @@ class Worker:
         self._tile = np.empty(self._tile_bytes, np.uint8)
         self._algorithm = algorithm
         self.reader: BoxReader = (
-            reader(self._tile_bytes) if reader else Reader(plan.source.root, plan.source.files, self._tile_bytes, log)
+            reader(self._tile_bytes) if reader else open_reader(plan.source, self._tile_bytes, kernel, log)
         )
 
     def do(self, task: Task) -> Done:
@@ -238,7 +239,11 @@ class Worker:
             out[...] = 0  # vocabulary padding
         for copy in copies:
             box = out[_within(tile, copy.region)]
-            raw = box if copy.op is MOVE else np.empty(copy.region.shape, carrier(copy.dtype))
+            raw = (
+                box
+                if copy.op is MOVE or isinstance(copy.op, Derive)
+                else np.empty(copy.region.shape, carrier(copy.dtype))
+            )
             self.reader.read_box(copy, raw)
             for twin in copy.twins:
                 if not equal(self.reader, raw, twin):

@@ -55,30 +55,62 @@ class Scale:
         return False
 
 
-Op = Move | Cast | Scale
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a derived tensor (`dconv.sharding.derived`) is computed.
+
+    Attributes:
+        words: for a person, such as ``e4m3 code x its 128x128 block's scale``.
+        exact: whether every value is kept.
+        bits: read from files for each element, on average.
+        floats: whether it is made in any floating dtype, rounded once; else in its own only.
+    """
+
+    words: str
+    exact: bool
+    bits: float
+    floats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Derive:
+    """Computed by the reader of the source, times a factor, and rounded once where it is floating."""
+
+    how: How
+    target: str
+    factor: float = 1.0
+
+    @property
+    def exact(self) -> bool:
+        return self.how.exact and self.factor == 1.0
+
+
+Op = Move | Cast | Scale | Derive
 
 #: Applies a numeric op to an array held as `dconv.sharding.dtypes.carrier` of the source dtype; gives the target's.
 Kernel = Callable[[Op, "NDArray[np.generic]"], "NDArray[np.generic]"]
 
-_FLOATS: Final = ("f64", "f32", "bf16", "f16")
+FLOATS: Final = ("f64", "f32", "bf16", "f16")
 _WIDENING: Final = {("bf16", "f32"), ("f16", "f32"), ("f32", "f64"), ("bf16", "f64"), ("f16", "f64")}
 
 MOVE: Final = Move()
 
 
-def op_between(source: str, target: str, factor: float = 1.0) -> Op:
-    """The op from one dtype to another, scaled where ``factor`` is not 1.
+def op_between(source: str, target: str, factor: float = 1.0, how: How | None = None) -> Op:
+    """The op from one dtype to another, scaled where ``factor`` is not 1; ``how`` where the source is derived.
 
     Raises:
         Refused: no such conversion (a bare cast of a quantised type would silently ruin the model).
     """
+    if how is not None and (target in FLOATS if how.floats else (source, factor) == (target, 1.0)):
+        return Derive(how, target, factor)
     if source == target and factor == 1.0:
         return MOVE
-    if source in _FLOATS and target in _FLOATS:
+    if source in FLOATS and target in FLOATS:
         return Cast(source, target) if factor == 1.0 else Scale(source, target, factor)
     raise Refused(
         f"{source} cannot become {target} by a cast or be scaled, nothing was written"
         if source == target
         else f"{source} cannot become {target} by a cast, nothing was written",
-        expected="a floating dtype on both sides: " + ", ".join(_FLOATS),
+        expected="a floating dtype on both sides: " + ", ".join(FLOATS),
     )

@@ -10,13 +10,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 from typing import Final
 
 import xxhash
 
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import ITEMSIZE
-from dconv.sharding.ops import Op, op_between
+from dconv.sharding.ops import Derive, Op, op_between
 from dconv.sharding.region import Index, Region, first_overlap
 from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
 
@@ -102,7 +103,8 @@ class Copy:
     @property
     def nbytes(self) -> int:
         """Source bytes to read."""
-        return self.region.volume * ITEMSIZE[self.dtype] * (1 + len(self.twins))
+        bits = self.op.how.bits if isinstance(self.op, Derive) else 8 * ITEMSIZE[self.dtype]
+        return ceil(self.region.volume * bits / 8) * (1 + len(self.twins))
 
     def clip(self, region: Region) -> Copy | None:
         """The part of this copy inside ``region``."""
@@ -184,6 +186,8 @@ class Plan:
             for c in copies:
                 place = (c.region.start, c.region.shape, c.file, c.offset, c.strides, c.dtype, c.op)
                 digest.update(repr((*place, c.twins) if c.twins else place).encode())
+        for name, derived in sorted(self.source.derived.items()):
+            digest.update(f"{name} {derived}\n".encode())
         return digest.hexdigest()[:12]
 
     @cached_property
@@ -241,11 +245,11 @@ def build_plan(source: Logical, target: Target) -> Plan:
                 missing.append(slot.tensor)
                 continue
             used.add(slot.tensor)
-            for box, copy in _copies(tensor, slot, pieces):
+            for box, copy in _copies(tensor, slot, pieces, source):
                 replicas = source.replicas.get(slot.tensor)
                 if replicas and (slot.tensor, box) not in compared:  # once in the whole plan is enough
                     compared.add((slot.tensor, box))
-                    copy = replace(copy, twins=tuple(c for b, c in _copies(tensor, slot, replicas) if b == box))
+                    copy = replace(copy, twins=tuple(c for b, c in _copies(tensor, slot, replicas, source) if b == box))
                 mine.append(copy)
         mine.sort(key=lambda c: c.region.start)
         copies.append(tuple(mine))
@@ -269,7 +273,9 @@ def build_plan(source: Logical, target: Target) -> Plan:
     return plan
 
 
-def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterable[tuple[Region, Copy]]:
+def _copies(
+    tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece], source: Logical
+) -> Iterable[tuple[Region, Copy]]:
     """The boxes of a slot that pieces hold, in the logical tensor's coordinates, each with the copy that fills it."""
     for piece in pieces:
         box = slot.region.intersect(piece.region)
@@ -284,8 +290,10 @@ def _copies(tensor: TargetTensor, slot: Slot, pieces: Sequence[Piece]) -> Iterab
         )
         shape = tuple(1 if axis < 0 else box.shape[axis] for axis in slot.axes)
         strides = tuple(0 if axis < 0 else piece.strides[axis] for axis in slot.axes)
-        op = op_between(piece.dtype, tensor.spec.dtype, piece.factor)
-        yield box, Copy(Region(start, shape), piece.file, offset, strides, piece.dtype, op)
+        derived = source.derived.get(piece.file)
+        op = op_between(piece.dtype, tensor.spec.dtype, piece.factor, derived.how if derived else None)
+        dtype = op.target if isinstance(op, Derive) else piece.dtype
+        yield box, Copy(Region(start, shape), piece.file, offset, strides, dtype, op)
 
 
 def _prove(plan: Plan) -> None:

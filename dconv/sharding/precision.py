@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from dconv.errors import group_names
-from dconv.sharding.ops import Cast, Op, Scale
+from dconv.sharding.ops import Cast, Derive, Op, Scale
 from dconv.sharding.plan import Plan
 
 #: Largest relative error of one rounding of a normal number: 2 to this power (half a unit in the last place).
@@ -41,5 +41,9 @@ def _words(op: Op) -> str:
             return (
                 f"{source} x {factor:.6g} in f64, rounded once to {target} (relative error up to 2^{_ROUNDOFF[target]})"
             )
+        case Derive(how, target, factor):
+            times = f" x {factor:.6g}" if factor != 1.0 else ""
+            rounded = f", rounded once to {target} (relative error up to 2^{_ROUNDOFF[target]})" if how.floats else ""
+            return f"{how.words}{times}{rounded}"
         case _:
             return "exact"

@@ -7,20 +7,12 @@ choose for the user without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dconv.errors import Damaged
-from dconv.sharding.dtypes import ITEMSIZE, carrier
-from dconv.sharding.ops import MOVE
 from dconv.sharding.plan import Copy
-from dconv.sharding.reader import BoxReader, Reader
-from dconv.sharding.tensor import Logical
-
-_TILE_BYTES: Final = 1 << 20
+from dconv.sharding.reader import BoxReader
 
 
 def equal(reader: BoxReader, read: NDArray[np.generic], twin: Copy) -> bool:
@@ -39,30 +31,3 @@ def disagreement(name: str, copy: Copy, twin: Copy) -> Damaged:
         expected="the same bytes in both",
         do="dconv check names all such tensors;  --replicas first  takes the first shard's",
     )
-
-
-def torn(logical: Logical) -> list[str]:
-    """Tensors of a checkpoint whose replicas differ; reads all that have any."""
-    reader = Reader(logical.root, logical.files, _TILE_BYTES)
-    try:
-        return [name for name in logical.replicas if not all(_agree(reader, *pair) for pair in _pairs(logical, name))]
-    finally:
-        reader.close()
-
-
-def _pairs(logical: Logical, name: str) -> Iterator[tuple[Copy, Copy]]:
-    by_region = {p.region: Copy(p.region, p.file, p.offset, p.strides, p.dtype, MOVE) for p in logical.pieces[name]}
-    for p in logical.replicas[name]:
-        yield by_region[p.region], Copy(p.region, p.file, p.offset, p.strides, p.dtype, MOVE)
-
-
-def _agree(reader: Reader, copy: Copy, twin: Copy) -> bool:
-    for tile in copy.region.bands(_TILE_BYTES // ITEMSIZE[copy.dtype]):
-        mine, theirs = copy.clip(tile), twin.clip(tile)
-        if mine is None or theirs is None or (reader.is_hole(mine) and reader.is_hole(theirs)):
-            continue
-        read = np.empty(tile.shape, carrier(copy.dtype))
-        reader.read_box(mine, read)
-        if not equal(reader, read, theirs):
-            return False
-    return True

@@ -6,7 +6,7 @@ container; reading and writing a checkpoint are both lists of pieces, so a conve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.region import Index, Region
 
 if TYPE_CHECKING:
+    from dconv.sharding.derived import Derived
     from dconv.sharding.reader import BoxReader
 
 
@@ -131,6 +132,7 @@ class Logical:
         left_out: stored tensors that no logical tensor has, with the reason.
         reader: opens what fills boxes, given its scratch buffer's size, where ``files`` are none that can be opened.
         made: what their bytes are, where they are in no file: a part of the plan's identity.
+        derived: what pieces name as a file and is computed from others.
     """
 
     root: Path
@@ -141,3 +143,4 @@ class Logical:
     replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
+    derived: Mapping[str, Derived] = field(default_factory=dict)

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dconv.arch.registry import by_name
+from dconv.coded.listing import Entry, right_list
+from dconv.coded.places import loaded_as
 from dconv.examine import inspect
 from dconv.pipeline import Request, convert
 from dconv.report.blocks import blocks_of
-from dconv.report.listing import Entry, right_list
-from dconv.report.places import loaded_as
 from dconv.sharding.coords import Parallel
 from dconv.sharding.tensor import TensorSpec
 from tests.cli.conftest import Dconv

@@ -1,4 +1,4 @@
-"""Block FP8 sources: each weight has its scales, of the shape its blocks make; until they are decoded, no more."""
+"""Block FP8 sources: each weight has its scales, of the shape its blocks make, and is described as what both make."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import expected_specs
-from dconv.errors import Damaged, Refused
-from dconv.pipeline import Request, describe_model, prepare
+from dconv.errors import Damaged
+from dconv.pipeline import describe_model
 from dconv.sharding.tensor import TensorSpec
 from tests.models import config_of
 
@@ -39,15 +39,12 @@ def fp8(folder: Path, edit: Edit, block: Any = (16, 16)) -> Path:
     return folder
 
 
-def test_pairs_are_described_and_not_converted(tmp_path: Path) -> None:
-    source = fp8(tmp_path / "model", lambda specs: None)
-    model = describe_model(source)
-    assert model.logical.specs[WEIGHT].dtype == "f8_e4m3"
-    assert SCALE in model.logical.left_out
+def test_pairs_are_described_as_weights(tmp_path: Path) -> None:
+    model = describe_model(fp8(tmp_path / "model", lambda specs: None))
+    assert model.logical.specs[WEIGHT] == TensorSpec(WEIGHT, (32, 32), "bf16")
     assert SCALE not in model.logical.specs
-    for target in ("hf", "megatron"):
-        with pytest.raises(Refused, match="FP8"):
-            prepare(Request(source, target, tmp_path / "out"))
+    assert "16 x 16 block" in model.source.coded[WEIGHT]
+    assert "quantization_config" not in model.config
 
 
 WRONG: dict[str, tuple[Edit, str]] = {
@@ -58,6 +55,8 @@ WRONG: dict[str, tuple[Edit, str]] = {
         "belong to",
     ),
     "scale of another shape": (lambda specs: specs.update({SCALE: TensorSpec(SCALE, (1, 1), "f32")}), "another shape"),
+    "scale of another kind": (lambda specs: specs.update({SCALE: TensorSpec(SCALE, (2, 2), "i32")}), "another shape"),
+
 }
 
 

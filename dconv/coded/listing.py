@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
-from dconv.report.places import loaded_as
+from dconv.coded.places import loaded_as
 
 #: MiniMax's name for it comes second; transformers reads both.
 KEYS: Final = ("modules_to_not_convert", "ignored_layers")
@@ -54,7 +54,7 @@ class Entry:
         return self._begins is not None
 
     def excludes(self, module: str) -> bool:
-        """Whether transformers leaves this module (`dconv.report.places.loaded_as`) out of FP8 for it."""
+        """Whether transformers leaves this module (`dconv.coded.places.loaded_as`) out of FP8 for it."""
         if len(module) > _LONGEST or self._begins is None:
             return False
         return module.endswith(self._loaded) or self._begins.match(module) is not None

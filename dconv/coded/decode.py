@@ -1,0 +1,50 @@
+"""``quantization_config`` of a source: which scheme its codes are in, and the dense tensors that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from dconv.coded import fp8
+from dconv.coded.decoded import Decoded
+from dconv.errors import Refused
+from dconv.sharding.dtypes import FROM_TORCH
+from dconv.sharding.tensor import Stored
+
+#: ``quant_method`` -> what decodes it.
+METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
+    "fp8": fp8.decode,
+}
+KEY: Final = "quantization_config"
+
+
+def method_of(config: Mapping[str, object]) -> str:
+    """``quant_method`` of a config.json; "" where it says none."""
+    said = config.get(KEY)
+    return str(said.get("quant_method") or "") if isinstance(said, Mapping) else ""
+
+
+def decode(tensors: Mapping[str, Stored], config: Mapping[str, object] | None) -> Decoded:
+    """The stored tensors of a source with those in codes decoded.
+
+    Raises:
+        Refused: a scheme that is not known.
+        Damaged: codes without what they need, or the reverse.
+    """
+    found = Decoded(dict(tensors))
+    config = config or {}
+    method = method_of(config)
+    if not method and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
+        method = "fp8"  # a cast without a word in the config: what the scales of released models are called tells
+    if not config.get(KEY) and not method:
+        return found
+    known = METHODS.get(method)
+    if known is None:
+        raise Refused(
+            "the source is quantised in a way that this version does not decode, nothing was written",
+            where=f"config.json: {KEY}.quant_method",
+            found=f"{method!r:.80}",
+            expected=f"one of {', '.join(METHODS)}, or bf16, f16, f32 weights",
+        )
+    known(found, config, FROM_TORCH.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16"))
+    return found

@@ -1,0 +1,63 @@
+"""What a scheme makes of a source's stored tensors: dense ones under the names of those that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dconv.sharding.derived import Array, Derived, Recipe, steps
+from dconv.sharding.ops import How
+from dconv.sharding.region import Region
+from dconv.sharding.tensor import Extent, Piece, Stored, TensorSpec
+
+#: No file of a checkpoint can be called so: names of files have no empty part.
+_PREFIX = "decoded//"
+
+
+@dataclass
+class Decoded:
+    """The stored tensors of a source, those in codes decoded.
+
+    Attributes:
+        tensors: name and the dense tensor, or the stored one where it is not coded.
+        derived: what computes the dense ones, by the file that their extents name.
+        coded: names of the dense ones that are decoded, with the scheme in words.
+        left_out: stored tensors that a dense weight has no place for, with the reason.
+    """
+
+    tensors: dict[str, Stored]
+    derived: dict[str, Derived] = field(default_factory=dict)
+    coded: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def put(self, name: str, dtype: str, parts: Mapping[str, Stored], dense: Derived, scheme: str) -> None:
+        """Replace the stored tensors ``parts`` (by name) by the dense one that they make.
+
+        Args:
+            dtype: what the dense tensor is decoded to where nothing else is asked for.
+            scheme: in words, the same for all tensors that are alike.
+        """
+        first = next(iter(parts.values())).extents[0].file
+        file = f"{_PREFIX}{first}//{name}"  # ranks may each have a part of one name
+        whole = Extent(Region.whole(dense.shape), file, 0, steps(dense.shape))
+        for part in parts:
+            del self.tensors[part]
+        self.tensors[name] = Stored(TensorSpec(name, dense.shape, dtype), (whole,))
+        self.derived[file] = dense
+        self.coded[name] = scheme
+
+
+def array_of(stored: Stored) -> Array:
+    """A stored tensor as an input of a derived one."""
+    spec = stored.spec
+    pieces = tuple(Piece(spec.name, e.region, e.file, e.offset, e.strides, spec.dtype) for e in stored.extents)
+    return Array(spec.shape, spec.dtype, pieces)
+
+
+def dense(shape: tuple[int, ...], parts: Mapping[str, Stored], recipe: Recipe, words: str, bits: float) -> Derived:
+    """A weight decoded from stored tensors, in any floating dtype.
+
+    Args:
+        bits: read for each of its elements.
+    """
+    return Derived(shape, tuple(map(array_of, parts.values())), recipe, How(words, exact=False, bits=bits, floats=True))

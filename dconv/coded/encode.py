@@ -1,0 +1,169 @@
+"""A checkpoint with its linear layers in codes: the same logical tensors, some replaced by what a scheme makes of them.
+
+Nothing is computed here: codes and scales are derived tensors, so that every container, layout, world and memory budget
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts
+from dconv.coded.listing import right_list
+from dconv.coded.places import place_of
+from dconv.errors import Refused
+from dconv.sharding.derived import Array, Derived, real_files
+from dconv.sharding.tensor import Logical, Piece, TensorSpec
+
+PREFIX = "encoded//"
+
+
+@dataclass
+class Coded:
+    """What one weight becomes.
+
+    Attributes:
+        parts: the tensors to be written, in their order, each with where it comes from.
+        derived: what computes those that are not copied.
+        kept: whether codes and scales are the source's own.
+    """
+
+    parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(default_factory=list)
+    derived: dict[str, Derived] = field(default_factory=dict)
+    kept: bool = False
+
+    def make(self, spec: TensorSpec, derived: Derived) -> None:
+        """Have a tensor written that is computed."""
+        self.derived[PREFIX + spec.name] = derived
+        self.parts.append((spec, (derived.piece(spec.name, PREFIX + spec.name, spec.dtype),)))
+
+    def help(self, name: str, derived: Derived, dtype: str) -> Array:
+        """A tensor that others are computed from and that is not written."""
+        self.derived[PREFIX + name] = derived
+        return Array(derived.shape, dtype, (derived.piece(name, PREFIX + name, dtype),))
+
+
+class Scheme(Protocol):
+    """How weights are stored as codes, and what config.json says of it."""
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        ...
+
+    def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
+        """What a weight becomes."""
+        ...
+
+    def config(self, plain: list[str], coded: list[str]) -> dict[str, object]:
+        """``quantization_config``.
+
+        Args:
+            plain: entries that leave out every linear layer that is not coded.
+            coded: names of the weights that are.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A checkpoint to be written in codes.
+
+    Attributes:
+        fixed: tensors that ``--dtype`` has no say in.
+        kept, made: how many weights' codes are the source's own, and are computed.
+    """
+
+    logical: Logical
+    config: dict[str, object]
+    fixed: frozenset[str]
+    kept: int
+    made: int
+
+
+def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme) -> Encoded:
+    """Replace the linear layers' weights by a scheme's codes.
+
+    Raises:
+        Refused: the model has no linear layers that a scheme could store, or has some in a form that none does.
+    """
+    wanted = linears(family, facts, logical)
+    specs: dict[str, TensorSpec] = {}
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    derived = dict(logical.derived)
+    fixed: set[str] = set()
+    kept = 0
+    for name, spec in logical.specs.items():
+        if name not in wanted:
+            specs[name], pieces[name] = spec, logical.pieces[name]
+            continue
+        dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
+        coded = scheme.code(spec, dense, logical)
+        kept += coded.kept
+        derived |= coded.derived
+        for part, where in coded.parts:
+            specs[part.name], pieces[part.name] = part, where
+            fixed.add(part.name)
+    files = {piece.file for found in pieces.values() for piece in found}
+    files |= {piece.file for found in logical.replicas.values() for piece in found}
+    behind = real_files(files, derived)
+    new = replace(
+        logical,
+        specs=specs,
+        pieces=pieces,
+        replicas={name: found for name, found in logical.replicas.items() if name not in wanted},
+        files={name: stamp for name, stamp in logical.files.items() if name in behind},
+        derived=derived,
+    )
+    config = scheme.config(_left_out(family, facts, logical, wanted), sorted(wanted))
+    return Encoded(new, config, frozenset(fixed), kept, len(wanted) - kept)
+
+
+def linears(family: Family, facts: Facts, logical: Logical) -> set[str]:
+    """Weights that every scheme stores in codes: of the linear layers inside the decoder, routers excepted.
+
+    Raises:
+        Refused: there are none, or experts are in one tensor for all.
+    """
+    found: set[str] = set()
+    for entry in family.entries(facts):
+        if not entry.row.is_linear:
+            continue
+        if entry.row.layout.order == (1, 0):
+            raise Refused(
+                f"a {family.name} has no linear layers that a loader takes in codes, nothing was written",
+                where=entry.fused.specs[0].name,
+                found="matrices stored [in, out] (Conv1D)",
+            )
+        for spec in entry.fused.specs:
+            if len(spec.shape) != 2:
+                raise Refused(
+                    f"the experts of a {family.name} are one tensor for all, which no scheme stores in codes so, "
+                    "nothing was written",
+                    where=spec.name,
+                    expected="a matrix for each expert",
+                )
+            if spec.name in logical.specs:
+                found.add(spec.name)
+    if not found:
+        raise Refused(
+            f"a {family.name} has no linear layers that are stored in codes, nothing was written",
+            expected="a decoder",
+        )
+    return found
+
+
+def _left_out(family: Family, facts: Facts, logical: Logical, wanted: set[str]) -> list[str]:
+    """Entries of a config that leave out every linear layer but those in codes."""
+    heads = [family.head.removesuffix(".weight")] if facts["tied"] else []
+    plain: dict[str, list[str]] = {head: [head] for head in heads}
+    coded: list[str] = []
+    for name, spec in logical.specs.items():
+        place = place_of(name, spec.file_shape)
+        if name in wanted:
+            coded.append(place.module)
+        elif place.role in ("head", "router", "linear"):
+            plain.setdefault(place.kind, []).append(place.module)
+    return right_list(plain, coded)
