@@ -56,7 +56,6 @@ WRONG: dict[str, tuple[Edit, str]] = {
     ),
     "scale of another shape": (lambda specs: specs.update({SCALE: TensorSpec(SCALE, (1, 1), "f32")}), "another shape"),
     "scale of another kind": (lambda specs: specs.update({SCALE: TensorSpec(SCALE, (2, 2), "i32")}), "another shape"),
-
 }
 
 
