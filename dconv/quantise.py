@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dconv.coded.compressed_config import METHOD
+from dconv.coded.compressed_encode import CompressedFP8
 from dconv.coded.decode import KEY
 from dconv.coded.encode import Scheme, encode
 from dconv.coded.fp8_encode import BlockFP8
@@ -32,22 +34,51 @@ class Variant:
 
 
 _BLOCK: Final = (128, 128)
+
+
+def _fp8(strategy: str, request: Request) -> Scheme:
+    """FP8 by blocks or whole tensors, for the reader that the request names.
+
+    Raises:
+        UsageError: scales that this reader does not take.
+    """
+    block = request.block_size or _BLOCK
+    if request.quant_config == METHOD:
+        if request.scale_format == "ue8m0":
+            raise UsageError(
+                "compressed-tensors stores no powers of two for FP8 blocks, nothing was written",
+                where="--scale-format ue8m0 beside --quant-config compressed-tensors",
+                expected="--scale-format float",
+            )
+        return CompressedFP8(strategy, block)
+    return BlockFP8(block if strategy == "block" else None, request.scale_format == "ue8m0")
+
+
 #: FORMAT -> its variants by ``--quant``, the default first.
 VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
     "fp8": {
         "fp8_block": Variant(
             "e4m3 with a scale for each block, as DeepSeek-V3",
             2**-4,
-            frozenset({"block_size", "scale_format"}),
-            lambda request: BlockFP8(request.block_size or _BLOCK, request.scale_format == "ue8m0"),
+            frozenset({"block_size", "scale_format", "quant_config"}),
+            lambda request: _fp8("block", request),
         ),
         "fp8_tensor": Variant(
-            "e4m3 with a scale for each tensor", 2**-4, frozenset(), lambda _: BlockFP8(None, power_of_two=False)
+            "e4m3 with a scale for each tensor",
+            2**-4,
+            frozenset({"quant_config"}),
+            lambda request: _fp8("tensor", request),
+        ),
+        "fp8_channel": Variant(
+            "e4m3 with a scale for each row, as compressed-tensors' FP8_DYNAMIC",
+            2**-4,
+            frozenset(),
+            lambda _: CompressedFP8("channel"),
         ),
     },
 }
 #: Options that only variants have, with what stands for them where they are not given.
-OPTIONS: Final = {"block_size": None, "scale_format": "float"}
+OPTIONS: Final = {"block_size": None, "scale_format": "float", "quant_config": "transformers"}
 
 
 def scheme_of(request: Request) -> Scheme | None:

@@ -46,6 +46,7 @@ class Request:
         quant: the variant of FORMAT (`dconv.quantise.VARIANTS`); None is its first.
         block_size: rows and columns that share a scale.
         scale_format: ``float`` or ``ue8m0``, powers of two.
+        quant_config: whose form codes are stored in, ``transformers`` or ``compressed-tensors``.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -72,6 +73,7 @@ class Request:
     quant: str | None = None
     block_size: tuple[int, int] | None = None
     scale_format: str = "float"
+    quant_config: str = "transformers"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from dconv.coded import fp8
+from dconv.coded import compressed_tensors, fp8
+from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
 from dconv.sharding.dtypes import FROM_TORCH
@@ -14,6 +15,7 @@ from dconv.sharding.tensor import Stored
 #: ``quant_method`` -> what decodes it.
 METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
     "fp8": fp8.decode,
+    METHOD: compressed_tensors.decode,
 }
 KEY: Final = "quantization_config"
 

@@ -6,6 +6,7 @@ gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from dconv.arch.layouts import Facts
 from dconv.coded.listing import right_list
 from dconv.coded.places import place_of
 from dconv.errors import Refused
-from dconv.sharding.derived import Array, Derived, real_files
+from dconv.sharding.derived import Array, Derived, Recipe, real_files
+from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, TensorSpec
 
 PREFIX = "encoded//"
@@ -65,6 +67,35 @@ class Scheme(Protocol):
             coded: names of the weights that are.
         """
         ...
+
+
+def kept(
+    dense: Array, logical: Logical, recipe: Recipe, parts: Sequence[TensorSpec], scales: Sequence[str] = ()
+) -> Coded | None:
+    """The source's own tensors where a weight is decoded from the very parts that are wanted, else None.
+
+    Args:
+        recipe: what decodes the parts.
+        parts: in the order of its inputs.
+        scales: dtypes that loaders take for the second part beside its own.
+    """
+    if len(dense.pieces) != 1 or dense.pieces[0].factor != 1.0 or dense.twins:
+        return None
+    (piece,) = dense.pieces
+    source = logical.derived.get(piece.file)
+    if source is None or source.recipe != recipe or len(source.inputs) != len(parts):
+        return None
+    if piece != source.piece(piece.tensor, piece.file, piece.dtype) or dense.shape != source.shape:
+        return None
+    found = Coded(kept=True)
+    for number, (array, part) in enumerate(zip(source.inputs, parts, strict=True)):
+        if array.dtype != part.dtype and not (number == 1 and array.dtype in scales):
+            return None
+        pieces = tuple(replace(at, tensor=part.name) for at in array.pieces)
+        if array.shape != part.shape:  # one for all, whose axes are the format's choice
+            pieces = (replace(pieces[0], region=Region.whole(part.shape), strides=(0,) * len(part.shape)),)
+        found.parts.append((replace(part, dtype=array.dtype), pieces))
+    return found
 
 
 @dataclass(frozen=True)

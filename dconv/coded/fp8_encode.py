@@ -6,20 +6,21 @@ them: encoding what was decoded would move scales by a rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from dconv.codec import e8m0, fp8
-from dconv.coded.encode import Coded
+from dconv.codec.cast import cast
+from dconv.coded.encode import Coded, kept
 from dconv.coded.fp8 import FP8, SUFFIX, Decode, scales_shape
 from dconv.sharding.derived import Array, Derived, Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
 from dconv.sharding.region import Index, Region
-from dconv.sharding.tensor import Logical, Piece, TensorSpec
+from dconv.sharding.tensor import Logical, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,8 +55,8 @@ class BlockFP8:
         codes = TensorSpec(spec.name, spec.shape, FP8)
         kind = "f8_e8m0" if self.power_of_two else "f32"
         scale = TensorSpec(spec.name + SUFFIX, shape if self.block else (), kind)
-        if kept := self._kept(spec, dense, logical, block, scale):
-            return Coded([(codes, kept[0]), (scale, kept[1])], kept=True)
+        if found := kept(dense, logical, Decode(block, FP8), [codes, scale]):
+            return found
         made = Coded()
         cost, bits = prod(block), 8 * ITEMSIZE[dense.dtype]
         words = f"rounded once to e4m3 with {'a power of two' if self.power_of_two else 'absmax / 448'} for its scale"
@@ -65,23 +66,6 @@ class BlockFP8:
         recipe = Scale(self.power_of_two, self.block is None)
         made.make(scale, Derived(scale.shape, (amax,), recipe, How("absmax / 448 in fp32", False, bits * cost)))
         return made
-
-    def _kept(
-        self, spec: TensorSpec, dense: Array, logical: Logical, block: tuple[int, int], scale: TensorSpec
-    ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]] | None:
-        """Where the source has the very codes and scales, if it has."""
-        if len(dense.pieces) != 1 or dense.pieces[0].factor != 1.0 or dense.twins:
-            return None
-        source = logical.derived.get(dense.pieces[0].file)
-        whole = source is not None and dense.pieces[0] == source.piece(spec.name, dense.pieces[0].file, spec.dtype)
-        if source is None or not whole or source.recipe != Decode(block, FP8):
-            return None
-        codes, scales = source.inputs
-        if scales.dtype != scale.dtype:
-            return None
-        if self.block is None:  # the only scale, which has no axes where it is written
-            return codes.pieces, (replace(scales.pieces[0], region=Region((), ()), strides=()),)
-        return codes.pieces, scales.pieces
 
     def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`: transformers reads one name of the list, vLLM the other."""
@@ -97,12 +81,18 @@ class BlockFP8:
         }
 
 
+def weights_of(read: Read, box: Region, dtype: str) -> NDArray[np.float32]:
+    """A box of the first input, rounded to a dtype, as fp32."""
+    return cast(read(0, box, dtype), dtype, "f32").view(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Amax:
-    """The largest finite magnitude of each block; input: the weight, of this shape."""
+    """The largest finite magnitude of each block; input: the weight, of this shape, rounded to a dtype before."""
 
     block: tuple[int, int]
     shape: Index
+    rounded: str = "f32"
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         del dtype, factor
@@ -110,9 +100,9 @@ class Amax:
         stop = (min(end * step, n) for end, step, n in zip(box.stop, self.block, self.shape, strict=True))
         region = Region(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
         if region.volume <= _AT_ONCE or prod(box.shape) > 1:
-            return fp8.amax(read(0, region, "f32"), self.block)
-        found = [fp8.amax(read(0, part, "f32"), self.block).max() for part in region.bands(_AT_ONCE)]
-        return np.full(box.shape, max(found), np.float32)
+            return fp8.amax(weights_of(read, region, self.rounded), self.block)
+        parts = (weights_of(read, part, self.rounded) for part in region.bands(_AT_ONCE))
+        return np.full(box.shape, max(fp8.amax(part, self.block).max() for part in parts), np.float32)
 
 
 @dataclass(frozen=True, slots=True)

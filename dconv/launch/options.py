@@ -146,6 +146,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scale-format", choices=("float", "ue8m0"), default="float",
                        help="scales as fp32 (default), or as powers of two")  # fmt: skip
+    group.add_argument("--quant-config", choices=("transformers", "compressed-tensors"), default="transformers",
+                       help="whose names and quantization_config fp8_block and fp8_tensor get")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +298,7 @@ def to_request(args: argparse.Namespace) -> Request:
         quant=args.quant,
         block_size=args.block_size,
         scale_format=args.scale_format,
+        quant_config=args.quant_config,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

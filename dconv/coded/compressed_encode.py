@@ -1,0 +1,139 @@
+"""Linear layers in FP8 as compressed-tensors stores them: ``weight`` in e4m3, ``weight_scale`` in the weight's dtype.
+
+Codes and scales equal those of llm-compressor's data-free recipes FP8_DYNAMIC and FP8_BLOCK bit by bit where the weight
+is finite (`dconv.codec.qparams`). A NaN or an infinity becomes NaN and leaves the rest as it would be without it, where
+llm-compressor's scale, and with it all that shares it, becomes NaN or zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dconv.codec import qparams
+from dconv.codec.cast import cast
+from dconv.codec.minifloat import E4M3, nearest
+from dconv.coded.compressed_config import METHOD
+from dconv.coded.encode import Coded, kept
+from dconv.coded.fp8 import FP8, Decode, scales_shape
+from dconv.coded.fp8_encode import Amax, weights_of
+from dconv.sharding.derived import Array, Derived, Read
+from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.ops import How
+from dconv.sharding.region import Region
+from dconv.sharding.tensor import Logical, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ARGS: Final = {"num_bits": 8, "type": "float", "symmetric": True}
+#: What vLLM's kernels need activations to share a scale with, by what weights share one with.
+_BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": True}
+
+
+def config(form: str, weights: dict[str, Any], activations: dict[str, Any] | None, plain: list[str]) -> dict[str, Any]:
+    """``quantization_config`` with one group, which has every linear layer but ``plain``.
+
+    Args:
+        plain: ends of modules' names, from a dot on.
+    """
+    return {
+        "quant_method": METHOD,
+        "format": form,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**weights, "dynamic": False},
+                "input_activations": activations,
+                "output_activations": None,
+                "format": form,
+            }
+        },
+        "ignore": [f"re:(.*[.])?{entry.replace('.', '[.]')}$" for entry in plain],
+    }
+
+
+@dataclass(frozen=True)
+class CompressedFP8:
+    """See the module.
+
+    Attributes:
+        strategy: ``tensor``, ``channel`` or ``block``.
+        block: rows and columns of a block, where that is the strategy.
+    """
+
+    strategy: str
+    block: tuple[int, int] = (128, 128)
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        of = {"block": f"{self.block[0]} x {self.block[1]} block", "channel": "row"}.get(self.strategy, self.strategy)
+        return f"FP8 (e4m3) with a scale for each {of}, for compressed-tensors"
+
+    def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
+        """See `dconv.coded.encode.Scheme`."""
+        rows, columns = spec.shape
+        block = {"block": self.block, "channel": (1, columns)}.get(self.strategy, (rows, columns))
+        grid = scales_shape(spec.shape, block)
+        dtype = dense.dtype if dense.dtype in qparams.DTYPES else "f32"
+        codes = TensorSpec(spec.name, spec.shape, FP8)
+        scale = TensorSpec(f"{spec.name}_scale", (1,) if self.strategy == "tensor" else grid, dtype)
+        if found := kept(dense, logical, Decode(block, FP8), [codes, scale], qparams.DTYPES):
+            return found
+        made = Coded()
+        cost, bits = prod(block), 8 * ITEMSIZE[dense.dtype]
+        how = How("absmax", False, 0)
+        largest = Derived(grid, (dense,), Amax(block, spec.shape, dtype), how, cost, remembered=True)
+        amax = made.help(f"{spec.name}//amax", largest, "f32")
+        words = f"rounded once to e4m3 with absmax / 448 in {dtype} for its scale"
+        made.make(codes, Derived(spec.shape, (dense, amax), Codes(block, dtype), How(words, False, bits)))
+        how = How(f"absmax / 448 in {dtype}", False, bits * cost)
+        made.make(scale, Derived(scale.shape, (amax,), Scale(dtype), how))
+        return made
+
+    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+        """See `dconv.coded.encode.Scheme`; activations are rounded as they come, with a scale for each token."""
+        del coded
+        weights: dict[str, Any] = {**_ARGS, "group_size": None, "strategy": self.strategy}
+        if self.strategy != "block":
+            return config("float-quantized", weights, _BY_TOKEN, plain)
+        weights["block_structure"] = list(self.block)
+        by_group = {**_BY_TOKEN, "strategy": "group", "group_size": self.block[1]}
+        return config("float-quantized", weights, by_group, plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The weight's codes; inputs: the weight, its blocks' `Amax`."""
+
+    block: tuple[int, int]
+    dtype: str
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        del dtype, factor
+        (m, n), (row, column) = self.block, box.start
+        blocks = Region((row // m, column // n), (-(-box.stop[0] // m) - row // m, -(-box.stop[1] // n) - column // n))
+        scale = qparams.scale(read(1, blocks, "").view(np.float32), E4M3.largest, self.dtype)
+        rows, columns = (np.arange(a, b) // n - a // n for a, b, n in zip(box.start, box.stop, self.block, strict=True))
+        each = scale[rows][:, columns]
+        return nearest(E4M3, qparams.divided(weights_of(read, box, self.dtype), each, self.dtype), saturate=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What multiplies the codes; input: the blocks' `Amax`, of which there is one where the scales have one axis."""
+
+    dtype: str
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        del dtype, factor
+        single = len(box.shape) == 1
+        largest = read(0, Region((0, 0), (1, 1)) if single else box, "").view(np.float32)
+        return cast(qparams.scale(largest, E4M3.largest, self.dtype), "f32", self.dtype).reshape(box.shape)

@@ -1,0 +1,92 @@
+"""compressed-tensors as a source and as an output, against the real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dconv.pipeline import Request, convert, prepare, run
+from dconv.sharding.commit import Settings
+from tests.quant import compressed
+
+LINEAR = ["Linear"]
+FLOAT8 = {"num_bits": 8, "type": "float"}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+#: Formats and strategies by a name, as groups of a config.
+SOURCES: dict[str, dict[str, Any]] = {
+    "fp8 tensor": {"weights": {**FLOAT8, "strategy": "tensor"}},
+    "fp8 channel": {"weights": {**FLOAT8, "strategy": "channel"}},
+    "fp8 block": {"weights": {**FLOAT8, "strategy": "block", "block_structure": [128, 128]}},
+    "fp8 odd block": {"weights": {**FLOAT8, "strategy": "block", "block_structure": [48, 80]}},
+    "fp8 group": {"weights": {**FLOAT8, "strategy": "group", "group_size": 16}},
+}
+FOR = {"quant_config": "compressed-tensors"}
+TOKEN = {**FLOAT8, "strategy": "token", "dynamic": True}
+
+
+def by_group(size: int) -> dict[str, Any]:
+    return {**FLOAT8, "strategy": "group", "group_size": size, "dynamic": True}
+
+
+#: FORMAT, options and the group by which compressed-tensors writes the same.
+OUTPUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "fp8 channel": ("fp8", {"quant": "fp8_channel"}, {**SOURCES["fp8 channel"], "input_activations": TOKEN}),
+    "fp8 tensor": ("fp8", {"quant": "fp8_tensor", **FOR}, {**SOURCES["fp8 tensor"], "input_activations": TOKEN}),
+    "fp8 block": (
+        "fp8",
+        {"quant": "fp8_block", **FOR},
+        {
+            **SOURCES["fp8 block"],
+            "input_activations": by_group(128),
+        },
+    ),
+    "fp8 odd block": (
+        "fp8",
+        {"quant": "fp8_block", "block_size": (48, 80), **FOR},
+        {
+            **SOURCES["fp8 odd block"],
+            "input_activations": by_group(80),
+        },
+    ),
+}
+
+
+def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit by bit, but for what kind of NaN it is."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        found, bits = ours[name], {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.itemsize]
+        assert (found.dtype, found.shape) == (value.dtype, value.shape), name
+        same = found.view(bits) == value.view(bits)
+        if value.is_floating_point():
+            same |= found.float().isnan() & value.float().isnan()
+        assert bool(same.all()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_it_writes_is_decoded_as_it_does(tmp_path: Path, source: str, dtype: str) -> None:
+    groups = {"group_0": {"targets": LINEAR, "input_activations": TOKEN, **SOURCES[source]}}
+    compressed.write(tmp_path / "source", groups, DTYPES[dtype])
+    job = prepare(Request(tmp_path / "source", "hf", tmp_path / "out"))
+    assert len(job.source.coded) == 14
+    run(job, Settings())
+    equal(load_file(tmp_path / "out" / "model.safetensors"), compressed.decompressed(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_is_written_is_what_it_writes(tmp_path: Path, output: str, dtype: str) -> None:
+    """Every code, scale and dtype; and the config means the same modules, as its own classes read it."""
+    format, options, group = OUTPUTS[output]
+    groups = {"group_0": {"targets": LINEAR, **group}}
+    compressed.write(tmp_path / "theirs", groups, DTYPES[dtype], plain=tmp_path / "source")
+    convert(Request(tmp_path / "source", format, tmp_path / "ours", **options))
+    equal(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    ours, theirs = (compressed.config(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours.config_groups == theirs.config_groups
+    assert (ours.format, ours.quantization_status) == (theirs.format, theirs.quantization_status)
