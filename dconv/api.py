@@ -9,10 +9,11 @@ from typing import Any, Final, NoReturn
 
 from dconv.checking import check
 from dconv.compare import diff
-from dconv.errors import UsageError
+from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
 from dconv.launch.options import add_run_options, add_target_options, parse, to_request
 from dconv.pipeline import Job, Request, prepare, run
+from dconv.request import QUANTISED
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Coord, Parallel
 
@@ -122,7 +123,15 @@ def handoff(
         if foreign:
             raise UsageError("a handoff has no use for these options, nothing was written", where=", ".join(foreign))
         said = _parsed("memory", to, out, options)
-        return (to_request(said), _settings(said)), None
+        request = to_request(said)
+        if request.format in QUANTISED:
+            raise Refused(
+                "a handoff writes plain weights, nothing was written",
+                where=f"to={to!r}",
+                found="blocks that share a scale may lie in several ranks' memory",
+                do="hand it off as hf, and convert that;  dconv convert takes the job's own checkpoint, too",
+            )
+        return (request, _settings(said)), None
 
     (request, settings), _ = ranks.together(asked)
     return live.handoff(models, request, settings, ranks, args=args, coord=coord, parallel=parallel)

@@ -15,6 +15,7 @@ from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, missing, obstacle, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, Request, describe_model
+from dconv.request import QUANTISED
 from dconv.sharding.region import Region
 
 #: Largest difference of logits, relative to the largest logit, between two fp32 runs of the same weights. Two
@@ -35,6 +36,8 @@ def require(job: Job) -> None:
     request, target = job.request, FORMATS[job.request.format]
     if request.with_eagle:
         raise _refused("no runtime here runs an EAGLE head")
+    if request.format in QUANTISED:
+        raise _refused(f"{request.format} rounds weights so far that no bound tells a fault from it")
     for side in _compared(request):
         model = side.model
         own = (side.container, model.family, model.config, model.source.args)

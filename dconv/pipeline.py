@@ -38,6 +38,8 @@ class Job:
         needs: what mainline megatron-core would have to add to compute a Megatron target's function, in words.
         notes: what a person should know beside it, one line each.
         folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
+        parameters: of the model, whatever it is stored as.
+        scheme: the codes that it is written in, in words; "" for none.
     """
 
     request: Request
@@ -50,6 +52,8 @@ class Job:
     needs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     folded: Mapping[str, Any] | None = None
+    parameters: int = 0
+    scheme: str = ""
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -103,6 +107,7 @@ def prepare_described(request: Request, model: Described) -> Job:
     if request.mup2llama:
         model, said, folded = _folded(request, model)
         notes += said
+    parameters = _count(model.logical)
     if scheme := scheme_of(request):
         model, said = quantised(model, scheme)
         notes += said
@@ -110,8 +115,23 @@ def prepare_described(request: Request, model: Described) -> Job:
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
     return Job(
-        request, model.source, model.family, model.config, model.facts, model.logical, plan, needs, notes, folded
+        request,
+        model.source,
+        model.family,
+        model.config,
+        model.facts,
+        model.logical,
+        plan,
+        needs,
+        notes,
+        folded,
+        parameters,
+        scheme.words if scheme else "",
     )
+
+
+def _count(logical: Logical) -> int:
+    return sum(math.prod(spec.shape) for spec in logical.specs.values())
 
 
 def _made_up(request: Request) -> Described:
@@ -149,7 +169,8 @@ def _distillation(request: Request, student: Described, teacher: Described) -> J
         first = replace(first, args={**first.args, megatron.TEACHER_ARGS: other.args}, teacher=other)
     target = replace(lay_out_megatron(request, first), left_out=logical.left_out)
     of = next(iter(held.values()))
-    return Job(request, of.source, of.family, of.config, of.facts, logical, build_plan(logical, target))
+    plan = build_plan(logical, target)
+    return Job(request, of.source, of.family, of.config, of.facts, logical, plan, parameters=_count(logical))
 
 
 def _first_replicas(logical: Logical) -> Logical:
@@ -182,7 +203,11 @@ def about(job: Job) -> dict[str, object]:
             "format": job.source.format,
             **({"made": job.source.made} if job.source.made else {}),
         },
-        "target": {"format": job.request.format, "family": job.family.name},
+        "target": {
+            "format": job.request.format,
+            "family": job.family.name,
+            **({"codes": job.scheme} if job.scheme else {}),
+        },
         **({"mup": job.folded} if job.folded else {}),
     }
 

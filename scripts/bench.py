@@ -195,6 +195,31 @@ def speed(bench: Bench, name: str, repeat: int) -> None:
         bench.whole("460M HF -> torch_dist tp2, torchrun x 2, whole", [str(source), "megatron", "--tp", "2"], 2)
 
 
+#: FORMAT with its options, of which the speed is measured: in, and out again.
+CODED = (("fp8",),)
+
+
+def coded(bench: Bench, name: str, repeat: int) -> None:
+    """Quantised formats, made of bf16 and decoded to it, against ``cp`` that reads and writes as many bytes in all."""
+    bench.repeat = repeat
+    source = bench.work / name
+    size = make_model(source, name)
+    for format in CODED:
+        kept = bench.fresh(f"{name}-coded")
+        convert([str(source), *format, "-o", str(kept)], 2)
+        half = bench.fresh("half")
+        half.mkdir()
+        with open(half / "bytes", "wb") as file:
+            left = (size + sum(path.stat().st_size for path in kept.iterdir())) // 2
+            while left > 0:
+                left -= file.write(os.urandom(min(left, 64 << 20)))
+        words = " ".join(format)
+        bench.against_copy(f"{name} HF -> {words}, 2 ranks", source, half, list(format), 2)
+        bench.against_copy(f"{name} {words} -> HF bf16, 2 ranks", kept, half, ["hf"], 2)
+        shutil.rmtree(kept)
+        shutil.rmtree(half)
+
+
 def memory(bench: Bench, names: list[str]) -> list[str]:
     """Peak memory of a rank at two budgets."""
     lines = []
@@ -353,6 +378,7 @@ def main() -> None:
     speed(bench, "460M", args.repeat)
     if args.speed_3b:
         speed(bench, "3B", min(3, args.repeat))
+    coded(bench, "460M", args.repeat)
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
     plan_line = f"{plan_671b(args.work)} {fake_671b(args.work)}"
     print(plan_line)

@@ -36,7 +36,7 @@ def decode(tensors: Mapping[str, Stored], config: Mapping[str, object] | None) -
     found = Decoded(dict(tensors))
     config = config or {}
     method = method_of(config)
-    if not method and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
+    if KEY not in config and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
         method = "fp8"  # a cast without a word in the config: what the scales of released models are called tells
     if not config.get(KEY) and not method:
         return found

@@ -2,8 +2,8 @@
 
 A weight ``X`` in e4m3 (or e5m2) has its scales under ``X_scale_inv``, one for each block, edges included: the weight is
 code × scale. Sources: ``FP8Linear`` in transformers' ``integrations/finegrained_fp8.py``; DeepSeek-V3's
-``inference/kernel.py``, ``weight_dequant``. GPTQModel's FP8 has the reciprocal under the same name, and says so in
-``weight_scale_semantics``.
+``inference/kernel.py``, ``weight_dequant``. GPTQModel's FP8 (``nn_modules/qlinear/fp8.py`` of 7.7) has the reciprocal
+under the same name, for a row as a rule; ``weight_scale_method`` tells it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,16 @@ _FORMATS: Final = {FP8: E4M3, "f8_e5m2": E5M2}
 _BLOCK: Final = (128, 128)
 #: What transformers calls the weights' own scale of activations; a dense weight has no use for it.
 _ACTIVATIONS: Final = (".activation_scale", ".input_scale", "_activation_scale")
+#: GPTQModel's key for what a scale is of.
+_METHOD: Final = "weight_scale_method"
 #: E8M0 under the name of ``weight_scale_inv`` is MXFP8: one scale for so many columns of a row.
 _MX: Final = 32
+
+
+def said_in(config: Mapping[str, object] | None) -> Mapping[str, object]:
+    """``quantization_config`` of a config.json."""
+    said = config.get("quantization_config") if config else None
+    return said if isinstance(said, Mapping) else {}
 
 
 def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
@@ -42,8 +50,10 @@ def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
     Raises:
         Damaged: ``weight_block_size`` is no pair of positive whole numbers.
     """
-    said = config.get("quantization_config") if config else None
-    if not isinstance(said, Mapping) or "weight_block_size" not in said:
+    said = said_in(config)
+    if said.get(_METHOD) in ("row", "tensor"):
+        return None
+    if "weight_block_size" not in said:
         return _BLOCK
     size = said["weight_block_size"]
     if size is None:
@@ -111,14 +121,11 @@ class Decode:
 
 
 def _divides(config: Mapping[str, object]) -> bool:
-    """Whether scales are stored as reciprocals.
-
-    GPTQModel 7.7 writes ``"weight_scale_semantics": "inverse"`` where it stores 448 / absmax.
-    """
-    said = config.get("quantization_config")
-    meaning = said.get("weight_scale_semantics") if isinstance(said, Mapping) else None
-    if meaning in (None, "scale", "multiplier"):
-        return False
+    """Whether scales are stored as reciprocals: 448 / absmax, GPTQModel's only meaning."""
+    said = said_in(config)
+    meaning = said.get("weight_scale_semantics")
+    if meaning is None:
+        return _METHOD in said
     if meaning == "inverse":
         return True
     raise Refused(
@@ -157,6 +164,8 @@ def _block(weight: Stored, scale: Stored, said: tuple[int, int] | None) -> tuple
     if len(shape) >= 2 and scale.spec.dtype in ("f32", "bf16", "f16", "f8_e8m0", "u8"):
         if said is None and have in ((), (1,)):
             return shape[-2], shape[-1]
+        if said is None and have in (shape[:-1], (*shape[:-1], 1)):
+            return 1, shape[-1]
         bytes_of_exponents = scale.spec.dtype in ("f8_e8m0", "u8")
         for block in (said, (1, _MX) if bytes_of_exponents else None):
             if block and have == scales_shape(shape, block):
@@ -172,12 +181,13 @@ def _block(weight: Stored, scale: Stored, said: tuple[int, int] | None) -> tuple
 
 
 def _as_grid(scale: Stored, axes: int) -> Stored:
-    """A tensor's only scale as the grid of its only block."""
-    if len(scale.spec.shape) == axes:
+    """Scales of rows, or the only one of a tensor, as the grid of blocks that are as wide as the weight."""
+    shape, extent = scale.spec.shape, scale.extents[0]
+    if len(shape) == axes:
         return scale
-    one, extent = (1,) * axes, scale.extents[0]
-    spec = replace(scale.spec, shape=one)
-    return Stored(spec, (replace(extent, region=Region.whole(one), strides=(0,) * axes),))
+    grid = (*shape, 1) if len(shape) == axes - 1 else (1,) * axes
+    strides = (*extent.strides, 0) if len(shape) == axes - 1 else (0,) * axes
+    return Stored(replace(scale.spec, shape=grid), (replace(extent, region=Region.whole(grid), strides=strides),))
 
 
 def scales_shape(shape: Index, block: tuple[int, int]) -> Index:

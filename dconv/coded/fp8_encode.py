@@ -64,7 +64,7 @@ class BlockFP8:
         amax = made.help(f"{spec.name}//amax", largest, "f32")
         made.make(codes, Derived(spec.shape, (dense, amax), Codes(block, self.power_of_two), How(words, False, bits)))
         recipe = Scale(self.power_of_two, self.block is None)
-        made.make(scale, Derived(scale.shape, (amax,), recipe, How("absmax / 448 in fp32", False, bits * cost)))
+        made.make(scale, Derived(scale.shape, (amax,), recipe, How("absmax / 448 in fp32", True, bits * cost)))
         return made
 
     def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:
     lacking = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
     if lacking:
         raise Damaged("weights that the model needs are missing", where=f"{group_names(lacking)}\nin {path}")
-    return model.eval()
+    return model.float().eval()  # of a quantised one transformers leaves what is plain in the file's dtype
 
 
 def forward(model: Any, prompt: Prompt) -> Answers:

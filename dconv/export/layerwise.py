@@ -43,7 +43,7 @@ def obstacle(model: Described) -> str:
     """Why a model cannot be run so; empty when it can."""
     coded = sorted({spec.dtype for spec in model.logical.specs.values()} - {"f64", "f32", "f16", "bf16"})
     if any(dtype.startswith("f8") for dtype in coded):
-        return "its FP8 weights are not decoded here"
+        return "its FP8 weights have no scales here"
     return lacks("huggingface", model.family, model.config)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import Damaged, DconvError, Preempted, StorageFault
+from dconv.errors import Damaged, DconvError, Preempted, Refused, StorageFault
 from dconv.sharding.digest import ALGORITHMS, DEFAULT
 from dconv.sharding.execute import Done, Outputs, run_tasks
 from dconv.sharding.finish import STATE, aside_of, cannot, finish, finish_earlier, remove, sync_folders, write_synced
@@ -126,7 +126,7 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
         if not run.is_ours() and is_result(plan, out):
             return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
         fault = _source_fault(plan) or error
-        if isinstance(fault, Damaged):
+        if isinstance(fault, Damaged | Refused):
             run.abandon()
             raise fault from None
         raise
@@ -329,7 +329,7 @@ class _Run:
         return True
 
     def abandon(self) -> None:
-        """Remove the partial folder: no run can bring the plan of a damaged source to its end."""
+        """Remove the partial folder: no run can bring such a plan to its end."""
         with _locked(self.partial):
             if self.is_ours():
                 shutil.rmtree(self.partial, ignore_errors=True)

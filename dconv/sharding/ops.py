@@ -61,7 +61,7 @@ class How:
 
     Attributes:
         words: for a person, such as ``e4m3 code x its 128x128 block's scale``.
-        exact: whether every value is kept.
+        exact: whether it changes no weight: codes packed anew, or scales, which are no weights.
         bits: read from files for each element, on average.
         floats: whether it is made in any floating dtype, rounded once; else in its own only.
     """
