@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
@@ -19,7 +24,10 @@ from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_
 from dconv.coded.decode import decode
 from dconv.coded.decoded import Decoded
 from dconv.errors import Damaged, DconvError, Refused, group_names
-from dconv.sharding.plan import Target, TargetFile, TargetTensor
+from dconv.sharding.dtypes import carrier
+from dconv.sharding.ops import MOVE
+from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
+from dconv.sharding.reader import Reader
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
 
@@ -30,6 +38,8 @@ _Shard = dict[str, dict[str, Stored]]
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
 #: Bytes compared at a time.
 _COMPARED: Final = 1 << 20
+#: Bytes of what reads a tensor of a few numbers.
+_SMALL: Final = 1 << 12
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -92,7 +102,9 @@ def source_of(
     fault: DconvError | None = None
     found: list[Decoded] = []
     try:
-        found = [decode({name: at for part in shard.values() for name, at in part.items()}, config) for shard in shards]
+        with closing(Reader(folder, files, _SMALL)) as reader:
+            stored = [{name: at for part in shard.values() for name, at in part.items()} for shard in shards]
+            found = [decode(shard, config, partial(_values, reader)) for shard in stored]
         shards = [_decoded(shard, made) for shard, made in zip(shards, found, strict=True)]
     except DconvError as error:
         fault = error
@@ -121,6 +133,13 @@ def source_of(
         coded={name: words for made in found for name, words in made.coded.items()},
         fault=fault,
     )
+
+
+def _values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
+    """A small tensor."""
+    extent, out = stored.extents[0], np.empty(stored.spec.shape, carrier(stored.spec.dtype))
+    reader.read_box(Copy(extent.region, extent.file, extent.offset, extent.strides, stored.spec.dtype, MOVE), out)
+    return out
 
 
 def _decoded(shard: _Shard, made: Decoded) -> _Shard:

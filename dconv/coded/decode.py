@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dconv.coded import compressed_tensors, fp8
 from dconv.coded.compressed_config import METHOD
@@ -11,6 +11,10 @@ from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
 from dconv.sharding.dtypes import FROM_TORCH
 from dconv.sharding.tensor import Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: ``quant_method`` -> what decodes it.
 METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
@@ -26,14 +30,21 @@ def method_of(config: Mapping[str, object]) -> str:
     return str(said.get("quant_method") or "") if isinstance(said, Mapping) else ""
 
 
-def decode(tensors: Mapping[str, Stored], config: Mapping[str, object] | None) -> Decoded:
+def decode(
+    tensors: Mapping[str, Stored],
+    config: Mapping[str, object] | None,
+    values: Callable[[Stored], NDArray[np.generic]],
+) -> Decoded:
     """The stored tensors of a source with those in codes decoded.
+
+    Args:
+        values: reads a small one.
 
     Raises:
         Refused: a scheme that is not known.
         Damaged: codes without what they need, or the reverse.
     """
-    found = Decoded(dict(tensors))
+    found = Decoded(dict(tensors), values)
     config = config or {}
     method = method_of(config)
     if KEY not in config and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):

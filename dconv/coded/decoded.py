@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dconv.sharding.derived import Array, Derived, Recipe, steps
 from dconv.sharding.ops import How
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, Piece, Stored, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: No file of a checkpoint can be called so: names of files have no empty part.
 _PREFIX = "decoded//"
@@ -23,9 +28,11 @@ class Decoded:
         derived: what computes the dense ones, by the file that their extents name.
         coded: names of the dense ones that are decoded, with the scheme in words.
         left_out: stored tensors that a dense weight has no place for, with the reason.
+        values: reads a small one: the few numbers that shapes alone do not tell.
     """
 
     tensors: dict[str, Stored]
+    values: Callable[[Stored], NDArray[np.generic]]
     derived: dict[str, Derived] = field(default_factory=dict)
     coded: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from tests.quant import compressed
 
 LINEAR = ["Linear"]
 FLOAT8 = {"num_bits": 8, "type": "float"}
+INT = {"type": "int"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 #: Formats and strategies by a name, as groups of a config.
 SOURCES: dict[str, dict[str, Any]] = {
@@ -23,6 +24,23 @@ SOURCES: dict[str, dict[str, Any]] = {
     "fp8 block": {"weights": {**FLOAT8, "strategy": "block", "block_structure": [128, 128]}},
     "fp8 odd block": {"weights": {**FLOAT8, "strategy": "block", "block_structure": [48, 80]}},
     "fp8 group": {"weights": {**FLOAT8, "strategy": "group", "group_size": 16}},
+    "fp8 naive": {"weights": {**FLOAT8, "strategy": "channel"}, "input_activations": None},
+    "int8 channel": {"weights": {**INT, "num_bits": 8, "strategy": "channel"}},
+    "int8 tensor": {"weights": {**INT, "num_bits": 8, "strategy": "tensor", "symmetric": False}},
+    "int8 group": {"weights": {**INT, "num_bits": 8, "strategy": "group", "group_size": 16, "symmetric": False}},
+    "int4 in bytes": {"weights": {**INT, "num_bits": 4, "strategy": "group", "group_size": 32}},
+    **{
+        f"int{bits} packed, {size}, {'' if symmetric else 'a'}symmetric": {
+            "weights": {**INT, "num_bits": bits, "symmetric": symmetric, **by},
+            "input_activations": None,
+        }
+        for bits, symmetric in ((2, True), (3, False), (4, True), (4, False), (5, True), (6, False), (7, True), (8, False))
+        for size, by in (
+            ("channel", {"strategy": "channel"}),
+            ("group", {"strategy": "group", "group_size": 16 if bits % 2 else 32}),
+        )
+    },
+    "int4 packed, tensor": {"weights": {**INT, "num_bits": 4, "strategy": "tensor"}, "input_activations": None},
 }
 FOR = {"quant_config": "compressed-tensors"}
 TOKEN = {**FLOAT8, "strategy": "token", "dynamic": True}
