@@ -34,7 +34,16 @@ SOURCES: dict[str, dict[str, Any]] = {
             "weights": {**INT, "num_bits": bits, "symmetric": symmetric, **by},
             "input_activations": None,
         }
-        for bits, symmetric in ((2, True), (3, False), (4, True), (4, False), (5, True), (6, False), (7, True), (8, False))
+        for bits, symmetric in (
+            (2, True),
+            (3, False),
+            (4, True),
+            (4, False),
+            (5, True),
+            (6, False),
+            (7, True),
+            (8, False),
+        )
         for size, by in (
             ("channel", {"strategy": "channel"}),
             ("group", {"strategy": "group", "group_size": 16 if bits % 2 else 32}),
