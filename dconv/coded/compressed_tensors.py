@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from dconv.coded import compressed_bytes, fp8
+from dconv.coded import compressed_bytes, compressed_floats, fp8
 from dconv.coded.compressed_config import config_of
 from dconv.coded.compressed_parts import Made, Module
 from dconv.coded.decoded import Decoded, dense
@@ -83,5 +83,8 @@ _MAKERS: Final[dict[str, Callable[[Module, Decoded], Made]]] = {
     "int-quantized": compressed_bytes.int8,
     "naive-quantized": compressed_bytes.naive,
     "pack-quantized": compressed_bytes.packed_words,
+    "mxfp4-pack-quantized": compressed_floats.mx4,
+    "mxfp6-pack-quantized": compressed_floats.mx6,
     "mxfp8-quantized": compressed_bytes.mxfp8,
+    "nvfp4-pack-quantized": compressed_floats.nv4,
 }

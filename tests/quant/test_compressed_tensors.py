@@ -16,6 +16,7 @@ from tests.quant import compressed
 LINEAR = ["Linear"]
 FLOAT8 = {"num_bits": 8, "type": "float"}
 INT = {"type": "int"}
+MX = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 #: Formats and strategies by a name, as groups of a config.
 SOURCES: dict[str, dict[str, Any]] = {
@@ -59,6 +60,17 @@ def by_group(size: int) -> dict[str, Any]:
     return {**FLOAT8, "strategy": "group", "group_size": size, "dynamic": True}
 
 
+MICRO: dict[str, dict[str, Any]] = {
+    "mxfp4": {"weights": {**MX, "num_bits": 4}},
+    "mxfp6": {"weights": {**MX, "num_bits": 6}},
+    "mxfp8": {"weights": {**MX, "num_bits": 8}},
+    "nvfp4": {
+        "weights": {
+            "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        }
+    },
+}  # fmt: skip
 #: FORMAT, options and the group by which compressed-tensors writes the same.
 OUTPUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fp8 channel": ("fp8", {"quant": "fp8_channel"}, {**SOURCES["fp8 channel"], "input_activations": TOKEN}),
@@ -103,6 +115,17 @@ def test_what_it_writes_is_decoded_as_it_does(tmp_path: Path, source: str, dtype
     assert len(job.source.coded) == 14
     run(job, Settings())
     equal(load_file(tmp_path / "out" / "model.safetensors"), compressed.decompressed(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("source", MICRO)
+def test_short_floats_are_decoded_once_rounded(tmp_path: Path, source: str, dtype: str) -> None:
+    """It decompresses these to bf16 whatever the model was in, NVFP4 by way of two roundings to fp32."""
+    groups = {"group_0": {"targets": LINEAR, **MICRO[source]}}
+    compressed.write(tmp_path / "source", groups, DTYPES[dtype])
+    convert(Request(tmp_path / "source", "hf", tmp_path / "out", dtype="bf16"))
+    theirs = {name: value.bfloat16() for name, value in compressed.decompressed(tmp_path / "source").items()}
+    equal(load_file(tmp_path / "out" / "model.safetensors"), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
