@@ -11,6 +11,7 @@ from dconv.coded.compressed_encode import CompressedFP8
 from dconv.coded.decode import KEY
 from dconv.coded.encode import Scheme, encode
 from dconv.coded.fp8_encode import BlockFP8
+from dconv.coded.micro_encode import MicroMX, MicroNV
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -76,9 +77,29 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             lambda _: CompressedFP8("channel"),
         ),
     },
+    "mx": {
+        "mxfp4": Variant(
+            "e2m1 with a power of two for each 32 columns, as compressed-tensors' MXFP4A16",
+            2**-2,
+            frozenset({"scale_rule"}),
+            lambda request: MicroMX(4, request.scale_rule),
+        ),
+        "mxfp8": Variant(
+            "e4m3 with a power of two for each 32 columns, as compressed-tensors' MXFP8",
+            2**-3,
+            frozenset({"scale_rule"}),
+            lambda request: MicroMX(8, request.scale_rule),
+        ),
+        "nvfp4": Variant(
+            "e2m1 with e4m3 for each 16 columns, as compressed-tensors' NVFP4A16",
+            2**-2,
+            frozenset(),
+            lambda _: MicroNV(),
+        ),
+    },
 }
 #: Options that only variants have, with what stands for them where they are not given.
-OPTIONS: Final = {"block_size": None, "scale_format": "float", "quant_config": "transformers"}
+OPTIONS: Final = {"block_size": None, "scale_format": "float", "quant_config": "transformers", "scale_rule": "even"}
 
 
 def scheme_of(request: Request) -> Scheme | None:

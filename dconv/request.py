@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from dconv.sharding.coords import Parallel
 
@@ -13,11 +13,11 @@ from dconv.sharding.coords import Parallel
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "fp8": "huggingface", "mx": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
-QUANTISED: Final = ("fp8",)
+QUANTISED: Final = ("fp8", "mx")
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -47,6 +47,7 @@ class Request:
         block_size: rows and columns that share a scale.
         scale_format: ``float`` or ``ue8m0``, powers of two.
         quant_config: whose form codes are stored in, ``transformers`` or ``compressed-tensors``.
+        scale_rule: how an MX block's power of two is found (`dconv.codec.mx.encode`).
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -74,6 +75,7 @@ class Request:
     block_size: tuple[int, int] | None = None
     scale_format: str = "float"
     quant_config: str = "transformers"
+    scale_rule: Literal["floor", "ceil", "even"] = "even"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

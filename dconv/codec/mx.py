@@ -26,7 +26,9 @@ _MANTISSA: Final = 23
 _BEYOND: Final = 255
 
 
-def encode(x: NDArray[np.float32], fmt: Minifloat, rule: Rule) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def encode(
+    x: NDArray[np.float32], fmt: Minifloat, rule: Rule, *, positive_zeros: bool = False
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Packed codes and E8M0 scales; `dconv.codec.minifloat.error_bound` of both bounds the error.
 
     The scale's exponent, amax being the block's largest magnitude, before it is held to -127 … 127:
@@ -43,6 +45,7 @@ def encode(x: NDArray[np.float32], fmt: Minifloat, rule: Rule) -> tuple[NDArray[
 
     Args:
         x: […, n].
+        positive_zeros: -0.0 and what scaling makes it become 0.0, as compressed-tensors has it; else they stay.
 
     Returns:
         packed […, n · bits / 8]; scale […, n / 32].
@@ -52,13 +55,13 @@ def encode(x: NDArray[np.float32], fmt: Minifloat, rule: Rule) -> tuple[NDArray[
     """
     blocks = groups.grouped(x, BLOCK)
     packed, scale = np.empty((len(blocks), BLOCK * fmt.bits // 8), np.uint8), np.empty(len(blocks), np.uint8)
-    step = groups.AT_ONCE // BLOCK
+    step, plus = groups.AT_ONCE // BLOCK, np.float32(0.0 if positive_zeros else -0.0)
     for start in range(0, len(blocks), step):
         run = slice(start, start + step)
         part = blocks[run]
         scale[run] = _scales(groups.amax(part), fmt, rule)
         with np.errstate(invalid="ignore", under="ignore"):
-            packed[run] = pack(nearest(fmt, part * _reciprocals()[scale[run]][:, None]), fmt.bits)
+            packed[run] = pack(nearest(fmt, part * _reciprocals()[scale[run]][:, None] + plus), fmt.bits)
     lead = x.shape[:-1]
     return packed.reshape(*lead, x.shape[-1] * fmt.bits // 8), scale.reshape(*lead, x.shape[-1] // BLOCK)
 

@@ -2,8 +2,8 @@
 
 compressed-tensors stores what the scales were multiplied by (``weight_global_scale``: w = code × scale / global),
 NVIDIA's ModelOpt what they are to be multiplied by (``weight_scale_2``). Source of the encoding: compressed-tensors
-0.20.0, ``generate_gparam`` and ``calculate_qparams``, which it equals bit by bit for fp32 weights, the sign of a zero
-aside; given a bf16 weight those round amax / 6 and the divisor to bf16, this keeps fp32.
+0.20.0, ``generate_gparam`` and ``calculate_qparams``, which it equals bit by bit where ``dtype`` and
+``positive_zeros`` say so; else a bf16 weight is taken in fp32, and zeros keep their sign.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from dconv.codec import groups
 from dconv.codec.minifloat import E2M1, E4M3, nearest, values
 from dconv.codec.pack import pack
+from dconv.codec.qparams import TINY, rounded
 from dconv.sharding.dtypes import carrier
 
 if TYPE_CHECKING:
@@ -27,17 +28,24 @@ _NONE: Final = 0x20
 _NAN: Final = 0x7F
 
 
-def global_scale(amax: float) -> np.float32:
+def global_scale(amax: float, dtype: str = "f32") -> np.float32:
     """The divisor of a tensor, or of fused ones as one, by the largest finite magnitude: (1 / amax) · 2688 in fp32.
 
     1 where that is not finite, which is for amax below 7.9e-36; ModelOpt's ``weight_scale_2`` is the reciprocal.
+
+    Args:
+        dtype: of the weights, to which each step is rounded.
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        found = np.float32(1) / np.maximum(np.float32(amax), np.finfo(np.float32).tiny) * np.float32(2688)
+        largest = np.full(1, max(amax, TINY[dtype]), np.float32)
+        reciprocal = rounded(np.reciprocal(largest), dtype)
+        found = rounded(reciprocal * np.float32(2688), dtype)[0]
     return found if np.isfinite(found) and found > 0 else np.float32(1)
 
 
-def encode(x: NDArray[np.float32], divisor: np.float32) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def encode(
+    x: NDArray[np.float32], divisor: np.float32, dtype: str = "f32", *, positive_zeros: bool = False
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Packed codes and E4M3 scales, by `global_scale`.
 
     A block's scale is amax / 6 · divisor rounded to E4M3, and 0.125 where that is zero. A block with a NaN or an
@@ -45,6 +53,8 @@ def encode(x: NDArray[np.float32], divisor: np.float32) -> tuple[NDArray[np.uint
 
     Args:
         x: […, n].
+        dtype: of the weights, to which amax / 6 is rounded.
+        positive_zeros: -0.0 and what scaling makes it become 0.0, as compressed-tensors has it; else they stay.
 
     Returns:
         packed […, n / 2]; scale […, n / 16].
@@ -54,17 +64,17 @@ def encode(x: NDArray[np.float32], divisor: np.float32) -> tuple[NDArray[np.uint
     """
     blocks = groups.grouped(x, BLOCK)
     packed, scale = np.empty((len(blocks), BLOCK // 2), np.uint8), np.empty(len(blocks), np.uint8)
-    step = groups.AT_ONCE // BLOCK
+    step, plus = groups.AT_ONCE // BLOCK, np.float32(0.0 if positive_zeros else -0.0)
     for start in range(0, len(blocks), step):
         run = slice(start, start + step)
         part = blocks[run]
         amax = groups.amax(part)
         with np.errstate(all="ignore"):
-            codes = nearest(E4M3, amax / np.float32(6) * divisor)
+            codes = nearest(E4M3, rounded(amax / np.float32(6), dtype) * divisor)
             codes[codes == 0] = _NONE
             codes[~np.isfinite(amax)] = _NAN
             unit = values(E4M3)[codes].astype(np.float32) / divisor
-            packed[run] = pack(nearest(E2M1, np.divide(part, unit[:, None], dtype=np.float32)), E2M1.bits)
+            packed[run] = pack(nearest(E2M1, np.divide(part, unit[:, None], dtype=np.float32) + plus), E2M1.bits)
         scale[run] = codes
     lead = x.shape[:-1]
     return packed.reshape(*lead, x.shape[-1] // 2), scale.reshape(*lead, x.shape[-1] // BLOCK)

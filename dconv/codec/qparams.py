@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 #: What stands for a scale of zero: the distance from 1 to the next number.
 _EPS: Final = {"f32": 2.0**-23, "bf16": 2.0**-7, "f16": 2.0**-10}
 DTYPES: Final = tuple(_EPS)
+#: The smallest normal numbers.
+TINY: Final = {"f32": 2.0**-126, "bf16": 2.0**-126, "f16": 2.0**-14}
+
+
+def own(dtype: str) -> str:
+    """The dtype that a weight's steps are rounded to; one in fp64 is taken in fp32."""
+    return dtype if dtype in _EPS else "f32"
 
 
 def scale(amax: NDArray[np.float32], largest: float, dtype: str) -> NDArray[np.float32]:

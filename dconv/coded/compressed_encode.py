@@ -7,7 +7,7 @@ llm-compressor's scale, and with it all that shares it, becomes NaN or zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,6 +70,7 @@ class CompressedFP8:
 
     strategy: str
     block: tuple[int, int] = (128, 128)
+    columns: int = field(default=1, init=False)
 
     @property
     def words(self) -> str:
@@ -82,7 +83,7 @@ class CompressedFP8:
         rows, columns = spec.shape
         block = {"block": self.block, "channel": (1, columns)}.get(self.strategy, (rows, columns))
         grid = scales_shape(spec.shape, block)
-        dtype = dense.dtype if dense.dtype in qparams.DTYPES else "f32"
+        dtype = qparams.own(dense.dtype)
         codes = TensorSpec(spec.name, spec.shape, FP8)
         scale = TensorSpec(f"{spec.name}_scale", (1,) if self.strategy == "tensor" else grid, dtype)
         if found := kept(dense, logical, Decode(block, FP8), [codes, scale], qparams.DTYPES):

@@ -13,7 +13,7 @@ from typing import Protocol
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.coded.listing import right_list
-from dconv.coded.places import place_of
+from dconv.coded.places import loaded_as, place_of
 from dconv.errors import Refused
 from dconv.sharding.derived import Array, Derived, Recipe, real_files
 from dconv.sharding.region import Region
@@ -53,6 +53,11 @@ class Scheme(Protocol):
     @property
     def words(self) -> str:
         """For a person."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """What a weight's columns must be a multiple of."""
         ...
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
@@ -120,7 +125,7 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme) -> En
     Raises:
         Refused: the model has no linear layers that a scheme could store, or has some in a form that none does.
     """
-    wanted = linears(family, facts, logical)
+    wanted = _whole_groups(linears(family, facts, logical), logical, scheme.columns)
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}
     derived = dict(logical.derived)
@@ -150,6 +155,26 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme) -> En
     )
     config = scheme.config(_left_out(family, facts, logical, wanted), sorted(wanted))
     return Encoded(new, config, frozenset(fixed), kept, len(wanted) - kept)
+
+
+def _whole_groups(wanted: set[str], logical: Logical, columns: int) -> set[str]:
+    """Those whose columns are whole groups; of the experts of a layer all or none, which is what loaders take.
+
+    Raises:
+        Refused: there are none.
+    """
+    odd = {name for name in wanted if logical.specs[name].shape[1] % columns}
+    layers = {loaded_as(place_of(name, (1, 1)).module) for name in odd}
+    found = {name for name in wanted if name not in odd and loaded_as(place_of(name, (1, 1)).module) not in layers}
+    if not found:
+        first = min(odd)
+        raise Refused(
+            f"no linear layer has whole groups of {columns} columns, nothing was written",
+            where=first,
+            expected=f"a multiple of {columns}",
+            found=f"{logical.specs[first].shape[1]} columns",
+        )
+    return found
 
 
 def linears(family: Family, facts: Facts, logical: Logical) -> set[str]:

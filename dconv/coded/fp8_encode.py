@@ -6,7 +6,7 @@ them: encoding what was decoded would move scales by a rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +41,7 @@ class BlockFP8:
 
     block: tuple[int, int] | None = (128, 128)
     power_of_two: bool = False
+    columns: int = field(default=1, init=False)
 
     @property
     def words(self) -> str:

@@ -148,6 +148,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="scales as fp32 (default), or as powers of two")  # fmt: skip
     group.add_argument("--quant-config", choices=("transformers", "compressed-tensors"), default="transformers",
                        help="whose names and quantization_config fp8_block and fp8_tensor get")  # fmt: skip
+    group.add_argument("--scale-rule", choices=("floor", "ceil", "even"), default="even",
+                       help="how an MX block's power of two is found: even as compressed-tensors does (default), floor "
+                            "as the specification's example, ceil so that nothing is cut")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +302,7 @@ def to_request(args: argparse.Namespace) -> Request:
         block_size=args.block_size,
         scale_format=args.scale_format,
         quant_config=args.quant_config,
+        scale_rule=args.scale_rule,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
