@@ -38,7 +38,7 @@ def config(form: str, weights: dict[str, Any], activations: dict[str, Any] | Non
     """``quantization_config`` with one group, which has every linear layer but ``plain``.
 
     Args:
-        plain: ends of modules' names, from a dot on.
+        plain: whole parts of modules' names, which leave out what is inside of these modules, too.
     """
     return {
         "quant_method": METHOD,
@@ -55,7 +55,7 @@ def config(form: str, weights: dict[str, Any], activations: dict[str, Any] | Non
                 "format": form,
             }
         },
-        "ignore": [f"re:(.*[.])?{entry.replace('.', '[.]')}$" for entry in plain],
+        "ignore": [f"re:(.*[.])?{entry.replace('.', '[.]')}([.]|$)" for entry in plain],
     }
 
 
