@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from dconv import trace as tracing
 from dconv.checking import check
 from dconv.compare import diff
 from dconv.errors import UsageError
@@ -25,25 +28,29 @@ _NOT_LIVE: Final = {
 }
 
 
-def plan(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Job:
+def plan(
+    model: str | Path, format: str, out: str | Path | None = None, *, trace: str | Sequence[str] = (), **options: Any
+) -> Job:
     """Describe and plan a conversion; reads headers only and writes nothing.
 
     Args:
         model: checkpoint directory, or a state dict's file.
         format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``, ``pt``, ``bmtrain``.
         out: output directory; ``./<model>-<format>`` by default.
+        trace: a pattern, or several, of tensors whose way is wanted (`dconv.trace.trace`).
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,
             ``shard_size="5GB"``); ``config`` names a file with more of them, which these override.
 
     Returns:
-        The job; ``job.plan`` has the copies, tasks, bytes and id.
+        The job; ``job.plan`` has the copies, tasks, bytes and id, ``job.trace`` the ways.
 
     Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
+        UsageError: an option that is not known, or a value that it cannot have; a trace of nothing.
         Refused: an unsupported model or layout.
         Damaged: a source that is not whole.
     """
-    return prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
+    job = prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
+    return replace(job, trace=tracing.trace(job.plan, job.request.parallel, trace))
 
 
 def convert(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Outcome:

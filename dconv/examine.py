@@ -301,6 +301,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "needs": list(job.needs),
         "world": world,
         "ranks": _shares(job, world),
+        **({"trace": [one.to_dict() for one in job.trace]} if job.trace else {}),
     }
 
 

@@ -27,6 +27,7 @@ from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 from dconv.targets import TARGETS, engine_of, lay_out_megatron, megatron_model
+from dconv.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Job:
         needs: what mainline megatron-core would have to add to compute a Megatron target's function, in words.
         notes: what a person should know beside it, one line each.
         folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
+        trace: the ways of single tensors, where they were asked for.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class Job:
     needs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     folded: Mapping[str, Any] | None = None
+    trace: tuple[Trace, ...] = ()
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from dconv.sharding.tensor import Logical, Piece
+from dconv.sharding.tensor import Logical, Piece, Stored
 
 
 def join(held: Mapping[str, Logical]) -> Logical:
@@ -26,7 +27,15 @@ def join(held: Mapping[str, Logical]) -> Logical:
         joined.replicas.update(_moved(prefix, below, logical.replicas))
         joined.files.update({(below / name).as_posix(): stamp for name, stamp in logical.files.items()})
         joined.left_out.update({prefix + name: reason for name, reason in logical.left_out.items()})
-    return joined
+    return replace(joined, stored=partial(_stored, {roots[prefix]: one for prefix, one in held.items()}, root))
+
+
+def _stored(held: Mapping[str, Logical], root: str) -> Iterator[Stored]:
+    for folder, logical in held.items():
+        below = Path(os.path.relpath(folder, root))
+        for at in logical.stored():
+            moved = (replace(extent, file=(below / extent.file).as_posix()) for extent in at.extents)
+            yield replace(at, extents=tuple(moved))
 
 
 def _moved(prefix: str, below: Path, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
