@@ -55,6 +55,7 @@ class Place:
         name: its own in that file; behind that of its virtual chunk (``model1.``) where the file has several.
         key: its name in the receipt, in an output.
         shape: as the file gives it, with the axes that stack layers or experts.
+        whole: False where the file has chunks of a tensor of that shape, which goes on in other files.
         rank: of the parallel layout, in an output that has ranks (``tp1 pp0``).
         also: other names of the same bytes in the file.
         ops: what happens to the values on their way here, in words; empty in a source.
@@ -73,6 +74,7 @@ class Place:
     ops: tuple[str, ...] = ()
     exact: bool = True
     padding: int = 0
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ class _OwnNames:
                 piece.dtype,
                 tuple(boxes[file, name]),
                 also=also,
+                whole=stored is None or len({extent.file for extent in stored.extents}) == 1,
             )
             for (file, name), (piece, stored, also) in first.items()
         )

@@ -69,6 +69,7 @@ def _entry(label: str, one: Trace, group: Sequence[Place]) -> list[str]:
     files = _folded(dict.fromkeys(p.file for p in group)) or "no file"
     lines = _lines(label, f"{files}  {ranks}".rstrip())
     each = f"{len(group)} x " if len(group) > 1 else ""
+    each = each if place.whole else f"{len(group)} files' parts of " if len(group) > 1 else "part of "
     names = _folded(dict.fromkeys(p.name for p in group))
     lines += _lines("", "".join([f"  {names}", *(f", the same bytes as {name}" for name in place.also)]))
     return lines + _lines("", f"  {each}{form(place.shape, place.dtype)}:  {_boxes(one, group)}")

@@ -15,8 +15,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from dconv import api
 from dconv.arch.registry import families
 from dconv.errors import UsageError
+from dconv.sharding.coords import Parallel
 from dconv.trace import trace
 from tests.cli.conftest import Dconv
+from tests.formats import test_classic as classic
+from tests.formats import test_meta as meta
 from tests.models import config_of, tensors, write_random
 
 #: Targets, each with what it takes.
@@ -26,9 +29,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def model(folder: Path, family: str) -> Path:
+def model(folder: Path, family: str, **sizes: Any) -> Path:
     known = families()[family]
-    return write_random(folder / family, known, config_of(known), shard_size=20_000)
+    return write_random(folder / family, known, config_of(known, **sizes), shard_size=20_000)
 
 
 def counts(shape: list[int], places: list[dict[str, Any]]) -> np.ndarray:
@@ -120,6 +123,41 @@ def test_named_legacy_tensors_hold_the_boxes(tmp_path: Path, family: str) -> Non
                 stored = files[place["file"].removeprefix("release/")][place["name"]]
                 for box in place["boxes"]:
                     assert first(stored, place, box) == values[tuple(box["start"])], (one["name"], place, box)
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a nested state dict, under names with a dot between their parts."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found[prefix + key] = value
+    return found
+
+
+@pytest.mark.parametrize("container", ["pt", "bmtrain", "meta", "classic"])
+def test_names_of_torch_files_are_their_own(tmp_path: Path, container: str) -> None:
+    """Where each of them is understood under another name than it has."""
+    if container == "meta":
+        source = meta.release(tmp_path / "meta", meta.LLAMA3, meta.model(meta.LLAMA3), 2)
+    elif container == "classic":
+        _, source = classic.classic(tmp_path, "gpt2", Parallel(tp=2, pp=2, etp=2), 0, classic.EARLY)
+    else:
+        source = tmp_path / "source"
+        api.convert(
+            model(tmp_path, "llama", vocab_size=64), container, source, **({"tp": 2} if container == "pt" else {})
+        )
+    job = api.plan(source, "hf", trace="*")
+    seen: set[tuple[str, str]] = set()
+    for one in traced(job):
+        assert (counts(one["shape"], one["source"]) == 1).all()
+        for place in one["source"]:
+            tree = torch.load(job.plan.source.root / place["file"], weights_only=False)
+            stored = leaves(tree.get("model", tree))[place["name"]]
+            assert list(stored.shape) == place["shape"]
+            seen.add((place["file"], place["name"]))
+    assert len({file for file, _ in seen}) == {"pt": 2, "bmtrain": 1, "meta": 2, "classic": 4}[container]
 
 
 def test_named_torch_dist_keys_are_in_the_metadata(tmp_path: Path) -> None:
