@@ -13,7 +13,7 @@ from typing import Any
 from dconv import __version__
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron
+from dconv.checkpoint import drop, megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
@@ -94,12 +94,14 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
             expected="FORMAT megatron, torch_dist or legacy",
             found=request.format,
         )
+    drop.check_used(request.drop, (model.source, model.logical))
     return _distillation(request, model, describe_model(request.teacher))
 
 
 def prepare_described(request: Request, model: Described) -> Job:
     """Plan for a model that has been described; see `prepare`."""
     engine = engine_of(request.format)
+    drop.check_used(request.drop, (model.source, model.logical))
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     notes, folded = model.source.notes, None
