@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from dconv import checking
 from dconv import trace as tracing
-from dconv.checking import check
+from dconv.checking import Checked
 from dconv.compare import diff
 from dconv.errors import UsageError
 from dconv.examine import inspect
-from dconv.launch.options import add_run_options, add_target_options, parse, to_request
+from dconv.launch.options import add_run_options, add_target_options, byte_count, parse, to_request
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Coord, Parallel
@@ -51,6 +52,24 @@ def plan(
     """
     job = prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
     return replace(job, trace=tracing.trace(job.plan, job.request.parallel, trace))
+
+
+def check(path: str | Path, *, max_memory: int | str | None = None, **options: Any) -> Checked:
+    """Read a checkpoint back, then run it in its own runtime: `dconv.checking.check`, which has the options.
+
+    Args:
+        max_memory: bytes that weights may take at a time, as a number or as on the command line (``"32GB"``); half of
+            the memory that is free by default.
+
+    Raises:
+        UsageError: a size that is none.
+        DconvError: see there.
+    """
+    try:
+        limit = None if max_memory is None else byte_count(max_memory)
+    except argparse.ArgumentTypeError as fault:
+        raise UsageError(f"max_memory: {fault}") from fault
+    return checking.check(path, max_memory=limit, **options)
 
 
 def convert(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Outcome:
