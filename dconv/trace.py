@@ -12,13 +12,14 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Final
 
 from dconv.errors import UsageError, group_names
 from dconv.sharding.coords import Parallel
+from dconv.sharding.derived import steps
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import Op
 from dconv.sharding.plan import Plan, TargetTensor
@@ -61,6 +62,7 @@ class Place:
         ops: what happens to the values on their way here, in words; empty in a source.
         exact: every value is kept.
         padding: elements that come from no logical tensor.
+        inputs: what it is computed from, where no file has it (weights in codes); theirs have no boxes.
     """
 
     file: str
@@ -75,6 +77,12 @@ class Place:
     exact: bool = True
     padding: int = 0
     whole: bool = True
+    inputs: tuple[Place, ...] = ()
+
+    @property
+    def stored(self) -> tuple[Place, ...]:
+        """Itself, or those in files that it is computed from."""
+        return tuple(dict.fromkeys(it for one in self.inputs for it in one.stored)) if self.inputs else (self,)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class _Ways:
         source, tensors = self._plan.source, self._plan.target.tensors
         for name in source.specs:
             pieces = (*source.pieces.get(name, ()), *source.replicas.get(name, ()))
-            theirs = {own for piece in pieces for own in self._own.of(piece)}
+            theirs = {own for piece in pieces for own in self._own.names(piece)}
             ours = {spelled for i in self._targets.get(name, ()) for spelled in _spellings(tensors[i])}
             for one in {name} | theirs | ours:
                 names.setdefault(one, set()).add(name)
@@ -281,6 +289,7 @@ class _OwnNames:
     """Stored tensors of a source by the bytes that they have, for the name that a piece has in its file."""
 
     def __init__(self, source: Logical) -> None:
+        self._derived = source.derived
         held: dict[str, list[tuple[int, int, Stored, Extent]]] = {}
         for stored in source.stored():
             itemsize = ITEMSIZE[stored.spec.dtype]
@@ -294,6 +303,13 @@ class _OwnNames:
         self._reach = {
             file: list(itertools.accumulate((one[1] for one in extents), max)) for file, extents in self._held.items()
         }
+
+    def names(self, piece: Piece) -> set[str]:
+        """The names of what a piece lies in, or of all that it is computed from."""
+        derived = self._derived.get(piece.file)
+        if derived is None:
+            return set(self.of(piece))
+        return {name for array in derived.inputs for one in (*array.pieces, *array.twins) for name in self.names(one)}
 
     def of(self, piece: Piece) -> dict[str, tuple[Stored, Index]]:
         """The stored tensors that a piece lies in, by name, and where in them it begins."""
@@ -314,20 +330,38 @@ class _OwnNames:
         for piece in pieces:
             named = self.of(piece)
             name, *also = named or [piece.tensor]
-            stored, at = named[name] if named else (None, piece.region.start)
+            stored, at = named[name] if named else (None, self._computed_at(piece))
             boxes.setdefault((piece.file, name), []).append(Box(piece.region.start, piece.region.shape, at))
             first.setdefault((piece.file, name), (piece, stored, tuple(also)))
         return tuple(
             Place(
                 file if file in self._real else "",
                 name,
-                stored.spec.file_shape if stored else piece.region.shape,
+                stored.spec.file_shape if stored else self._shape(piece),
                 piece.dtype,
                 tuple(boxes[file, name]),
                 also=also,
                 whole=stored is None or len({extent.file for extent in stored.extents}) == 1,
+                inputs=self._inputs(piece),
             )
             for (file, name), (piece, stored, also) in first.items()
+        )
+
+    def _shape(self, piece: Piece) -> Index:
+        derived = self._derived.get(piece.file)
+        return derived.shape if derived else piece.region.shape
+
+    def _computed_at(self, piece: Piece) -> Index:
+        derived = self._derived.get(piece.file)
+        if derived is None:
+            return piece.region.start
+        return _at(Extent(Region.whole(derived.shape), piece.file, 0, steps(derived.shape)), piece) or ()
+
+    def _inputs(self, piece: Piece) -> tuple[Place, ...]:
+        derived = self._derived.get(piece.file)
+        arrays = derived.inputs if derived else ()
+        return tuple(
+            replace(place, boxes=()) for array in arrays for place in self.places((*array.pieces, *array.twins))
         )
 
 

@@ -37,10 +37,11 @@ def _block(one: Trace) -> list[str]:
     lines = _lines("trace", f"{one.name}  {form(one.shape, one.dtype)}")
     if one.published:
         lines += _lines("", f"in HuggingFace's files {form(one.published, one.dtype)}")
-    lines += _entries("from", one, one.source)
-    lines += _entries("compared", one, one.replicas)
-    own = {name for place in one.source for name in (place.name, *place.also)}
-    if own and own != {one.name}:
+    computed = any(place.inputs for place in one.source)
+    lines += _entries("made of" if computed else "from", one, [leaf for place in one.source for leaf in place.stored])
+    lines += _entries("compared", one, [leaf for place in one.replicas for leaf in place.stored])
+    own = {name for place in one.source for name in (place.name, *place.also)} or {one.name}
+    if own != {one.name} and not computed:
         lines += _lines("named", f"{_folded(own)}  ->  {one.name}")
     lines += _lines("relayout", "; ".join(one.relayout) or "none")
     lines += _lines("values", "; ".join(dict.fromkeys(op for place in one.target for op in place.ops)))
@@ -72,7 +73,8 @@ def _entry(label: str, one: Trace, group: Sequence[Place]) -> list[str]:
     each = each if place.whole else f"{len(group)} files' parts of " if len(group) > 1 else "part of "
     names = _folded(dict.fromkeys(p.name for p in group))
     lines += _lines("", "".join([f"  {names}", *(f", the same bytes as {name}" for name in place.also)]))
-    return lines + _lines("", f"  {each}{form(place.shape, place.dtype)}:  {_boxes(one, group)}")
+    boxes = f":  {_boxes(one, group)}" if place.boxes else ""
+    return lines + _lines("", f"  {each}{form(place.shape, place.dtype)}{boxes}")
 
 
 def _boxes(one: Trace, group: Sequence[Place]) -> str:

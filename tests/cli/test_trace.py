@@ -21,6 +21,7 @@ from tests.cli.conftest import Dconv
 from tests.formats import test_classic as classic
 from tests.formats import test_meta as meta
 from tests.models import config_of, tensors, write_random
+from tests.quant.models import write_normal
 
 #: Targets, each with what it takes.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -266,6 +267,36 @@ def test_what_happens_to_values(tmp_path: Path) -> None:
     factor = 1.4 / np.sqrt(config_of(families()["minicpm"])["num_hidden_layers"])
     assert folded.target[0].ops[0].startswith(f"bf16 x {factor:.6g} in f64, rounded once to bf16")
     assert not folded.target[0].exact
+
+
+def test_codes_and_scales(dconv: Dconv, tmp_path: Path) -> None:
+    """Of a weight in codes both stored tensors are named, on whichever side it is computed."""
+    dense = write_normal(tmp_path / "dense", families()["llama"])
+    api.convert(dense, "fp8", tmp_path / "fp8")
+    weight = "model.layers.0.mlp.down_proj.weight"
+    scale = f"{weight}_scale_inv"
+    job = api.plan(tmp_path / "fp8", "megatron", tp=2, trace=scale)
+    (one,) = job.trace
+    assert one.name == weight
+    ((codes, scales),) = (place.inputs for place in one.source)
+    with safe_open(tmp_path / "fp8" / codes.file, "pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
+        for place, name, dtype in ((codes, weight, "F8_E4M3"), (scales, scale, "F32")):
+            assert place.name == name
+            found = file.get_slice(name)
+            assert (tuple(found.get_shape()), found.get_dtype()) == (place.shape, dtype)
+    assert [op.partition(",")[0] for op in one.target[0].ops] == ["f8_e4m3 code x the scale of its 128 x 128 block"]
+    for planned in (job, api.plan(dense, "fp8", trace="*"), api.plan(tmp_path / "fp8", "fp8", trace="*")):
+        for said in traced(planned):
+            assert (counts(said["shape"], said["source"]) == 1).all()
+            assert (counts(said["shape"], said["target"]) == 1).all()
+            assert all(place["file"] or place["inputs"] for place in said["source"])
+    both = api.plan(dense, "fp8", trace=f"{weight}*").trace
+    assert {one.name: [place.name for place in one.source[0].stored] for one in both} == {
+        weight: [weight],
+        scale: [weight],
+    }
+    shown = dconv("plan", tmp_path / "fp8", "megatron", "--trace", weight).out
+    assert shown.index("made of") < shown.index(scale) < shown.index("values   f8_e4m3 code x the scale")
 
 
 def test_replicas_and_left_out(tmp_path: Path, dconv: Dconv) -> None:
