@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,6 +88,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
     add_target_options(parser)
     parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
+    parser.add_argument("--trace", action="append", default=[], metavar="PATTERN",
+                        help="show the way of tensors from file to file; of either side's names")  # fmt: skip
     _add_json(parser)
     _add_debug(parser)
 
@@ -96,10 +98,15 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import price
     from dconv.launch.options import parse, to_request
     from dconv.pipeline import prepare
+    from dconv.report.trace import text
+    from dconv.trace import trace
 
     args = parse(parser, words)
-    priced = price(prepare(to_request(args), config_alone=True), args.world)
-    say(json.dumps(priced) if args.json else plan_text(priced))
+    job = prepare(to_request(args), config_alone=True)
+    job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
+    priced = price(job, args.world)
+    traced = f"\n\n{text(job.trace)}" if job.trace else ""
+    say(json.dumps(priced) if args.json else plan_text(priced) + traced)
     return 0
 
 
@@ -317,7 +324,8 @@ COMMANDS: Final[dict[str, Command]] = {
         "show what convert would read and write, by whom; writes nothing",
         "MODEL FORMAT ",
         """  dconv plan llama-70b megatron --tp 8 --pp 8
-  dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json""",
+  dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json
+  dconv plan llama-70b megatron --tp 8 --trace '*.layers.0.self_attn.q_proj.weight'""",
         _plan_options,
         _plan,
     ),

@@ -13,7 +13,7 @@ from typing import Any
 from dconv import __version__
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron
+from dconv.checkpoint import drop, megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
@@ -27,6 +27,7 @@ from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 from dconv.targets import TARGETS, engine_of, lay_out_megatron, megatron_model
+from dconv.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Job:
         folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
         parameters: of the model, whatever it is stored as.
         scheme: the codes that it is written in, in words; "" for none.
+        trace: the ways of single tensors, where they were asked for.
     """
 
     request: Request
@@ -54,6 +56,7 @@ class Job:
     folded: Mapping[str, Any] | None = None
     parameters: int = 0
     scheme: str = ""
+    trace: tuple[Trace, ...] = ()
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -95,12 +98,14 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
             expected="FORMAT megatron, torch_dist or legacy",
             found=request.format,
         )
+    drop.check_used(request.drop, (model.source, model.logical))
     return _distillation(request, model, describe_model(request.teacher))
 
 
 def prepare_described(request: Request, model: Described) -> Job:
     """Plan for a model that has been described; see `prepare`."""
     engine = engine_of(request.format)
+    drop.check_used(request.drop, (model.source, model.logical))
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     notes, folded = model.source.notes, None

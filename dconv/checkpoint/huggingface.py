@@ -88,7 +88,7 @@ def source_of(
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
     tensors = {name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {}
-    stored_bytes = sum(t.spec.nbytes for shard in shards for part in shard.values() for t in part.values())
+    stored = [at for shard in shards for part in shard.values() for at in part.values()]
     fault: DconvError | None = None
     found: list[Decoded] = []
     try:
@@ -114,12 +114,13 @@ def source_of(
         locate=locate,
         left_out=_left_out(folder, before.keys() - files.keys())
         | {name: why for made in found for name, why in made.left_out.items()},
-        stored_bytes=stored_bytes,
+        stored_bytes=sum(at.spec.nbytes for at in stored),
         shapes=shapes,
         tensors=tensors,
         derived={file: derived for made in found for file, derived in made.derived.items()},
         coded={name: words for made in found for name, words in made.coded.items()},
         fault=fault,
+        stored=lambda: stored,
     )
 
 
