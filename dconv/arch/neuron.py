@@ -27,7 +27,7 @@ contribution, whn09/neuronx-distributed-inference 1638fba (branch contrib/MiniMa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -190,6 +190,25 @@ class Held:
 def scale_of(weight: str) -> str:
     """Neuron's name of the scales of ``weight``."""
     return weight.removesuffix(".weight") + ".scale"
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How many of a source's scales (tensors, one a weight in FP8) went which way: every one is in one of the three."""
+
+    kept: int
+    requantised: int
+    dropped: int
+
+    @property
+    def read(self) -> int:
+        return self.kept + self.requantised + self.dropped
+
+
+def count_scales(held: Iterable[Held]) -> Scales:
+    """Of the weights that are in FP8 in the source: held in blocks, by row, and decoded."""
+    ways = [one.fp8 for one in held for specs in one.sources for spec in specs if spec.dtype == "f8_e4m3"]
+    return Scales(ways.count(BLOCKS), ways.count(ROWS), ways.count(DENSE))
 
 
 def lay_out(family: Family, facts: Facts, dtypes: Mapping[str, str] | None = None) -> tuple[Held, ...]:

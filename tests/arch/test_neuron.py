@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dconv.arch.neuron import BLOCKS, DENSE, ROWS, TABLES, Held, lay_out, scale_of
+from dconv.arch.neuron import BLOCKS, DENSE, ROWS, TABLES, Held, Scales, count_scales, lay_out, scale_of
 from dconv.arch.registry import by_name
 from dconv.checkpoint.source import expected_specs
 from dconv.errors import Refused
+from tests.fp8 import linear
 from tests.models import config_of
 
 #: Of each family, one layer's tensors: Neuron's name, those of HuggingFace it is made of, how FP8 is held.
@@ -150,6 +151,17 @@ def test_scales_lie_as_their_experts_do() -> None:
         assert laid.name == scale_of(stack.name) == stack.name.replace(".weight", ".scale")
         again = np.kron(_filled(laid, scales), np.ones((1, columns, rows), np.int64))
         assert np.array_equal(again, _filled(stack, spread))
+
+
+def test_every_scale_of_minimax_m2_is_accounted_for() -> None:
+    """As released: 62 layers of 256 experts with three matrices, and q, k, v, o: 47,864 scales."""
+    family = by_name("minimax_m2")
+    config = {"architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2"}
+    facts = family.facts(config)
+    quantised = {name: "f8_e4m3" for name in expected_specs(family, facts) if linear(name)}
+    found = count_scales(lay_out(family, facts, quantised))
+    assert found == Scales(kept=62 * 256 * 3, requantised=62 * 3, dropped=62)
+    assert found.read == len(quantised) == 47_864
 
 
 def test_experts_that_are_no_whole_number_of_blocks_are_refused() -> None:
