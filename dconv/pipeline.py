@@ -19,7 +19,7 @@ from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
 from dconv.errors import Refused, StorageFault, UsageError
-from dconv.quantise import quantised, scheme_of
+from dconv.quantise import as_neuron, neuron_coding, quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
@@ -42,6 +42,7 @@ class Job:
         parameters: of the model, whatever it is stored as.
         scheme: the codes that it is written in, in words; "" for none.
         trace: the ways of single tensors, where they were asked for.
+        scales: how many of an FP8 source's scales went where, for the receipt (FORMAT neuron).
     """
 
     request: Request
@@ -57,6 +58,7 @@ class Job:
     parameters: int = 0
     scheme: str = ""
     trace: tuple[Trace, ...] = ()
+    scales: Mapping[str, Any] | None = None
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -116,6 +118,10 @@ def prepare_described(request: Request, model: Described) -> Job:
     if scheme := scheme_of(request):
         model, said = quantised(model, scheme)
         notes += said
+    scales = None
+    if coding := neuron_coding(request):
+        model, said, scales = as_neuron(model, coding)
+        notes += said
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
@@ -131,7 +137,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes,
         folded,
         parameters,
-        scheme.words if scheme else "",
+        scheme.words if scheme else "Neuron's FP8 (e4m3 up to 240)" if scales else "",
+        scales=scales,
     )
 
 
@@ -214,6 +221,7 @@ def about(job: Job) -> dict[str, object]:
             **({"codes": job.scheme} if job.scheme else {}),
         },
         **({"mup": job.folded} if job.folded else {}),
+        **({"scales": job.scales} if job.scales else {}),
     }
 
 

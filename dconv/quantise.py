@@ -1,14 +1,17 @@
-"""``--quant``: the scheme that a FORMAT's weights are stored in, and a described model whose weights are."""
+"""The codes that a FORMAT's weights are stored in (``--quant``, ``--neuron-…``), and a described model in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from fractions import Fraction
+from typing import Any, Final
 
+from dconv.codec.neuron import FITTED, HALVED
 from dconv.coded.decode import KEY
 from dconv.coded.encode import Scheme, encode
 from dconv.coded.fp8_encode import BlockFP8
+from dconv.coded.neuron import Coding, code
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -82,6 +85,71 @@ def scheme_of(request: Request) -> Scheme | None:
             expected=", ".join(map(_spelled, sorted(variant.options))) or "none beside --quant",
         )
     return variant.scheme(request)
+
+
+#: ``--neuron-rescale`` -> the number; the first is the default.
+RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
+#: ``--neuron-scale``, the default first.
+SCALES: Final = ("multiplier", "reciprocal")
+
+
+def neuron_coding(request: Request) -> Coding | None:
+    """How a request for Neuron's tensors wants FP8 written; None for any other FORMAT.
+
+    Raises:
+        UsageError: another FORMAT with Neuron's options, or a value that there is not.
+    """
+    asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
+    if request.format != "neuron":
+        if given := [name for name, (said, _) in asked.items() if said is not None]:
+            raise UsageError(
+                f"{request.format} has no such option, nothing was written",
+                where=", ".join(map(_spelled, given)),
+                expected="these options with FORMAT neuron only",
+            )
+        return None
+    for name, (said, known) in asked.items():
+        if said is not None and said not in known:
+            raise UsageError(
+                "there is no such way to write Neuron's scales, nothing was written",
+                where=f"{_spelled(name)} {said}",
+                expected=" or ".join(known),
+            )
+    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal")
+
+
+def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
+    """The model as Neuron's tensors are made of it, what to say of it, and what to record of its scales.
+
+    Raises:
+        Refused: see `dconv.arch.neuron.lay_out` and `dconv.coded.neuron.code`.
+    """
+    made = code(model.family, model.facts, model.logical, coding)
+    scales = made.scales
+    if not scales.read:
+        return replace(model, logical=made.logical), (), None
+    by = next(name for name, number in RESCALES.items() if number == coding.by)
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(made.block) if made.block else None,
+        **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
+    }
+    new = replace(model, config={**model.config, KEY: config}, logical=made.logical, fixed=made.fixed)
+    note = (
+        f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
+        f"= {scales.read:,} read;  experts' codes / {by}, scales x {by}, .scale is the {SCALES[coding.reciprocal]}"
+    )
+    record = {
+        "read": scales.read,
+        "kept": scales.kept,
+        "requantised": scales.requantised,
+        "dropped": scales.dropped,
+        "rescale": by,
+        "scale": SCALES[coding.reciprocal],
+    }
+    return new, (note,), record
 
 
 def _spelled(option: str) -> str:

@@ -14,6 +14,7 @@ FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "neuron": "neuron",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
@@ -46,6 +47,8 @@ class Request:
         quant: the variant of FORMAT (`dconv.quantise.VARIANTS`); None is its first.
         block_size: rows and columns that share a scale.
         scale_format: ``float`` or ``ue8m0``, powers of two.
+        neuron_rescale: what Neuron's FP8 codes are divided by and their scales multiplied by: ``2`` or ``448/240``.
+        neuron_scale: whether Neuron's scales are written as what multiplies, or as its reciprocal.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -72,6 +75,8 @@ class Request:
     quant: str | None = None
     block_size: tuple[int, int] | None = None
     scale_format: str = "float"
+    neuron_rescale: str | None = None
+    neuron_scale: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -187,6 +187,16 @@ class Held:
         return replace(self, name=scale_of(self.name), sources=specs)
 
 
+def loaded_from(stored: str) -> str:
+    """The table's name for a stored tensor: the vendor's scripts leave the attention's outer names to the loader."""
+    layer, attention, rest = stored.partition(".self_attn.")
+    if attention and rest.startswith(("q_proj.", "k_proj.", "v_proj.")):
+        rest = f"qkv_proj.{rest}"
+    elif attention and rest.startswith("o_proj.") and not rest.startswith("o_proj.o_proj."):
+        rest = f"o_proj.{rest}"
+    return layer + attention + rest
+
+
 def scale_of(weight: str) -> str:
     """Neuron's name of the scales of ``weight``."""
     return weight.removesuffix(".weight") + ".scale"

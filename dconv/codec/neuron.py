@@ -66,22 +66,24 @@ def errors(by: Fraction) -> NDArray[np.float64]:
     return np.where(np.isnan(moved), 0, moved)
 
 
-def encode_rows(
-    x: NDArray[np.float32], *, largest: NDArray[np.float32] | None = None, reciprocal: bool = False
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Neuron's codes of a matrix and one scale a row; `dconv.codec.fp8.encode` says how each is rounded.
+def row_scales(largest: NDArray[np.float32], *, reciprocal: bool = False) -> NDArray[np.float32]:
+    """[out, 1] The scales of rows with these largest finite magnitudes: absmax / 240, 1 where a row is zero.
+
+    See `dconv.codec.fp8.scales`. With ``reciprocal`` they are written so that they divide.
+    """
+    _, stored = fp8.scales(largest, E4M3_IEEE)
+    return rescale(stored, Fraction(1), reciprocal=True) if reciprocal else stored
+
+
+def encode_rows(x: NDArray[np.float32], *, largest: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """Neuron's codes of a matrix with one scale a row (`row_scales`); see `dconv.codec.fp8.encode`.
 
     Args:
         x: [out, in].
         largest: [out, 1], the largest finite magnitude of the whole row, where ``x`` is only some of its columns.
-        reciprocal: the scale is written so that it divides.
-
-    Returns:
-        codes [out, in]; scale [out, 1], 1 where a row is zero.
     """
-    row = (1, max(x.shape[1], 1))
-    codes, scale = fp8.encode(x, row, E4M3_IEEE, largest=largest)
-    return codes, rescale(scale, Fraction(1), reciprocal=True) if reciprocal else scale
+    codes, _ = fp8.encode(x, (1, max(x.shape[1], 1)), E4M3_IEEE, largest=largest)
+    return codes
 
 
 def decode(
