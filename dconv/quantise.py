@@ -136,10 +136,12 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
         "weight_block_size": list(made.block) if made.block else None,
         **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
     }
-    new = replace(model, config={**model.config, KEY: config}, logical=made.logical, fixed=made.fixed)
+    left_out = {name: why for name, why in made.logical.left_out.items() if name != f"{KEY} of config.json"}
+    logical = replace(made.logical, left_out=left_out)
+    new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
     note = (
         f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
-        f"= {scales.read:,} read;  experts' codes / {by}, scales x {by}, .scale is the {SCALES[coding.reciprocal]}"
+        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
     )
     record = {
         "read": scales.read,

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.arch.neuron import BLOCKS, ROWS, Held, Scales, count_scales, lay_out, scale_of
 from dconv.codec import neuron
+from dconv.codec.minifloat import E4M3
 from dconv.coded.fp8 import FP8, SUFFIX, Decode
 from dconv.coded.fp8_encode import Amax
 from dconv.errors import Refused, group_names
@@ -25,10 +28,11 @@ from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, TensorSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 _PREFIX: Final = "neuron//"
+#: The codes of e4m3 above zero.
+_POSITIVE: Final = slice(1, E4M3.largest_code + 1)
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,17 @@ def _by_row(making: _Making, spec: TensorSpec) -> None:
 def _by_block(making: _Making, one: Held, block: tuple[int, int]) -> None:
     """Recode a stack of experts and rescale its scales."""
     by = making.coding.by
-    shown = "448/240" if by == neuron.FITTED else str(by)
-    again = "exact but for odd codes below 2^-5" if by == neuron.HALVED else "rounded to Neuron's e4m3"
+    shown = "(448/240)" if by == neuron.FITTED else str(by)
+    lost = neuron.errors(by)
+    kept = f"{np.count_nonzero(lost[_POSITIVE] == 0)} of {_POSITIVE.stop - _POSITIVE.start} codes kept exactly"
+    coarse = f"e4m3 code / {shown}: {kept}, off by at most {lost.max():.4g} x the source's scale"
     scales = one.scales(block, lambda name: name + SUFFIX)
     for specs, factors in zip(one.sources, scales.sources, strict=True):
         for spec, scale in zip(specs, factors, strict=True):
             codes, given = making.source[spec.name].derived.inputs
             divides = making.source[spec.name].recipe.reciprocal
             turned = divides != making.coding.reciprocal
-            how = How(f"e4m3 code / {shown}, {again}", exact=False, bits=8)
+            how = How(coarse, exact=False, bits=8)
             making.make(TensorSpec(spec.name, spec.shape, FP8), Derived(spec.shape, (codes,), Recode(by), how))
             words = f"the source's scale {'/' if divides else 'x'} {shown}{', turned over' if turned else ''}, in fp32"
             how = How(words, exact=by == neuron.HALVED and not turned, bits=8 * ITEMSIZE[given.dtype])
