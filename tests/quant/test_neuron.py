@@ -305,9 +305,16 @@ def _one_expert_plain(name: str) -> bool:
     return linear(name) and "experts.1.w3" not in name
 
 
+def _powers_of_two(specs: dict[str, TensorSpec]) -> None:
+    for name in specs:
+        if ".experts." in name and name.endswith("_scale_inv"):
+            specs[name] = replace(specs[name], dtype="f8_e8m0")
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], type[DconvError], str]] = {
     "one expert not in FP8": ("minimax_m2", {"quantised": _one_expert_plain}, {}, Refused, "are not in FP8"),
     "a width of half a block": ("minimax_m2", {"intermediate_size": 40}, {}, Refused, "no whole number of blocks"),
+    "scales in E8M0": ("mixtral", {"edit": _powers_of_two}, {}, Refused, "none that Neuron could keep"),
     "a family without a table": ("qwen3", {}, {}, Refused, "names of qwen3 are not known"),
     "another rescaling": ("llama", {}, {"neuron_rescale": "3"}, UsageError, "no such way"),
     "another FORMAT": ("llama", {}, {"neuron_scale": "reciprocal", "format": "hf"}, UsageError, "no such option"),
