@@ -117,12 +117,13 @@ def plan_text(priced: dict[str, Any]) -> str:
     exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
     shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
     layout = f", {target['layout']}" if target["layout"] else ""
+    codes = f", {target['codes']}" if target["codes"] else ""
     plural = f", {source['files']} file{'s' * (source['files'] != 1)}"
     files = "" if source["format"].startswith("config alone") else plural
     lines = [
         f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
         f"{'+'.join(priced['dtypes'])}",
-        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}",
+        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}{codes}",
         f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
         f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
         "rank   shard             read       write   tensors",
@@ -282,20 +283,28 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.checkpoint.detect import CONTAINERS
+    from dconv.coded.decode import METHODS
     from dconv.pipeline import FORMATS
+    from dconv.quantise import VARIANTS
 
     args = parser.parse_args(words)
     spellings: dict[str, list[str]] = {}
     for spelling, engine in FORMATS.items():
-        spellings.setdefault(engine, []).append(spelling)
-    known = {"read": sorted(CONTAINERS), "write": spellings}
+        if spelling not in VARIANTS:
+            spellings.setdefault(engine, []).append(spelling)
+    coded = {format: {name: one.words for name, one in variants.items()} for format, variants in VARIANTS.items()}
+    known = {"read": sorted(CONTAINERS), "decode": sorted(METHODS), "write": spellings, "encode": coded}
     if args.json:
         say(json.dumps(known))
         return 0
     say(f"reads (--from)   {', '.join(known['read'])}")
+    say(f"decodes          quant_method {', '.join(known['decode'])}")
     for engine, names in spellings.items():
         also = [name for name in names if name != engine]
         say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
+    for format, variants in coded.items():
+        for name, words in variants.items():
+            say(f"encodes          {format} --quant {name}  {words}")
     return 0
 
 
