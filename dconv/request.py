@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from dconv.codec.mx import Rule
 from dconv.sharding.coords import Parallel
 
 #: Every spelling of FORMAT -> its engine.
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "fp8": "huggingface", "mx": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
-QUANTISED: Final = ("fp8",)
+QUANTISED: Final = ("fp8", "mx")
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -46,6 +47,7 @@ class Request:
         quant: the variant of FORMAT (`dconv.quantise.VARIANTS`); None is its first.
         block_size: rows and columns that share a scale.
         scale_format: ``float`` or ``ue8m0``, powers of two.
+        scale_rule: how an MX block's largest magnitude becomes its power of two (`dconv.codec.mx.Rule`).
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -72,6 +74,7 @@ class Request:
     quant: str | None = None
     block_size: tuple[int, int] | None = None
     scale_format: str = "float"
+    scale_rule: Rule = "floor"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -146,6 +146,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scale-format", choices=("float", "ue8m0"), default="float",
                        help="scales as fp32 (default), or as powers of two")  # fmt: skip
+    group.add_argument("--scale-rule", choices=("floor", "ceil", "even"), default="floor",
+                       help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
+                            "specification's), up so that nothing is cut off, or after half a step")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +299,7 @@ def to_request(args: argparse.Namespace) -> Request:
         quant=args.quant,
         block_size=args.block_size,
         scale_format=args.scale_format,
+        scale_rule=args.scale_rule,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
