@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from dconv.codec.mx import Rule
 from dconv.sharding.coords import Parallel
+
+if TYPE_CHECKING:
+    from dconv.codec.mx import Rule
 
 #: Every spelling of FORMAT -> its engine.
 FORMATS: Final = {
