@@ -1,4 +1,4 @@
-"""Quark's MX forms against what amd-quark 0.13 exported and loaded (recorded), and amd-quark itself where it is there."""
+"""Quark's MX forms against what amd-quark 0.13 exported and loaded (recorded), and the package where it is there."""
 
 from __future__ import annotations
 
