@@ -115,13 +115,14 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, said, folded = _folded(request, model)
         notes += said
     parameters = _count(model.logical)
-    if scheme := scheme_of(request):
-        model, said = quantised(model, scheme)
+    codes, scales = "", None
+    if schemes := scheme_of(request):
+        model, said, codes = quantised(model, schemes)
         notes += said
-    scales = None
     if coding := neuron_coding(request):
         model, said, scales = as_neuron(model, coding)
         notes += said
+        codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
@@ -137,7 +138,7 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes,
         folded,
         parameters,
-        scheme.words if scheme else "Neuron's FP8 (e4m3 up to 240)" if scales else "",
+        codes,
         scales=scales,
     )
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Final
 
+from dconv.codec.minifloat import E2M1, E2M3, E3M2
 from dconv.codec.neuron import FITTED, HALVED
 from dconv.coded.decode import KEY
-from dconv.coded.encode import Scheme, encode
+from dconv.coded.encode import Scheme, encode, linears, stacked
 from dconv.coded.fp8_encode import BlockFP8
+from dconv.coded.gpt_oss import GptOss
 from dconv.coded.neuron import Coding, code
+from dconv.coded.quark_encode import Quark
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -26,15 +29,26 @@ class Variant:
         worst: largest error of a weight, as a part of the largest magnitude that shares its scale.
         options: options that it takes beside ``--quant``.
         scheme: made of a request.
+        stacked: the same for families whose experts are one tensor for all; None where it has no form for those.
     """
 
     words: str
     worst: float
     options: frozenset[str]
     scheme: Callable[[Request], Scheme]
+    stacked: Callable[[Request], Scheme] | None = None
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """What a request asks for: the scheme of linear layers, and that of experts that are one tensor for all."""
+
+    linears: Scheme
+    stacked: Scheme | None
 
 
 _BLOCK: Final = (128, 128)
+_RULE: Final = frozenset({"scale_rule"})
 #: FORMAT -> its variants by ``--quant``, the default first.
 VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
     "fp8": {
@@ -48,13 +62,28 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             "e4m3 with a scale for each tensor", 2**-4, frozenset(), lambda _: BlockFP8(None, power_of_two=False)
         ),
     },
+    "mx": {
+        "mxfp4": Variant(
+            "e2m1, 32 with a power of two; as gpt-oss for itself, else as quark",
+            2**-2,
+            _RULE,
+            lambda request: Quark(E2M1, request.scale_rule),
+            lambda request: GptOss(request.scale_rule),
+        ),
+        "mxfp6_e2m3": Variant(
+            "e2m3, 32 with a power of two, as quark", 2**-4, _RULE, lambda request: Quark(E2M3, request.scale_rule)
+        ),
+        "mxfp6_e3m2": Variant(
+            "e3m2, 32 with a power of two, as quark", 2**-3, _RULE, lambda request: Quark(E3M2, request.scale_rule)
+        ),
+    },
 }
 #: Options that only variants have, with what stands for them where they are not given.
-OPTIONS: Final = {"block_size": None, "scale_format": "float"}
+OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": "floor"}
 
 
-def scheme_of(request: Request) -> Scheme | None:
-    """The scheme that a request asks for; None where its FORMAT is plain.
+def scheme_of(request: Request) -> Schemes | None:
+    """The schemes that a request asks for; None where its FORMAT is plain.
 
     Raises:
         UsageError: FORMAT has no such variant, or the variant no such option.
@@ -84,7 +113,7 @@ def scheme_of(request: Request) -> Scheme | None:
             where=", ".join(map(_spelled, idle)),
             expected=", ".join(map(_spelled, sorted(variant.options))) or "none beside --quant",
         )
-    return variant.scheme(request)
+    return Schemes(variant.scheme(request), variant.stacked(request) if variant.stacked else None)
 
 
 #: ``--neuron-rescale`` -> the number; the first is the default.
@@ -158,13 +187,16 @@ def _spelled(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, ...]]:
-    """The model with its linear layers in a scheme's codes, and what to say of it.
+def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str, ...], str]:
+    """The model with its linear layers in a scheme's codes, what to say of it, and the scheme in words.
 
     Raises:
-        Refused: see `dconv.coded.encode.encode`.
+        Refused: see `dconv.coded.encode.encode` and ``linears``.
     """
-    made = encode(model.family, model.facts, model.logical, scheme)
+    of = model.family, model.facts, model.logical
+    experts = stacked(*of) if schemes.stacked else set()
+    scheme = schemes.stacked if schemes.stacked and experts else schemes.linears
+    made = encode(*of, scheme, experts or linears(*of))
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
     new = replace(
         model,
@@ -178,4 +210,5 @@ def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, .
         for count, what in ((made.made, "encoded"), (made.kept, "kept as the source has them"))
         if count
     )
-    return new, (f"linear layers in {scheme.words}: {counts}",)
+    what = "experts" if experts else "linear layers"
+    return new, (f"{what} in {scheme.words}: {counts}",), scheme.words

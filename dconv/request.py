@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dconv.sharding.coords import Parallel
+
+if TYPE_CHECKING:
+    from dconv.codec.mx import Rule
 
 #: Every spelling of FORMAT -> its engine.
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
-    "neuron": "neuron",
+    "fp8": "huggingface", "mx": "huggingface", "neuron": "neuron",
+    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
-QUANTISED: Final = ("fp8",)
+QUANTISED: Final = ("fp8", "mx")
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -49,6 +52,7 @@ class Request:
         scale_format: ``float`` or ``ue8m0``, powers of two.
         neuron_rescale: what Neuron's FP8 codes are divided by and their scales multiplied by: ``2`` or ``448/240``.
         neuron_scale: whether Neuron's scales are written as what multiplies, or as its reciprocal.
+        scale_rule: how an MX block's largest magnitude becomes its power of two (`dconv.codec.mx.Rule`).
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -77,6 +81,7 @@ class Request:
     scale_format: str = "float"
     neuron_rescale: str | None = None
     neuron_scale: str | None = None
+    scale_rule: Rule = "floor"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

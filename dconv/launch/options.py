@@ -150,6 +150,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="divide FP8 codes by 2 (default), or by the ratio of the ranges")  # fmt: skip
     group.add_argument("--neuron-scale", choices=SCALES,
                        help="scales as what multiplies (default), or as its reciprocal")  # fmt: skip
+    group.add_argument("--scale-rule", choices=("floor", "ceil", "even"), default="floor",
+                       help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
+                            "specification's), up so that nothing is cut off, or after half a step")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +305,7 @@ def to_request(args: argparse.Namespace) -> Request:
         scale_format=args.scale_format,
         neuron_rescale=args.neuron_rescale,
         neuron_scale=args.neuron_scale,
+        scale_rule=args.scale_rule,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
