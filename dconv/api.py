@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from dconv.checking import check
+from dconv import checking
+from dconv import trace as tracing
+from dconv.checking import Checked
 from dconv.compare import diff
 from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
-from dconv.launch.options import add_run_options, add_target_options, parse, to_request
+from dconv.launch.options import add_run_options, add_target_options, byte_count, parse, to_request
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.request import QUANTISED
 from dconv.sharding.commit import Outcome, Settings
@@ -26,25 +30,47 @@ _NOT_LIVE: Final = {
 }
 
 
-def plan(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Job:
+def plan(
+    model: str | Path, format: str, out: str | Path | None = None, *, trace: str | Sequence[str] = (), **options: Any
+) -> Job:
     """Describe and plan a conversion; reads headers only and writes nothing.
 
     Args:
         model: checkpoint directory, or a state dict's file.
         format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``, ``pt``, ``bmtrain``.
         out: output directory; ``./<model>-<format>`` by default.
+        trace: a pattern, or several, of tensors whose way is wanted (`dconv.trace.trace`).
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,
             ``shard_size="5GB"``); ``config`` names a file with more of them, which these override.
 
     Returns:
-        The job; ``job.plan`` has the copies, tasks, bytes and id.
+        The job; ``job.plan`` has the copies, tasks, bytes and id, ``job.trace`` the ways.
 
     Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
+        UsageError: an option that is not known, or a value that it cannot have; a trace of nothing.
         Refused: an unsupported model or layout.
         Damaged: a source that is not whole.
     """
-    return prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
+    job = prepare(to_request(_parsed(model, format, out, options)), config_alone=True)
+    return replace(job, trace=tracing.trace(job.plan, job.request.parallel, trace))
+
+
+def check(path: str | Path, *, max_memory: int | str | None = None, **options: Any) -> Checked:
+    """Read a checkpoint back, then run it in its own runtime: `dconv.checking.check`, which has the options.
+
+    Args:
+        max_memory: bytes that weights may take at a time, as a number or as on the command line (``"32GB"``); half of
+            the memory that is free by default.
+
+    Raises:
+        UsageError: a size that is none.
+        DconvError: see there.
+    """
+    try:
+        limit = None if max_memory is None else byte_count(max_memory)
+    except argparse.ArgumentTypeError as fault:
+        raise UsageError(f"max_memory: {fault}") from fault
+    return checking.check(path, max_memory=limit, **options)
 
 
 def convert(model: str | Path, format: str, out: str | Path | None = None, **options: Any) -> Outcome:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dconv import verify
+from dconv.checkpoint.drop import check_used
 from dconv.codec.kernels import apply
 from dconv.errors import Damaged, Refused, group_names
 from dconv.examine import MANY, Report, lines_of, report_of, said
@@ -110,6 +111,7 @@ def check(
         "submodel": submodel,
     }
     model = describe_model(path, **options, with_eagle=with_eagle)
+    check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
         raise Damaged(
             f"{len(disagree)} tensors are not the same in all the shards that hold them",

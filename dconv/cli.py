@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,6 +88,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
     add_target_options(parser)
     parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
+    parser.add_argument("--trace", action="append", default=[], metavar="PATTERN",
+                        help="show the way of tensors from file to file; of either side's names")  # fmt: skip
     _add_json(parser)
     _add_debug(parser)
 
@@ -96,10 +98,15 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import price
     from dconv.launch.options import parse, to_request
     from dconv.pipeline import prepare
+    from dconv.report.trace import text
+    from dconv.trace import trace
 
     args = parse(parser, words)
-    priced = price(prepare(to_request(args), config_alone=True), args.world)
-    say(json.dumps(priced) if args.json else plan_text(priced))
+    job = prepare(to_request(args), config_alone=True)
+    job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
+    priced = price(job, args.world)
+    traced = f"\n\n{text(job.trace)}" if job.trace else ""
+    say(json.dumps(priced) if args.json else plan_text(priced) + traced)
     return 0
 
 
@@ -110,12 +117,13 @@ def plan_text(priced: dict[str, Any]) -> str:
     exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
     shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
     layout = f", {target['layout']}" if target["layout"] else ""
+    codes = f", {target['codes']}" if target["codes"] else ""
     plural = f", {source['files']} file{'s' * (source['files'] != 1)}"
     files = "" if source["format"].startswith("config alone") else plural
     lines = [
         f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
         f"{'+'.join(priced['dtypes'])}",
-        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}",
+        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}{codes}",
         f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
         f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
         "rank   shard             read       write   tensors",
@@ -275,20 +283,28 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.checkpoint.detect import CONTAINERS
+    from dconv.coded.decode import METHODS
     from dconv.pipeline import FORMATS
+    from dconv.quantise import VARIANTS
 
     args = parser.parse_args(words)
     spellings: dict[str, list[str]] = {}
     for spelling, engine in FORMATS.items():
-        spellings.setdefault(engine, []).append(spelling)
-    known = {"read": sorted(CONTAINERS), "write": spellings}
+        if spelling not in VARIANTS:
+            spellings.setdefault(engine, []).append(spelling)
+    coded = {format: {name: one.words for name, one in variants.items()} for format, variants in VARIANTS.items()}
+    known = {"read": sorted(CONTAINERS), "decode": sorted(METHODS), "write": spellings, "encode": coded}
     if args.json:
         say(json.dumps(known))
         return 0
     say(f"reads (--from)   {', '.join(known['read'])}")
+    say(f"decodes          quant_method {', '.join(known['decode'])}")
     for engine, names in spellings.items():
         also = [name for name in names if name != engine]
         say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
+    for format, variants in coded.items():
+        for name, words in variants.items():
+            say(f"encodes          {format} --quant {name}  {words}")
     return 0
 
 
@@ -317,7 +333,8 @@ COMMANDS: Final[dict[str, Command]] = {
         "show what convert would read and write, by whom; writes nothing",
         "MODEL FORMAT ",
         """  dconv plan llama-70b megatron --tp 8 --pp 8
-  dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json""",
+  dconv plan llama-70b megatron --tp 8 --pp 8 --world 4 --json
+  dconv plan llama-70b megatron --tp 8 --trace '*.layers.0.self_attn.q_proj.weight'""",
         _plan_options,
         _plan,
     ),

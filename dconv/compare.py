@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.checkpoint.drop import check_used
 from dconv.codec.cast import cast
 from dconv.codec.kernels import apply
 from dconv.errors import Refused, group_names
@@ -157,6 +158,7 @@ def diff(
                 do="dconv inspect shows the names; leave it out if these are plain checkpoints",
             )
     models = [model for model, _ in found]
+    check_used(drop, *((model.source, model.logical) for model in models))
     specs_a, specs_b = (model.logical.specs for model in models)
     sides = [_Side(model) for model in models]
     differences: list[Difference] = []

@@ -15,6 +15,7 @@ from dconv import verify
 from dconv.arch import registry
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
+from dconv.checkpoint.drop import check_used
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
 from dconv.errors import DconvError, UsageError, group_names
@@ -187,6 +188,7 @@ def inspect(
         source = open_source(path, source_format, rename=renaming_of(rename, submodel))
         report = _in_part(path, source, str(error))
         return replace(report, precision=precision_of(source, None, source.config))
+    check_used(drop, (model.source, model.logical))
     head = model.family.head.removesuffix(".weight") if model.facts["tied"] else ""
     return replace(
         report_of(path, model, hf_config),
@@ -302,6 +304,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "needs": list(job.needs),
         "world": world,
         "ranks": _shares(job, world),
+        **({"trace": [one.to_dict() for one in job.trace]} if job.trace else {}),
     }
 
 

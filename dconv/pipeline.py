@@ -13,13 +13,13 @@ from typing import Any
 from dconv import __version__
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import megatron
+from dconv.checkpoint import drop, megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
 from dconv.errors import Refused, StorageFault, UsageError
-from dconv.quantise import quantised, scheme_of
+from dconv.quantise import as_neuron, neuron_coding, quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
@@ -27,6 +27,7 @@ from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 from dconv.targets import TARGETS, engine_of, lay_out_megatron, megatron_model
+from dconv.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Job:
         folded: muP scalars that went into the weights, for the receipt (`dconv.checkpoint.fold.Folded`).
         parameters: of the model, whatever it is stored as.
         scheme: the codes that it is written in, in words; "" for none.
+        trace: the ways of single tensors, where they were asked for.
+        scales: how many of an FP8 source's scales went where, for the receipt (FORMAT neuron).
     """
 
     request: Request
@@ -54,6 +57,8 @@ class Job:
     folded: Mapping[str, Any] | None = None
     parameters: int = 0
     scheme: str = ""
+    trace: tuple[Trace, ...] = ()
+    scales: Mapping[str, Any] | None = None
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -95,12 +100,14 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
             expected="FORMAT megatron, torch_dist or legacy",
             found=request.format,
         )
+    drop.check_used(request.drop, (model.source, model.logical))
     return _distillation(request, model, describe_model(request.teacher))
 
 
 def prepare_described(request: Request, model: Described) -> Job:
     """Plan for a model that has been described; see `prepare`."""
     engine = engine_of(request.format)
+    drop.check_used(request.drop, (model.source, model.logical))
     if request.replicas == "first":
         model = replace(model, logical=_first_replicas(model.logical))
     notes, folded = model.source.notes, None
@@ -108,9 +115,14 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, said, folded = _folded(request, model)
         notes += said
     parameters = _count(model.logical)
-    if scheme := scheme_of(request):
-        model, said = quantised(model, scheme)
+    codes, scales = "", None
+    if schemes := scheme_of(request):
+        model, said, codes = quantised(model, schemes)
         notes += said
+    if coding := neuron_coding(request):
+        model, said, scales = as_neuron(model, coding)
+        notes += said
+        codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
     target = TARGETS[engine](request, model)
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
@@ -126,7 +138,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes,
         folded,
         parameters,
-        scheme.words if scheme else "",
+        codes,
+        scales=scales,
     )
 
 
@@ -209,6 +222,7 @@ def about(job: Job) -> dict[str, object]:
             **({"codes": job.scheme} if job.scheme else {}),
         },
         **({"mup": job.folded} if job.folded else {}),
+        **({"scales": job.scales} if job.scales else {}),
     }
 
 

@@ -1,17 +1,23 @@
-"""``--quant``: the scheme that a FORMAT's weights are stored in, and a described model whose weights are."""
+"""The codes that a FORMAT's weights are stored in (``--quant``, ``--neuron-…``), and a described model in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from fractions import Fraction
+from typing import Any, Final
 
+from dconv.codec.minifloat import E2M1, E2M3, E3M2
+from dconv.codec.neuron import FITTED, HALVED
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.compressed_encode import CompressedFP8
 from dconv.coded.decode import KEY
-from dconv.coded.encode import Scheme, encode
+from dconv.coded.encode import Scheme, encode, linears, stacked
 from dconv.coded.fp8_encode import BlockFP8
+from dconv.coded.gpt_oss import GptOss
 from dconv.coded.micro_encode import MicroMX, MicroNV
+from dconv.coded.neuron import Coding, code
+from dconv.coded.quark_encode import Quark
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -26,15 +32,31 @@ class Variant:
         worst: largest error of a weight, as a part of the largest magnitude that shares its scale.
         options: options that it takes beside ``--quant``.
         scheme: made of a request.
+        stacked: the same for families whose experts are one tensor for all; None where it has no form for those.
+            For the first of ``readers`` only.
+        readers: what ``--quant-config`` may say, the default first.
     """
 
     words: str
     worst: float
     options: frozenset[str]
     scheme: Callable[[Request], Scheme]
+    stacked: Callable[[Request], Scheme] | None = None
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """What a request asks for: the scheme of linear layers, and that of experts that are one tensor for all."""
+
+    linears: Scheme
+    stacked: Scheme | None
 
 
 _BLOCK: Final = (128, 128)
+_RULE: Final = frozenset({"scale_rule"})
+#: What ``--quant-config`` takes.
+READERS: Final = ("transformers", "quark", METHOD)
 
 
 def _fp8(strategy: str, request: Request) -> Scheme:
@@ -55,55 +77,80 @@ def _fp8(strategy: str, request: Request) -> Scheme:
     return BlockFP8(block if strategy == "block" else None, request.scale_format == "ue8m0")
 
 
+def _mxfp4(request: Request) -> Scheme:
+    if request.quant_config == METHOD:
+        return MicroMX(4, request.scale_rule or "even")
+    return Quark(E2M1, request.scale_rule or "floor")
+
+
 #: FORMAT -> its variants by ``--quant``, the default first.
 VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
     "fp8": {
         "fp8_block": Variant(
             "e4m3 with a scale for each block, as DeepSeek-V3",
             2**-4,
-            frozenset({"block_size", "scale_format", "quant_config"}),
+            frozenset({"block_size", "scale_format"}),
             lambda request: _fp8("block", request),
+            readers=("transformers", METHOD),
         ),
         "fp8_tensor": Variant(
             "e4m3 with a scale for each tensor",
             2**-4,
-            frozenset({"quant_config"}),
+            frozenset(),
             lambda request: _fp8("tensor", request),
+            readers=("transformers", METHOD),
         ),
         "fp8_channel": Variant(
             "e4m3 with a scale for each row, as compressed-tensors' FP8_DYNAMIC",
             2**-4,
             frozenset(),
             lambda _: CompressedFP8("channel"),
+            readers=(METHOD,),
         ),
     },
     "mx": {
         "mxfp4": Variant(
-            "e2m1 with a power of two for each 32 columns, as compressed-tensors' MXFP4A16",
+            "e2m1, 32 with a power of two; as gpt-oss for itself, else as quark",
             2**-2,
-            frozenset({"scale_rule"}),
-            lambda request: MicroMX(4, request.scale_rule),
+            _RULE,
+            _mxfp4,
+            lambda request: GptOss(request.scale_rule or "floor"),
+            readers=("quark", METHOD),
+        ),
+        "mxfp6_e2m3": Variant(
+            "e2m3, 32 with a power of two, as quark",
+            2**-4,
+            _RULE,
+            lambda request: Quark(E2M3, request.scale_rule or "floor"),
+        ),
+        "mxfp6_e3m2": Variant(
+            "e3m2, 32 with a power of two, as quark",
+            2**-3,
+            _RULE,
+            lambda request: Quark(E3M2, request.scale_rule or "floor"),
         ),
         "mxfp8": Variant(
-            "e4m3 with a power of two for each 32 columns, as compressed-tensors' MXFP8",
+            "e4m3, 32 with a power of two, as compressed-tensors",
             2**-3,
-            frozenset({"scale_rule"}),
-            lambda request: MicroMX(8, request.scale_rule),
+            _RULE,
+            lambda request: MicroMX(8, request.scale_rule or "even"),
+            readers=(METHOD,),
         ),
         "nvfp4": Variant(
-            "e2m1 with e4m3 for each 16 columns, as compressed-tensors' NVFP4A16",
+            "e2m1, 16 with an e4m3 scale and one for all, as compressed-tensors",
             2**-2,
             frozenset(),
             lambda _: MicroNV(),
+            readers=(METHOD,),
         ),
     },
 }
 #: Options that only variants have, with what stands for them where they are not given.
-OPTIONS: Final = {"block_size": None, "scale_format": "float", "quant_config": "transformers", "scale_rule": "even"}
+OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None}
 
 
-def scheme_of(request: Request) -> Scheme | None:
-    """The scheme that a request asks for; None where its FORMAT is plain.
+def scheme_of(request: Request) -> Schemes | None:
+    """The schemes that a request asks for; None where its FORMAT is plain.
 
     Raises:
         UsageError: FORMAT has no such variant, or the variant no such option.
@@ -127,26 +174,104 @@ def scheme_of(request: Request) -> Scheme | None:
             where=f"--quant {name}",
             expected="\n".join(f"{key}  {known.words}" for key, known in variants.items()),
         )
-    if idle := sorted(given - variant.options):
+    takes = variant.options | ({"quant_config"} if variant.readers else set())
+    if idle := sorted(given - takes):
         raise UsageError(
             f"{name} takes no such option, nothing was written",
             where=", ".join(map(_spelled, idle)),
-            expected=", ".join(map(_spelled, sorted(variant.options))) or "none beside --quant",
+            expected=", ".join(map(_spelled, sorted(takes))) or "none beside --quant",
         )
-    return variant.scheme(request)
+    if request.quant_config is not None and request.quant_config not in variant.readers:
+        raise UsageError(
+            f"{name} is not written for this reader, nothing was written",
+            where=f"--quant-config {request.quant_config}",
+            expected=" or ".join(variant.readers),
+        )
+    own = request.quant_config in (None, *variant.readers[:1])
+    return Schemes(variant.scheme(request), variant.stacked(request) if variant.stacked and own else None)
+
+
+#: ``--neuron-rescale`` -> the number; the first is the default.
+RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
+#: ``--neuron-scale``, the default first.
+SCALES: Final = ("multiplier", "reciprocal")
+
+
+def neuron_coding(request: Request) -> Coding | None:
+    """How a request for Neuron's tensors wants FP8 written; None for any other FORMAT.
+
+    Raises:
+        UsageError: another FORMAT with Neuron's options, or a value that there is not.
+    """
+    asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
+    if request.format != "neuron":
+        if given := [name for name, (said, _) in asked.items() if said is not None]:
+            raise UsageError(
+                f"{request.format} has no such option, nothing was written",
+                where=", ".join(map(_spelled, given)),
+                expected="these options with FORMAT neuron only",
+            )
+        return None
+    for name, (said, known) in asked.items():
+        if said is not None and said not in known:
+            raise UsageError(
+                "there is no such way to write Neuron's scales, nothing was written",
+                where=f"{_spelled(name)} {said}",
+                expected=" or ".join(known),
+            )
+    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal")
+
+
+def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
+    """The model as Neuron's tensors are made of it, what to say of it, and what to record of its scales.
+
+    Raises:
+        Refused: see `dconv.arch.neuron.lay_out` and `dconv.coded.neuron.code`.
+    """
+    made = code(model.family, model.facts, model.logical, coding)
+    scales = made.scales
+    if not scales.read:
+        return replace(model, logical=made.logical), (), None
+    by = next(name for name, number in RESCALES.items() if number == coding.by)
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(made.block) if made.block else None,
+        **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
+    }
+    left_out = {name: why for name, why in made.logical.left_out.items() if name != f"{KEY} of config.json"}
+    logical = replace(made.logical, left_out=left_out)
+    new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
+    note = (
+        f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
+        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
+    )
+    record = {
+        "read": scales.read,
+        "kept": scales.kept,
+        "requantised": scales.requantised,
+        "dropped": scales.dropped,
+        "rescale": by,
+        "scale": SCALES[coding.reciprocal],
+    }
+    return new, (note,), record
 
 
 def _spelled(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, ...]]:
-    """The model with its linear layers in a scheme's codes, and what to say of it.
+def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str, ...], str]:
+    """The model with its linear layers in a scheme's codes, what to say of it, and the scheme in words.
 
     Raises:
-        Refused: see `dconv.coded.encode.encode`.
+        Refused: see `dconv.coded.encode.encode` and ``linears``.
     """
-    made = encode(model.family, model.facts, model.logical, scheme)
+    of = model.family, model.facts, model.logical
+    experts = stacked(*of) if schemes.stacked else set()
+    scheme = schemes.stacked if schemes.stacked and experts else schemes.linears
+    made = encode(*of, scheme, experts or linears(*of))
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
     new = replace(
         model,
@@ -160,4 +285,5 @@ def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, .
         for count, what in ((made.made, "encoded"), (made.kept, "kept as the source has them"))
         if count
     )
-    return new, (f"linear layers in {scheme.words}: {counts}",)
+    what = "experts" if experts else "linear layers"
+    return new, (f"{what} in {scheme.words}: {counts}",), scheme.words

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from dconv.sharding.coords import Parallel
+
+if TYPE_CHECKING:
+    from dconv.codec.mx import Rule
 
 #: Every spelling of FORMAT -> its engine.
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "fp8": "huggingface", "mx": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "fp8": "huggingface", "mx": "huggingface", "neuron": "neuron",
+    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
@@ -46,8 +50,11 @@ class Request:
         quant: the variant of FORMAT (`dconv.quantise.VARIANTS`); None is its first.
         block_size: rows and columns that share a scale.
         scale_format: ``float`` or ``ue8m0``, powers of two.
-        quant_config: whose form codes are stored in, ``transformers`` or ``compressed-tensors``.
-        scale_rule: how an MX block's power of two is found (`dconv.codec.mx.encode`).
+        neuron_rescale: what Neuron's FP8 codes are divided by and their scales multiplied by: ``2`` or ``448/240``.
+        neuron_scale: whether Neuron's scales are written as what multiplies, or as its reciprocal.
+        scale_rule: how an MX block's largest magnitude becomes its power of two (`dconv.codec.mx.Rule`); None as the
+            reader's own tools have it: floor, and even for compressed-tensors.
+        quant_config: for whom names and ``quantization_config`` are written (`dconv.quantise.Variant.readers`).
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -74,8 +81,10 @@ class Request:
     quant: str | None = None
     block_size: tuple[int, int] | None = None
     scale_format: str = "float"
-    quant_config: str = "transformers"
-    scale_rule: Literal["floor", "ceil", "even"] = "even"
+    neuron_rescale: str | None = None
+    neuron_scale: str | None = None
+    scale_rule: Rule | None = None
+    quant_config: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -67,6 +67,20 @@ def _huggingface(request: Request, model: Described) -> Target:
     )
 
 
+def _neuron(request: Request, model: Described) -> Target:
+    from dconv.arch import neuron as table
+    from dconv.checkpoint import neuron
+
+    return neuron.lay_out_target(
+        table.lay_out(model.family, model.facts),
+        _specs(request, model),
+        config=_new_config(request, model),
+        side=model.source.side,
+        shard_size=request.shard_size,
+        left_out=model.logical.left_out,
+    )
+
+
 def _pt(request: Request, model: Described) -> Target:
     from dconv.checkpoint import pt
 
@@ -182,4 +196,5 @@ TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {
     "megatron": _megatron,
     "pt": _pt,
     "bmtrain": _bmtrain,
+    "neuron": _neuron,
 }

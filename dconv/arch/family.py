@@ -91,7 +91,7 @@ class Row:
     @property
     def logical(self) -> tuple[str, ...]:
         """HuggingFace's names with the braces spelled out."""
-        return _spelled_out(self.hf)
+        return spelled_out(self.hf)
 
     def stored_shape(self, stored: Mapping[str, Index], layer: int) -> Index | None:
         """The shape of this row's tensor in a source, under any of its names; None where it is not there."""
@@ -302,7 +302,8 @@ class Family:
 
 
 @cache
-def _spelled_out(name: str) -> tuple[str, ...]:
+def spelled_out(name: str) -> tuple[str, ...]:
+    """``{q,k,v}_proj`` as ``q_proj``, ``k_proj``, ``v_proj``."""
     fields = [piece.split(",") for piece in re.split(r"[{}]", name)]
     return tuple("".join(parts) for parts in itertools.product(*fields))
 

@@ -73,7 +73,7 @@ def flat(chunk: Mapping[Any, Any]) -> dict[str, object]:
         Damaged: two tensors would have one name.
     """
     found: dict[str, object] = {}
-    for name, value in _leaves(chunk, ""):
+    for name, value in leaves(chunk, ""):
         ours = _renamed(name)
         if ours in found:
             raise Damaged("two tensors of a classic Megatron model are one", where=name, found=ours)
@@ -81,10 +81,11 @@ def flat(chunk: Mapping[Any, Any]) -> dict[str, object]:
     return found
 
 
-def _leaves(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, object]]:
+def leaves(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, object]]:
+    """What a nested state dict holds, under names with a dot between their parts."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and depth < 4:
-            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
+            yield from leaves(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
 

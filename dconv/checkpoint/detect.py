@@ -8,14 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import huggingface, megatron, state_dict
+from dconv.checkpoint import huggingface, megatron, neuron, state_dict
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, Refused, UsageError
 
 #: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
-CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta")
+CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta", "neuron")
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
 #: Those whose own config may be left unread, since another one is given.
 _TRANSLATED: Final = ("meta", "bmtrain", "model_pt")
@@ -119,7 +119,7 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
             expected="metadata.json, which Megatron writes last",
         )
     if huggingface.is_huggingface(folder):
-        return "huggingface"
+        return "neuron" if neuron.is_neuron(folder) else "huggingface"
     if any(folder.glob("consolidated.*.pth")):
         return "meta"
     if state_dict.find(folder) is not None:

@@ -33,7 +33,7 @@ from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, Tensor
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
 #: One tensor-parallel rank's files, each with its tensors. A usual directory has one rank.
-_Shard = dict[str, dict[str, Stored]]
+Shard = dict[str, dict[str, Stored]]
 #: How files that may hold weights end.
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
 #: Bytes compared at a time.
@@ -59,7 +59,7 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
         Refused: ``rename`` gives two tensors one name.
     """
     config, before = read_config(folder), stamps(folder, _WEIGHTS)
-    shards = [_renamed(folder, shard, rename) for shard in _shards(folder)]
+    shards = [renamed(folder, shard, rename) for shard in shards_of(folder)]
     ranked = len(shards) > 1 or any(map(_TP_BIN.fullmatch, shards[0]))
     return source_of(folder, shards, before, config, side_files(folder), "pt" if ranked else "huggingface")
 
@@ -70,12 +70,12 @@ def read_config(folder: Path) -> dict[str, object] | None:
     return read_json(path, what=path.name) if path.exists() else None
 
 
-def _renamed(folder: Path, shard: _Shard, rename: Renaming) -> _Shard:
+def renamed(folder: Path, shard: Shard, rename: Renaming) -> Shard:
     """A shard under its new names; two files may not come to hold one name either."""
     if not rename.rules and not rename.submodel:
         return shard
     held = [(file, name, tensor) for file, tensors in shard.items() for name, tensor in tensors.items()]
-    new: _Shard = {file: {} for file in shard}
+    new: Shard = {file: {} for file in shard}
     for name, (file, tensor) in rename({name: (file, tensor) for file, name, tensor in held}, folder).items():
         new[file][name] = tensor
     return new
@@ -83,7 +83,7 @@ def _renamed(folder: Path, shard: _Shard, rename: Renaming) -> _Shard:
 
 def source_of(
     folder: Path,
-    shards: list[_Shard],
+    shards: list[Shard],
     before: Mapping[str, FileStamp],
     config: dict[str, object] | None,
     side: dict[str, Path],
@@ -98,13 +98,13 @@ def source_of(
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
     tensors = {name: at for part in shards[0].values() for name, at in part.items()} if len(shards) == 1 else {}
-    stored_bytes = sum(t.spec.nbytes for shard in shards for part in shard.values() for t in part.values())
+    stored = [at for shard in shards for part in shard.values() for at in part.values()]
     fault: DconvError | None = None
     found: list[Decoded] = []
     try:
         with closing(Reader(folder, files, _SMALL)) as reader:
-            stored = [{name: at for part in shard.values() for name, at in part.items()} for shard in shards]
-            found = [decode(shard, config, partial(_values, reader)) for shard in stored]
+            whole = [{name: at for part in shard.values() for name, at in part.items()} for shard in shards]
+            found = [decode(shard, config, partial(_values, reader)) for shard in whole]
         shards = [_decoded(shard, made) for shard, made in zip(shards, found, strict=True)]
     except DconvError as error:
         fault = error
@@ -126,12 +126,13 @@ def source_of(
         locate=locate,
         left_out=_left_out(folder, before.keys() - files.keys())
         | {name: why for made in found for name, why in made.left_out.items()},
-        stored_bytes=stored_bytes,
+        stored_bytes=sum(at.spec.nbytes for at in stored),
         shapes=shapes,
         tensors=tensors,
         derived={file: derived for made in found for file, derived in made.derived.items()},
         coded={name: words for made in found for name, words in made.coded.items()},
         fault=fault,
+        stored=lambda: stored,
     )
 
 
@@ -142,16 +143,17 @@ def _values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
     return out
 
 
-def _decoded(shard: _Shard, made: Decoded) -> _Shard:
+def _decoded(shard: Shard, made: Decoded) -> Shard:
     """The same files with the tensors that their codes make."""
     left = dict(made.tensors)
-    new: _Shard = {file: {name: left.pop(name) for name in part if name in left} for file, part in shard.items()}
+    new: Shard = {file: {name: left.pop(name) for name in part if name in left} for file, part in shard.items()}
     for name, tensor in left.items():  # under another name than any of its parts
         new[next(iter(shard))][name] = tensor
     return new
 
 
-def _shards(folder: Path) -> list[_Shard]:
+def shards_of(folder: Path) -> list[Shard]:
+    """The weight files of a directory, each with its tensors; one dict, or one a tensor-parallel rank."""
     for index, single in (
         ("model.safetensors.index.json", "model.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
@@ -192,7 +194,7 @@ def _shards(folder: Path) -> list[_Shard]:
     )
 
 
-def _indexed(folder: Path, index: Path) -> _Shard:
+def _indexed(folder: Path, index: Path) -> Shard:
     weight_map = read_json(index, what="the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Damaged("the index has no weight_map", where=str(index))
@@ -227,7 +229,7 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
     return code | dict.fromkeys(sorted(others), "not a file of the model's weights")
 
 
-def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Shard]:
+def _full_names(shards: list[Shard], family: Family, facts: Facts) -> list[Shard]:
     """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone."""
     if not family.base and not family.also:
         return shards
@@ -243,7 +245,7 @@ def _full_names(shards: list[_Shard], family: Family, facts: Facts) -> list[_Sha
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
 
 
-def _locate(shards: list[_Shard], family: Family, facts: Facts, alone: Mapping[str, str]) -> Located:
+def _locate(shards: list[Shard], family: Family, facts: Facts, alone: Mapping[str, str]) -> Located:
     """See `Located`; ``alone`` are copies that stand for the tensor itself."""
     if len(shards) > 1:
         _refuse_broken(family, facts)
@@ -314,7 +316,28 @@ def lay_out(
     twins = twins or {}
     known = {spec.name: spec for spec in specs}
     again = (replace(known[name], name=twin) for twin, name in twins.items())
-    parts = safetensors.by_size((*known.values(), *again), shard_size)
+    whole = [(spec, (_whole(twins.get(spec.name, spec.name), spec),)) for spec in (*known.values(), *again)]
+    return lay_out_slots(whole, config=config, side=side, shard_size=shard_size, left_out=left_out)
+
+
+def lay_out_slots(
+    held: Iterable[tuple[TensorSpec, tuple[Slot, ...]]],
+    *,
+    config: Mapping[str, object] | None,
+    side: Mapping[str, Path],
+    shard_size: int,
+    left_out: dict[str, str],
+    indexed: bool = False,
+) -> Target:
+    """The same for tensors that are made of several; see `lay_out`.
+
+    Args:
+        held: tensors under their names in the files, and where their elements come from.
+        indexed: write an index of a single file, too.
+    """
+    held = list(held)
+    places = {spec.name: slots for spec, slots in held}
+    parts = safetensors.by_size((spec for spec, _ in held), shard_size)
     files: list[TargetFile] = []
     tensors: list[TargetTensor] = []
     for number, part in enumerate(parts, 1):
@@ -322,12 +345,10 @@ def lay_out(
         size, first, offsets = safetensors.lay_out(part)
         files.append(TargetFile(name, size, ((0, first),)))
         for spec, offset in zip(part, offsets, strict=True):
-            axes = tuple(range(len(spec.shape)))
-            slot = Slot(twins.get(spec.name, spec.name), Region.whole(spec.shape), (0,) * len(axes), axes)
-            tensors.append(TargetTensor(spec.name, name, offset, spec, (slot,)))
+            tensors.append(TargetTensor(spec.name, name, offset, spec, places[spec.name]))
 
     def closing() -> Iterable[tuple[str, bytes]]:
-        if len(parts) > 1:
+        if len(parts) > 1 or indexed:
             total = sum(tensor.spec.nbytes for tensor in tensors)
             weight_map = {tensor.spec.name: tensor.file for tensor in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -335,6 +356,11 @@ def lay_out(
         yield from side_bytes(config, side)
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
+
+
+def _whole(name: str, spec: TensorSpec) -> Slot:
+    axes = tuple(range(len(spec.shape)))
+    return Slot(name, Region.whole(spec.shape), (0,) * len(axes), axes)
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:

@@ -94,6 +94,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         left_out=left_out,
         stored_bytes=sum(s.stored.spec.nbytes for held in shards.values() for s in held),
         shapes={name: held[0].stored.spec.shape for name, held in shards.items()},
+        stored=lambda: (at for file in opened.values() for at in _as_saved(iteration, file)),
     )
 
 
@@ -233,6 +234,16 @@ def _order(opened: Mapping[Place, torchzip.TorchFile]) -> float | None:
     if len(found) > 1:
         raise Damaged("ranks disagree on the checkpoint's version", found=", ".join(sorted(map(str, found))))
     return found.pop()
+
+
+def _as_saved(iteration: Path, file: torchzip.TorchFile) -> Iterator[Stored]:
+    """The tensors of a rank's file under the names that are in it; those of one chunk of several with the chunk's."""
+    chunks = [key for key in file.tree if _CHUNK.fullmatch(str(key))]
+    for key in (*chunks, *(key for key in file.tree if key == _BESIDE)):
+        prefix = f"{key}." if len(chunks) > 1 and key != _BESIDE else ""
+        for name, value in classic.leaves(file.tree[key], prefix):
+            if isinstance(value, TensorRef) and not names.is_state(name):
+                yield _stored(iteration, file, value, name)
 
 
 def _beside(file: torchzip.TorchFile) -> Mapping[str, TensorRef]:

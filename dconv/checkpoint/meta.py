@@ -109,6 +109,7 @@ def open_source(folder: Path, *, own_config: bool = True, rename: Renaming = AS_
         locate=locate,
         stored_bytes=sum(tensor.spec.nbytes for _, tensors in shards for tensor in tensors.values()),
         shapes=names,
+        stored=lambda: (tensor for _, tensors in shards for tensor in tensors.values()),
     )
 
 

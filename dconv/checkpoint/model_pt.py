@@ -101,6 +101,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
         stored_bytes=sum(stored.spec.nbytes for stored in weights.values()),
         shapes={name: stored.spec.shape for name, stored in weights.items()},
         lacks=lacks,
+        stored=weights.values,
     )
 
 

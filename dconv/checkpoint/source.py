@@ -49,7 +49,7 @@ class Source:
         lacks: what is missing to tell the architecture, where there is neither config nor args.
         in_memory: it lies in the memory of a running job; ``root`` and ``files`` name no files.
         notes: what a person should know of how it was understood, one line each.
-        reader, made, derived: see `dconv.sharding.tensor.Logical`.
+        reader, made, derived, stored: see `dconv.sharding.tensor.Logical`.
         coded: names of the tensors that are decoded from codes, with the scheme in words.
         fault: why the codes of a quantised source cannot be decoded; it can be looked at, not converted.
     """
@@ -74,6 +74,7 @@ class Source:
     derived: Mapping[str, Derived] = field(default_factory=dict)
     coded: Mapping[str, str] = field(default_factory=dict)
     fault: DconvError | None = None
+    stored: Callable[[], Iterable[Stored]] = tuple
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,16 @@ def describe(source: Source, family: Family, facts: Facts, drop: Iterable[str] =
     behind = real_files(used, source.derived)
     files = {name: stamp for name, stamp in source.files.items() if name in behind}
     return Logical(
-        source.root, specs, pieces, files, left_out, replicas, source.reader, source.made, dict(source.derived)
+        source.root,
+        specs,
+        pieces,
+        files,
+        left_out,
+        replicas,
+        source.reader,
+        source.made,
+        dict(source.derived),
+        source.stored,
     )
 
 

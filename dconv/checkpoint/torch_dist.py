@@ -54,8 +54,8 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         Damaged: broken metadata, or chunks whose files are missing or torn.
     """
     metadata = dcp.read_metadata(iteration / _METADATA)
-    weights, left_out = _weights(metadata)
-    weights = rename(weights, iteration / _METADATA)
+    published, left_out = _weights(metadata)
+    weights = rename(published, iteration / _METADATA)
     said = dict.fromkeys(chunk.file for tensor in weights.values() for chunk in tensor.chunks)
     files = {name: stamp(iteration / name) for name in said}  # before what they hold
     config, side = megatron.sides(iteration)
@@ -77,6 +77,7 @@ def open_source(iteration: Path, *, rename: Renaming = AS_STORED) -> Source:
         stored_bytes=sum(TensorSpec(k, t.shape, t.dtype).nbytes for k, t in weights.items()),
         shapes={key: tensor.shape for key, tensor in weights.items()},
         lacks=lacks,
+        stored=lambda: _wholes(iteration, published),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from dconv.coded import compressed_tensors, fp8
+from dconv.coded import compressed_tensors, fp8, gpt_oss, quark
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
     "fp8": fp8.decode,
     METHOD: compressed_tensors.decode,
+    gpt_oss.METHOD: gpt_oss.decode,
+    quark.METHOD: quark.decode,
 }
 KEY: Final = "quantization_config"
 

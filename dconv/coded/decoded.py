@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dconv.sharding.derived import Array, Derived, Recipe, steps
 from dconv.sharding.ops import How
-from dconv.sharding.region import Region
+from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, Piece, Stored, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,19 +37,30 @@ class Decoded:
     coded: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def put(self, name: str, dtype: str, parts: Mapping[str, Stored], dense: Derived, scheme: str) -> None:
+    def put(
+        self,
+        name: str,
+        dtype: str,
+        parts: Mapping[str, Stored],
+        dense: Derived,
+        scheme: str,
+        order: Index | None = None,
+    ) -> None:
         """Replace the stored tensors ``parts`` (by name) by the dense one that they make.
 
         Args:
             dtype: what the dense tensor is decoded to where nothing else is asked for.
             scheme: in words, the same for all tensors that are alike.
+            order: for each axis of the tensor that of ``dense`` which it is; None where they are the same.
         """
         first = next(iter(parts.values())).extents[0].file
         file = f"{_PREFIX}{first}//{name}"  # ranks may each have a part of one name
-        whole = Extent(Region.whole(dense.shape), file, 0, steps(dense.shape))
+        axes = range(len(dense.shape)) if order is None else order
+        shape, strides = (tuple(sizes[axis] for axis in axes) for sizes in (dense.shape, steps(dense.shape)))
+        whole = Extent(Region.whole(shape), file, 0, strides)
         for part in parts:
             del self.tensors[part]
-        self.tensors[name] = Stored(TensorSpec(name, dense.shape, dtype), (whole,))
+        self.tensors[name] = Stored(TensorSpec(name, shape, dtype), (whole,))
         self.derived[file] = dense
         self.coded[name] = scheme
 

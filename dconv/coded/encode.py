@@ -119,13 +119,13 @@ class Encoded:
     made: int
 
 
-def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme) -> Encoded:
-    """Replace the linear layers' weights by a scheme's codes.
+def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wanted: set[str]) -> Encoded:
+    """Replace the weights ``wanted``, those of `linears` or of `stacked`, by a scheme's codes.
 
     Raises:
-        Refused: the model has no linear layers that a scheme could store, or has some in a form that none does.
+        Refused: one of them has a shape that the scheme does not store.
     """
-    wanted = _whole_groups(linears(family, facts, logical), logical, scheme.columns)
+    wanted = _whole_groups(wanted, logical, scheme.columns)
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}
     derived = dict(logical.derived)
@@ -163,22 +163,29 @@ def _whole_groups(wanted: set[str], logical: Logical, columns: int) -> set[str]:
     Raises:
         Refused: there are none.
     """
-    odd = {name for name in wanted if logical.specs[name].shape[1] % columns}
+    odd = {name for name in wanted if logical.specs[name].shape[-1] % columns}
     layers = {loaded_as(place_of(name, (1, 1)).module) for name in odd}
     found = {name for name in wanted if name not in odd and loaded_as(place_of(name, (1, 1)).module) not in layers}
-    if not found:
+    if odd and not found:
         first = min(odd)
         raise Refused(
             f"no linear layer has whole groups of {columns} columns, nothing was written",
             where=first,
             expected=f"a multiple of {columns}",
-            found=f"{logical.specs[first].shape[1]} columns",
+            found=f"{logical.specs[first].shape[-1]} columns",
         )
     return found
 
 
+def stacked(family: Family, facts: Facts, logical: Logical) -> set[str]:
+    """Weights of experts that are one tensor for all, [experts, in, out]; none in most families."""
+    entries = (entry for entry in family.entries(facts) if entry.row.is_linear and entry.expert >= 0)
+    specs = (spec for entry in entries for spec in entry.fused.specs)
+    return {spec.name for spec in specs if len(spec.shape) > 2 and spec.name in logical.specs}
+
+
 def linears(family: Family, facts: Facts, logical: Logical) -> set[str]:
-    """Weights that every scheme stores in codes: of the linear layers inside the decoder, routers excepted.
+    """Weights that most schemes store in codes: of the linear layers inside the decoder, routers excepted.
 
     Raises:
         Refused: there are none, or experts are in one tensor for all.
@@ -196,7 +203,7 @@ def linears(family: Family, facts: Facts, logical: Logical) -> set[str]:
         for spec in entry.fused.specs:
             if len(spec.shape) != 2:
                 raise Refused(
-                    f"the experts of a {family.name} are one tensor for all, which no scheme stores in codes so, "
+                    f"the experts of a {family.name} are one tensor for all, which this scheme does not store, "
                     "nothing was written",
                     where=spec.name,
                     expected="a matrix for each expert",

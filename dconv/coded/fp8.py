@@ -167,7 +167,7 @@ def _block(weight: Stored, scale: Stored, said: tuple[int, int] | None) -> tuple
         if said is None and have in (shape[:-1], (*shape[:-1], 1)):
             return 1, shape[-1]
         bytes_of_exponents = scale.spec.dtype in ("f8_e8m0", "u8")
-        for block in (said, (1, _MX) if bytes_of_exponents else None):
+        for block in (said, (1, _MX) if bytes_of_exponents else None, (1, shape[-1])):
             if block and have == scales_shape(shape, block):
                 return block
     expected = str(scales_shape(shape, said)) if said and len(shape) >= 2 else "one scale"

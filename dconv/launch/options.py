@@ -12,7 +12,7 @@ from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
 from dconv.pipeline import FORMATS, REPLICAS, Request
-from dconv.quantise import VARIANTS
+from dconv.quantise import READERS, RESCALES, SCALES, VARIANTS
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION
@@ -95,7 +95,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory, or one .pt/.bin file"
     )
     parser.add_argument(
-        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, fp8, megatron, pt, bmtrain"
+        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, fp8, megatron, neuron, pt, bmtrain"
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -146,11 +146,17 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scale-format", choices=("float", "ue8m0"), default="float",
                        help="scales as fp32 (default), or as powers of two")  # fmt: skip
-    group.add_argument("--quant-config", choices=("transformers", "compressed-tensors"), default="transformers",
-                       help="whose names and quantization_config fp8_block and fp8_tensor get")  # fmt: skip
-    group.add_argument("--scale-rule", choices=("floor", "ceil", "even"), default="even",
-                       help="how an MX block's power of two is found: even as compressed-tensors does (default), floor "
-                            "as the specification's example, ceil so that nothing is cut")  # fmt: skip
+    group.add_argument("--neuron-rescale", choices=tuple(RESCALES),
+                       help="divide FP8 codes by 2 (default), or by the ratio of the ranges")  # fmt: skip
+    group.add_argument("--neuron-scale", choices=SCALES,
+                       help="scales as what multiplies (default), or as its reciprocal")  # fmt: skip
+    group.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
+                       help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
+                            "specification's), up so that nothing is cut off, or after half a step (default for "
+                            "compressed-tensors, as it does)")  # fmt: skip
+    group.add_argument("--quant-config", choices=READERS,
+                       help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
+                            "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -259,11 +265,11 @@ def to_request(args: argparse.Namespace) -> Request:
             "the source",
             do="leave them out",
         )
-    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") != "huggingface":
+    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron"):
         raise UsageError(
             f"{args.format} has no files of a size that one chooses, nothing was written",
             where="--shard-size",
-            expected="this option with FORMAT huggingface only",
+            expected="this option with FORMAT huggingface or neuron only",
             do="leave it out",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
@@ -301,8 +307,10 @@ def to_request(args: argparse.Namespace) -> Request:
         quant=args.quant,
         block_size=args.block_size,
         scale_format=args.scale_format,
-        quant_config=args.quant_config,
+        neuron_rescale=args.neuron_rescale,
+        neuron_scale=args.neuron_scale,
         scale_rule=args.scale_rule,
+        quant_config=args.quant_config,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

@@ -83,8 +83,13 @@ def blocks_of(config: Mapping[str, object] | None, pairs: Mapping[str, tuple[Sha
             size, odd = fp8.block_of(None), f"{error.what}: {error.found}"
     by = "config.json" if "weight_block_size" in said else "transformers' default, config.json says none"
     known = Blocks(size, by, odd)
-    disagree = tuple(name for name, (weight, scale) in pairs.items() if known.shape_for(weight) != scale)
-    return Blocks(size, by, odd, _admitted(pairs.values()), disagree)
+    of_blocks = {
+        name: (weight, scale)
+        for name, (weight, scale) in pairs.items()
+        if known.shape_for(weight) == scale or scale != (*weight[:-1], 1)  # a scale for each row is no block's
+    }
+    disagree = tuple(name for name, (weight, scale) in of_blocks.items() if known.shape_for(weight) != scale)
+    return Blocks(size, by, odd, _admitted(of_blocks.values()), disagree)
 
 
 def _admitted(pairs: Iterable[tuple[Shape, Shape]]) -> tuple[Range, Range] | None:

@@ -8,7 +8,7 @@ as all tensors are, and what they are made of may be such tensors, too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final, Protocol
@@ -58,6 +58,8 @@ class Derived:
         how: what a person should know of it.
         cost: elements of the inputs that one of its own takes.
         remembered: whether rows are kept after they were computed, since others are computed from them again.
+        across: how many of the last axes belong to one row; many rows of few columns are then computed at once, which
+            is what can be read of inputs whose files have the columns one after the other. 0 computes whole rows.
     """
 
     shape: Index
@@ -66,6 +68,7 @@ class Derived:
     how: How
     cost: int = 1
     remembered: bool = False
+    across: int = 0
 
     def piece(self, tensor: str, file: str, dtype: str) -> Piece:
         """All of it, as a box of a logical tensor."""
@@ -155,7 +158,7 @@ class DerivedReader:
         if derived.remembered:
             out[...] = self._recalled(file, derived, box, dtype).view(out.dtype)
             return
-        for band in box.bands(max(1, self._at_once // derived.cost)):
+        for band in _bands(box, max(1, self._at_once // derived.cost), derived.across):
             out[_place(box, band)] = self._made(derived, band, dtype, factor).view(out.dtype)
 
     def _made(self, derived: Derived, box: Region, dtype: str, factor: float) -> NDArray[np.generic]:
@@ -215,6 +218,18 @@ class DerivedReader:
         held = row.nbytes * len(self._rows)  # rows of one tensor are alike, and it is one that is worked on
         while held > self._room and len(self._rows) > 1:
             held -= self._rows.popitem(last=False)[1].nbytes
+
+
+def _bands(box: Region, limit: int, across: int) -> Iterator[Region]:
+    """Cut a box, with its rows' columns (see `Derived.across`) before its rows."""
+    if not across:
+        yield from box.bands(limit)
+        return
+    rows = len(box.shape) - across - 1
+    order = [*range(rows), rows + 1, rows, *range(rows + 2, len(box.shape))]
+    swapped = Region(tuple(box.start[axis] for axis in order), tuple(box.shape[axis] for axis in order))
+    for band in swapped.bands(limit):  # the order is its own inverse
+        yield Region(tuple(band.start[axis] for axis in order), tuple(band.shape[axis] for axis in order))
 
 
 def _place(outer: Region, inner: Region) -> tuple[Any, ...]:

@@ -268,6 +268,10 @@ def build_plan(source: Logical, target: Target) -> Plan:
             where=group_names(unused),
             expected="every source tensor written, or named in --drop",
         )
+    named = {copy.file for mine in copies for copy in mine}
+    lost = sorted(named - source.files.keys() - source.derived.keys())
+    if lost and source.files:  # a config alone has none
+        raise ValueError(f"a source describes pieces in files that it does not have: {lost[:3]}")
     plan = Plan(source, target, tuple(copies))
     _prove(plan)
     return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from dconv.errors import group_names
-from dconv.sharding.ops import Cast, Derive, Op, Scale
+from dconv.sharding.ops import Cast, Derive, Move, Op, Scale
 from dconv.sharding.plan import Plan
 
 #: Largest relative error of one rounding of a normal number: 2 to this power (half a unit in the last place).
@@ -28,13 +28,18 @@ def numeric(plan: Plan) -> dict[Op, list[str]]:
 def precision(plan: Plan) -> list[dict[str, Any]]:
     """`numeric` for a report: ``op`` in words with its error, ``count``, and ``tensors`` by folded names."""
     return [
-        {"op": _words(op), "count": len(names), "tensors": group_names(names).split("\n")}
+        {"op": words(op), "count": len(names), "tensors": group_names(names).split("\n")}
         for op, names in numeric(plan).items()
     ]
 
 
-def _words(op: Op) -> str:
+def words(op: Op) -> str:
+    """What an op does to a value, with its error."""
     match op:
+        case Move():
+            return "the same bytes"
+        case Cast(source, target) if op.exact:
+            return f"{source} widened to {target}, exact"
         case Cast(source, target):
             return f"{source} rounded once to {target} (relative error up to 2^{_ROUNDOFF[target]})"
         case Scale(source, target, factor):

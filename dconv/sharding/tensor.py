@@ -6,7 +6,7 @@ container; reading and writing a checkpoint are both lists of pieces, so a conve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +133,7 @@ class Logical:
         reader: opens what fills boxes, given its scratch buffer's size, where ``files`` are none that can be opened.
         made: what their bytes are, where they are in no file: a part of the plan's identity.
         derived: what pieces name as a file and is computed from others.
+        stored: the tensors as the files have them, under their own names; no conversion asks for it.
     """
 
     root: Path
@@ -144,3 +145,4 @@ class Logical:
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    stored: Callable[[], Iterable[Stored]] = tuple

@@ -41,3 +41,20 @@ def test_options_that_are_not_known(model: Path) -> None:
     assert "tensor_parallel" in caught.value.what
     with pytest.raises(UsageError):
         dconv.plan(model, "megatron", megatron_format="zarr")
+
+
+def test_sizes_as_the_command_line_has_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def run(*words: object) -> tuple[None, str]:
+        given.append(words[-1])
+        return None, "not run"
+
+    monkeypatch.setattr("dconv.checking._run", run)
+    for size in ("1MB", 10**6, "1000000"):
+        dconv.check(model, max_memory=size)
+    dconv.check(model)
+    assert given == [10**6, 10**6, 10**6, None]
+    for wrong in ("much", 0, "-1MB"):
+        with pytest.raises(UsageError, match="max_memory"):
+            dconv.check(model, max_memory=wrong)

@@ -241,3 +241,32 @@ def test_verify_looks_at_what_was_already_there(dconv: Dconv, hf: Path, tmp_path
     assert "already done" not in ran.out
     with pytest.raises(VerifyFailed, match="changed"):
         api.convert(hf, "hf", tmp_path / "out", resume=True, verify="digest")
+
+
+@pytest.mark.parametrize("pattern", ["*.surprize.weight", "model.layers.*.mlp.gate_proj.weight"])
+def test_a_drop_of_nothing(dconv: Dconv, tmp_path: Path, odd: Path, pattern: str) -> None:
+    """A pattern that leaves nothing out is no good, whatever else there is to leave out."""
+    before = listing(tmp_path)
+    words = (odd, "megatron", "--drop", "*.[sw]*.weight", "--drop", pattern)
+    for command in (("plan", *words), ("convert", *words, "-o", tmp_path / "out")):
+        ran = dconv(*command)
+        assert ran.code == 2 and pattern in ran.err
+        assert ("did you mean model.surprise.weight?" in ran.err) == ("surprize" in pattern)
+        assert ("model.layers.{0..3}.mlp.gate_proj.weight" in ran.err) == ("gate" in pattern)
+    for command in ("inspect", "check"):
+        assert dconv(command, odd, "--drop", "*.[sw]*.weight", "--drop", pattern).code == 2
+    assert listing(tmp_path) == before
+
+
+def test_a_drop_of_what_is_left_out_anyway(dconv: Dconv, tmp_path: Path, hf: Path, odd: Path) -> None:
+    """And of one side of two."""
+    header = safetensors.read_header(odd / "model.safetensors")
+    more = [TensorSpec("model.layers.0.self_attn.rotary_emb.inv_freq", (4,), "f32")]
+    size, first, _ = safetensors.lay_out([*(stored.spec for stored in header.values()), *more])
+    (odd / "model.safetensors").write_bytes(first + bytes(size - len(first)))
+    words = ("--drop", "*.[sw]*.weight", "--drop", "*rotary_emb*")
+    assert dconv("plan", odd, "hf", *words).code == 0
+    assert dconv("diff", odd, hf, *words, "--json").code == 1
+    assert dconv("diff", odd, hf, *words, "--drop", "*.nothing").code == 2
+    api.convert(hf, "megatron", tmp_path / "m", megatron_format="legacy")
+    assert dconv("plan", tmp_path / "m", "hf", "--drop", "*_extra_state").code == 0

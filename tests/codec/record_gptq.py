@@ -200,7 +200,7 @@ def _record() -> dict[str, object]:
     return {"versions": _versions(), "zero stored as all ones": _all_ones(model, weights, cuda, cuda_old), **found}
 
 
-def _all_ones(model, weights, cuda, cuda_old) -> dict[str, dict[str, list[int]]]:  # type: ignore[no-untyped-def]
+def _all_ones(model, weights, cuda, cuda_old) -> dict[str, dict[str, list[int]]]:
     """The first zeros that each reader sees, where the first of each word is stored as all ones and the others as 0."""
     import torch
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
@@ -224,7 +224,7 @@ def _all_ones(model, weights, cuda, cuda_old) -> dict[str, dict[str, list[int]]]
     return found
 
 
-def _auto_gptq(name: str):  # type: ignore[no-untyped-def]
+def _auto_gptq(name: str):
     root = importlib.util.find_spec("auto_gptq")
     assert root is not None and root.submodule_search_locations
     path = f"{root.submodule_search_locations[0]}/nn_modules/qlinear/{name}.py"

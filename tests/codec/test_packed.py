@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
-def helpers():  # type: ignore[no-untyped-def]
+def helpers():
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors.pack_quantized import helpers
 
@@ -30,7 +30,7 @@ def same(found: NDArray[np.generic], expected: NDArray[np.generic]) -> None:
 
 
 @pytest.mark.parametrize("bits", bitpack.BITS)
-def test_packed_as_compressed_tensors_packs(helpers, bits: int) -> None:  # type: ignore[no-untyped-def]
+def test_packed_as_compressed_tensors_packs(helpers, bits: int) -> None:
     rng = np.random.default_rng(bits)
     for _ in range(200):
         rows, columns = (int(n) for n in rng.integers(1, 90, 2))
@@ -67,7 +67,7 @@ def test_the_older_layout_is_seen_from_the_shape(bits: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_decompressed_as_compressed_tensors_does(helpers, bits: int, dtype: str, symmetric: bool) -> None:  # type: ignore[no-untyped-def]
+def test_decompressed_as_compressed_tensors_does(helpers, bits: int, dtype: str, symmetric: bool) -> None:
     """Into the scales' own type its product is rounded once, as ours is."""
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -116,7 +116,7 @@ def extremes(rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> ND
     return raw if dtype == "bf16" else raw.view(f"<f{size}")
 
 
-def as_torch(scales: NDArray[np.generic], dtype: str):  # type: ignore[no-untyped-def]
+def as_torch(scales: NDArray[np.generic], dtype: str):
     if dtype == "bf16":
         return torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(scales)

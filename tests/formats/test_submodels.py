@@ -15,6 +15,7 @@ from dconv.arch.registry import by_name
 from dconv.cli import main
 from dconv.errors import Refused, UsageError
 from tests.models import config_of, tensors, tree_digest, write_random
+from tests.quant.models import write_normal
 
 CONTAINERS = ("torch_dist", "legacy")
 
@@ -184,3 +185,15 @@ def test_a_head_alone_is_no_model(kind: str, tmp_path: Path) -> None:
     for options in ({}, {"with_eagle": True}):
         with pytest.raises(Refused, match="EAGLE head without its model"):
             convert(tmp_path, "megatron", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_codes_of_either_model_are_decoded(tmp_path: Path, which: str) -> None:
+    dense = write_normal(tmp_path / "dense", by_name("llama"))
+    coded = tmp_path / "coded"
+    convert(dense, "fp8", coded)
+    student, teacher = (coded, dense) if which == "student" else (dense, coded)
+    convert(student, "megatron", tmp_path / "both", teacher=teacher, tp=2)
+    convert(tmp_path / "both", "hf", tmp_path / "back", submodel=which)
+    convert(coded, "hf", tmp_path / "alone")
+    assert tensors(tmp_path / "back") == tensors(tmp_path / "alone")

@@ -14,18 +14,20 @@ from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import expected_specs
 from tests.models import KEYS, config_of, facts_of
 
+#: What a family's own keys have narrower, all of it in-features of some layer: latent attention, Mamba, experts.
+NARROW = {
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "v_head_dim": 8, "mamba_head_dim": 16, "moe_shared_expert_intermediate_size": 32,
+}  # fmt: skip
 #: Wide enough for blocks of 32 columns.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
 def sizes_of(family: Family) -> dict[str, Any]:
-    """`SIZES` less what a family's own keys rule out, its experts as wide."""
+    """`SIZES` less what a family's own keys rule out, `NARROW` for them."""
     own = KEYS.get(family.name, {})
     sizes = {key: value for key, value in SIZES.items() if own.get(key, value) is not None}
-    for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
-        if key in own:
-            sizes[key] = 32
-    return sizes
+    return sizes | {key: value for key, value in NARROW.items() if own.get(key) is not None}
 
 
 def write_normal(folder: Path, family: Family, *, seed: int = 0, **sizes: Any) -> Path:

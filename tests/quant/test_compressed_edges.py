@@ -29,11 +29,11 @@ def test_what_is_not_finite_ruins_no_more_than_its_block(
 ) -> None:
     """There it makes NaN of all that shares a scale, with an infinity zeros; NVFP4's weights all share one."""
     source = write_normal(tmp_path / "source", by_name("llama"))
-    convert(Request(source, format, tmp_path / "usual", quant=quant))
+    convert(Request(source, format, tmp_path / "usual", quant=quant, quant_config="compressed-tensors"))
     tensors = load_file(source / "model.safetensors")
     tensors[Q][7, 40] = odd
     save_file(tensors, source / "model.safetensors")
-    convert(Request(source, format, tmp_path / "odd", quant=quant))
+    convert(Request(source, format, tmp_path / "odd", quant=quant, quant_config="compressed-tensors"))
     found = {}
     for name in ("usual", "odd"):
         convert(Request(tmp_path / name, "hf", tmp_path / f"{name} dense", dtype="f32"))
@@ -48,12 +48,12 @@ def test_columns_that_are_no_whole_groups_stay_as_they_are(tmp_path: Path) -> No
     """A linear layer is left out by the config; of a layer's experts all are, since loaders take all or none."""
     family = by_name("qwen3_moe")
     source = write_normal(tmp_path / "source", family, moe_intermediate_size=48, hidden_size=64)
-    job = prepare(Request(source, "mx", tmp_path / "out"))
+    job = prepare(Request(source, "mx", tmp_path / "out", quant_config="compressed-tensors"))
     specs = job.logical.specs
     plain = [name for name in specs if name.endswith("_proj.weight")]
     assert plain
     assert all(".experts." in name for name in plain)
-    convert(Request(source, "mx", tmp_path / "out"))
+    convert(Request(source, "mx", tmp_path / "out", quant_config="compressed-tensors"))
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     patterns = [re.compile(entry.removeprefix("re:")) for entry in ignore]
     modules = {name.rpartition(".")[0] for name in specs}
@@ -65,7 +65,7 @@ def test_columns_that_are_no_whole_groups_stay_as_they_are(tmp_path: Path) -> No
 def test_a_model_without_whole_groups_is_refused(tmp_path: Path) -> None:
     source = write_normal(tmp_path / "source", by_name("llama"), hidden_size=40, intermediate_size=72, head_dim=10)
     with pytest.raises(Refused, match="no linear layer has whole groups of 32 columns"):
-        prepare(Request(source, "mx", tmp_path / "out"))
+        prepare(Request(source, "mx", tmp_path / "out", quant_config="compressed-tensors"))
 
 
 def test_block_fp8_changes_readers_without_a_new_code(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_options_that_a_variant_lacks(tmp_path: Path) -> None:
     source = write_normal(tmp_path / "source", by_name("llama"))
     for request in (
         Request(source, "fp8", tmp_path / "out", scale_rule="ceil"),
-        Request(source, "mx", tmp_path / "out", quant_config="compressed-tensors"),
+        Request(source, "mx", tmp_path / "out", quant_config="transformers"),
         Request(source, "fp8", tmp_path / "out", quant_config="compressed-tensors", scale_format="ue8m0"),
     ):
         with pytest.raises(UsageError):

@@ -20,8 +20,11 @@ FP8: list[tuple[str, dict[str, Any]]] = [
     ("fp8", {"quant": "fp8_tensor", "quant_config": "compressed-tensors"}),
 ]
 OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("fp8", BLOCK), ("mx", {"quant": "mxfp4"}), ("mx", {"quant": "mxfp8"}), ("mx", {"quant": "nvfp4"}),
-]  # fmt: skip
+    ("fp8", BLOCK),
+    ("mx", {"quant": "mxfp4", "quant_config": "compressed-tensors"}),
+    ("mx", {"quant": "mxfp8"}),
+    ("mx", {"quant": "nvfp4"}),
+]
 MOE = {"moe_intermediate_size": 64}
 
 
@@ -68,7 +71,7 @@ def test_experts_and_latent_attention_compute_the_same(
 
 def test_mxfp4_experts_have_the_same_weights(tmp_path: Path) -> None:
     """transformers 5.23 keeps them in bf16 whatever dtype it is asked for, so that it computes in bf16."""
-    written(tmp_path, "qwen3_moe", "mx", {"quant": "mxfp4"}, **MOE)
+    written(tmp_path, "qwen3_moe", "mx", {"quant": "mxfp4", "quant_config": "compressed-tensors"}, **MOE)
     found, expected = dequantised(tmp_path / "coded").state_dict(), hf.load(tmp_path / "dense").state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].float(), value) for name, value in expected.items())

@@ -76,7 +76,7 @@ def source_of(folder: Path, quant: str) -> Path:
     folder.mkdir(exist_ok=True)
     write_normal(folder / "plain", by_name("llama"))
     format = "fp8" if quant.startswith("fp8") else "mx"
-    convert(Request(folder / "plain", format, folder / "source", quant=quant))
+    convert(Request(folder / "plain", format, folder / "source", quant=quant, quant_config="compressed-tensors"))
     return folder / "source"
 
 

@@ -91,7 +91,7 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "input_activations": by_group(80),
         },
     ),
-    "mxfp4": ("mx", {}, MICRO["mxfp4"]),
+    "mxfp4": ("mx", FOR, MICRO["mxfp4"]),
     "mxfp8": (
         "mx",
         {"quant": "mxfp8"},

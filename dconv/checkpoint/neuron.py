@@ -1,0 +1,143 @@
+"""Directories of AWS Neuron's names (NxD Inference), read and written: HuggingFace's files with other tensors in them.
+
+What lies where is the family's table (`dconv.arch.neuron`), in both directions. Neuron's e4m3 codes are at most 240 and
+there the same bytes as HuggingFace's, so that a directory is read as HuggingFace's names with ``weight_scale_inv``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from dconv.arch import registry
+from dconv.arch.neuron import Held, lay_out, loaded_from, scale_of
+from dconv.checkpoint import huggingface, safetensors
+from dconv.checkpoint.files import read_json, stamps
+from dconv.checkpoint.rename import AS_STORED, Renaming
+from dconv.checkpoint.source import Source, shape_error, side_files
+from dconv.coded.fp8 import SUFFIX, block_of
+from dconv.coded.neuron import with_scales
+from dconv.errors import Damaged, DconvError, Refused
+from dconv.sharding.layout import pieces
+from dconv.sharding.plan import Target
+from dconv.sharding.tensor import Extent, Stored, TensorSpec
+
+#: What no other checkpoint has in its names.
+_MARKS: Final = (".self_attn.qkv_proj.q_proj.", ".expert_mlps.mlp_op.")
+_INDEX: Final = "model.safetensors.index.json"
+#: Ends of names that the vendor's loader makes, and may have written.
+_RANKS: Final = ("rank_util.rank", "spmd_rank.rank")
+
+
+def is_neuron(folder: Path) -> bool:
+    """Whether the tensors of a directory's files have Neuron's names."""
+    try:
+        if (folder / _INDEX).exists():
+            names = read_json(folder / _INDEX, what="the index").get("weight_map")
+        else:
+            names = safetensors.read_header(next(folder.glob("*.safetensors")))
+    except (DconvError, StopIteration):
+        return False
+    return isinstance(names, Mapping) and any(mark in str(name) for name in names for mark in _MARKS)
+
+
+def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
+    """Describe a directory of Neuron's names as HuggingFace's.
+
+    Raises:
+        Damaged: as `dconv.checkpoint.huggingface.open_source`; a tensor of another shape than its config says.
+        Refused: no config.json, or a family whose names are not known.
+    """
+    before = stamps(folder, (".safetensors",))
+    config = huggingface.read_config(folder)
+    if config is None:
+        raise Refused(
+            "a Neuron checkpoint says what it is in its config.json alone, nothing was written",
+            where=str(folder),
+            expected="the model's config.json beside its files",
+        )
+    family = registry.detect(config, None)
+    held = {one.name: one for one in lay_out(family, family.facts(config))}
+    left_out: dict[str, str] = {}
+    shard = huggingface.renamed(folder, huggingface.shards_of(folder)[0], rename)
+    named: huggingface.Shard = {file: {} for file in shard}
+    for file, tensors in shard.items():
+        for name, tensor in tensors.items():
+            if name.endswith(_RANKS):
+                left_out[name] = "parallel ranks, which the loader makes"
+            else:
+                named[file].update(_named(name, tensor, held, block_of(config)))
+    source = huggingface.source_of(folder, [named], before, config, side_files(folder), "neuron")
+    return replace(source, left_out={**source.left_out, **left_out})
+
+
+def _named(name: str, tensor: Stored, held: Mapping[str, Held], block: tuple[int, int] | None) -> dict[str, Stored]:
+    """HuggingFace's tensors in a stored one; itself where the table does not have it."""
+    ours = loaded_from(name)
+    if ours in held:
+        return _parts(held[ours], tensor)
+    weight = ours.removesuffix(".scale") + ".weight"
+    if ours == scale_of(weight) and weight in held:
+        return _scales(held[weight], tensor, block)
+    return {name: tensor}
+
+
+def _parts(held: Held, tensor: Stored) -> dict[str, Stored]:
+    """HuggingFace's tensors in one of Neuron's."""
+    if tensor.spec.shape != held.shape:
+        raise shape_error(tensor.spec.name, tensor.extents[0].file, held.shape, tensor.spec.shape)
+    specs = {spec.name: spec for specs in held.sources for spec in specs}
+    found: dict[str, Stored] = {}
+    for piece in pieces(held.slots, tensor.extents, tensor.spec.dtype):
+        spec = TensorSpec(piece.tensor, specs[piece.tensor].shape, piece.dtype)
+        found[spec.name] = Stored(spec, (Extent(piece.region, piece.file, piece.offset, piece.strides),))
+    return found
+
+
+def _scales(held: Held, tensor: Stored, block: tuple[int, int] | None) -> dict[str, Stored]:
+    """The scales of HuggingFace's tensors in Neuron's ``.scale``: of blocks where it is a stack, else of rows."""
+    if not held.stacked:
+        name = held.sources[0][0].name + SUFFIX
+        return {name: Stored(TensorSpec(name, tensor.spec.shape, tensor.spec.dtype), tensor.extents)}
+    if block is None:
+        raise Damaged(
+            "experts with scales, and a config that does not say of which blocks",
+            where=tensor.spec.name,
+            expected="weight_block_size in quantization_config of config.json",
+        )
+    return _parts(held.scales(block, lambda name: name + SUFFIX), tensor)
+
+
+def lay_out_target(
+    held: Iterable[Held],
+    specs: Mapping[str, TensorSpec],
+    *,
+    config: Mapping[str, object] | None,
+    side: Mapping[str, Path],
+    shard_size: int,
+    left_out: dict[str, str],
+) -> Target:
+    """A directory of Neuron's names to be written. It has an index in any case: some loaders read nothing without one.
+
+    Args:
+        specs: HuggingFace's tensors as they are to be written, scales among them.
+
+    Raises:
+        Refused: experts of one layer in several dtypes.
+    """
+    tensors = []
+    for one in with_scales(held, specs):
+        dtypes = {specs[spec.name].dtype for each in one.sources for spec in each}
+        if len(dtypes) > 1:
+            raise Refused(
+                "experts of several dtypes have no place in one tensor, nothing was written",
+                where=one.name,
+                found=", ".join(sorted(dtypes)),
+                do="--dtype gives all one",
+            )
+        tensors.append((TensorSpec(one.name, one.shape, dtypes.pop()), one.slots))
+    return huggingface.lay_out_slots(
+        tensors, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True
+    )
