@@ -44,7 +44,7 @@ ABOUT: Final[dict[str, About]] = {
     "qwen3_moe": About("Qwen3-MoE", "query and key norms", LOGITS),
     "olmoe": About("OLMoE", "full-width query and key norms, which Megatron-LM lacks"),
     "minimax_m2": About("MiniMax-M2", "full-width query and key norms; block FP8 as released"),
-    "gpt_oss": About("gpt-oss", "sinks, biases, alternating gate and up; MXFP4 not decoded", LOGITS),
+    "gpt_oss": About("gpt-oss", "sinks, biases, alternating gate and up; MXFP4 as released", LOGITS),
     "deepseek": About("DeepSeek-MoE 16B", "dense first layers, shared experts", LAWS),
     "deepseek_v2": About("DeepSeek-V2, V2-Lite", "latent attention", LOGITS),
     "deepseek_v3": About("DeepSeek-V3, R1, Moonlight", "token predictor; block FP8 as released", LOGITS),

@@ -6,6 +6,7 @@ a report of 90 000 tensors has a thousand of them.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from dconv.report.faults import Facts, Fault, faults_of
 from dconv.report.statistics import Statistics
 from dconv.sharding.tensor import Logical, Stored, TensorSpec
 
+#: Ends the name of a code in a scheme's words: ``int4 code x the scale of its 128 columns``.
+_CODE: Final = re.compile(r" codes?\b")
 _SCALE: Final = "_scale_inv"
 SCALED: Final = " with scales"
 UNSCALED: Final = " without scales"
@@ -143,7 +146,8 @@ def precision_of(
     idle = [n for n in source.tensors if n.endswith(_SCALE) and _dtype(specs, n.removesuffix(_SCALE)) != FP8]
     weights = {name: spec for name, spec in specs.items() if not (name.endswith(_SCALE) and name in source.tensors)}
     places = {name: place_of(name, spec.file_shape) for name, spec in weights.items()}
-    cells = _cells(weights, places, pairs)
+    made = {name: _CODE.split(words)[0] for name, words in source.coded.items() if name not in source.tensors}
+    cells = _cells(weights, places, pairs, made)
     counted, bad = _counted(source, weights, places, pairs, cells)
     said = (config or {}).get("quantization_config")
     said = said if isinstance(said, Mapping) else {}
@@ -210,8 +214,12 @@ def _dtype(specs: Mapping[str, TensorSpec], name: str) -> str:
 
 
 def _cells(
-    weights: Mapping[str, TensorSpec], places: Mapping[str, Place], pairs: Mapping[str, Stored]
+    weights: Mapping[str, TensorSpec],
+    places: Mapping[str, Place],
+    pairs: Mapping[str, Stored],
+    made: Mapping[str, str],
 ) -> dict[tuple[str, int, str], Cell]:
+    """The cells; ``made`` are codes that are stored under other names than their weights', in a word."""
     cells: dict[tuple[str, int, str], Cell] = {}
     for name, spec in weights.items():
         place = places[name]
@@ -220,7 +228,7 @@ def _cells(
         cell.count += 1
         cell.nbytes += spec.nbytes
         state = (SCALED if name in pairs else UNSCALED) if spec.dtype == FP8 else ""
-        cell.states[spec.dtype + state] += 1
+        cell.states[f"{made[name]} codes" if name in made else spec.dtype + state] += 1
         cell.shapes[spec.file_shape] += 1
     return cells
 

@@ -376,24 +376,31 @@ def test_mixed_dtypes(tmp_path: Path) -> None:
 
 
 def test_packed_codes_of_another_method(dconv: Dconv, tmp_path: Path) -> None:
-    """gpt-oss as released: refused, and its dtypes reported under its own names; no claims of FP8 are looked for."""
+    """gpt-oss as released: what is decoded is reported as the codes that it is; no claims of FP8 are looked for."""
     blocks = "model.layers.{}.mlp.experts.down_proj_{}"
 
     def edit(specs: dict[str, TensorSpec]) -> None:
         for layer in range(4):
             del specs[f"model.layers.{layer}.mlp.experts.down_proj"]
-            for what in ("blocks", "scales"):
+            for what, last in (("blocks", (16,)), ("scales", ())):
                 name = blocks.format(layer, what)
-                specs[name] = TensorSpec(name, (4, 32, 2), "u8")
+                specs[name] = TensorSpec(name, (4, 32, 2, *last), "u8")
 
     model = write_fp8(
-        tmp_path / "model", "gpt_oss", quantised=lambda n: False, edit=edit, quantization={"quant_method": "mxfp4"}
+        tmp_path / "model",
+        "gpt_oss",
+        quantised=lambda n: False,
+        edit=edit,
+        quantization={"quant_method": "mxfp4"},
+        intermediate_size=64,
     )
     ran = dconv("inspect", model, "--json").json
-    assert "quantised" in ran["refused"]
+    assert not ran["refused"]
     said = ran["precision"]
     assert (said["method"], said["faults"], said["block"]) == ("mxfp4", [], None)
-    assert Counter({e["class"]: e["states"].get("u8", 0) for e in said["classes"]})["mlp.experts.down_proj_blocks"] == 4
+    assert (
+        Counter({e["class"]: e["states"].get("e2m1 codes", 0) for e in said["classes"]})["mlp.experts.down_proj"] == 4
+    )
     assert "mxfp4, as config.json says" in dconv("inspect", model).out
 
 
