@@ -203,7 +203,7 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     _source_options(parser)
     parser.add_argument("--explain", nargs="?", const=True, default=False, metavar="SCHEME",
-                        help="what its scales mean and its codes cost, measured; of a plain model, --explain fp8")  # fmt: skip
+                        help="what scales mean and codes cost, measured; of a plain model, --explain fp8")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page: map of layers, scales, modules")
 
 
