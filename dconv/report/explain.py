@@ -24,7 +24,7 @@ from dconv.errors import Refused, UsageError, group_names
 from dconv.report import example
 from dconv.report.cost import ENCODINGS, Cost, Encoding, Part
 from dconv.report.meanings import Meaning, meaning_of
-from dconv.report.sample import SEED, Looking, Plain, Sample, Weight, draw
+from dconv.report.sample import BOX, SEED, Looking, Plain, Sample, Weight, draw
 from dconv.report.usage import Usage
 from dconv.sharding.derived import Array, Derived
 from dconv.sharding.region import Index, Region
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Scales of one tensor that are read to find its largest weight.
 _SCALES: Final = 1 << 16
+#: Weights of a block that are.
+_AT_ONCE: Final = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def _most(array: NDArray[np.float64]) -> float:
 
 
 def _by_scales(looking: Looking, weight: Weight, meaning: Meaning) -> float:
-    """The largest magnitude in the block that has the largest scale; 0 where there are too many scales to read.
+    """The largest magnitude in the block that has the largest scale; 0 where that is too much to read.
 
     It is the tensor's largest wherever scales are made of the largest weights of their blocks.
     """
@@ -303,9 +305,14 @@ def _by_scales(looking: Looking, weight: Weight, meaning: Meaning) -> float:
     scales = looking.made(grid, Region.whole(meaning.blocks), "f64")
     at = np.unravel_index(int(np.argmax(np.where(np.isfinite(scales), np.abs(scales), 0))), meaning.blocks)
     sides = (*(1,) * (len(weight.shape) - 2), *meaning.block)
-    start = tuple(int(i) * side for i, side in zip(at, sides, strict=True))
-    shape = tuple(min(side, n - a) for side, n, a in zip(sides, weight.shape, start, strict=True))
-    return _most(_look(looking, weight, Region(start, shape), meaning).values) if prod(shape) <= _SCALES else 0.0
+    start = [int(i) * side for i, side in zip(at, sides, strict=True)]
+    stop = [min(a + side, n) for a, side, n in zip(start, sides, weight.shape, strict=True)]
+    start[-1] -= start[-1] % BOX[1]  # with its neighbours: a short run of each row takes no less reading
+    stop[-1] = min(max(stop[-1], start[-1] + BOX[1]), weight.shape[-1])
+    shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+    if prod(shape) > _AT_ONCE:
+        return 0.0
+    return _most(_look(looking, weight, Region(tuple(start), shape), meaning).values)
 
 
 def _usage(

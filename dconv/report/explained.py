@@ -72,8 +72,8 @@ def _example(one: Example) -> Iterable[str]:
     sign = "/" if one.divides else "x"
     yield f"  weight  {one.value:g} {sign} {one.scale:.6g} = {one.weight:.6g}"
     moved = _percent(abs(one.step / 2 / one.weight))
-    yield f"  step    {one.step:.3g} to the next number there is: half of that, {moved} of the weight,"
-    yield "          is how far encoding may have moved it"
+    yield f"  step    {one.step:.3g} to the next number there is: half of that, {moved} of the"
+    yield "          weight, is how far encoding may have moved it"
     yield f"  holds   at most {fmt.largest:g} {sign} {one.scale:.6g} = {one.holds:.6g} with this scale"
 
 
