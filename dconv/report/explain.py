@@ -187,7 +187,7 @@ def _of_plain(model: Described, asked: str) -> Explanation:
 def _of_codes(model: Described, asked: str) -> Explanation:
     coded = _coded(model)
     method = method_of(model.source.config or {})
-    meanings = {weight.name: meaning_of(derived) for weight, derived in coded}
+    meanings = {weight.name: meaning_of(derived, model.source.format) for weight, derived in coded}
     known = [method] * bool(method) + [meaning.scheme for meaning in meanings.values() if meaning]
     schemes = list(dict.fromkeys(known))
     if asked and asked not in schemes:
@@ -242,7 +242,7 @@ def _coded(model: Described) -> list[tuple[Weight, Derived]]:
             derived = model.logical.derived.get(piece.file)
             if derived is None or piece.file in found:
                 continue
-            kind, meaning = place_of(name, derived.shape).kind, meaning_of(derived)
+            kind, meaning = place_of(name, derived.shape).kind, meaning_of(derived, model.source.format)
             block = meaning.block if meaning else (1, 1)
             found[piece.file] = Weight(name, kind, derived.shape, derived.inputs, derived.recipe, block), derived
     if not found:
@@ -259,7 +259,7 @@ def _schemes(model: Described, coded: Sequence[tuple[Weight, Derived]]) -> Itera
         if words in seen:
             continue
         seen.add(words)
-        meaning = meaning_of(derived)
+        meaning = meaning_of(derived, model.source.format)
         told = meaning.parts if meaning else ()
         parts = tuple(
             StoredPart(array.pieces[0].tensor, array.dtype, array.shape, told[i] if i < len(told) else "")

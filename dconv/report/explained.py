@@ -26,7 +26,8 @@ _LONG: Final = 67
 def text(name: str, said: Explanation) -> str:
     """The explanation of the model of this name."""
     blocks = [_head(name, said)]
-    blocks += [list(_scheme(scheme)) for scheme in said.schemes]
+    told: set[str] = set()
+    blocks += [list(_scheme(scheme, told)) for scheme in said.schemes]
     if isinstance(said.example, Example):
         blocks.append(list(_example(said.example)))
     elif said.example:
@@ -49,14 +50,15 @@ def _head(name: str, said: Explanation) -> list[str]:
     return _wrapped(f"{name}  {said.tensors:,} tensors of {said.weights:,} weights, none of them in codes yet")
 
 
-def _scheme(scheme: Scheme) -> Iterable[str]:
+def _scheme(scheme: Scheme, told: set[str]) -> Iterable[str]:
     yield from _wrapped(f"What is stored: {scheme.words} ({scheme.tensors:,} tensor{'s' * (scheme.tensors != 1)})")
     for part in scheme.parts:
         yield from _wrapped(part.name, "  ")
         shape = " x ".join(map(str, part.shape))
         yield from _wrapped(f"{part.dtype} {shape}{': ' * bool(part.words)}{part.words}", "    ")
     for sentence in scheme.sentences:
-        yield from _wrapped(sentence, "  ")
+        yield from _wrapped(sentence, "  ") if sentence not in told else ()
+        told.add(sentence)
 
 
 def _example(one: Example) -> Iterable[str]:

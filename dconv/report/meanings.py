@@ -7,12 +7,12 @@ by its parts and by what it decodes to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.codec.minifloat import E4M3, E5M2, Minifloat, values
+from dconv.codec.minifloat import E4M3, E4M3_IEEE, E5M2, Minifloat, values
 from dconv.coded import fp8
 from dconv.sharding.derived import Derived, Read, Recipe
 from dconv.sharding.region import Index, Region
@@ -53,11 +53,16 @@ class Meaning:
     kept: str = ""
 
 
-def meaning_of(derived: Derived) -> Meaning | None:
-    """The meaning of a decoded weight's inputs; None where only its values are known."""
+def meaning_of(derived: Derived, container: str) -> Meaning | None:
+    """The meaning of a decoded weight's inputs; None where only its values are known.
+
+    Args:
+        container: what the source is (`dconv.checkpoint.source.Source.format`).
+    """
     match derived.recipe:
         case fp8.Decode() as recipe:
-            return _fp8(recipe, derived)
+            found = _fp8(recipe, derived)
+            return _neuron(found) if container == "neuron" else found
         case _:
             return None
 
@@ -116,6 +121,10 @@ _INVERSE: Final = (
     "The scale multiplies: weight = code x scale. weight_scale_inv is the inverse of what the weight was multiplied by "
     "when it was encoded, and no reciprocal to divide by. GPTQModel's FP8 has that under the same name."
 )
+_NEURON: Final = (
+    "The scale multiplies: weight = code x scale. These are the names that Neuron's are read as; its own are .weight and "
+    ".scale, and a layer's experts are one tensor."
+)
 _DIVIDES: Final = (
     "The scale divides: weight = code / scale. config.json says that GPTQModel wrote it, whose weight_scale_inv is the "
     "reciprocal of everyone else's; a reader that multiplies makes noise of this model."
@@ -143,4 +152,17 @@ def _fp8(recipe: fp8.Decode, derived: Derived) -> Meaning:
         parts=(f"codes in {fmt.name}, one for each weight", f"scales, one for each {own}{powers}"),
         sentences=(sentence,),
         kept=_KEPT.get(kind, "") if recipe == fp8.Decode((128, 128), fp8.FP8) else "",
+    )
+
+
+def _neuron(as_read: Meaning) -> Meaning:
+    """The same for a directory of Neuron's names, which is read as HuggingFace's: below 240 its codes are the same."""
+    codes, *scales = as_read.parts
+    return replace(
+        as_read,
+        scheme="neuron",
+        fmt=E4M3_IEEE,
+        parts=(codes.replace(E4M3.name, f"Neuron's e4m3, which ends at {E4M3_IEEE.largest:g}"), *scales),
+        sentences=(_NEURON,),
+        kept="",
     )

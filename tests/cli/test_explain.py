@@ -151,6 +151,18 @@ def test_what_is_stored_is_told_by_its_own_names(coded: Path) -> None:
     assert "divides" in said(coded)["schemes"][0]["sentences"][0]
 
 
+def test_neurons_codes_end_at_240(tmp_path: Path, coded: Path) -> None:
+    convert(Request(coded, "neuron", tmp_path / "neuron"))
+    found = said(tmp_path / "neuron", "neuron")
+    assert said(tmp_path / "neuron", "fp8")["schemes"] == found["schemes"]
+    example = found["example"]
+    assert example["holds"] == pytest.approx(240 * example["scale"])
+    assert all("multiplies" in scheme["sentences"][0] for scheme in found["schemes"])
+    assert not any(cost["encoding"].startswith("neuron") for cost in found["costs"])
+    rows = [each for each in found["usage"] if each["class"].startswith("self_attn")]
+    assert rows and all(each["shares"]["largest"] > 0 and "8" not in each["exponents"] for each in rows)
+
+
 def test_codes_are_counted(coded: Path) -> None:
     """Shares and bounds of each class, from a table of e4m3 that ml_dtypes makes."""
     odd_codes(coded)
@@ -349,7 +361,7 @@ def test_columns_that_are_no_whole_groups_are_left_out(tmp_path: Path) -> None:
 
 def test_a_scheme_without_words_is_told_by_its_parts(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = said(coded)
-    monkeypatch.setattr(explaining, "meaning_of", lambda derived: None)
+    monkeypatch.setattr(explaining, "meaning_of", lambda derived, container: None)
     found = said(coded)
     assert (found["example"], found["usage"], found["kept"]) == (None, [], "")
     names = [[part["tensor"] for part in each["schemes"][0]["parts"]] for each in (found, known)]
