@@ -122,8 +122,8 @@ _INVERSE: Final = (
     "when it was encoded, and no reciprocal to divide by. GPTQModel's FP8 has that under the same name."
 )
 _NEURON: Final = (
-    "The scale multiplies: weight = code x scale. These are the names that Neuron's are read as; its own are .weight and "
-    ".scale, and a layer's experts are one tensor."
+    "The scale multiplies: weight = code x scale. These are the names that Neuron's are read as; its own are .weight "
+    "and .scale, and a layer's experts are one tensor."
 )
 _DIVIDES: Final = (
     "The scale divides: weight = code / scale. config.json says that GPTQModel wrote it, whose weight_scale_inv is the "
