@@ -202,6 +202,8 @@ def _diff(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     _source_options(parser)
+    parser.add_argument("--explain", nargs="?", const=True, default=False, metavar="SCHEME",
+                        help="what scales mean and codes cost, measured; of a plain model, --explain fp8")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page: map of layers, scales, modules")
 
 
@@ -230,7 +232,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import inspect
 
     args = parser.parse_args(words)
-    report = inspect(args.path, **_described(args))
+    report = inspect(args.path, **_described(args), explain=args.explain)
     if args.html:
         from dconv.report.page import write
 
@@ -351,6 +353,7 @@ COMMANDS: Final[dict[str, Command]] = {
         "PATH ",
         """  dconv inspect llama-8b
   dconv inspect minimax-m2 --html m2.html           a page: layers by precision, scales, modules
+  dconv inspect minimax-m2 --explain                what its FP8 means and costs; of a plain model, --explain fp8
   dconv inspect megatron-run --json                 the iteration that the tracker file names
   dconv inspect shards/ --hf-config llama-8b        bare mp_rank_* directories""",
         _inspect_options,

@@ -20,7 +20,8 @@ from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
-from dconv.report import mup, words
+from dconv.report import explain as explaining
+from dconv.report import explained, mup, words
 from dconv.report.page import page
 from dconv.report.precision import Precision, precision_of
 from dconv.sharding.execute import _TILE_BYTES
@@ -58,6 +59,7 @@ class Report:
         mup: muP scalars of the config, and what they multiply; empty where there are none.
         precision: dtypes, scales and what the config claims of them; None where only `check` asked, or where no more
             than the container's own names is known.
+        explained: what ``explain`` asked for.
     """
 
     path: str
@@ -81,14 +83,19 @@ class Report:
     receipt: str | None = None
     mup: dict[str, Any] = field(default_factory=dict)
     precision: Precision | None = None
+    explained: explaining.Explanation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         precision = self.precision.to_dict() if self.precision else None
-        return {**asdict(replace(self, precision=None)), "precision": precision}
+        explained = self.explained.to_dict() if self.explained else None
+        plain = asdict(replace(self, precision=None, explained=None))
+        return {**plain, "precision": precision, "explained": explained}
 
     def text(self) -> str:
-        """For a person, at most 100 columns."""
+        """For a person, at most 100 columns; what was asked to be explained, instead of all."""
+        if self.explained:
+            return explained.text(Path(self.path).name or self.path, self.explained)
         return "\n".join(line for label, value in self.rows() if value for line in lines_of(label, value))
 
     def html(self) -> str:
@@ -163,12 +170,17 @@ def inspect(
     rename: str | Path | None = None,
     submodel: str | None = None,
     with_eagle: bool = False,
+    explain: str | bool = False,
 ) -> Report:
     """Describe a checkpoint from its headers and scales; what a conversion would refuse is reported, not raised.
 
+    Args:
+        explain: the scheme that its weights are in, True or "" for whatever that is, or an encoding of plain weights,
+            to be explained by a sample of its weights (`dconv.report.explain`).
+
     Raises:
-        UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory.
-        DconvError: its container cannot be read at all.
+        UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory; ``explain`` does not fit.
+        DconvError: its container cannot be read at all, or it cannot be explained.
     """
     path = Path(path)
     try:
@@ -185,6 +197,8 @@ def inspect(
     except UsageError:
         raise
     except DconvError as error:
+        if explain is not False:
+            raise
         source = open_source(path, source_format, rename=renaming_of(rename, submodel))
         report = _in_part(path, source, str(error))
         return replace(report, precision=precision_of(source, None, source.config))
@@ -194,6 +208,7 @@ def inspect(
         report_of(path, model, hf_config),
         mup=mup.scalars_of(model.family, model.config, model.source.shapes),
         precision=precision_of(model.source, model.logical, model.source.config or model.config, head),
+        explained=None if explain is False else explaining.explain(model, "" if explain is True else explain),
     )
 
 

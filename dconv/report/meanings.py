@@ -1,0 +1,168 @@
+"""What the parts of a weight in codes mean: which number is which code, what scales it, and how a person is told.
+
+A scheme's recipe (`dconv.coded`) is one case of `meaning_of`. A weight whose recipe is none of them is still explained
+by its parts and by what it decodes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dconv.codec.minifloat import E4M3, E4M3_IEEE, E5M2, Minifloat, values
+from dconv.coded import fp8
+from dconv.sharding.derived import Derived, Read, Recipe
+from dconv.sharding.region import Index, Region
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a weight's codes mean.
+
+    Attributes:
+        scheme: what ``--explain`` calls it; every quantised source has its ``quant_method`` for a name as well.
+        fmt: what a code is worth.
+        block: rows and columns that share a scale.
+        divides: the stored scale divides; else it multiplies.
+        codes: computes the codes of a box, one a byte, from the weight's own inputs.
+        scales: computes what multiplies each of them, in fp64.
+        grid: computes what multiplies, for a box of the stored scales, of shape ``blocks``.
+        block_of: an element's place in the stored scales.
+        parts: for each input, what it is.
+        sentences: what must not be got wrong.
+        kept: the encoding (`dconv.report.cost.ENCODINGS`) in which dconv would write these very codes; "" if none.
+    """
+
+    scheme: str
+    fmt: Minifloat
+    block: tuple[int, int]
+    divides: bool
+    codes: Recipe
+    scales: Recipe
+    grid: Recipe
+    blocks: Index
+    block_of: Callable[[Index], Index]
+    parts: tuple[str, ...]
+    sentences: tuple[str, ...]
+    kept: str = ""
+
+
+def meaning_of(derived: Derived, container: str) -> Meaning | None:
+    """The meaning of a decoded weight's inputs; None where only its values are known.
+
+    Args:
+        container: what the source is (`dconv.checkpoint.source.Source.format`).
+    """
+    match derived.recipe:
+        case fp8.Decode() as recipe:
+            found = _fp8(recipe, derived)
+            return _neuron(found) if container == "neuron" else found
+        case _:
+            return None
+
+
+def of_block(block: tuple[int, int], shape: Index) -> str:
+    """What shares a scale: ``tensor``, ``row`` or ``128 x 128 block``."""
+    if block == tuple(shape[-2:]):
+        return "tensor"
+    return "row" if block == (1, shape[-1]) else f"{block[0]} x {block[1]} block"
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The stored codes as bytes; inputs: codes, one a byte."""
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        del dtype, factor
+        return read(0, box, "").view("u1")
+
+
+@dataclass(frozen=True, slots=True)
+class OfOnes:
+    """What a recipe makes of codes that are all 1: what multiplies each.
+
+    Attributes:
+        one: the byte that stands for 1, or for several of them.
+    """
+
+    recipe: Recipe
+    one: int
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        def ones(number: int, region: Region, wanted: str) -> NDArray[Any]:
+            return read(number, region, wanted) if number else np.full(region.shape, self.one, np.uint8)
+
+        return self.recipe(box, dtype, factor, ones)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What multiplies, a scale of FP8 at a time; inputs: codes, scales."""
+
+    recipe: fp8.Decode
+    one: int
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        each = fp8.Decode((1, 1), self.recipe.dtype, self.recipe.reciprocal)
+        return OfOnes(each, self.one)(box, dtype, factor, read)
+
+
+_FP8: Final = {"f8_e4m3": E4M3, "f8_e5m2": E5M2}
+#: dtype of the scales -> the encoding.
+_KEPT: Final = {"f32": "fp8_block", "f8_e8m0": "fp8_block ue8m0"}
+_MULTIPLIES: Final = "The scale multiplies: weight = code x scale."
+_INVERSE: Final = (
+    "The scale multiplies: weight = code x scale. weight_scale_inv is the inverse of what the weight was multiplied by "
+    "when it was encoded, and no reciprocal to divide by. GPTQModel's FP8 has that under the same name."
+)
+_NEURON: Final = (
+    "The scale multiplies: weight = code x scale. These are the names that Neuron's are read as; its own are .weight "
+    "and .scale, and a layer's experts are one tensor."
+)
+_DIVIDES: Final = (
+    "The scale divides: weight = code / scale. config.json says that GPTQModel wrote it, whose weight_scale_inv is the "
+    "reciprocal of everyone else's; a reader that multiplies makes noise of this model."
+)
+
+
+def _fp8(recipe: fp8.Decode, derived: Derived) -> Meaning:
+    m, n = recipe.block
+    scale = derived.inputs[1]
+    fmt, kind, name = _FP8[recipe.dtype], scale.dtype, scale.pieces[0].tensor
+    one = int(np.flatnonzero(values(fmt) == 1)[0])
+    powers = " as a power of two, a byte of exponent (E8M0)" if kind in ("f8_e8m0", "u8") else ""
+    own = of_block(recipe.block, derived.shape)
+    sentence = _DIVIDES if recipe.reciprocal else _INVERSE if name.endswith(fp8.SUFFIX) else _MULTIPLIES
+    return Meaning(
+        scheme="fp8",
+        fmt=fmt,
+        block=recipe.block,
+        divides=recipe.reciprocal,
+        codes=Codes(),
+        scales=OfOnes(recipe, one),
+        grid=Grid(recipe, one),
+        blocks=scale.shape,
+        block_of=lambda at: (*at[:-2], at[-2] // m, at[-1] // n),
+        parts=(f"codes in {fmt.name}, one for each weight", f"scales, one for each {own}{powers}"),
+        sentences=(sentence,),
+        kept=_KEPT.get(kind, "") if recipe == fp8.Decode((128, 128), fp8.FP8) else "",
+    )
+
+
+def _neuron(as_read: Meaning) -> Meaning:
+    """The same for a directory of Neuron's names, which is read as HuggingFace's: below 240 its codes are the same."""
+    codes, *scales = as_read.parts
+    return replace(
+        as_read,
+        scheme="neuron",
+        fmt=E4M3_IEEE,
+        parts=(codes.replace(E4M3.name, f"Neuron's e4m3, which ends at {E4M3_IEEE.largest:g}"), *scales),
+        sentences=(_NEURON,),
+        kept="",
+    )

@@ -1,0 +1,467 @@
+"""``inspect --explain``: its numbers, taken from the files' bytes once more by torch, ml_dtypes and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+import dconv
+from dconv.arch.registry import by_name
+from dconv.checkpoint import safetensors
+from dconv.checkpoint.source import expected_specs
+from dconv.coded.places import place_of
+from dconv.errors import Refused, UsageError
+from dconv.pipeline import Request, convert
+from dconv.report import explain as explaining
+from dconv.report import sample
+from dconv.report.cost import Cost, Part
+from dconv.sharding.coords import Parallel
+from dconv.sharding.tensor import TensorSpec
+from tests.cli.conftest import Dconv
+from tests.models import config_of
+from tests.quant.models import write_normal
+
+Weights = dict[str, NDArray[np.float64]]
+E4M3 = torch.float8_e4m3fn
+BLOCK = (32, 32)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The codes and scales of an FP8 checkpoint, as torch reads them."""
+
+    codes: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+    block: tuple[int, int]
+    divides: bool = False
+
+    def each(self, name: str) -> NDArray[np.float64]:
+        """What multiplies each code of a tensor."""
+        found, (rows, columns) = self.scales[name].double().numpy(), self.codes[name].shape
+        found = found if found.ndim == 2 else found.reshape(1, 1)
+        grid = found[np.ix_(np.arange(rows) // self.block[0], np.arange(columns) // self.block[1])]
+        return 1 / grid if self.divides else grid
+
+    def weights(self) -> Weights:
+        return {name: codes.double().numpy() * self.each(name) for name, codes in self.codes.items()}
+
+
+def plain(folder: Path, family: str = "minimax_m2", **sizes: Any) -> Path:
+    return write_normal(folder, by_name(family), **sizes)
+
+
+def stored_in(folder: Path, block: tuple[int, int] = BLOCK, divides: bool = False) -> Stored:
+    tensors = load_file(folder / "model.safetensors")
+    codes = {name: value for name, value in tensors.items() if value.dtype == E4M3}
+    return Stored(codes, {name: tensors[f"{name}_scale_inv"] for name in codes}, block, divides)
+
+
+def odd_codes(folder: Path) -> None:
+    """Some codes of every kind, NaN among them, where an encoder would not have put them."""
+    tensors, draw = load_file(folder / "model.safetensors"), np.random.default_rng(5)
+    for name, value in tensors.items():
+        if value.dtype == E4M3:
+            codes = value.view(torch.uint8).numpy().copy()
+            where = draw.random(codes.shape) < 0.1
+            codes[where] = draw.integers(0, 256, where.sum(), np.uint8)
+            tensors[name] = torch.from_numpy(codes).view(E4M3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def inverted(folder: Path) -> None:
+    """As GPTQModel stores it."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: 1 / value for name, value in tensors.items() if name.endswith("_scale_inv")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"weight_scale_method": "block", "weight_scale_semantics": "inverse"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def said(path: Path, asked: str | bool = True) -> dict[str, Any]:
+    return json.loads(json.dumps(dconv.inspect(path, explain=asked).to_dict()))["explained"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return plain(tmp_path / "source")
+
+
+@pytest.fixture
+def coded(tmp_path: Path, source: Path) -> Path:
+    convert(Request(source, "fp8", tmp_path / "fp8", block_size=BLOCK))
+    return tmp_path / "fp8"
+
+
+# ---------------------------------------------------------------------------------------------------- what codes mean
+
+
+@pytest.mark.parametrize("kind", ["blocks", "divides", "powers", "tensor"])
+def test_the_example_is_what_the_files_hold(tmp_path: Path, source: Path, kind: str) -> None:
+    options: dict[str, Any] = {
+        "blocks": {"block_size": BLOCK},
+        "divides": {"block_size": BLOCK},
+        "powers": {"block_size": BLOCK, "scale_format": "ue8m0"},
+        "tensor": {"quant": "fp8_tensor"},
+    }[kind]
+    convert(Request(source, "fp8", tmp_path / "fp8", **options))
+    if kind == "divides":
+        inverted(tmp_path / "fp8")
+    there = stored_in(tmp_path / "fp8", (1 << 20, 1 << 20) if kind == "tensor" else BLOCK, kind == "divides")
+    found = said(tmp_path / "fp8", "fp8")["example"]
+    name, at = found["tensor"], tuple(found["index"])
+    assert found["code"] == int(there.codes[name].view(torch.uint8)[at])
+    assert found["value"] == float(there.codes[name][at].double())
+    block = (0, 0) if kind == "tensor" else (at[0] // 32, at[1] // 32)
+    assert tuple(found["block"]) == block
+    scale = there.scales[name].double().reshape(found["blocks"])[block]
+    assert found["scale"] == float(scale) and found["scale_tensor"] == f"{name}_scale_inv"
+    assert found["divides"] == (kind == "divides")
+    assert found["weight"] == pytest.approx(there.weights()[name][at], rel=1e-15)
+    by, size = float(there.each(name)[at]), np.abs(np.float64(found["value"]))
+    above = np.uint8(found["code"] & 0x7F) + np.uint8(1)
+    step = float(above.view(ml_dtypes.float8_e4m3fn)) - size
+    assert (found["step"], found["holds"]) == pytest.approx((step * by, 448 * by), rel=1e-15)
+
+
+def test_what_is_stored_is_told_by_its_own_names(coded: Path) -> None:
+    found = said(coded)
+    (scheme,) = found["schemes"]
+    there = stored_in(coded)
+    assert (found["coded"], found["asked"], found["tensors"]) == (True, "fp8", len(there.codes))
+    assert found["weights"] == sum(codes.numel() for codes in there.codes.values())
+    codes, scales = scheme["parts"]
+    assert (scales["tensor"], scheme["tensors"]) == (f"{codes['tensor']}_scale_inv", len(there.codes))
+    assert scales["shape"] == list(there.scales[codes["tensor"]].shape)
+    assert "multiplies" in scheme["sentences"][0] and "GPTQModel" in scheme["sentences"][0]
+    inverted(coded)
+    assert "divides" in said(coded)["schemes"][0]["sentences"][0]
+
+
+def test_neurons_codes_end_at_240(tmp_path: Path, coded: Path) -> None:
+    convert(Request(coded, "neuron", tmp_path / "neuron"))
+    found = said(tmp_path / "neuron", "neuron")
+    assert said(tmp_path / "neuron", "fp8")["schemes"] == found["schemes"]
+    example = found["example"]
+    assert example["holds"] == pytest.approx(240 * example["scale"])
+    assert all("multiplies" in scheme["sentences"][0] for scheme in found["schemes"])
+    assert not any(cost["encoding"].startswith("neuron") for cost in found["costs"])
+    rows = [each for each in found["usage"] if each["class"].startswith("self_attn")]
+    assert rows and all(each["shares"]["largest"] > 0 and "8" not in each["exponents"] for each in rows)
+
+
+def test_codes_are_counted(coded: Path) -> None:
+    """Shares and bounds of each class, from a table of e4m3 that ml_dtypes makes."""
+    odd_codes(coded)
+    there = stored_in(coded)
+    worth = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    size = np.abs(worth)
+    half = np.array([max(np.exp2(np.floor(np.log2(v))), 2.0**-6) / 16 if v else 2.0**-10 for v in size])
+    classes: dict[str, list[str]] = defaultdict(list)
+    for name, codes in there.codes.items():
+        classes[place_of(name, tuple(codes.shape)).kind].append(name)
+    usage = {each["class"]: each for each in said(coded)["usage"]}
+    assert set(usage) == set(classes)
+    for kind, names in classes.items():
+        found, counts = usage[kind], np.zeros(256)
+        halves = squares = of_largest = 0.0
+        for name in names:
+            codes, by = there.codes[name].view(torch.uint8).numpy(), there.each(name)
+            counts += np.bincount(codes.reshape(-1), minlength=256)
+            known = np.isfinite(worth[codes])
+            halves += np.square(half[codes] * by)[known].sum()
+            squares += np.square(worth[codes] * by)[known].sum()
+            for row in range(0, codes.shape[0], 32):
+                for column in range(0, codes.shape[1], 32):
+                    block = codes[row : row + 32, column : column + 32]
+                    most = block.reshape(-1)[np.nanargmax(size[block])]
+                    of_largest = max(of_largest, half[most] / size[most])
+        shares = counts / counts.sum()
+        assert (found["tensors"], found["looked_at"], found["codes"]) == (len(names), len(names), counts.sum())
+        assert found["shares"] == pytest.approx({
+            "zero": shares[size == 0].sum(),
+            "subnormal": shares[(size > 0) & (size < 2.0**-6)].sum(),
+            "largest": shares[size == 448].sum(),
+            "no number": shares[np.isnan(size)].sum(),
+        })  # fmt: skip
+        powers = {str(e): shares[(size >= 2.0**e) & (size < 2.0 ** (e + 1))].sum() for e in range(8, -7, -1)}
+        assert found["exponents"] == pytest.approx(powers)
+        normal = (counts > 0) & (size >= 2.0**-6)
+        assert found["bound_of_weight"] == (half[normal] / size[normal]).max()
+        assert found["bound_of_largest"] == of_largest
+        assert found["bound"] == pytest.approx(np.sqrt(halves / squares))
+        assert found["expected"] == pytest.approx(np.sqrt(halves / squares / 3))
+
+
+def test_bounds_hold_for_what_was_encoded(source: Path, coded: Path) -> None:
+    """The error that encoding really made, the plain source being known, is within the bound and near what is told."""
+    before, after = load_file(source / "model.safetensors"), stored_in(coded).weights()
+    for each in said(coded)["usage"]:
+        names = [name for name, value in after.items() if place_of(name, value.shape).kind == each["class"]]
+        wrong = sum(np.square(after[name] - before[name].double().numpy()).sum() for name in names)
+        real = np.sqrt(wrong / sum(np.square(after[name]).sum() for name in names))
+        assert real <= each["bound"] and real == pytest.approx(each["expected"], rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------------ what encodings cost
+
+
+def by_transformers(x: NDArray[np.float64], block: tuple[int, int], scale_fmt: str | None = None) -> NDArray[Any]:
+    """There and back, with its own quantiser, on the tensor padded to whole blocks."""
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    hub: Any = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt))
+    padded = np.pad(x.astype(np.float32), [(0, -n % of) for n, of in zip(x.shape, block, strict=True)])
+    found = Fp8Quantize(hub).convert({"a.weight": torch.from_numpy(padded)})  # pyright: ignore[reportCallIssue]
+    scale = found["a.weight_scale_inv"].double().numpy()
+    grid = np.repeat(np.repeat(scale, block[0], 0), block[1], 1)
+    return (found["a.weight"].double().numpy() * grid)[: x.shape[0], : x.shape[1]]
+
+
+def by_mx(x: NDArray[np.float64], kind: Any, largest: float) -> NDArray[np.float64]:
+    """The specification's floor rule, block by block."""
+    found = np.zeros(x.shape)
+    for at in np.ndindex(x.shape[0], x.shape[1] // 32):
+        cut = (at[0], slice(32 * at[1], 32 * at[1] + 32))
+        most = np.abs(x[cut]).max()
+        if most:
+            unit = 2.0 ** (np.floor(np.log2(most)) - np.floor(np.log2(largest)))
+            found[cut] = np.clip(x[cut] / unit, -largest, largest).astype(kind).astype(np.float64) * unit
+    return found
+
+
+def by_nvfp4(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """compressed-tensors' formula, block by block, in fp32 as there."""
+    f32, found = np.float32, np.zeros(x.shape)
+    whole = f32(1) / f32(np.abs(x).max()) * f32(2688)
+    for at in np.ndindex(x.shape[0], x.shape[1] // 16):
+        cut = (at[0], slice(16 * at[1], 16 * at[1] + 16))
+        scale = f32((f32(np.abs(x[cut]).max()) / f32(6) * whole).astype(ml_dtypes.float8_e4m3fn)) or f32(0.125)
+        scaled = x[cut].astype(f32) / (scale / whole)
+        codes = np.clip(scaled, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+        found[cut] = codes * np.float64(scale) / np.float64(whole)
+    return found
+
+
+ENCODERS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "fp8_block": lambda x: by_transformers(x, (128, 128)),
+    "fp8_block ue8m0": lambda x: by_transformers(x, (128, 128), "ue8m0"),
+    "fp8_tensor": lambda x: by_transformers(x, (x.shape[0], x.shape[1])),
+    "mxfp8": lambda x: by_mx(x, ml_dtypes.float8_e4m3fn, 448),
+    "mxfp6_e2m3": lambda x: by_mx(x, ml_dtypes.float6_e2m3fn, 7.5),
+    "mxfp6_e3m2": lambda x: by_mx(x, ml_dtypes.float6_e3m2fn, 28),
+    "mxfp4": lambda x: by_mx(x, ml_dtypes.float4_e2m1fn, 6),
+    "nvfp4": by_nvfp4,
+}
+
+
+def check_cost(found: dict[str, Any], before: Weights, after: Weights) -> None:
+    errors = {name: np.abs(after[name] - before[name]) for name in before}
+    relative = {n: np.sqrt(np.square(e).sum() / np.square(before[n]).sum()) for n, e in errors.items()}
+    whole = np.sqrt(sum(np.square(e).sum() for e in errors.values()) / sum(np.square(b).sum() for b in before.values()))
+    assert found["relative_error"] == pytest.approx(whole, rel=1e-5)
+    largest = max(errors, key=lambda name: errors[name].max())
+    assert found["largest_error"] == pytest.approx(errors[largest].max(), rel=1e-5)
+    assert found["where"] == largest
+    assert found["weights"] == sum(value.size for value in before.values())
+    assert found["zeroed"] == sum(int(((after[n] == 0) & (b != 0)).sum()) for n, b in before.items())
+    worst = sorted(relative, key=lambda name: -relative[name])[: len(found["worst"])]
+    assert [each["tensor"] for each in found["worst"]] == worst
+    assert [each["relative_error"] for each in found["worst"]] == pytest.approx([relative[n] for n in worst], rel=1e-5)
+    kinds = {place_of(name, value.shape).kind for name, value in before.items()}
+    assert set(found["classes"]) == kinds
+
+
+def linear(name: str) -> bool:
+    return "_proj" in name or ".experts." in name
+
+
+@pytest.mark.parametrize("state", ["plain", "coded"])
+def test_costs_are_what_others_codecs_lose(source: Path, coded: Path, state: str) -> None:
+    if state == "plain":
+        tensors = load_file(source / "model.safetensors")
+        before = {name: value.double().numpy() for name, value in tensors.items() if linear(name)}
+        found = said(source, "fp8")
+    else:
+        before, found = stored_in(coded).weights(), said(coded, "fp8")
+    assert found["sample"]["whole"] and found["sample"]["tensors"] == len(before) == found["tensors"]
+    costs = {cost["encoding"]: cost for cost in found["costs"]}
+    assert set(costs) - {"neuron / 2", "neuron / (448/240)"} == set(ENCODERS)
+    for name, encode in ENCODERS.items():
+        check_cost(costs[name], before, {tensor: encode(value) for tensor, value in before.items()})
+
+
+def test_neurons_costs_are_those_of_its_format(coded: Path) -> None:
+    """ml_dtypes' e4m3 as IEEE has it; codes are divided in fp64 and rounded once."""
+    there = stored_in(coded)
+    costs = {cost["encoding"]: cost for cost in said(coded)["costs"]}
+    for name, by in (("neuron / 2", 2.0), ("neuron / (448/240)", 448 / 240)):
+        after = {}
+        for tensor, codes in there.codes.items():
+            rounded = (codes.double().numpy() / by).astype(ml_dtypes.float8_e4m3).astype(np.float64)
+            after[tensor] = rounded * by * there.each(tensor)
+        check_cost(costs[name], there.weights(), after)
+    assert costs["neuron / 2"]["relative_error"] < 1e-3 < costs["neuron / (448/240)"]["relative_error"]
+
+
+def test_codes_that_are_kept_cost_nothing(tmp_path: Path, source: Path, coded: Path) -> None:
+    assert said(coded)["kept"] == ""
+    for options, kept in (({}, "fp8_block"), ({"scale_format": "ue8m0"}, "fp8_block ue8m0")):
+        convert(Request(source, "fp8", tmp_path / kept, **options))
+        found = said(tmp_path / kept)
+        assert found["kept"] == kept and kept not in {cost["encoding"] for cost in found["costs"]}
+        convert(Request(tmp_path / kept, "fp8", tmp_path / f"{kept} again", **options))
+        files = [(tmp_path / name / "model.safetensors").read_bytes() for name in (kept, f"{kept} again")]
+        assert files[0] == files[1]
+
+
+def test_the_example_of_a_plain_model(source: Path) -> None:
+    found = said(source, "fp8_block")["example"]
+    weights = load_file(source / "model.safetensors")[found["tensor"]].double().numpy()
+    at = tuple(found["index"])
+    back = by_transformers(weights, (128, 128))
+    row, column = (128 * i for i in found["block"])
+    assert found["weight"] == weights[at] and found["decoded"] == pytest.approx(back[at], rel=1e-6)
+    assert found["largest"] == np.abs(weights[row : row + 128, column : column + 128]).max()
+    assert found["scale"] == pytest.approx(found["largest"] / 448, rel=1e-6)
+    code = np.uint8(found["code"]).view(ml_dtypes.float8_e4m3fn)
+    assert found["value"] == float(code) and found["decoded"] == found["value"] * found["scale"]
+
+
+def test_any_container_gives_the_same(tmp_path: Path, source: Path) -> None:
+    convert(Request(source, "megatron", tmp_path / "megatron", parallel=Parallel(tp=2, pp=2, ep=2)))
+    first, second = said(source, "fp8"), said(tmp_path / "megatron", "fp8")
+    assert first.pop("sample")["weights"] == second.pop("sample")["weights"]
+    assert first == second
+
+
+def test_columns_that_are_no_whole_groups_are_left_out(tmp_path: Path) -> None:
+    costs = {
+        cost["encoding"]: cost for cost in said(plain(tmp_path / "a", "llama", intermediate_size=72), "mxfp4")["costs"]
+    }
+    for name, encoding in costs.items():
+        assert encoding["left_out"] == (4 if name.startswith(("mx", "nvfp4")) else 0), name
+
+
+# --------------------------------------------------------------------------------------------------- what is not known
+
+
+def test_a_scheme_without_words_is_told_by_its_parts(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = said(coded)
+    monkeypatch.setattr(explaining, "meaning_of", lambda derived, container: None)
+    found = said(coded)
+    assert (found["example"], found["usage"], found["kept"]) == (None, [], "")
+    names = [[part["tensor"] for part in each["schemes"][0]["parts"]] for each in (found, known)]
+    assert names[0] == names[1]
+    assert found["costs"] == [cost for cost in known["costs"] if not cost["encoding"].startswith("neuron")]
+    assert "What it would lose again" in dconv.inspect(coded, explain=True).text()
+
+
+@pytest.mark.parametrize(
+    ("which", "word"),
+    [("coded", "mxfp4"), ("coded", "fp"), ("coded", "fp8_tensor"), ("source", "q4_0"), ("source", "")],
+)
+def test_a_word_that_does_not_fit(source: Path, coded: Path, which: str, word: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        dconv.inspect(coded if which == "coded" else source, explain=word)
+    assert "fp8" in caught.value.expected
+
+
+def test_a_model_that_no_scheme_stores_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="gpt2"):
+        dconv.inspect(plain(tmp_path / "gpt2", "gpt2"), explain="fp8")
+
+
+# ------------------------------------------------------------------------------------------------------ bounded reads
+
+
+def sparse_fp8(folder: Path) -> int:
+    """A MiniMax-M2 of its real widths whose file is one hole, and the bytes of its scales."""
+    family = by_name("minimax_m2")
+    sizes = {"hidden_size": 3072, "intermediate_size": 1536, "num_local_experts": 64, "head_dim": 128}
+    config = config_of(family, **sizes, num_attention_heads=48, num_key_value_heads=8)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    specs: list[TensorSpec] = []
+    for name, spec in expected_specs(family, family.facts(config)).items():
+        if linear(name) and len(spec.shape) == 2:
+            shape = tuple(-(-n // 128) for n in spec.shape)
+            specs += [TensorSpec(name, spec.shape, "f8_e4m3"), TensorSpec(f"{name}_scale_inv", shape, "f32")]
+        else:
+            specs.append(spec)
+    size, first, _ = safetensors.lay_out(specs)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(first)
+        file.truncate(size)
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(spec.nbytes for spec in specs if spec.dtype == "f32" and spec.name.endswith("_scale_inv"))
+
+
+def test_reads_are_bounded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3.7 GB at most a sample, and `inspect`'s own reading of all scales; each read is counted."""
+    scales, count = sparse_fp8(tmp_path / "model"), 0
+    real = os.preadv
+
+    def counted(fd: int, buffers: Any, offset: int) -> int:
+        nonlocal count
+        got = real(fd, buffers, offset)
+        count += got
+        return got
+
+    monkeypatch.setattr(os, "preadv", counted)
+    found = said(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 3.5e9
+    seen = found["sample"]
+    assert not seen["whole"] and seen["weights"] <= sample.WEIGHTS
+    assert seen["bytes_read"] == count - scales
+    assert seen["bytes_read"] < 3 * sample.WEIGHTS and seen["reads"] < 20_000
+    assert {each["class"] for each in found["usage"] if each["codes"]} == {each["class"] for each in found["usage"]}
+    assert said(tmp_path / "model") == found
+
+
+def test_a_sample_knows_the_largest_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor that is read in part: by the block with the largest scale."""
+    source = plain(tmp_path / "source", hidden_size=256, intermediate_size=640)
+    convert(Request(source, "fp8", tmp_path / "fp8", block_size=BLOCK))
+    weights = stored_in(tmp_path / "fp8").weights()
+    parts: list[Part] = []
+    monkeypatch.setattr(sample, "WEIGHTS", 1 << 18)
+    monkeypatch.setattr(sample, "BOX", (32, 64))
+    monkeypatch.setattr(Cost, "take", lambda self, part: parts.append(part))
+    found = said(tmp_path / "fp8")["sample"]
+    assert not found["whole"] and found["weights"] <= 1 << 18 and found["boxes"] == len({*map(id, parts)})
+    for part in parts:
+        assert part.largest == np.abs(weights[part.name]).max()
+        assert part.values.shape == (32, 64)
+
+
+# -------------------------------------------------------------------------------------------------- the command's words
+
+
+def test_on_a_terminal_and_as_json(dconv: Dconv, source: Path, coded: Path) -> None:
+    for path, word in ((coded, []), (coded, ["fp8"]), (source, ["fp8"]), (source, ["mx"])):
+        ran = dconv("inspect", path, "--explain", *word)
+        assert ran.code == 0
+        assert all(len(line) <= 80 for line in ran.out.splitlines()), ran.out
+        assert dconv("inspect", path, "--explain", *word, "--json").json["explained"]["costs"]
+    example = said(coded)["example"]
+    text = dconv("inspect", coded, "--explain").out
+    for words in (f"0x{example['code']:02x}", f"{example['scale']:.6g}", f"{example['weight']:.6g}", "multiplies"):
+        assert words in text
+    assert "nvfp4" in text and "neuron / 2" in text and "all weights" in text
+    assert dconv("inspect", source, "--explain").code == 2
+    assert dconv("inspect", coded, "--explain", "mxfp4", "--json").json["exit_code"] == 2
+    assert dconv("inspect", coded, "--json").json["explained"] is None
