@@ -299,7 +299,7 @@ def _by_scales(looking: Looking, weight: Weight, meaning: Meaning) -> float:
 
     It is the tensor's largest wherever scales are made of the largest weights of their blocks.
     """
-    if not 1 < prod(meaning.blocks) <= _SCALES:
+    if meaning.grid is None or not 1 < prod(meaning.blocks) <= _SCALES:
         return 0.0
     grid = Derived(meaning.blocks, weight.inputs, meaning.grid, looking.how)
     scales = looking.made(grid, Region.whole(meaning.blocks), "f64")

@@ -100,7 +100,7 @@ def _bounds(usage: Sequence[Usage]) -> Iterable[str]:
     yield from _wrapped(
         "Half a step: of a weight, by itself, for normal numbers (subnormals lose more of themselves); of its largest, "
         "by the largest weight that shares the scale; together, the norm of all half steps by that of the weights; "
-        "expected, that / sqrt(3).",
+        "expected, that / sqrt(3). What a scheme cut to its largest code may have lost more.",
         "  ",
     )
 

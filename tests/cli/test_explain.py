@@ -151,6 +151,40 @@ def test_what_is_stored_is_told_by_its_own_names(coded: Path) -> None:
     assert "divides" in said(coded)["schemes"][0]["sentences"][0]
 
 
+@pytest.mark.parametrize(
+    ("family", "quant", "reader"),
+    [
+        ("gpt_oss", "mxfp4", None), ("llama", "mxfp4", None), ("llama", "mxfp6_e3m2", None), ("llama", "mxfp8", None),
+        ("llama", "mxfp4", "compressed-tensors"), ("llama", "nvfp4", None),
+    ],
+)  # fmt: skip
+def test_other_schemes(tmp_path: Path, family: str, quant: str, reader: str | None) -> None:
+    """The example's weight is what is decoded for anyone, and so is every sum; 4-bit codes are counted in the bytes."""
+    convert(Request(plain(tmp_path / "source", family), "mx", tmp_path / "coded", quant=quant, quant_config=reader))
+    convert(Request(tmp_path / "coded", "hf", tmp_path / "dense", dtype="f32"))
+    found, dense = said(tmp_path / "coded", quant), load_file(tmp_path / "dense" / "model.safetensors")
+    stored = load_file(tmp_path / "coded" / "model.safetensors")
+    example = found["example"]
+    name = example["tensor"].removesuffix("_blocks").replace("weight_packed", "weight")
+    weight = dense[name].mT if family == "gpt_oss" else dense[name]
+    assert example["weight"] == pytest.approx(float(weight[tuple(example["index"])]), rel=1e-6)
+    assert example["value"] * example["scale"] == example["weight"]
+    assert 0 < abs(example["weight"]) <= example["holds"]
+    usage = found["usage"]
+    costs = {cost["encoding"]: cost for cost in found["costs"]}
+    assert sum(each["codes"] for each in usage) == found["weights"] == costs["fp8_tensor"]["weights"]
+    if quant != "nvfp4":
+        assert costs[quant]["relative_error"] == 0 or reader or quant == "mxfp8"
+    if quant in ("mxfp4", "nvfp4"):
+        packed = [v.numpy().reshape(-1) for n, v in stored.items() if n.endswith(("_blocks", "packed")) or (
+            v.dtype == torch.uint8 and n.endswith(".weight")
+        )]  # fmt: skip
+        counts = np.bincount(np.concatenate([part for p in packed for part in (p & 15, p >> 4)]), minlength=16)
+        zeros = sum(each["shares"]["zero"] * each["codes"] for each in usage)
+        most = sum(each["shares"]["largest"] * each["codes"] for each in usage)
+        assert (zeros, most) == pytest.approx((counts[0] + counts[8], counts[7] + counts[15]))
+
+
 def test_neurons_codes_end_at_240(tmp_path: Path, coded: Path) -> None:
     convert(Request(coded, "neuron", tmp_path / "neuron"))
     found = said(tmp_path / "neuron", "neuron")
