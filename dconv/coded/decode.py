@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from dconv.coded import fp8
+from dconv.coded import awq, fp8, gptq
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
 from dconv.sharding.dtypes import FROM_TORCH
@@ -14,6 +14,8 @@ from dconv.sharding.tensor import Stored
 #: ``quant_method`` -> what decodes it.
 METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
     "fp8": fp8.decode,
+    "gptq": gptq.decode,
+    "awq": awq.decode,
 }
 KEY: Final = "quantization_config"
 
