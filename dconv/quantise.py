@@ -9,6 +9,7 @@ from typing import Final
 from dconv.coded.decode import KEY
 from dconv.coded.encode import Scheme, encode
 from dconv.coded.fp8_encode import BlockFP8
+from dconv.coded.repack import AWQ, GPTQ, weights_of
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -23,12 +24,18 @@ class Variant:
         worst: largest error of a weight, as a part of the largest magnitude that shares its scale.
         options: options that it takes beside ``--quant``.
         scheme: made of a request.
+        repacks: it takes whole numbers that the source has, and chooses none.
     """
 
     words: str
     worst: float
     options: frozenset[str]
     scheme: Callable[[Request], Scheme]
+    repacks: bool = False
+
+
+def _repacked(words: str, scheme: Scheme) -> Variant:
+    return Variant(words, 0.0, frozenset(), lambda _: scheme, repacks=True)
 
 
 _BLOCK: Final = (128, 128)
@@ -45,6 +52,11 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             "e4m3 with a scale for each tensor", 2**-4, frozenset(), lambda _: BlockFP8(None, power_of_two=False)
         ),
     },
+    "gptq": {
+        "gptq": _repacked("the whole numbers of a GPTQ or AWQ source, zeros stored less one", GPTQ("v1")),
+        "gptq_v2": _repacked("the same, zeros stored as they are", GPTQ("v2")),
+    },
+    "awq": {"awq": _repacked("the whole numbers of a GPTQ or AWQ source of 4 bits, version gemm", AWQ())},
 }
 #: Options that only variants have, with what stands for them where they are not given.
 OPTIONS: Final = {"block_size": None, "scale_format": "float"}
@@ -92,9 +104,10 @@ def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, .
     """The model with its linear layers in a scheme's codes, and what to say of it.
 
     Raises:
-        Refused: see `dconv.coded.encode.encode`.
+        Refused: see `dconv.coded.encode.encode` and `dconv.coded.repack.weights_of`.
     """
-    made = encode(model.family, model.facts, model.logical, scheme)
+    repacked = weights_of(model.logical, scheme.words) if isinstance(scheme, GPTQ | AWQ) else None
+    made = encode(model.family, model.facts, model.logical, scheme, repacked)
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
     new = replace(
         model,

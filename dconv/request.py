@@ -13,11 +13,12 @@ from dconv.sharding.coords import Parallel
 FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
-    "fp8": "huggingface", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "fp8": "huggingface", "gptq": "huggingface", "awq": "huggingface",
+    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
-QUANTISED: Final = ("fp8",)
+QUANTISED: Final = ("fp8", "gptq", "awq")
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 

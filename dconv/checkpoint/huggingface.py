@@ -17,8 +17,9 @@ from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
 from dconv.coded.beside import BESIDE, with_beside
-from dconv.coded.decode import decode
+from dconv.coded.decode import KEY, decode, method_of
 from dconv.coded.decoded import Decoded
+from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
@@ -324,6 +325,8 @@ def lay_out(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
         yield from side_bytes(config, side)
+        if config and method_of(config) == GPTQ:
+            yield BESIDE[0], (json.dumps(config[KEY], indent=2) + "\n").encode()
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
 

@@ -6,6 +6,7 @@ them: encoding what was decoded would move scales by a rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -83,7 +84,7 @@ class BlockFP8:
             return codes.pieces, (replace(scales.pieces[0], region=Region((), ()), strides=()),)
         return codes.pieces, scales.pieces
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`: transformers reads one name of the list, vLLM the other."""
         del coded
         return {

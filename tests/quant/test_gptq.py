@@ -220,3 +220,15 @@ def test_an_order_that_is_not_there(tmp_path: Path) -> None:
     model = write_gptq(tmp_path / "source", g_idx=False, config={"desc_act": True})
     with pytest.raises(Damaged, match="order of activations"):
         prepare(Request(model.folder, "hf", tmp_path / "out"))
+
+
+def test_a_tied_output_layer_in_codes_is_not_the_embedding(tmp_path: Path) -> None:
+    """The embedding is plain: its rounded copy is another matrix, and neither may be taken for the other."""
+    quantised = lambda name: name == "lm_head.weight" or "_proj" in name  # noqa: E731
+    model = write_gptq(tmp_path / "source", quantised=quantised, vocab_size=64)
+    config = json.loads((model.folder / "config.json").read_text())
+    (model.folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(Refused, match="ties the output"):
+        prepare(Request(model.folder, "hf", tmp_path / "out"))
+    (model.folder / "config.json").write_text(json.dumps(config))
+    check(model, tmp_path / "out")

@@ -146,7 +146,7 @@ def awq_config(**more: Any) -> dict[str, Any]:
 
 def write_gptq(folder: Path, version: int = 1, *, g_idx: bool = True, **options: Any) -> Model:
     form = {1: "gptq", 2: "gptq_v2"}[version]
-    said = gptq_config(checkpoint_format=form, **options.pop("config", {}))
+    said = {**gptq_config(checkpoint_format=form), **options.pop("config", {})}
     return write(folder, said, lambda _, layer: layer.gptq(version, g_idx=g_idx), **options)
 
 
