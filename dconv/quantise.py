@@ -109,11 +109,12 @@ def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, .
     repacked = weights_of(model.logical, scheme.words) if isinstance(scheme, GPTQ | AWQ) else None
     made = encode(model.family, model.facts, model.logical, scheme, repacked)
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
+    left_out = {what: "written anew" if what.startswith(KEY) else why for what, why in made.logical.left_out.items()}
     new = replace(
         model,
         source=replace(model.source, side=side),
         config={**model.config, KEY: made.config},
-        logical=made.logical,
+        logical=replace(made.logical, left_out=left_out),
         fixed=made.fixed,
     )
     counts = ", ".join(
@@ -121,4 +122,5 @@ def quantised(model: Described, scheme: Scheme) -> tuple[Described, tuple[str, .
         for count, what in ((made.made, "encoded"), (made.kept, "kept as the source has them"))
         if count
     )
-    return new, (f"linear layers in {scheme.words}: {counts}",)
+    note = scheme.note(made.config) if isinstance(scheme, GPTQ) else ""
+    return new, (f"linear layers in {scheme.words}: {counts}", *([note] if note else []))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from dconv.codec import awq, integer
 from dconv.coded.decoded import Decoded, array_of
-from dconv.coded.integers import Grid, Integers, Parts, add, modules_of, span, turned
+from dconv.coded.integers import Grid, Integers, Parts, add, chosen_by, modules_of, span, turned
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -75,7 +75,7 @@ def grid_of(said: Mapping[str, object]) -> Grid:
             expected="-1, or how many columns share a scale",
             found=f"{group!r:.80}",
         )
-    return Grid(bits, group)
+    return Grid(bits, group, chosen_by=chosen_by(said))
 
 
 def _integers(found: Decoded, parts: Parts, grid: Grid) -> Integers:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dconv.codec.bitpack import Layout
 from dconv.codec.gptq import Version
-from dconv.coded.integers import Grid
+from dconv.coded.integers import Grid, chosen_by
 from dconv.errors import Damaged, DconvError, Refused
 
 METHOD: Final = "gptq"
@@ -78,7 +78,8 @@ class Config:
             )
         base = {"bits": self.grid.bits, "group_size": self.grid.group}
         claims = {"sym": self.grid.symmetric, "desc_act": self.grid.ordered}
-        return _grid({**base, **claims, **rule.changes}, self.allowed, f"{_WHERE}.dynamic {rule.text!r:.80}")
+        grid = _grid({**base, **claims, **rule.changes}, self.allowed, f"{_WHERE}.dynamic {rule.text!r:.80}")
+        return replace(grid, chosen_by=self.grid.chosen_by)
 
 
 def config_of(said: Mapping[str, object]) -> Config:
@@ -109,7 +110,8 @@ def config_of(said: Mapping[str, object]) -> Config:
         )
     version, layout, allowed = _FORMATS[name]
     grid = _grid(said, allowed, _WHERE)
-    return Config(grid, version, layout, _by_gptqmodel(said), _rules(said.get("dynamic")), allowed)
+    carry = any(program.lower().startswith("gptqmodel:") for program in grid.chosen_by)
+    return Config(grid, version, layout, carry, _rules(said.get("dynamic")), allowed)
 
 
 def _grid(said: Mapping[str, object], allowed: tuple[int, ...], where: str) -> Grid:
@@ -124,14 +126,7 @@ def _grid(said: Mapping[str, object], allowed: tuple[int, ...], where: str) -> G
             where=f"{where}.bits",
             expected=", ".join(map(str, allowed)),
         )
-    return Grid(bits, group, said.get("sym") is True, said.get("desc_act") is True)
-
-
-def _by_gptqmodel(said: Mapping[str, object]) -> bool:
-    meta = said.get("meta")
-    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    producers = named if isinstance(named, list) else [named]
-    return any(str(producer).lower().split(":")[0] == "gptqmodel" for producer in producers)
+    return Grid(bits, group, said.get("sym") is True, said.get("desc_act") is True, chosen_by(said))
 
 
 def _rules(said: object) -> tuple[Rule, ...]:

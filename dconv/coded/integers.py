@@ -6,6 +6,7 @@ one recipe makes the weight, and the numbers can be packed for another reader wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -34,12 +35,14 @@ class Grid:
         group: columns that share a scale; -1 for all of them.
         symmetric: the config says that every zero is half the range (readers then do not look at them).
         ordered: the config says that columns were quantised in the order of activations (``desc_act``).
+        chosen_by: programs that chose them, as ``meta.quantizer`` names them.
     """
 
     bits: int
     group: int
     symmetric: bool = False
     ordered: bool = False
+    chosen_by: tuple[str, ...] = ()
 
     def size(self, columns: int) -> int:
         """Columns that share a scale in a weight of so many."""
@@ -242,6 +245,14 @@ class Parts:
             found=f"{stored.spec.dtype}{list(stored.spec.shape)}",
             do="the config belongs to other files",
         )
+
+
+def chosen_by(said: Mapping[str, object]) -> tuple[str, ...]:
+    """``meta.quantizer`` of a config: programs with their versions, ``gptqmodel:7.7.0``."""
+    meta = said.get("meta")
+    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    programs = named if isinstance(named, list) else [named]
+    return tuple(text for text in programs if isinstance(text, str) and re.fullmatch(r"[\w.+-]+:[\w.+-]+", text))[:8]
 
 
 def turned(array: Array) -> Array:

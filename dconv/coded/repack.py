@@ -121,8 +121,21 @@ class GPTQ:
             "checkpoint_format": self._form,
             "pack_dtype": "int32",
             **({"dynamic": dynamic} if dynamic else {}),
-            "meta": {"quantizer": [f"dconv:{__version__}"]},
+            "meta": {"quantizer": [*base.chosen_by, f"dconv:{__version__}"]},
         }
+
+    def note(self, config: Mapping[str, Any]) -> str:
+        """What a person should know of an output with this config; "" where there is nothing.
+
+        Source: GPTQModel 7.7.0, ``models/loader.py``; zeros that we write have one meaning for all readers.
+        """
+        programs = config["meta"]["quantizer"]
+        if self.version == "v2" or config["sym"] or any(it.startswith("gptqmodel:") for it in programs):
+            return ""
+        return (
+            "GPTQModel, and transformers through it, load zero points in GPTQ's first format from its own writer only: "
+            "--quant gptq_v2 is for them"
+        )
 
 
 @dataclass(frozen=True)

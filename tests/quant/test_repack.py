@@ -267,3 +267,20 @@ def test_a_writer_s_own_zeros_are_understood_first(tmp_path: Path) -> None:
     ours, wanted = tensors_of(tmp_path / "out"), packed(model, "gptq_v2")
     assert all(same(ours[name], wanted[name]) for name in wanted)
     refused(Request(model.folder, "gptq", tmp_path / "first"), "zero point of 0")
+
+
+def test_who_chose_the_numbers_is_told(tmp_path: Path) -> None:
+    """GPTQModel loads zero points in the first format only where it is named; else a note says so."""
+    by = {"meta": {"quantizer": ["gptqmodel:7.7.0", 5, "\n:x"]}}
+    for name, form, more, noted in (
+        ("its awq", "awq", by, False), ("its gptq", "gptq", by, False), ("awq", "awq", {}, True),
+        ("symmetric", "gptq", {"sym": True}, False),
+    ):  # fmt: skip
+        model = source(tmp_path / name, form, config=more, num_hidden_layers=1)
+        job = prepare(Request(model.folder, "gptq", tmp_path / "out"))
+        assert any("gptq_v2" in note for note in job.notes) == noted, name
+        second = prepare(Request(model.folder, "gptq", tmp_path / "out", quant="gptq_v2"))
+        assert not any("gptq_v2 is for" in note for note in second.notes)
+        convert(Request(model.folder, "gptq", tmp_path / f"{name} out"))
+        programs = said(tmp_path / f"{name} out")["meta"]["quantizer"]
+        assert programs[:-1] == (["gptqmodel:7.7.0"] if "meta" in more else []) and programs[-1].startswith("dconv:")
