@@ -18,6 +18,7 @@ from dconv.coded.gpt_oss import GptOss
 from dconv.coded.micro_encode import MicroMX, MicroNV
 from dconv.coded.neuron import Coding, code
 from dconv.coded.quark_encode import Quark
+from dconv.coded.repack import AWQ, GPTQ, weights_of
 from dconv.describe import Described
 from dconv.errors import UsageError
 from dconv.request import Request
@@ -35,6 +36,7 @@ class Variant:
         stacked: the same for families whose experts are one tensor for all; None where it has no form for those.
             For the first of ``readers`` only.
         readers: what ``--quant-config`` may say, the default first.
+        repacks: it takes whole numbers that the source has, and chooses none.
     """
 
     words: str
@@ -43,6 +45,7 @@ class Variant:
     scheme: Callable[[Request], Scheme]
     stacked: Callable[[Request], Scheme] | None = None
     readers: tuple[str, ...] = ()
+    repacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Schemes:
 
     linears: Scheme
     stacked: Scheme | None
+
+
+def _repacked(words: str, scheme: Scheme) -> Variant:
+    return Variant(words, 0.0, frozenset(), lambda _: scheme, repacks=True)
 
 
 _BLOCK: Final = (128, 128)
@@ -144,6 +151,11 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             readers=(METHOD,),
         ),
     },
+    "gptq": {
+        "gptq": _repacked("the whole numbers of a GPTQ or AWQ source, zeros stored less one", GPTQ("v1")),
+        "gptq_v2": _repacked("the same, zeros stored as they are", GPTQ("v2")),
+    },
+    "awq": {"awq": _repacked("the whole numbers of a GPTQ or AWQ source of 4 bits, version gemm", AWQ())},
 }
 #: Options that only variants have, with what stands for them where they are not given.
 OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None}
@@ -266,18 +278,20 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
     """The model with its linear layers in a scheme's codes, what to say of it, and the scheme in words.
 
     Raises:
-        Refused: see `dconv.coded.encode.encode` and ``linears``.
+        Refused: see `dconv.coded.encode.encode`, ``linears`` and `dconv.coded.repack.weights_of`.
     """
     of = model.family, model.facts, model.logical
     experts = stacked(*of) if schemes.stacked else set()
     scheme = schemes.stacked if schemes.stacked and experts else schemes.linears
-    made = encode(*of, scheme, experts or linears(*of))
+    repacked = weights_of(model.logical, scheme.words) if isinstance(scheme, GPTQ | AWQ) else set()
+    made = encode(*of, scheme, repacked or experts or linears(*of))
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
+    left_out = {what: "written anew" if what.startswith(KEY) else why for what, why in made.logical.left_out.items()}
     new = replace(
         model,
         source=replace(model.source, side=side),
         config={**model.config, KEY: made.config},
-        logical=made.logical,
+        logical=replace(made.logical, left_out=left_out),
         fixed=made.fixed,
     )
     counts = ", ".join(
@@ -286,4 +300,5 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         if count
     )
     what = "experts" if experts else "linear layers"
-    return new, (f"{what} in {scheme.words}: {counts}",), scheme.words
+    note = scheme.note(made.config) if isinstance(scheme, GPTQ) else ""
+    return new, (f"{what} in {scheme.words}: {counts}", *([note] if note else [])), scheme.words

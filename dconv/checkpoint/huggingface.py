@@ -21,8 +21,10 @@ from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
-from dconv.coded.decode import decode
+from dconv.coded.beside import BESIDE, with_beside
+from dconv.coded.decode import KEY, decode, method_of
 from dconv.coded.decoded import Decoded
+from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.dtypes import carrier
 from dconv.sharding.ops import MOVE
@@ -65,9 +67,17 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
 
 
 def read_config(folder: Path) -> dict[str, object] | None:
-    """The config.json of a directory, where there is one."""
+    """The config.json of a directory, where there is one, with what a file beside it says of quantisation.
+
+    Raises:
+        Refused: the two do not agree on it.
+    """
     path = folder / "config.json"
-    return read_json(path, what=path.name) if path.exists() else None
+    config = read_json(path, what=path.name) if path.exists() else None
+    beside = next((at for name in BESIDE if (at := folder / name).is_file()), None)
+    if config is None or beside is None:
+        return config
+    return with_beside(config, read_json(beside, what=beside.name), str(beside))
 
 
 def renamed(folder: Path, shard: Shard, rename: Renaming) -> Shard:
@@ -354,6 +364,8 @@ def lay_out_slots(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
         yield from side_bytes(config, side)
+        if config and method_of(config) == GPTQ:
+            yield BESIDE[0], (json.dumps(config[KEY], indent=2) + "\n").encode()
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
 

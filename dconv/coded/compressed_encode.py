@@ -7,6 +7,7 @@ llm-compressor's scale, and with it all that shares it, becomes NaN or zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -99,7 +100,7 @@ class CompressedFP8:
         made.make(scale, Derived(scale.shape, (amax,), Scale(dtype), how))
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`; activations are rounded as they come, with a scale for each token."""
         del coded
         weights: dict[str, Any] = {**_ARGS, "group_size": None, "strategy": self.strategy}

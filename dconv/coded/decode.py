@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from dconv.coded import compressed_tensors, fp8, gpt_oss, quark
+from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, quark
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
@@ -22,6 +22,8 @@ METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] 
     METHOD: compressed_tensors.decode,
     gpt_oss.METHOD: gpt_oss.decode,
     quark.METHOD: quark.decode,
+    "gptq": gptq.decode,
+    "awq": awq.decode,
 }
 KEY: Final = "quantization_config"
 

@@ -64,6 +64,12 @@ class Decoded:
         self.derived[file] = dense
         self.coded[name] = scheme
 
+    def help(self, of: Stored, name: str, derived: Derived, dtype: str) -> Array:
+        """A tensor that dense ones are computed from and that is none itself; ``of`` is what it is made of."""
+        file = f"{_PREFIX}{of.extents[0].file}//{name}"
+        self.derived[file] = derived
+        return Array(derived.shape, dtype, (derived.piece(name, file, dtype),))
+
 
 def array_of(stored: Stored) -> Array:
     """A stored tensor as an input of a derived one."""

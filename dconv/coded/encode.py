@@ -6,12 +6,13 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
+from dconv.coded.integers import Grid
 from dconv.coded.listing import right_list
 from dconv.coded.places import loaded_as, place_of
 from dconv.errors import Refused
@@ -30,11 +31,13 @@ class Coded:
         parts: the tensors to be written, in their order, each with where it comes from.
         derived: what computes those that are not copied.
         kept: whether codes and scales are the source's own.
+        grid: its whole numbers, where it has such codes.
     """
 
     parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(default_factory=list)
     derived: dict[str, Derived] = field(default_factory=dict)
     kept: bool = False
+    grid: Grid | None = None
 
     def make(self, spec: TensorSpec, derived: Derived) -> None:
         """Have a tensor written that is computed."""
@@ -64,12 +67,12 @@ class Scheme(Protocol):
         """What a weight becomes."""
         ...
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, object]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, object]:
         """``quantization_config``.
 
         Args:
             plain: entries that leave out every linear layer that is not coded.
-            coded: names of the weights that are.
+            coded: the weights that are, by name.
         """
         ...
 
@@ -120,7 +123,10 @@ class Encoded:
 
 
 def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wanted: set[str]) -> Encoded:
-    """Replace the weights ``wanted``, those of `linears` or of `stacked`, by a scheme's codes.
+    """Replace the weights ``wanted`` by a scheme's codes.
+
+    Args:
+        wanted: those that are; None takes all.
 
     Raises:
         Refused: one of them has a shape that the scheme does not store.
@@ -130,18 +136,24 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
     pieces: dict[str, tuple[Piece, ...]] = {}
     derived = dict(logical.derived)
     fixed: set[str] = set()
-    kept = 0
+    made: dict[str, Coded] = {}
     for name, spec in logical.specs.items():
         if name not in wanted:
             specs[name], pieces[name] = spec, logical.pieces[name]
             continue
         dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
-        coded = scheme.code(spec, dense, logical)
-        kept += coded.kept
+        made[name] = coded = scheme.code(spec, dense, logical)
         derived |= coded.derived
         for part, where in coded.parts:
             specs[part.name], pieces[part.name] = part, where
             fixed.add(part.name)
+    again = sorted({name for name in family.twin_names(facts).values() if name in made} - specs.keys())
+    if again:
+        raise Refused(
+            f"a {family.name} has a weight under two names, which codes are not written under, nothing was written",
+            where=", ".join(again),
+            do="FORMAT hf decodes them",
+        )
     files = {piece.file for found in pieces.values() for piece in found}
     files |= {piece.file for found in logical.replicas.values() for piece in found}
     behind = real_files(files, derived)
@@ -153,8 +165,9 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
         files={name: stamp for name, stamp in logical.files.items() if name in behind},
         derived=derived,
     )
-    config = scheme.config(_left_out(family, facts, logical, wanted), sorted(wanted))
-    return Encoded(new, config, frozenset(fixed), kept, len(wanted) - kept)
+    config = scheme.config(_left_out(family, facts, logical, wanted), made)
+    kept = sum(coded.kept for coded in made.values())
+    return Encoded(new, config, frozenset(fixed), kept, len(made) - kept)
 
 
 def _whole_groups(wanted: set[str], logical: Logical, columns: int) -> set[str]:

@@ -6,6 +6,7 @@ them: encoding what was decoded would move scales by a rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -68,7 +69,7 @@ class BlockFP8:
         made.make(scale, Derived(scale.shape, (amax,), recipe, How("absmax / 448 in fp32", True, bits * cost)))
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`: transformers reads one name of the list, vLLM the other."""
         del coded
         return {

@@ -96,7 +96,7 @@ class GptOss:
         made.make(exponents, scales)
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, object]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, object]:
         """See `dconv.coded.encode.Scheme`."""
         del plain, coded
         return {"modules_to_not_convert": list(_PLAIN), "quant_method": METHOD}

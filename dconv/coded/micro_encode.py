@@ -7,6 +7,7 @@ are; in fp16 llm-compressor loses blocks whose scale fp16 cannot hold, which are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,7 +83,7 @@ class MicroMX:
         made.make(scale, Derived(scale.shape, (dense,), recipe, how, mx.BLOCK))
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`: FP4 weights alone; FP8 with activations rounded alike as they come."""
         del coded
         weights = {"num_bits": self.bits, **_MX_ARGS}
@@ -122,7 +123,7 @@ class MicroNV:
         made.make(whole, Derived(whole.shape, amaxes, Whole(dtype, len(amaxes)), how))
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`."""
         del coded
         weights = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ class Quark:
         made.make(scale, scales)
         return made
 
-    def config(self, plain: list[str], coded: list[str]) -> dict[str, Any]:
+    def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
         """See `dconv.coded.encode.Scheme`: the keys of amd-quark's own export, weights alone being in codes.
 
         An entry of ``exclude`` is a whole name or, after ``re:``, an expression to vLLM, a pattern to amd-quark.

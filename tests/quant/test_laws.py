@@ -20,12 +20,14 @@ from dconv.sharding.coords import Parallel
 from tests.models import tree_digest
 from tests.quant.models import values_of, write_normal
 
-#: Variants, each for the readers that it is written for.
+#: Variants that make codes of any weights, each for the readers that it is written for; others only pack those that a
+#: source has (`test_repack`).
 NAMES = [
     (format, f"{name} {reader}".strip())
     for format, variants in VARIANTS.items()
     for name, variant in variants.items()
     for reader in ("", *variant.readers[1:])
+    if not variant.repacks
 ]
 #: Families whose linear layers no format stores in codes, with what the refusal says.
 WITHOUT = {
