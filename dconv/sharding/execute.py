@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.errors import Refused, StorageFault
+from dconv.sharding.allocation import keep_freed_memory
 from dconv.sharding.derived import open_reader
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
@@ -363,6 +364,8 @@ def run_tasks(
     Raises:
         DconvError: the first failure; tasks that were under way are finished or dropped.
     """
+    if any(copy.op is not MOVE for copies in plan.copies for copy in copies[:1]):
+        keep_freed_memory()
     threads = max(1, min(threads, len(tasks)))
     stop = stop or threading.Event()
     workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log, reader) for _ in range(threads)]
