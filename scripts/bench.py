@@ -5,6 +5,7 @@ Everything is a ratio of two things timed alternately in one run. Prints a table
     python scripts/bench.py                 460M model, speed and memory (a few minutes)
     python scripts/bench.py --all           also the memory of 3B and of a sparse 70B, and planning of the 70B
     python scripts/bench.py --speed-3b      also the speed of the 3B model (200 GB of traffic; medians of 3)
+    python scripts/bench.py --codes         quantised formats alone, into docs/benchmarks-codes.md
     python scripts/bench.py --bridge .venvs/bridge/bin/python      also Megatron-Bridge (scripts/bridge_env.sh makes it)
 """
 
@@ -196,7 +197,13 @@ def speed(bench: Bench, name: str, repeat: int) -> None:
 
 
 #: FORMAT with its options, of which the speed is measured: in, and out again.
-CODED = (("fp8",),)
+CODED = (("fp8",), ("fp8", "--quant", "fp8_channel"), ("mx", "--quant", "mxfp4"), ("mx", "--quant", "mxfp6_e2m3"))
+
+
+CODES_NOTE = (
+    "The copy here reads and writes as many bytes in all as the conversion: half the sum of its source and its output. "
+    "Encoding reads the source twice, once for scales and once for codes, the second time from the page cache."
+)
 
 
 def coded(bench: Bench, name: str, repeat: int) -> None:
@@ -370,15 +377,20 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--speed-3b", action="store_true")
+    parser.add_argument("--codes", action="store_true", help="quantised formats alone")
     parser.add_argument("--bridge", type=Path, help="python of an environment with megatron-bridge")
-    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--write", type=Path, help="docs/benchmarks.md, or docs/benchmarks-codes.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work, args.repeat)
+    docs = ROOT / "docs"
+    if args.codes:
+        coded(bench, "460M", args.repeat)
+        write(bench, [], CODES_NOTE, args.write or docs / "benchmarks-codes.md", "python scripts/bench.py --codes")
+        return
     speed(bench, "460M", args.repeat)
     if args.speed_3b:
         speed(bench, "3B", min(3, args.repeat))
-    coded(bench, "460M", args.repeat)
     lines = memory(bench, ["460M", "3B", "70B"] if args.all else ["460M"])
     plan_line = f"{plan_671b(args.work)} {fake_671b(args.work)}"
     print(plan_line)
@@ -391,7 +403,7 @@ def main() -> None:
     if args.bridge:
         bridge(bench, args.bridge)
     words = ["--all"] * args.all + ["--speed-3b"] * args.speed_3b + ["--bridge PYTHON"] * bool(args.bridge)
-    write(bench, lines, plan_line, args.write, " ".join(["python scripts/bench.py", *words]))
+    write(bench, lines, plan_line, args.write or docs / "benchmarks.md", " ".join(["python scripts/bench.py", *words]))
 
 
 if __name__ == "__main__":

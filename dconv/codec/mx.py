@@ -66,6 +66,15 @@ def encode(
     return packed.reshape(*lead, x.shape[-1] * fmt.bits // 8), scale.reshape(*lead, x.shape[-1] // BLOCK)
 
 
+def scales(x: NDArray[np.float32], fmt: Minifloat, rule: Rule) -> NDArray[np.uint8]:
+    """[…, n / 32] The scales of `encode` alone, many times as fast."""
+    blocks = groups.grouped(x, BLOCK)
+    found, step = np.empty(len(blocks), np.uint8), groups.AT_ONCE // BLOCK
+    for start in range(0, len(blocks), step):
+        found[start : start + step] = _scales(groups.amax(blocks[start : start + step]), fmt, rule)
+    return found.reshape(*x.shape[:-1], x.shape[-1] // BLOCK)
+
+
 def decode(
     packed: NDArray[np.uint8], scale: NDArray[np.uint8], fmt: Minifloat, target: str, *, factor: float = 1.0
 ) -> NDArray[np.generic]:

@@ -68,16 +68,30 @@ def encode(
     for start in range(0, len(blocks), step):
         run = slice(start, start + step)
         part = blocks[run]
-        amax = groups.amax(part)
+        codes = _scales(groups.amax(part), divisor, dtype)
         with np.errstate(all="ignore"):
-            codes = nearest(E4M3, rounded(amax / np.float32(6), dtype) * divisor)
-            codes[codes == 0] = _NONE
-            codes[~np.isfinite(amax)] = _NAN
             unit = values(E4M3)[codes].astype(np.float32) / divisor
             packed[run] = pack(nearest(E2M1, np.divide(part, unit[:, None], dtype=np.float32) + plus), E2M1.bits)
         scale[run] = codes
     lead = x.shape[:-1]
     return packed.reshape(*lead, x.shape[-1] // 2), scale.reshape(*lead, x.shape[-1] // BLOCK)
+
+
+def scales(x: NDArray[np.float32], divisor: np.float32, dtype: str = "f32") -> NDArray[np.uint8]:
+    """[…, n / 16] The scales of `encode` alone, many times as fast."""
+    blocks = groups.grouped(x, BLOCK)
+    found, step = np.empty(len(blocks), np.uint8), groups.AT_ONCE // BLOCK
+    for start in range(0, len(blocks), step):
+        found[start : start + step] = _scales(groups.amax(blocks[start : start + step]), divisor, dtype)
+    return found.reshape(*x.shape[:-1], x.shape[-1] // BLOCK)
+
+
+def _scales(amax: NDArray[np.float32], divisor: np.float32, dtype: str) -> NDArray[np.uint8]:
+    with np.errstate(all="ignore"):
+        codes = nearest(E4M3, rounded(amax / np.float32(6), dtype) * divisor)
+    codes[codes == 0] = _NONE
+    codes[~np.isfinite(amax)] = _NAN
+    return codes
 
 
 def decode(

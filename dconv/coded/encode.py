@@ -126,7 +126,7 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
     """Replace the weights ``wanted`` by a scheme's codes.
 
     Args:
-        wanted: those that are; None takes all.
+        wanted: of `linears`, of `stacked`, or those whose codes the source has.
 
     Raises:
         Refused: one of them has a shape that the scheme does not store.

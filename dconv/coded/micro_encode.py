@@ -174,8 +174,11 @@ class MxPart:
         del dtype, factor
         fmt = E2M1 if self.bits == 4 else E4M3
         region, columns = _elements(box, mx.BLOCK, 8 // self.bits if self.part == "codes" else mx.BLOCK)
-        codes, scale = mx.encode(weights_of(read, region, self.rounded), fmt, self.rule, positive_zeros=True)
-        return codes[:, columns] if self.part == "codes" else scale
+        weights = weights_of(read, region, self.rounded)
+        if self.part == "scale":
+            return mx.scales(weights, fmt, self.rule)
+        codes, _ = mx.encode(weights, fmt, self.rule, positive_zeros=True)
+        return codes[:, columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +193,11 @@ class NvPart:
         del dtype, factor
         region, columns = _elements(box, nvfp4.BLOCK, 2 if self.part == "codes" else nvfp4.BLOCK)
         whole = nvfp4.global_scale(_largest(read, 1, self.fused), self.rounded)
-        codes, scale = nvfp4.encode(weights_of(read, region, self.rounded), whole, self.rounded, positive_zeros=True)
-        return codes[:, columns] if self.part == "codes" else scale
+        weights = weights_of(read, region, self.rounded)
+        if self.part == "scale":
+            return nvfp4.scales(weights, whole, self.rounded)
+        codes, _ = nvfp4.encode(weights, whole, self.rounded, positive_zeros=True)
+        return codes[:, columns]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,11 +76,11 @@ class Codes:
         del dtype, factor
         each = width(self.fmt)
         if self.blocked:
-            codes, _ = _encoded(self, Region(box.start[:-1], box.shape[:-1]), read)
+            codes, _ = _encode(self, read, Region(box.start[:-1], box.shape[:-1]))
             cut = slice(box.start[-1], box.stop[-1])
             return codes.reshape(*box.shape[:-1], each)[..., cut]
         first, last = box.start[-1] // each, -(-box.stop[-1] // each)
-        codes, _ = _encoded(self, Region((*box.start[:-1], first), (*box.shape[:-1], last - first)), read)
+        codes, _ = _encode(self, read, Region((*box.start[:-1], first), (*box.shape[:-1], last - first)))
         return codes[..., box.start[-1] - first * each : box.stop[-1] - first * each]
 
 
@@ -94,20 +94,24 @@ class Scales:
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         del dtype, factor
-        return _encoded(self, box, read)[1]
+        return mx.scales(_weights(read, box, self.pairs), self.fmt, self.rule)
 
 
-def _encoded(how: Codes | Scales, groups: Region, read: Read) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Codes [..., out, groups · bytes] and scales of a box in the scales' coordinates."""
+def _encode(how: Codes, read: Read, groups: Region) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    return mx.encode(_weights(read, groups, how.pairs), how.fmt, how.rule)
+
+
+def _weights(read: Read, groups: Region, pairs: bool) -> NDArray[np.float32]:
+    """The weights [..., out, in] of a box in the scales' coordinates."""
     start = (*groups.start[:-1], groups.start[-1] * mx.BLOCK)
     shape = (*groups.shape[:-1], groups.shape[-1] * mx.BLOCK)
-    if not how.pairs:
-        return mx.encode(read(0, Region(start, shape), "f32").view("<f4"), how.fmt, how.rule)
+    if not pairs:
+        return read(0, Region(start, shape), "f32").view("<f4")
     low, high = start[-2] // 2, -(-(start[-2] + shape[-2]) // 2)
     region = Region((*start[:-2], low, 0, start[-1]), (*shape[:-2], high - low, 2, shape[-1]))
     rows = read(0, region, "f32").view("<f4").reshape(*shape[:-2], 2 * (high - low), shape[-1])
     skipped = start[-2] - 2 * low
-    return mx.encode(rows[..., skipped : skipped + shape[-2], :], how.fmt, how.rule)
+    return rows[..., skipped : skipped + shape[-2], :]
 
 
 def encoded(

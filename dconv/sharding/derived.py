@@ -27,6 +27,8 @@ from dconv.sharding.tensor import Logical, Piece
 
 #: Elements that a recipe is asked for at once, at most: its temporaries stay in the processor's caches.
 _AT_ONCE: Final = 1 << 18
+#: What remembering a row takes beside its elements, about.
+_ROW_BYTES: Final = 256
 
 #: Reads an input: its number, a box in its coordinates, and a floating dtype or "" for its own.
 Read = Callable[[int, Region, str], NDArray[Any]]
@@ -122,9 +124,11 @@ class DerivedReader:
         self._at_once = min(_AT_ONCE, max(scratch_bytes // 4, 1))
         self._room = scratch_bytes
         self._rows: OrderedDict[tuple[str, Index], NDArray[np.generic]] = OrderedDict()
+        self._held = 0
 
     def close(self) -> None:
         self._rows.clear()
+        self._held = 0
         self._reader.close()
 
     def has(self, file: str) -> bool:
@@ -197,27 +201,38 @@ class DerivedReader:
         """A box out of whole rows, which are computed once as long as there is room for them."""
         *lead, rows, columns = box.shape
         out = np.empty(box.shape, carrier(dtype))
-        width = derived.shape[-1]
         cut = slice(box.start[-1], box.start[-1] + columns)
         for at in np.ndindex(*lead):
             first = tuple(a + b for a, b in zip(box.start, at, strict=False))
-            for row in range(rows):
-                key = (*first, box.start[-2] + row)
-                found = self._rows.get((file, key))
-                if found is None:
-                    found = np.empty(width, carrier(dtype))
-                    line = Region((*key, 0), (*(1,) * len(key), width))
-                    for band in line.bands(max(1, self._at_once // derived.cost)):
-                        found[band.start[-1] : band.stop[-1]] = self._made(derived, band, dtype, 1.0).reshape(-1)
-                    self._remember((file, key), found)
-                out[(*at, row)] = found[cut]
+            keys = [(file, (*first, box.start[-2] + row)) for row in range(rows)]
+            found = [self._rows.get(key) for key in keys]
+            missing = [row for row in range(rows) if found[row] is None]
+            if missing:  # from the first to the last: what lies between them was there a moment ago, or never
+                low, high = missing[0], missing[-1] + 1
+                made = self._lines(derived, (*first, box.start[-2] + low), high - low, dtype)
+                for row in range(low, high):
+                    found[row] = made[row - low]
+                    self._remember(keys[row], made[row - low])
+            for row, line in enumerate(found):
+                if line is not None:
+                    out[(*at, row)] = line[cut]
         return out
 
+    def _lines(self, derived: Derived, first: Index, count: int, dtype: str) -> NDArray[np.generic]:
+        """So many whole rows from the one at ``first``."""
+        width = derived.shape[-1]
+        lines = Region((*first, 0), (*(1,) * (len(first) - 1), count, width))
+        found = np.empty(lines.shape, carrier(dtype))
+        for band in lines.bands(max(1, self._at_once // derived.cost)):
+            found[_place(lines, band)] = self._made(derived, band, dtype, 1.0)
+        return found.reshape(count, width)
+
     def _remember(self, key: tuple[str, Index], row: NDArray[np.generic]) -> None:
-        self._rows[key] = row
-        held = row.nbytes * len(self._rows)  # rows of one tensor are alike, and it is one that is worked on
-        while held > self._room and len(self._rows) > 1:
-            held -= self._rows.popitem(last=False)[1].nbytes
+        if key not in self._rows:
+            self._rows[key] = row.copy()
+            self._held += row.nbytes + _ROW_BYTES
+        while self._held > self._room and len(self._rows) > 1:
+            self._held -= self._rows.popitem(last=False)[1].nbytes + _ROW_BYTES
 
 
 def _bands(box: Region, limit: int, across: int) -> Iterator[Region]:

@@ -78,7 +78,7 @@ def test_unknown_family(dconv: Dconv, hf: Path) -> None:
 
 
 def test_what_would_be_refused(dconv: Dconv, hf: Path) -> None:
-    edit_config(hf, quantization_config={"quant_method": "gptq"})
+    edit_config(hf, quantization_config={"quant_method": "bitsandbytes"})
     report = dconv("inspect", hf, "--json").json
     assert report["family"] == "llama"
     assert "quantised" in report["refused"]

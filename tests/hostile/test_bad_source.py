@@ -113,7 +113,7 @@ def test_rubbish_for_an_index(model: Path, attempt: Attempt, text: str) -> None:
 
 
 def test_quantised_config(model: Path, attempt: Attempt) -> None:
-    edit_json(model / "config.json", lambda config: config | {"quantization_config": {"quant_method": "gptq"}})
+    edit_json(model / "config.json", lambda config: config | {"quantization_config": {"quant_method": "bitsandbytes"}})
     attempt(REFUSED, "quantis", model=model)
 
 
