@@ -386,7 +386,8 @@ def main() -> None:
     docs = ROOT / "docs"
     if args.codes:
         coded(bench, "460M", args.repeat)
-        write(bench, [], CODES_NOTE, args.write or docs / "benchmarks-codes.md", "python scripts/bench.py --codes")
+        command = f"python scripts/bench.py --codes --repeat {args.repeat}"
+        write(bench, [], CODES_NOTE, args.write or docs / "benchmarks-codes.md", command)
         return
     speed(bench, "460M", args.repeat)
     if args.speed_3b:
