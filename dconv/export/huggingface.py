@@ -5,9 +5,7 @@ Nothing is fetched and no code of the checkpoint runs. torch and transformers ar
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from dconv.errors import Damaged, DconvError, ToolMissing, group_names
 from dconv.export.prompt import Answers, Kind, Prompt
+from dconv.net.skeleton import quiet
 
 _PROMPT: Final = "The capital of France is"
 _NEW_TOKENS: Final = 12
@@ -69,24 +68,6 @@ def largest(answers: Answers, path: Path) -> float:
 def answers_of(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_: Any) -> Answers:
     """What the model answers; arguments and errors as for `can_infer`."""
     return forward(_load(path, hf_config, prompt.kind), prompt)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what transformers tells a person at a terminal."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.errors import Damaged, Refused, ToolMissing
+from dconv.errors import Damaged, Refused
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt, kind_of
 from dconv.export.runtimes import obstacle as lacks
-from dconv.export.weights import Weights
+from dconv.net.skeleton import built, fill_computed, layers_of
+from dconv.net.weights import Weights
 from dconv.pipeline import Described
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
                 (folder / name).symlink_to(path.absolute())
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
-        net = _built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)
+        net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)
         net = net.eval().requires_grad_(False)
         with torch.no_grad():
-            _fill_computed(net, net)
+            fill_computed(net, net)
         weights = Weights(model.logical, net)
         try:
             yield net, _prepare(net, weights, budget), folder, weights.unused
@@ -113,45 +114,9 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _built(folder: Path, auto: str, root: Path) -> Any:
-    """The model that a config.json describes, without storage."""
-    import torch
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    try:
-        with huggingface.quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
-            with torch.device("meta"), no_init_weights():
-                net = getattr(transformers, auto).from_config(
-                    config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-                )
-            net.tie_weights()
-            return net
-    except Exception as error:  # whatever a framework raises about one config
-        raise ToolMissing(
-            "transformers cannot build this model", where=str(root), found=f"{type(error).__name__}: {error}"[:600]
-        ) from error
-
-
-def _fill_computed(module: Any, owner: Any) -> None:
-    """Give buffers that follow from the config alone (rotary frequencies) their values, as a loader does."""
-    import torch
-
-    owner = module if hasattr(module, "_init_weights") else owner
-    for child in module.children():
-        _fill_computed(child, owner)
-    hollow = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
-    for name in hollow:
-        module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-    if hollow:
-        owner._init_weights(module)
-
-
 def _prepare(net: Any, weights: Weights, budget: int) -> int:
     """Make every module read what it needs as its turn comes; returns the number of layers."""
-    layers = dict(_layers(net, ""))
+    layers = dict(layers_of(net))
     prefixes = tuple(f"{name}." for name in layers)
     for name, layer in layers.items():
         _hold(layer, name, weights, budget)
@@ -160,17 +125,6 @@ def _prepare(net: Any, weights: Weights, budget: int) -> int:
         if name not in layers and not name.startswith(prefixes):
             _hold(module, name, weights, budget, alone=True)
     return len(layers)
-
-
-def _layers(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The members of the outermost lists of modules."""
-    import torch
-
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from ((f"{prefix}{name}.{i}", layer) for i, layer in enumerate(child))
-        else:
-            yield from _layers(child, f"{prefix}{name}.")
 
 
 def _hold(module: Any, name: str, weights: Weights, budget: int, alone: bool = False) -> None:

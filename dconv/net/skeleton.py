@@ -1,0 +1,88 @@
+"""A model of transformers without storage: what a config describes, ready to be given weights.
+
+No code of a checkpoint is run, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dconv.errors import ToolMissing
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers tells a person at a terminal."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def built(folder: Path, auto: str, root: Path, attention: str = "eager") -> Any:
+    """The model that a directory's config.json describes, without storage.
+
+    Args:
+        auto: transformers' class that picks a model by its config.
+        root: the source, for an error.
+        attention: transformers' name of the implementation.
+
+    Raises:
+        ToolMissing: transformers does not build it.
+    """
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
+            with torch.device("meta"), no_init_weights():
+                net = getattr(transformers, auto).from_config(
+                    config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+                )
+            net.tie_weights()
+            return net
+    except Exception as error:  # whatever a framework raises about one config
+        raise ToolMissing(
+            "transformers cannot build this model", where=str(root), found=f"{type(error).__name__}: {error}"[:600]
+        ) from error
+
+
+def fill_computed(module: Any, owner: Any) -> None:
+    """Give buffers that follow from the config alone (rotary frequencies) their values, as a loader does."""
+    import torch
+
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        fill_computed(child, owner)
+    hollow = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
+    for name in hollow:
+        module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+    if hollow:
+        owner._init_weights(module)
+
+
+def layers_of(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The members of the outermost lists of modules, with their names."""
+    import torch
+
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from ((f"{prefix}{name}.{i}", layer) for i, layer in enumerate(child))
+        else:
+            yield from layers_of(child, f"{prefix}{name}.")

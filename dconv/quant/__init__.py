@@ -1,0 +1,1 @@
+"""Choosing the numbers of a quantised model: calibration, layer by layer, over ranks."""
