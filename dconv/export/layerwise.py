@@ -3,7 +3,7 @@
 The model is built without storage and runs its own forward pass. A layer's parameters are read as it begins and
 forgotten as it ends; experts are read when tokens are sent to them, one by one; of an embedding the rows of the tokens;
 and a matrix past its share of the budget is multiplied by rows. Nothing but names of parameters ties this to an
-architecture, and the weights may lie in any container (`dconv.export.weights`).
+architecture, and the weights may lie in any container (`dconv.net.weights`).
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ import contextlib
 import ctypes
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.errors import Damaged, Refused
+from dconv.errors import Damaged
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt, kind_of
 from dconv.export.runtimes import obstacle as lacks
+from dconv.net.lazy import hold
 from dconv.net.skeleton import built, fill_computed, layers_of
 from dconv.net.weights import Weights
 from dconv.pipeline import Described
 
-if TYPE_CHECKING:
-    import torch
-
 #: Each takes a pass over all weights.
 _NEW_TOKENS: Final = 3
-#: Of the budget: what a layer may hold at a time, and one matrix of it. The rest is for what is computed.
-_LAYER, _MATRIX = 2, 8
 #: Of glibc's ``malloc.h``.
 _M_MMAP_THRESHOLD: Final = -3
 
@@ -119,134 +115,12 @@ def _prepare(net: Any, weights: Weights, budget: int) -> int:
     layers = dict(layers_of(net))
     prefixes = tuple(f"{name}." for name in layers)
     for name, layer in layers.items():
-        _hold(layer, name, weights, budget)
+        hold(layer, name, weights, budget)
         layer.register_forward_hook(partial(_require_finite, name))
     for name, module in net.named_modules():
         if name not in layers and not name.startswith(prefixes):
-            _hold(module, name, weights, budget, alone=True)
+            hold(module, name, weights, budget, alone=True)
     return len(layers)
-
-
-def _hold(module: Any, name: str, weights: Weights, budget: int, alone: bool = False) -> None:
-    """Read a module's parameters before it runs and forget them after it has.
-
-    Args:
-        alone: without those of its members, which are held by themselves.
-    """
-    taken: list[tuple[Any, str, str]] = []
-    nbytes = 0
-    members = [("", module)] if alone else list(module.named_modules())
-    crowded = not alone and _bytes(_own(member) for _, member in members) > budget // _LAYER
-    for inside, member in members:
-        full = ".".join(part for part in (name, inside) if part)
-        for key, value in _own(member).items():
-            path = f"{full}.{key}" if full else key
-            if not _in_parts(member, key, path, weights, budget, crowded or alone):
-                taken.append((member, key, path))
-                nbytes += value.numel() * 4
-    if nbytes > budget:
-        raise Refused(
-            "the budget of memory is too small to run this model in",
-            where=name,
-            expected=f"{nbytes:,} bytes or more, which are needed at once",
-            found=f"{budget:,}",
-            do="a larger --max-memory",
-        )
-    if not taken:
-        return
-    empty = {(id(member), key): _own(member)[key] for member, key, _ in taken}
-
-    def read(*_: Any) -> None:
-        for member, key, path in taken:
-            _put(member, key, weights.whole(path))
-
-    def forget(*_: Any) -> None:
-        for member, key, _path in taken:
-            _put(member, key, empty[id(member), key])
-
-    module.register_forward_pre_hook(read)
-    module.register_forward_hook(forget)
-
-
-def _own(module: Any) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers that are a module's own, by name."""
-    saved = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
-    return {key: value for key, value in {**module._parameters, **saved}.items() if value is not None}
-
-
-def _bytes(modules: Iterator[dict[str, torch.Tensor]]) -> int:
-    return sum(value.numel() * 4 for module in modules for value in module.values())
-
-
-def _put(module: Any, key: str, value: torch.Tensor) -> None:
-    import torch
-
-    if key in module._buffers:
-        module._buffers[key] = value
-    else:
-        module._parameters[key] = (
-            value if isinstance(value, torch.nn.Parameter) else torch.nn.Parameter(value, requires_grad=False)
-        )
-
-
-def _in_parts(module: Any, key: str, path: str, weights: Weights, budget: int, crowded: bool) -> bool:
-    """Whether a parameter is from now on read in parts, by the module itself."""
-    import torch
-
-    value = _own(module)[key]
-    if weights.by_expert(path) and hasattr(module, "num_experts"):
-        del module._parameters[key]
-        setattr(module, key, _Experts(value, partial(weights.expert, path)))
-        return True
-    if key != "weight" or not weights.is_plain(path):
-        return False
-    plain = type(module).forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
-    if isinstance(module, torch.nn.Embedding) and plain:
-        module.padding_idx = None  # of no meaning but for training, and not among the rows that are read
-        module.__dict__["forward"] = partial(_look_up, module, type(module).forward, partial(weights.rows, path))
-        return True
-    if crowded and type(module).forward is torch.nn.Linear.forward and value.numel() * 4 > budget // _MATRIX:
-        rows = max(1, budget // _MATRIX // (value.shape[1] * 4))
-        module.__dict__["forward"] = partial(_multiply, module, value.shape[0], rows, partial(weights.rows, path))
-        return True
-    return False
-
-
-class _Experts:
-    """A parameter of three axes that reads one expert's matrix when it is asked for it."""
-
-    def __init__(self, like: torch.Tensor, read: Callable[[int], torch.Tensor]) -> None:
-        self.shape, self.dtype, self._read = like.shape, like.dtype, read
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._read(int(index))
-
-
-def _look_up(module: Any, forward: Any, read: Callable[[int, int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """An embedding's own forward pass over the rows of these tokens alone."""
-    import torch
-
-    rows, places = torch.unique(tokens, return_inverse=True)
-    empty = module._parameters["weight"]
-    _put(module, "weight", torch.cat([read(row, row + 1) for row in rows.tolist()]))
-    try:
-        return forward(module, places)
-    finally:
-        module._parameters["weight"] = empty
-
-
-def _multiply(
-    module: Any, length: int, step: int, read: Callable[[int, int], torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
-    """``nn.Linear`` by ``step`` rows of its weight at a time."""
-    import torch
-
-    out = torch.empty(*x.shape[:-1], length)
-    for at in range(0, length, step):
-        stop = min(at + step, length)
-        bias = None if module.bias is None else module.bias[at:stop]
-        out[..., at:stop] = torch.nn.functional.linear(x, read(at, stop), bias)
-    return out
 
 
 def _require_finite(name: str, _module: Any, _given: Any, output: Any) -> None:

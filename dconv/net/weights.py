@@ -76,6 +76,24 @@ class Weights:
         named = {type(op).__name__ for op in rest}
         return type(first).__name__ == "MergeModulelist" and named <= {"Concatenate", "Transpose"} and 0 not in axes
 
+    def source(self, name: str) -> str | None:
+        """The logical tensor that a parameter is as it is; None where it is made of several, or turned."""
+        return self._recipes[name][1][0][1] if self.is_plain(name) else None
+
+    def sources(self, name: str) -> list[tuple[str, ...]]:
+        """The logical tensors of each expert's matrix of a parameter that `by_expert` holds for, in their order."""
+        how, sources = self._recipes[name]
+        if how is None:
+            return []
+        each: dict[str, list[str]] = {}
+        for pattern, source in sources:
+            each.setdefault(pattern, []).append(source)
+        return list(zip(*each.values(), strict=True))
+
+    def logical(self, source: str) -> torch.Tensor:
+        """A logical tensor."""
+        return self._read(source)
+
     def whole(self, name: str) -> torch.Tensor:
         """A parameter.
 

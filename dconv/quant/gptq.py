@@ -67,6 +67,14 @@ class Factor:
     importance: torch.Tensor
     damp: float
 
+    def power(self, weight: torch.Tensor) -> float:
+        """Σ of the squares of what a weight [rows, columns] answers, W H Wᵀ, damping included."""
+        import torch
+
+        turned = weight[:, self.order]
+        answers = turned.addmm(turned, self.feedback).square_()
+        return float((answers @ self.diagonal).sum(dtype=torch.float64))
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -37,11 +37,10 @@ class Sum:
         import torch
 
         self.columns, self.count = columns, 0
-        kind = {"dtype": torch.float64, "device": device}
-        self._stripes = [
-            (start, stop, torch.zeros(columns - start, stop - start, **kind), torch.zeros(columns - start, stop - start, **kind))
-            for start, stop in _stripes(columns)
-        ]  # fmt: skip
+        self._stripes: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
+        for start, stop in _stripes(columns):
+            zeros = torch.zeros(columns - start, stop - start, dtype=torch.float64, device=device)
+            self._stripes.append((start, stop, zeros, zeros.clone()))
         self._lock = threading.Lock()
 
     @staticmethod

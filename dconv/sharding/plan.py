@@ -269,7 +269,7 @@ def build_plan(source: Logical, target: Target) -> Plan:
             expected="every source tensor written, or named in --drop",
         )
     named = {copy.file for mine in copies for copy in mine}
-    lost = sorted(named - source.files.keys() - source.derived.keys())
+    lost = sorted(named - source.files.keys() - source.derived.keys() - source.held)
     if lost and source.files:  # a config alone has none
         raise ValueError(f"a source describes pieces in files that it does not have: {lost[:3]}")
     plan = Plan(source, target, tuple(copies))

@@ -134,6 +134,7 @@ class Logical:
         made: what their bytes are, where they are in no file: a part of the plan's identity.
         derived: what pieces name as a file and is computed from others.
         stored: the tensors as the files have them, under their own names; no conversion asks for it.
+        held: what pieces name as a file and the run itself makes on its way.
     """
 
     root: Path
@@ -146,3 +147,4 @@ class Logical:
     made: str = ""
     derived: Mapping[str, Derived] = field(default_factory=dict)
     stored: Callable[[], Iterable[Stored]] = tuple
+    held: frozenset[str] = frozenset()

@@ -1,0 +1,129 @@
+"""Numbers that calibration chooses, as parts of a source that is not there yet.
+
+To the plan a weight that will be calibrated is decoded from codes, scales and zero points like that of any quantised
+source; only their files are in this process's memory, and only while their layer is written. So containers, packings,
+journal and receipt know nothing of calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from numpy.lib.stride_tricks import as_strided
+
+from dconv.coded.integers import Grid, Product
+from dconv.quant.gptq import Recipe
+from dconv.sharding.derived import Array, Derived, real_files
+from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE
+from dconv.sharding.ops import How
+from dconv.sharding.region import Index, Region, row_major
+from dconv.sharding.tensor import Logical, Piece
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dconv.sharding.plan import Copy, Plan
+    from dconv.sharding.reader import BoxReader
+
+PREFIX: Final = "chosen//"
+
+
+def parts_of(name: str) -> tuple[str, str, str, str]:
+    """The virtual files of a weight: codes, scales, zero points, groups."""
+    return (f"{PREFIX}{name}//codes", f"{PREFIX}{name}//scales", f"{PREFIX}{name}//zeros", f"{PREFIX}{name}//groups")
+
+
+def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str) -> Logical:
+    """The checkpoint with the weights ``wanted`` made of numbers that are yet to be chosen.
+
+    Args:
+        identity: of what chooses them: settings and samples, a part of the plan's identity.
+    """
+    pieces, derived, held = dict(logical.pieces), dict(logical.derived), set(logical.held)
+    for name, recipe in wanted.items():
+        spec = logical.specs[name]
+        rows, columns = spec.shape
+        grid = Grid(recipe.numbers.bits, recipe.group, recipe.numbers.symmetric, recipe.listed)
+        groups = grid.groups(columns)
+        scale = FROM_TORCH[recipe.numbers.stored]
+        codes, scales, zeros, order = parts_of(name)
+        inputs = [
+            _array(codes, (rows, columns), "u8"),
+            _array(scales, (rows, groups), scale),
+            _array(zeros, (rows, groups), "u8"),
+        ]
+        if recipe.listed:
+            inputs.append(_array(order, (columns,), "i32"))
+        how = How(f"calibrated int{grid.bits}", exact=False, bits=0, floats=True)
+        file = f"{PREFIX}{name}"
+        recipe_of = Product(grid, columns, scale, recipe.listed)
+        derived[file] = Derived(spec.shape, tuple(inputs), recipe_of, how)
+        pieces[name] = (derived[file].piece(name, file, spec.dtype),)
+        held |= {piece.file for array in inputs for piece in array.pieces}
+    replicas = {name: found for name, found in logical.replicas.items() if name not in wanted}
+    return replace(
+        logical,
+        pieces=pieces,
+        derived=derived,
+        replicas=replicas,
+        held=frozenset(held),
+        made=f"{logical.made}\ncalibrated {identity}",
+    )
+
+
+def _array(file: str, shape: Index, dtype: str) -> Array:
+    strides = row_major(shape, ITEMSIZE[dtype])
+    return Array(shape, dtype, (Piece(file, Region.whole(shape), file, 0, strides, dtype),))
+
+
+def tasks_of(plan: Plan) -> dict[str, list[int]]:
+    """For each weight to be calibrated, the tasks that need its numbers."""
+    needs: list[set[str]] = []
+    for copies in plan.copies:
+        behind = real_files({copy.file for copy in copies}, plan.source.derived) & plan.source.held
+        needs.append({file.removeprefix(PREFIX).rpartition("//")[0] for file in behind})
+    found: dict[str, list[int]] = {}
+    for task in plan.tasks:
+        for name in needs[task.tensor] if task.tensor >= 0 else ():
+            found.setdefault(name, []).append(task.index)
+    return found
+
+
+@dataclass
+class Held:
+    """What has been chosen and not yet been written, by virtual file."""
+
+    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+    def reader(self, reader: BoxReader) -> BoxReader:
+        """Reads what is held here, and all else with ``reader``."""
+        return _HeldReader(self.arrays, reader)
+
+
+@dataclass
+class _HeldReader:
+    arrays: dict[str, NDArray[np.generic]]
+    reader: BoxReader
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def has(self, file: str) -> bool:
+        return file in self.arrays or (not file.startswith(PREFIX) and self.reader.has(file))
+
+    def is_sparse(self, file: str) -> bool:
+        return not file.startswith(PREFIX) and self.reader.is_sparse(file)
+
+    def is_hole(self, copy: Copy) -> bool:
+        return not copy.file.startswith(PREFIX) and self.reader.is_hole(copy)
+
+    def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
+        array = self.arrays.get(copy.file)
+        if array is None:
+            self.reader.read_box(copy, out)
+            return
+        flat = array.reshape(-1).view(out.dtype)[copy.offset // out.dtype.itemsize :]
+        out[...] = as_strided(flat, copy.region.shape, copy.strides)

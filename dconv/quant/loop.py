@@ -1,0 +1,212 @@
+"""Calibration, layer by layer: load, sum, choose, write, go on.
+
+Only the layer at hand is in memory. Between two layers there are the hidden states of all samples, on disk, which is
+where a killed run goes on from, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dconv.errors import Preempted
+from dconv.quant.blocks import Blocks
+from dconv.quant.gptq import Recipe
+from dconv.quant.network import Layer, Network
+from dconv.quant.passes import Group, Passes
+from dconv.quant.ranks import Ranks
+from dconv.quant.solve import Result, solve
+from dconv.quant.sums import Sum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_STATE: Final = "state.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to calibrate.
+
+    Attributes:
+        weigh_by_routing: an expert's tokens count by their routing weights.
+        sequential: within a layer each group is calibrated with those before it quantised.
+        room: bytes of outputs that this rank may keep in memory.
+        threads: blocks that are computed at once.
+    """
+
+    weigh_by_routing: bool = False
+    sequential: bool = True
+    room: int = 256 << 20
+    threads: int = 1
+
+
+@dataclass
+class Calibration:
+    """A run of calibration on this rank.
+
+    Attributes:
+        recipes: of the weights to be quantised, by name.
+        folder: working state, shared by all ranks, that outlives a kill.
+        write: called with a layer's results, on every rank; returns when they are written durably.
+        said: called with a layer's number, how many there are, and its report, on every rank.
+    """
+
+    net: Network
+    recipes: Mapping[str, Recipe]
+    blocks: Blocks
+    ranks: Ranks
+    folder: Path
+    options: Options
+    write: Callable[[Mapping[str, Result]], None]
+    said: Callable[[int, int, list[dict[str, Any]]], None] = lambda *_: None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Calibrate all layers that are not yet; the report has a line for each weight.
+
+        Raises:
+            Preempted: ``stop`` was set on some rank; what is finished is kept.
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        mine = self.blocks.mine(self.ranks.rank, self.ranks.world)
+        first, report = self._begun()
+        if first < 0:
+            for block in mine:
+                tokens = torch.from_numpy(self.blocks.samples(block).astype(np.int64))
+                self.blocks.write(0, block, self.net.embedded(tokens).numpy())
+            first = 0
+            self._pass_on(0, report)
+        for index in range(first, len(self.net)):
+            self._leave_if_told()
+            layer = self.net.load(index)
+            results, lines = self._layer(layer, index, mine)
+            self.write(results)
+            report += lines
+            self.net.forget(layer)
+            self._pass_on(index + 1, report)
+            self.said(index + 1, len(self.net), lines)
+        return report
+
+    def _layer(self, layer: Layer, index: int, mine: Sequence[int]) -> tuple[dict[str, Result], list[dict[str, Any]]]:
+        import torch
+
+        device, options, last = self.net.device, self.options, index + 1 == len(self.net)
+
+        def read(block: int) -> torch.Tensor:
+            return torch.from_numpy(self.blocks.read(index, block)).to(device)
+
+        def write(block: int, hidden: torch.Tensor) -> None:
+            self.blocks.write(index + 1, block, hidden.float().cpu().numpy())
+
+        for block in mine:  # before there are threads
+            self.net.given(index, self.blocks.samples(block).shape)
+        results: dict[str, Result] = {}
+        lines: list[dict[str, Any]] = []
+        passes = Passes(
+            layer,
+            set(self.recipes),
+            weigh_shared=options.weigh_by_routing,
+            room=options.room,
+            threads=options.threads,
+        )
+        try:
+            stages = passes.groups(read(0)[:1])
+            if not options.sequential:
+                stages = [[group for stage in stages for group in stage]] if stages else []
+            for stage in stages:
+                began = time.perf_counter()
+                self._leave_if_told()
+                found = self._stage(passes, stage, mine, read)
+                for name, result in found.items():
+                    passes.set(name, result.chosen.decode())
+                    lines.append(_line(index, name, result, self.recipes[name], time.perf_counter() - began))
+                results |= found
+            if not last:
+                passes.finish(mine, read, write)
+        finally:
+            passes.close()
+        return results, lines
+
+    def _stage(
+        self, passes: Passes, stage: Sequence[Group], mine: Sequence[int], read: Callable[[int], Any]
+    ) -> dict[str, Result]:
+        import torch
+
+        sums = {group: Sum(group.columns, self.net.device) for group in stage}
+
+        def sink(group: Group) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
+            weigh = self.options.weigh_by_routing
+            return lambda x, weights: sums[group].add(x, weights if weigh else None)
+
+        passes.collect(mine, read, {group: sink(group) for group in stage}, through=not self.options.sequential)
+        for group in stage:
+            self.ranks.sum(sums[group].parts())
+        counts = self.ranks.counts([sums[group].count for group in stage])
+        hessians = [sums[group].total() for group in stage]
+        return solve(stage, hessians, counts, passes.weight, self.recipes, self.ranks, self.options.threads)
+
+    def _begun(self) -> tuple[int, list[dict[str, Any]]]:
+        """The layer to go on with, -1 at the very start, and the report so far."""
+        try:
+            state = json.loads((self.folder / _STATE).read_bytes())
+        except FileNotFoundError:
+            return -1, []
+        return state["layer"], state["report"]
+
+    def _pass_on(self, layer: int, report: list[dict[str, Any]]) -> None:
+        """Note that everything before a layer is done, once that is so on every rank."""
+        self.ranks.wait()
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh = self.folder / f"{_STATE}.new"
+            fresh.write_text(json.dumps({"layer": layer, "report": report}))
+            os.replace(fresh, self.folder / _STATE)
+            if layer:
+                self.blocks.forget(layer - 1)
+        self.ranks.wait()
+
+    def _leave_if_told(self) -> None:
+        if self.ranks.any(self.stop.is_set()):
+            raise Preempted(
+                "stopped by a signal; the layers that are finished are kept",
+                where=str(self.folder),
+                do="run the same command again (with --resume) to go on",
+            )
+
+
+def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "weight": name,
+        "bits": recipe.numbers.bits,
+        "group_size": recipe.group,
+        "tokens": result.tokens,
+        "error": result.error,
+        "relative_error": result.relative,
+        "damp": result.damp,
+        "seconds": round(result.seconds, 3),
+        "stage_seconds": round(seconds, 3),
+        **({} if result.tokens else {"rounded_to_nearest": True}),
+    }
+
+
+def forget(folder: Path) -> None:
+    """Remove a run's working state."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def scales_as_stored(values: NDArray[np.float32], stored: str) -> NDArray[Any]:
+    """Scales in the dtype that they are stored in; they were rounded to it when they were chosen."""
+    return values.astype({"float16": np.float16, "float32": np.float32}[stored])

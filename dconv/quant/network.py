@@ -1,0 +1,190 @@
+"""A model one decoder layer at a time: transformers' own code, weights of any source, read as a layer's turn comes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dconv.errors import Refused
+from dconv.net.lazy import hold, own, put
+from dconv.net.skeleton import built, fill_computed, layers_of
+from dconv.net.weights import Weights
+from dconv.quant.experts import Experts, is_experts
+
+if TYPE_CHECKING:
+    import torch
+
+    from dconv.sharding.tensor import Logical
+
+
+class Enough(Exception):
+    """A pass has what it was for."""
+
+
+class Network:
+    """The decoder layers of a model, none of them loaded.
+
+    Args:
+        config: of the model, as config.json has it.
+        logical: its weights.
+        device: torch's name of where layers compute.
+        budget: bytes that weights outside of the layers may take at a time.
+
+    Raises:
+        ToolMissing: transformers does not build the model.
+        Damaged: weights are missing.
+        Refused: its layers are not those of a decoder.
+    """
+
+    def __init__(self, config: Mapping[str, object], logical: Logical, device: str, budget: int) -> None:
+        import torch
+
+        plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+        with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
+            (Path(scratch) / "config.json").write_text(json.dumps(plain))
+            net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+        self._net = net.eval().requires_grad_(False)
+        with torch.no_grad():
+            fill_computed(self._net, self._net)
+        self.device = device
+        self.weights = Weights(logical, self._net)
+        found = dict(layers_of(self._net))
+        stacks = {name.rpartition(".")[0] for name in found}
+        if len(stacks) != 1:
+            raise Refused(
+                "only the layers of one decoder are calibrated, nothing was written",
+                where=str(logical.root),
+                found=", ".join(sorted(stacks)) or "no layers",
+                expected="one list of decoder layers",
+            )
+        self._layers = list(found.items())
+        prefixes = tuple(f"{name}." for name in found)
+        for name, module in self._net.named_modules():
+            if name not in found and not name.startswith(prefixes):
+                hold(module, name, self.weights, budget, alone=True)
+        self._given: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._empty: dict[tuple[int, str], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def close(self) -> None:
+        """Let the source's files go."""
+        self.weights.close()
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What comes to the first layer: float32 [samples, length, hidden] of tokens [samples, length]."""
+        import torch
+
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[torch.Tensor] = []
+
+        def catch(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            first[:] = first or [hidden]
+            given.append((args, kwargs))
+            if len(given) == len(self._layers):
+                raise Enough
+            return hidden
+
+        for _, layer in self._layers:
+            layer.__dict__["forward"] = catch
+        try:
+            with torch.no_grad():
+                self._net(input_ids=tokens, use_cache=False)
+        except Enough:
+            self._given[tuple(tokens.shape)] = _moved(given, self.device)
+        finally:
+            for _, layer in self._layers:
+                del layer.__dict__["forward"]
+        return first[0].float()
+
+    def load(self, index: int) -> Layer:
+        """Read a layer's weights."""
+        name, module = self._layers[index]
+        experts: dict[str, Experts] = {}
+        for inside, member in module.named_modules():
+            full = f"{name}.{inside}" if inside else name
+            if is_experts(member):
+                experts[full] = Experts(member, full, self.weights, self.device)
+                continue
+            for key, value in own(member).items():
+                self._empty[id(member), key] = value
+                put(member, key, self.weights.whole(f"{full}.{key}").to(self.device))
+        return Layer(module, name, experts, self)
+
+    def forget(self, layer: Layer) -> None:
+        """Let go of a layer's weights."""
+        for experts in layer.experts.values():
+            experts.remove()
+        for member in layer.module.modules():
+            for key in list(own(member)):
+                if (empty := self._empty.pop((id(member), key), None)) is not None:
+                    put(member, key, empty)
+
+    def given(self, index: int, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a layer takes beside the hidden states of tokens of this shape."""
+        if shape not in self._given:
+            import torch
+
+            self.embedded(torch.zeros(shape, dtype=torch.long))
+        return self._given[shape][index]
+
+
+class Layer:
+    """A decoder layer with its weights.
+
+    Attributes:
+        experts: those that transformers has in one tensor, taken apart, by the name of their module.
+    """
+
+    def __init__(self, module: Any, name: str, experts: dict[str, Experts], net: Network) -> None:
+        self.module, self.name, self.experts, self._net = module, name, experts, net
+        self._index = int(name.rpartition(".")[2])
+
+    def linears(self) -> dict[str, Any]:
+        """The linear layers that are modules of their own, by the name of their weight in the checkpoint."""
+        import torch
+
+        found: dict[str, Any] = {}
+        for inside, member in self.module.named_modules():
+            if isinstance(member, torch.nn.Linear):
+                source = self._net.weights.source(f"{self.name}.{inside}.weight")
+                if source is not None:
+                    found[source] = member
+        return found
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the layer, [samples, length, hidden].
+
+        Raises:
+            Enough: what listens to its modules needs no more.
+        """
+        import torch
+
+        args, kwargs = self._net.given(self._index, tuple(hidden.shape[:2]))
+        with torch.no_grad():
+            made = self.module(hidden, *args, **kwargs)
+        return made[0] if isinstance(made, tuple) else made
+
+
+def _moved(value: Any, device: str) -> Any:
+    """Tensors inside of lists, tuples and dicts, on a device; what is shared stays shared."""
+    import torch
+
+    seen: dict[int, Any] = {}
+
+    def move(one: Any) -> Any:
+        if isinstance(one, torch.Tensor):
+            if id(one) not in seen:
+                seen[id(one)] = one.to(device)
+            return seen[id(one)]
+        if isinstance(one, list | tuple):
+            return type(one)(map(move, one))
+        if isinstance(one, dict):
+            return {key: move(item) for key, item in one.items()}
+        return one
+
+    return move(value)
