@@ -26,7 +26,7 @@ from dconv.sharding.finish import STATE, aside_of, cannot, finish, finish_earlie
 from dconv.sharding.journal import Flusher, Journal, Noted, sync_folder
 from dconv.sharding.ops import Kernel
 from dconv.sharding.plan import Plan, Task
-from dconv.sharding.reader import ReadLog
+from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.receipt import (
     RECEIPT,
     check_output,
@@ -90,8 +90,14 @@ class Outcome:
     kept: int
 
 
-def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outcome:
+def run_rank(
+    plan: Plan, out: Path, kernel: Kernel, settings: Settings, work: Callable[[Rank], None] | None = None
+) -> Outcome:
     """Do this rank's share of the plan and commit if it was the last.
+
+    Args:
+        work: does the tasks in an order of its own (`Rank.do`), where the source comes into being on the way; returns
+            when all that is this rank's to do is done. Without it the share is done in the plan's order.
 
     Raises:
         Preempted: ``stop`` was set before the share was done; what is finished is journaled.
@@ -114,9 +120,13 @@ def run_rank(plan: Plan, out: Path, kernel: Kernel, settings: Settings) -> Outco
             finish_earlier(out, partial, settings.overwrite, earlier)
             return Outcome(True, True, share, 0, share)
         outputs, journal = _open(partial, plan)
-    run = _Run(plan, out, partial, kernel, settings, outputs, journal)
+    run = Rank(plan, out, partial, kernel, settings, outputs, journal)
     try:
-        written, kept = run.do_share(tasks, share)
+        if work:
+            work(run)
+            written, kept = run.written, 0
+        else:
+            written, kept = run.do_share(tasks, share)
         committed = run.commit()
         complete = committed or not run.is_ours()
         if complete and not is_result(plan, out):
@@ -210,9 +220,14 @@ def hash_task(plan: Plan, outputs: Outputs, task: Task, algorithm: str) -> str:
     return hasher.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One process at work in an open partial folder."""
+@dataclass
+class Rank:
+    """One process at work in an open partial folder.
+
+    Attributes:
+        written: bytes put into files by `do`.
+        reader: opens what reads the source, given its scratch buffer's size; None reads its files.
+    """
 
     plan: Plan
     out: Path
@@ -221,20 +236,39 @@ class _Run:
     settings: Settings
     outputs: Outputs
     journal: Journal
+    written: int = 0
+    reader: Callable[[int], BoxReader] | None = None
 
-    def do_share(self, tasks: Sequence[Task], share: int) -> tuple[int, int]:
-        """Do ``tasks``, less those that an earlier run finished: (bytes written, bytes kept)."""
+    @property
+    def state(self) -> Path:
+        """A folder for working state, which goes at the commit."""
+        return self.partial / STATE
+
+    def unfinished(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those that no run has finished; what earlier runs noted is looked at."""
         noted = self.journal.read()
         intact, spoilt = self._recheck([task for task in tasks if task.index in noted], noted)
         # Noted anew, so that this run's last rank need not look again. Nothing is taken back before it is looked at:
         # a kill during the check loses nothing.
         self.journal.append([Done(task, noted[task.index].digest, 0) for task in intact])
         self.journal.retract(spoilt)
-        kept = sum(task.nbytes for task in intact)
         done = {task.index for task in intact}
+        return [task for task in tasks if task.index not in done]
+
+    def do(self, tasks: Sequence[Task]) -> None:
+        """Do tasks; when this returns they are on disk and noted.
+
+        Raises:
+            Preempted: ``stop`` was set.
+        """
+        self.written += self._do(tasks, 0, sum(task.nbytes for task in tasks))
+
+    def do_share(self, tasks: Sequence[Task], share: int) -> tuple[int, int]:
+        """Do ``tasks``, less those that an earlier run finished: (bytes written, bytes kept)."""
+        left = self.unfinished(tasks)
+        kept = share - sum(task.nbytes for task in left)
         self.settings.progress(kept, share)
-        written = self._do([task for task in tasks if task.index not in done], kept, share)
-        return written, kept
+        return self._do(left, kept, share), kept
 
     def _recheck(self, tasks: Iterable[Task], noted: Mapping[int, Noted]) -> tuple[list[Task], list[Task]]:
         """Which journaled tasks still have the noted bytes on disk, and which do not."""
@@ -269,6 +303,7 @@ class _Run:
                 algorithm=self.settings.algorithm,
                 stop=self.settings.stop,
                 log=self.settings.log,
+                reader=self.reader,
             )
         if not whole:
             raise self._preempted()

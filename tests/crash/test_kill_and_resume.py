@@ -217,7 +217,7 @@ def test_spoilt_bytes_in_another_ranks_share(
     out = tmp_path / "out"
     job = job_of(model, out)
     with monkeypatch.context() as patch:
-        patch.setattr(commit._Run, "commit", lambda _: (_ for _ in ()).throw(Preempted("dies")))
+        patch.setattr(commit.Rank, "commit", lambda _: (_ for _ in ()).throw(Preempted("dies")))
         with pytest.raises(Preempted):
             run(job, Settings())
     assert journal_lines(out) == len(job.plan.tasks)
