@@ -19,12 +19,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.files import parse_json, read_small
+from dconv.checkpoint.small_config import read_mapping
 from dconv.codec.fill import KINDS, Fill
 from dconv.errors import UsageError
 
-#: Nobody writes a longer one by hand.
-_MAX_BYTES: Final = 1 << 20
 _KEYS: Final = ("dimensions", "shapes", "fill", "fills")
 
 
@@ -100,9 +98,7 @@ def read_wishes(path: Path) -> Wishes:
         UsageError: no such file, or not of the form above.
         Damaged: JSON that is none.
     """
-    if not path.is_file():
-        raise UsageError("--fake-weight-config names no file", where=str(path), expected="JSON or YAML")
-    said = _load(path)
+    said = read_mapping(path, "--fake-weight-config", expected="JSON or YAML: " + ", ".join(_KEYS))
     unknown = [key for key in said if key not in _KEYS]
     if unknown:
         raise UsageError(
@@ -115,25 +111,6 @@ def read_wishes(path: Path) -> Wishes:
     fills = {pattern: _fill(path, pattern, fill) for pattern, fill in _mapping(path, said, "fills").items()}
     fill = _fill(path, "fill", said.get("fill", "zeros"))
     return Wishes(path, _mapping(path, said, "dimensions"), shapes, fill, fills)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    data = read_small(path, what="the file of --fake-weight-config")
-    if len(data) > _MAX_BYTES:
-        raise UsageError("--fake-weight-config is implausibly large", where=str(path), found=f"{len(data)} bytes")
-    if path.suffix == ".json":
-        return parse_json(data, where=str(path), what="the file of --fake-weight-config")
-    import yaml  # a rank without it does not pay for it
-
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(data)):  # few bytes may stand for many
-            raise UsageError("--fake-weight-config has YAML aliases", where=str(path), do="write the values out")
-        said = yaml.safe_load(data)
-    except (ValueError, RecursionError, yaml.YAMLError) as fault:
-        raise UsageError("--fake-weight-config is no YAML", where=str(path), found=str(fault)[:200]) from fault
-    if not isinstance(said, dict):
-        raise UsageError("--fake-weight-config is no mapping", where=str(path), expected=", ".join(_KEYS))
-    return said
 
 
 def _mapping(path: Path, said: Mapping[str, Any], key: str) -> dict[str, Any]:

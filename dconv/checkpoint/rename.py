@@ -10,15 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from dconv.checkpoint.files import parse_json, read_small
+from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Refused, UsageError, group_names
 
 _T = TypeVar("_T")
 
-#: Nobody writes longer ones by hand.
-_MAX_BYTES: Final = 1 << 20
+#: Nobody writes more by hand.
 _MOST_RULES: Final = 1000
 
 
@@ -195,40 +194,15 @@ def read_renaming(path: Path) -> Renaming:
         UsageError: no such file, not a mapping of text to text, or a pattern that cannot be one.
         Damaged: JSON that is none.
     """
-    if not path.is_file():
-        raise UsageError("--rename names no file", where=str(path), expected="JSON or YAML: pattern -> pattern")
-    said = _load(path)
-    if not isinstance(said, dict) or not said or len(said) > _MOST_RULES:
+    said = read_mapping(path, "--rename", expected="JSON or YAML: pattern -> pattern", texts=True)
+    if not said or len(said) > _MOST_RULES:
         raise UsageError(
             "--rename takes one mapping of patterns to patterns",
             where=str(path),
             expected=f"1 to {_MOST_RULES} lines such as  backbone.*: model.*",
-            found=f"{len(said)} entries" if isinstance(said, dict) else "something else",
+            found=f"{len(said)} entries",
         )
     return Renaming(tuple(_rule(path, pattern, result) for pattern, result in said.items()), path)
-
-
-def _load(path: Path) -> Any:
-    data = read_small(path, what="the file of --rename")
-    if len(data) > _MAX_BYTES:
-        raise UsageError("the file of --rename is implausibly large", where=str(path), found=f"{len(data)} bytes")
-    if path.suffix == ".json":
-        return parse_json(data, where=str(path), what="the file of --rename")
-    import yaml  # a rank without --rename does not pay for it
-
-    try:
-        top = yaml.compose(data, yaml.SafeLoader)
-    except (ValueError, RecursionError, yaml.YAMLError) as fault:
-        raise UsageError("the file of --rename is no YAML", where=str(path), found=str(fault)[:200]) from fault
-    if not isinstance(top, yaml.MappingNode):
-        return None
-    said: dict[object, object] = {}
-    for pair in top.value:  # nodes, not values: a key that stands there twice is seen, and an alias stays one node
-        pattern, result = (node.value if isinstance(node, yaml.ScalarNode) else None for node in pair)
-        if pattern in said:
-            raise UsageError("a pattern of --rename stands there twice", where=f"{pattern!r:.200} in {path}")
-        said[pattern] = result
-    return said
 
 
 def _rule(path: Path, pattern: object, result: object) -> Rule:
