@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dconv import __version__
+from dconv import __version__, calibrate
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
+from dconv.calibrate import Calibrating
 from dconv.checkpoint import drop, megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
@@ -43,6 +44,7 @@ class Job:
         scheme: the codes that it is written in, in words; "" for none.
         trace: the ways of single tensors, where they were asked for.
         scales: how many of an FP8 source's scales went where, for the receipt (FORMAT neuron).
+        calibrating: what chooses the codes while the job runs.
     """
 
     request: Request
@@ -59,6 +61,7 @@ class Job:
     scheme: str = ""
     trace: tuple[Trace, ...] = ()
     scales: Mapping[str, Any] | None = None
+    calibrating: Calibrating | None = None
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -116,6 +119,10 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes += said
     parameters = _count(model.logical)
     codes, scales = "", None
+    calibrating = None
+    if calibrate.is_asked_for(request, model):
+        model, calibrating, said = calibrate.plan(request, model)
+        notes += said
     if schemes := scheme_of(request):
         model, said, codes = quantised(model, schemes)
         notes += said
@@ -140,6 +147,7 @@ def prepare_described(request: Request, model: Described) -> Job:
         parameters,
         codes,
         scales=scales,
+        calibrating=calibrating,
     )
 
 
@@ -204,7 +212,8 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    return run_rank(job.plan, out, apply, replace(settings, about=about(job)))
+    work = calibrate.work(job.calibrating, job.request.device) if job.calibrating else None
+    return run_rank(job.plan, out, apply, replace(settings, about=about(job)), work)
 
 
 def about(job: Job) -> dict[str, object]:
@@ -223,6 +232,7 @@ def about(job: Job) -> dict[str, object]:
         },
         **({"mup": job.folded} if job.folded else {}),
         **({"scales": job.scales} if job.scales else {}),
+        **({"calibration": dict(job.calibrating.record)} if job.calibrating else {}),
     }
 
 

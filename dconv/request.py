@@ -22,6 +22,8 @@ FORMATS: Final = {
 
 #: Those whose weights are stored in codes.
 QUANTISED: Final = ("fp8", "mx", "gptq", "awq")
+#: Those whose codes are chosen by calibration, where the source has none.
+CALIBRATED: Final = ("gptq", "awq")
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -55,6 +57,10 @@ class Request:
         scale_rule: how an MX block's largest magnitude becomes its power of two (`dconv.codec.mx.Rule`); None as the
             reader's own tools have it: floor, and even for compressed-tensors.
         quant_config: for whom names and ``quantization_config`` are written (`dconv.quantise.Variant.readers`).
+        quantization_config: settings of a calibrated quantisation: JSON, a file's name, or a preset's.
+        calibration: a file or folder of samples; None for the text that ships.
+        strict: a pattern of that config that matches nothing is an error.
+        device: torch's name of where calibration computes.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -85,6 +91,10 @@ class Request:
     neuron_scale: str | None = None
     scale_rule: Rule | None = None
     quant_config: str | None = None
+    quantization_config: str | None = None
+    calibration: str | None = None
+    strict: bool = False
+    device: str = "cpu"
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -154,6 +154,18 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
                             "specification's), up so that nothing is cut off, or after half a step (default for "
                             "compressed-tensors, as it does)")  # fmt: skip
+    group.add_argument(
+        "--quantization-config",
+        metavar="JSON",
+        help="settings of a calibrated quantisation: JSON, a JSON or YAML file, or a preset's name",
+    )
+    group.add_argument(
+        "--calibration", metavar="DATA", help="text, JSONL, a dataset's folder, or token ids to calibrate on"
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="a pattern of --quantization-config that matches nothing is an error"
+    )
+    group.add_argument("--device", default="cpu", metavar="DEVICE", help="where calibration computes: cpu, cuda (cpu)")
     group.add_argument("--quant-config", choices=READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip
@@ -311,6 +323,10 @@ def to_request(args: argparse.Namespace) -> Request:
         neuron_scale=args.neuron_scale,
         scale_rule=args.scale_rule,
         quant_config=args.quant_config,
+        quantization_config=args.quantization_config,
+        calibration=args.calibration,
+        strict=args.strict,
+        device=args.device,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

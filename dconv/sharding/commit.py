@@ -124,7 +124,7 @@ def run_rank(
     try:
         if work:
             work(run)
-            written, kept = run.written, 0
+            share, written, kept = run.share, run.written, run.share - run.written
         else:
             written, kept = run.do_share(tasks, share)
         committed = run.commit()
@@ -226,6 +226,7 @@ class Rank:
 
     Attributes:
         written: bytes put into files by `do`.
+        share, finished: bytes that `do` will be asked for in all, and those that it is done with.
         reader: opens what reads the source, given its scratch buffer's size; None reads its files.
     """
 
@@ -237,6 +238,8 @@ class Rank:
     outputs: Outputs
     journal: Journal
     written: int = 0
+    share: int = 0
+    finished: int = 0
     reader: Callable[[int], BoxReader] | None = None
 
     @property
@@ -256,12 +259,16 @@ class Rank:
         return [task for task in tasks if task.index not in done]
 
     def do(self, tasks: Sequence[Task]) -> None:
-        """Do tasks; when this returns they are on disk and noted.
+        """Do those of some tasks that no run has finished; when this returns they are on disk and noted.
 
         Raises:
             Preempted: ``stop`` was set.
         """
-        self.written += self._do(tasks, 0, sum(task.nbytes for task in tasks))
+        left = self.unfinished(tasks)
+        self.finished += sum(task.nbytes for task in tasks) - sum(task.nbytes for task in left)
+        self.written += self._do(left, self.finished, self.share)
+        self.finished += sum(task.nbytes for task in left)
+        self.settings.progress(self.finished, self.share)
 
     def do_share(self, tasks: Sequence[Task], share: int) -> tuple[int, int]:
         """Do ``tasks``, less those that an earlier run finished: (bytes written, bytes kept)."""

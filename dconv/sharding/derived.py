@@ -104,10 +104,15 @@ def open_reader(
     scratch_bytes: int,
     kernel: Kernel,
     log: ReadLog | None = None,
+    over: Callable[[BoxReader], BoxReader] = lambda reader: reader,
 ) -> BoxReader:
-    """What reads the boxes of a checkpoint, computed ones included."""
+    """What reads the boxes of a checkpoint, computed ones included.
+
+    Args:
+        over: puts what reads `Logical.held` over what reads the files.
+    """
     reader = logical.reader(scratch_bytes) if logical.reader else None
-    reader = reader or Reader(logical.root, logical.files, scratch_bytes, log)
+    reader = over(reader or Reader(logical.root, logical.files, scratch_bytes, log))
     return DerivedReader(reader, logical.derived, kernel, scratch_bytes) if logical.derived else reader
 
 

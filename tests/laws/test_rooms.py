@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: From the ground up; each may import those before it.
 ROOMS = (
-    "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "quantise", "targets",
+    "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "quantise", "calibrate", "targets",
     "trace", "pipeline", "live", "export", "hw", "compare", "logits", "verify", "report", "examine", "checking",
     "launch", "api", "cli", "__main__",
 )  # fmt: skip

@@ -1,0 +1,204 @@
+"""From a request to a calibrated quantisation: which weights, which grid, which samples; and one rank's run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from dconv.arch.layouts import size
+from dconv.coded.integers import integers_of
+from dconv.describe import Described
+from dconv.errors import Refused, UsageError, group_names
+from dconv.quant.held import Held, numbers_of, tasks_of, to_choose
+from dconv.quant.mixed import resolve
+from dconv.quant.parse import quantization_of
+from dconv.quant.recipes import recipe_of
+from dconv.quant.settings import Gptq
+from dconv.request import CALIBRATED, Request
+from dconv.sharding.derived import Array, open_reader
+
+if TYPE_CHECKING:
+    from dconv.quant.data import Samples
+    from dconv.quant.gptq import Recipe
+    from dconv.quant.solve import Result
+    from dconv.sharding.commit import Rank
+    from dconv.sharding.plan import Task
+    from dconv.sharding.tensor import Logical
+
+_FOLDER: Final = "calibration"
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """A calibration that is planned.
+
+    Attributes:
+        source: the model as it is, whose layers are run.
+        recipes: of the weights to be quantised, by name.
+        record: of settings and samples, for the receipt.
+    """
+
+    source: Described
+    settings: Gptq
+    samples: Samples
+    recipes: Mapping[str, Recipe]
+    record: Mapping[str, Any]
+
+
+def is_asked_for(request: Request, model: Described) -> bool:
+    """Whether a request takes calibration, or is about whole numbers that the source has.
+
+    Raises:
+        UsageError: options of calibration beside a FORMAT that has none.
+        Refused: the same beside a source that is in whole numbers already.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in ("quantization_config", "calibration") if getattr(request, name)]
+    if request.format not in CALIBRATED:
+        if given:
+            raise UsageError(
+                f"{request.format} takes no calibration, nothing was written",
+                where=", ".join(given),
+                expected=f"FORMAT {' or '.join(CALIBRATED)}",
+            )
+        return False
+    whole = [name for name in model.logical.specs if _is_whole(name, model.logical)]
+    if whole and given:
+        raise Refused(
+            "the source is in whole numbers already, which are packed as they are, nothing was written",
+            where=group_names(whole),
+            found=", ".join(given),
+            do="without these options; or FORMAT hf first, and quantise that anew",
+        )
+    return not whole
+
+
+def _is_whole(name: str, logical: Logical) -> bool:
+    spec = logical.specs[name]
+    dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
+    return integers_of(name, dense, logical) is not None
+
+
+def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tuple[str, ...]]:
+    """The model as it will be, the calibration that makes it so, and what to say of it.
+
+    Reads the samples, and no weight.
+
+    Raises:
+        DconvError: see `dconv.quant.parse.quantization_of`, `dconv.quant.mixed.resolve` and `dconv.quant.data.load`.
+    """
+    from dconv.quant.data import load  # a plain conversion does not pay for it
+
+    asked = quantization_of(request.quantization_config, request.format, request.calibration)
+    if not isinstance(asked.settings, Gptq):
+        raise Refused("AWQ's search is not in this version, nothing was written", do="FORMAT gptq")
+    shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
+    table = resolve(asked, shapes, strict=request.strict)
+    others = {name: choice.words for name, choice in table.coded.items() if not choice.integer}
+    if others:
+        raise Refused(
+            "a checkpoint of several kinds of codes is not written by this version, nothing was written",
+            where=group_names(list(others)),
+            found=", ".join(sorted(set(others.values()))),
+            expected="whole numbers (int2 to int8) for all that is quantised",
+        )
+    longest = model.config.get("max_position_embeddings")
+    calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
+    tokenizer = next((path.parent for name, path in model.source.side.items() if name.startswith("tokenizer")), None)
+    samples = load(calibration, tokenizer, size(model.facts, "vocab"))
+    v1 = request.quant in (None, "gptq")
+    recipes = {name: recipe_of(choice, asked.settings, v1=v1) for name, choice in table.coded.items()}
+    described = {**asked.describe(), "weights": _grouped(table.describe())}
+    identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
+    logical = to_choose(model.logical, recipes, identity)
+    notes = tuple(note for note in (cut, samples.warning, *table.notices) if note)
+    record = {"settings": described, "samples": samples.record}
+    return replace(model, logical=logical), Calibrating(model, asked.settings, samples, recipes, record), notes
+
+
+def _grouped(words: Mapping[str, str]) -> dict[str, str]:
+    """Names by what they get."""
+    found: dict[str, list[str]] = {}
+    for name, said in words.items():
+        found.setdefault(said, []).append(name)
+    return {said: group_names(names) for said, names in sorted(found.items())}
+
+
+def work(job: Calibrating, device: str) -> Callable[[Rank], None]:
+    """What a rank does of a calibration: to be given to `dconv.sharding.commit.run_rank`."""
+
+    def do(rank: Rank) -> None:
+        _run(job, rank, device)
+
+    return do
+
+
+def _run(job: Calibrating, rank: Rank, device: str) -> None:
+    from dconv.quant.blocks import Blocks
+    from dconv.quant.loop import Calibration, Options
+    from dconv.quant.network import Network
+    from dconv.quant.ranks import Ranks
+
+    settings, plan, held = rank.settings, rank.plan, Held()
+    by_weight = tasks_of(plan)
+    later = {index for found in by_weight.values() for index in found}
+    parts = {name: _share([plan.tasks[i] for i in found], settings.rank, settings.world) for name, found in
+             by_weight.items()}  # fmt: skip
+    plain = [task for task in plan.share(settings.rank, settings.world) if task.index not in later]
+    rank.share = sum(task.nbytes for task in (*plain, *(task for part in parts.values() for task in part)))
+    rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader)
+
+    def write(results: Mapping[str, Result]) -> None:
+        held.arrays = {
+            file: array
+            for name, result in results.items()
+            for file, array in numbers_of(name, result.chosen, job.recipes[name]).items()
+        }
+        rank.do([task for name in results for task in parts[name]])
+        held.arrays = {}
+
+    ranks = Ranks(settings.rank, settings.world, device)
+    ranks.begin()
+    try:
+        rank.do(plain)
+        source = job.source
+        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26))
+        gptq = job.settings
+        folder = rank.state / _FOLDER
+        run = Calibration(
+            net,
+            job.recipes,
+            Blocks(job.samples.tokens, folder / "hidden"),
+            ranks,
+            folder,
+            Options(
+                weigh_by_routing=gptq.routing_weighted,
+                sequential=gptq.true_sequential,
+                room=settings.max_memory,
+                threads=_threads(settings.threads, settings.world),
+            ),
+            write,
+            **({"stop": settings.stop} if settings.stop else {}),
+        )
+        try:
+            run.run()
+        finally:
+            net.close()
+        ranks.wait()
+    finally:
+        ranks.end()
+
+
+def _share(tasks: list[Task], rank: int, world: int) -> list[Task]:
+    """Every weight's tasks begin with another rank, so that small weights have different writers."""
+    return [task for task in tasks if task.index % world == rank]
+
+
+def _threads(asked: int, world: int) -> int:
+    """Threads of a rank: as asked, else what this machine has for each of its ranks."""
+    if asked > 1:
+        return asked
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+    return max(1, (os.cpu_count() or 1) // here)

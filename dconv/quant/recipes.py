@@ -1,0 +1,27 @@
+"""From what a table gives a weight, and GPTQ's settings, to how its numbers are chosen."""
+
+from __future__ import annotations
+
+from dconv.quant.gptq import Recipe
+from dconv.quant.grid import Numbers
+from dconv.quant.kinds import ROW
+from dconv.quant.mixed import Choice
+from dconv.quant.settings import Gptq
+
+
+def recipe_of(choice: Choice, settings: Gptq, *, v1: bool) -> Recipe:
+    """How a weight is quantised.
+
+    Args:
+        choice: of whole numbers.
+        v1: zero points are stored less one, so that none may be 0.
+    """
+    return Recipe(
+        Numbers(choice.bits, settings.sym, least_zero=int(v1)),
+        -1 if choice.group == ROW else choice.group,
+        settings.desc_act,
+        settings.static_groups,
+        settings.mse,
+        settings.damp_percent,
+        settings.damp_auto_increment,
+    )
