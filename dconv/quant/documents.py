@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dconv.checkpoint import safetensors
-from dconv.checkpoint.files import read_json
+from dconv.checkpoint.files import check_plain_name, read_json
 from dconv.errors import Damaged, Refused, StorageFault, ToolMissing, UsageError
 
 DEFAULT_TEXT: Final = Path(__file__).parent / "default_text.txt.xz"
@@ -112,24 +112,20 @@ def _tables(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json", what="dataset_dict.json").get("splits")
         names = [str(name) for name in splits] if isinstance(splits, list) else []
-        if len(names) != 1 or not (folder / Path(names[0]).name).is_dir():
+        names = [check_plain_name(name, said_by=folder / "dataset_dict.json") for name in names]
+        if len(names) != 1 or not (folder / names[0]).is_dir():
             raise UsageError(
                 "a folder of several data sets", where=str(folder), expected="one of them",
                 do=" or ".join(str(folder / name) for name in names),
             )  # fmt: skip
-        folder = folder / Path(names[0]).name
+        folder = folder / names[0]
     if (folder / "state.json").is_file():  # what an earlier save left beside them is not theirs
         listed = read_json(folder / "state.json", what="state.json").get("_data_files")
-        names = (
-            [str(entry.get("filename")) for entry in listed if isinstance(entry, dict)]
-            if isinstance(listed, list)
-            else []
-        )
-        found = [folder / name for name in names]
-        if not found or any(
-            Path(name).name != name or not path.is_file() for name, path in zip(names, found, strict=True)
-        ):
-            raise Damaged("state.json lists files that are not there", where=str(folder), found=", ".join(names)[:200])
+        entries = listed if isinstance(listed, list) else []
+        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+        found = [folder / check_plain_name(name, said_by=folder / "state.json") for name in names]
+        if not found or not all(path.is_file() for path in found):
+            raise Damaged("state.json lists files that are not there", where=str(folder), found=f"{names!r:.200}")
         return found
     for suffix in _TABLES:
         if found := sorted(folder.rglob(f"*{suffix}")):
@@ -213,7 +209,10 @@ def _lines(path: Path, body: bytes) -> list[Any]:
 
 def _parsed(body: bytes, where: str) -> Any:
     try:
-        return json.loads(body)
+        value = json.loads(body)
+        if b"\\ud" in body.lower():  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as fault:
         raise Damaged("calibration data that is no JSON", where=where, found=str(fault)[:200]) from fault
 
@@ -237,7 +236,7 @@ def _rows(array: NDArray[Any], where: str) -> list[Any]:
 def _npy(path: Path, body: bytes) -> list[Any]:
     try:
         array = np.load(BytesIO(body), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as fault:
+    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as fault:
         raise Damaged("no .npy file", where=str(path), found=str(fault)[:200]) from fault
     if not isinstance(array, np.ndarray):
         raise Damaged("no .npy file", where=str(path), found="an archive of several")
@@ -265,20 +264,21 @@ def _table(path: Path, body: bytes) -> list[Any]:
         raise ToolMissing("a data set on disk needs pyarrow", where=str(path), do="pip install pyarrow") from fault
     try:
         if path.suffix == ".parquet":
-            read = parquet.read_table(BytesIO(body))
+            found = parquet.read_table(BytesIO(body))
         elif body.startswith(b"ARROW1"):
-            read = pa.ipc.open_file(pa.BufferReader(body)).read_all()
+            found = pa.ipc.open_file(pa.BufferReader(body)).read_all()
         else:
-            read = pa.ipc.open_stream(pa.BufferReader(body)).read_all()
-    except (pa.ArrowException, OSError) as fault:
+            found = pa.ipc.open_stream(pa.BufferReader(body)).read_all()
+        column = next((name for name in FIELDS if name in found.column_names), None)
+        values = found.column(column).to_pylist() if column is not None else []
+    except (pa.ArrowException, ValueError, OSError) as fault:
         raise Damaged("a table that cannot be read", where=str(path), found=str(fault)[:200]) from fault
-    column = next((name for name in FIELDS if name in read.column_names), None)
     if column is None:
         raise Refused(
             "a data set without a column that calibration reads", where=str(path), expected=" or ".join(FIELDS),
-            found=", ".join(read.column_names)[:200],
+            found=", ".join(found.column_names)[:200],
         )  # fmt: skip
-    return [{column: value} for value in read.column(column).to_pylist()]
+    return [{column: value} for value in values]
 
 
 _READERS: Final[dict[str, Callable[[Path, bytes], Iterable[Any]]]] = {
