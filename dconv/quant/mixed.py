@@ -6,7 +6,7 @@ routers and gates of one row are left as they are, since no loader takes them in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -119,13 +119,20 @@ class _Merged:
 
 
 def resolve(
-    config: Quantization, shapes: Mapping[str, tuple[int, ...]], *, preset: bool | None = None, strict: bool = False
+    config: Quantization,
+    shapes: Mapping[str, tuple[int, ...]],
+    linears: Collection[str] | None = None,
+    *,
+    preset: bool | None = None,
+    strict: bool = False,
 ) -> Resolved:
     """What every weight of a model gets.
 
     Args:
         shapes: of the model's tensors by their HuggingFace names, ``.weight`` and all; what is no matrix of a linear
             layer, of a router or of the output layer is read over.
+        linears: the weights that may be quantised (`dconv.coded.encode.linears`); where None, all matrices that names
+            alone tell for linear layers, a vision tower's and an encoder's among them.
         preset: the table is ready made, for models of many sizes: what does not fit a shape is corrected, and said,
             instead of refused. None: as the config says.
         strict: a pattern that matches nothing is an error.
@@ -144,6 +151,8 @@ def resolve(
         fitting = [at for at, override in enumerate(config.table.overrides) if override.fits(name)]
         place = place_of(name, shape)
         if place.role not in ("linear", "router", "head") or name.endswith(".bias"):
+            continue
+        if place.role == "linear" and linears is not None and name not in linears and shape[0] > 1:
             continue
         for at in fitting:
             hits[at] += 1

@@ -119,13 +119,12 @@ def _compressed(kinds: set[Choice], symmetric: bool) -> Reader | None:
     form = forms.pop() if len(forms) == 1 else MIXED
     not_vllm = [kind.words for kind in _sorted(kinds) if kind.integer and kind.bits not in _VLLM_BITS]
     not_vllm += [kind.words for kind in _sorted(kinds) if kind.wq == "mxfp6"]
-    loads = "transformers with compressed-tensors 0.20"
+    zeros = not symmetric and any(kind.integer for kind in kinds)
+    loads = f"transformers with compressed-tensors {'0.19 (0.20 does not load zeros)' if zeros else '0.20'}"
     if not_vllm:
         loads += f"; vLLM has no kernel there for {', '.join(not_vllm)}"
-    elif not symmetric and any(kind.integer for kind in kinds):
-        loads += " (0.19 for zeros of groups); vLLM, dense models only"
     else:
-        loads += ", vLLM"
+        loads += ", vLLM" + (" where no expert has zeros" if zeros else "")
     return Reader(METHOD, form, loads)
 
 
