@@ -27,7 +27,7 @@ def pairs_of(
     alone, idle = sorted(codes.keys() - scales.keys()), sorted(scales.keys() - codes.keys())
     if alone:
         raise Damaged(
-            f"{len(alone)} of {len(codes)} {kind} weights have no scale, without which their codes mean nothing",
+            f"{len(alone)} of {len(codes)} {kind} weights have no scales, without which their codes mean nothing",
             where=group_names([codes[stem] for stem in alone]),
             expected=f"{alone[0]}{ends[1]} beside it",
             do="fetch the files again; a model that was cast without scales cannot be restored",
