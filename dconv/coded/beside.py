@@ -35,7 +35,7 @@ def with_beside(config: dict[str, object], said: Mapping[str, object], where: st
     if KEY in config and not isinstance(own, Mapping):
         return config
     own = own if isinstance(own, Mapping) else {}
-    if isinstance(said.get("quantization"), Mapping):
+    if where.endswith(modelopt_config.FILE):
         methods, older = modelopt_config.METHODS, own.get("quant_method") or modelopt_config.METHOD
         said = modelopt_config.flat(said)
     else:

@@ -209,8 +209,8 @@ _MX: Final = Args(4, "float", True, "group", mx.BLOCK)
 _INT8: Final = Args(8, "int", True, "channel")
 _FP8_BLOCKS: Final = Args(8, "float", True, "block", block=_BLOCK)
 #: ModelOpt's name of an algorithm -> how weights are coded. Those of one kind differ in activations, or in how scales
-#: were chosen. Not among them: W4A8_AWQ, whose weights are rounded twice, the second time when they are used; and
-#: NVFP4_SVD, which adds a product of two small matrices.
+#: were chosen. Not among them: W4A8_AWQ, whose weights are rounded twice, the second time when they are used;
+#: W4A8_NVFP4_FP8, whose groups are of 32; and NVFP4_SVD, which adds a product of two small matrices.
 _FORMS: Final[dict[str, tuple[Args, Callable[[Module, Decoded], Made]]]] = {
     "FP8": (Args(8, "float", True, "tensor"), compressed_bytes.float8),
     "FP8_PER_CHANNEL_PER_TOKEN": (Args(8, "float", True, "channel"), compressed_bytes.float8),
@@ -220,7 +220,6 @@ _FORMS: Final[dict[str, tuple[Args, Callable[[Module, Decoded], Made]]]] = {
     "NVFP4": (_NV, _nv4),
     "W4A16_NVFP4": (_NV, _nv4),
     "NVFP4_AWQ": (_NV, _nv4),
-    "W4A8_NVFP4_FP8": (_NV, _nv4),
     "MXFP4": (_MX, _mx4),
     "W4A8_MXFP4_FP8": (_MX, _mx4),
     "W4A16_AWQ": (Args(4, "int", True, "group"), _int4),

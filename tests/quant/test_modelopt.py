@@ -164,6 +164,16 @@ def test_whatever_the_method_is_called(tmp_path: Path, method: str) -> None:
     assert len(prepare(Request(source, "hf", tmp_path / "out")).source.coded) == 7
 
 
+def test_a_file_that_says_nothing(tmp_path: Path) -> None:
+    source = exported(tmp_path / "source", "nvfp4")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    (source / FILE).write_text("{}")
+    with pytest.raises(Damaged, match="does not speak of"):
+        open_source(source)
+
+
 def test_configs_that_disagree_are_refused(tmp_path: Path) -> None:
     source = exported(tmp_path / "source", "nvfp4")
     said = json.loads((source / FILE).read_text())

@@ -97,10 +97,9 @@ def dequantised(parts: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Ten
         return None
     shape = codes.shape
     if codes.dtype == torch.float8_e4m3fn and scale.dtype != torch.uint8:
-        blocks = {"block_sizes": {-1: 128, -2: 128}, "scale": scale.squeeze(1, -1)} if scale.ndim == 4 else {}
-        by = scale[:, None] if scale.ndim == 1 else scale
-        held = qtensor.FP8QTensor(shape, dtype, codes)
-        return held.dequantize(torch.float32, **{"scale": by, **blocks}).to(dtype)
+        blocks: dict[str, Any] = {"block_sizes": {-1: 128, -2: 128}} if scale.ndim > 1 else {}
+        by = scale[:, None] if scale.ndim == 1 else scale.squeeze((1, 3)) if scale.ndim == 4 else scale
+        return qtensor.FP8QTensor(shape, dtype, codes).dequantize(torch.float32, scale=by, **blocks).to(dtype)
     if codes.dtype == torch.float8_e4m3fn:
         return qtensor.MXFP8QTensor(shape, dtype, codes).dequantize(dtype, scale=scale)
     wide = torch.Size((shape[0], shape[1] * 2))
@@ -143,10 +142,14 @@ def main() -> None:
             entry["cfg"]["block_sizes"][-1] = 16
     found = record("fp8_kv", both("FP8_DEFAULT_CFG", "FP8_KV_CFG"), model(half))
     found |= record("fp8_rows", "FP8_PER_CHANNEL_PER_TOKEN_CFG", model(half))
-    found |= record("fp8_blocks", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", model(half, intermediate_size=136))
+    blocks = "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
+    found |= record("fp8_blocks", blocks, model(half, intermediate_size=136))
+    found |= record("fp8_blocks_real", blocks, model(half, intermediate_size=136), quantization.compress)
     found |= record("mxfp8", "MXFP8_DEFAULT_CFG", model(half))
     found |= record("mxfp4", "MXFP4_DEFAULT_CFG", model(half))
     found |= record("nvfp4", "NVFP4_DEFAULT_CFG", model(half))
+    found |= record("mxfp4_fp8", "W4A8_MXFP4_FP8_CFG", model(half))
+    found |= record("nvfp4_weights", "W4A16_NVFP4_CFG", model(half))
     found |= record("nvfp4_smooth", "NVFP4_DEFAULT_CFG", model(half), smoothed)
     found |= record("mixed", mixed, model(half))
     found |= record("int8", "INT8_WEIGHT_ONLY_CFG", model(whole))
