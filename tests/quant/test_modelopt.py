@@ -171,7 +171,7 @@ def test_a_file_that_says_nothing(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     (source / FILE).write_text("{}")
     with pytest.raises(Damaged, match="does not speak of"):
-        open_source(source)
+        prepare(Request(source, "hf", tmp_path / "out"))
 
 
 def test_configs_that_disagree_are_refused(tmp_path: Path) -> None:
