@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from dconv.checkpoint.source import SIDE_FILES
+from dconv.coded.beside import BESIDE
 from dconv.errors import DconvError, StorageFault, ToolMissing, UsageError
 
 # the hub's own rule for names, less those without an organisation
@@ -27,7 +28,7 @@ _WEIGHTS: Final = (
     (("pytorch_model*.bin",), ()),
     (("consolidated.*.pth",), ()),
 )
-_BESIDE: Final = (*SIDE_FILES, "*.index.json", "params.json")
+_BESIDE: Final = (*SIDE_FILES, "*.index.json", "params.json", *(name for names in BESIDE for name in names))
 
 
 def parse(path: Path) -> tuple[str, str | None] | None:

@@ -21,7 +21,7 @@ from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
-from dconv.coded.beside import BESIDE, with_beside
+from dconv.coded.beside import BESIDE, GPTQ_FILE, with_beside
 from dconv.coded.decode import KEY, decode, method_of
 from dconv.coded.decoded import Decoded
 from dconv.coded.gptq_config import METHOD as GPTQ
@@ -74,10 +74,11 @@ def read_config(folder: Path) -> dict[str, object] | None:
     """
     path = folder / "config.json"
     config = read_json(path, what=path.name) if path.exists() else None
-    beside = next((at for name in BESIDE if (at := folder / name).is_file()), None)
-    if config is None or beside is None:
-        return config
-    return with_beside(config, read_json(beside, what=beside.name), str(beside))
+    for names in BESIDE:
+        at = next((at for name in names if (at := folder / name).is_file()), None)
+        if config is not None and at is not None:
+            config = with_beside(config, read_json(at, what=at.name), str(at))
+    return config
 
 
 def renamed(folder: Path, shard: Shard, rename: Renaming) -> Shard:
@@ -365,7 +366,7 @@ def lay_out_slots(
             yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
         yield from side_bytes(config, side)
         if config and method_of(config) == GPTQ:
-            yield BESIDE[0], (json.dumps(config[KEY], indent=2) + "\n").encode()
+            yield GPTQ_FILE, (json.dumps(config[KEY], indent=2) + "\n").encode()
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
 

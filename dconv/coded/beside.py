@@ -1,22 +1,27 @@
-"""``quantize_config.json``: what AutoGPTQ, GPTQModel and AutoAWQ say beside config.json, and some only there."""
+"""What is said of codes beside config.json, and by some writers only there: ``quantize_config.json`` of AutoGPTQ,
+GPTQModel and AutoAWQ, ``hf_quant_config.json`` of ModelOpt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from dconv.coded import awq, gptq_config
+from dconv.coded import awq, gptq_config, modelopt_config
 from dconv.errors import Refused
 
 KEY: Final = "quantization_config"
-#: GPTQModel's name for it, and AutoAWQ's first one.
-BESIDE: Final = ("quantize_config.json", "quant_config.json")
+#: GPTQModel's name for it.
+GPTQ_FILE: Final = "quantize_config.json"
+#: The files that there may be, each by the names that it has had: AutoAWQ's first one was another.
+BESIDE: Final = ((GPTQ_FILE, "quant_config.json"), (modelopt_config.FILE,))
 #: Spellings of one key, the usual one first.
 _SAME: Final = (
     ("quant_method",),
     ("bits", "w_bit", "wbits"),
     ("group_size", "q_group_size"),
     ("checkpoint_format", "format", "version"),
+    ("quant_algo",),
 )
 
 
@@ -30,9 +35,13 @@ def with_beside(config: dict[str, object], said: Mapping[str, object], where: st
     if KEY in config and not isinstance(own, Mapping):
         return config
     own = own if isinstance(own, Mapping) else {}
-    older = {"quant_method": awq.METHOD if "w_bit" in said else gptq_config.METHOD}
-    said = {**older, **said}
-    if own.get("quant_method", said["quant_method"]) not in (awq.METHOD, gptq_config.METHOD):
+    if where.endswith(modelopt_config.FILE):
+        methods, older = modelopt_config.METHODS, own.get("quant_method") or modelopt_config.METHOD
+        said = modelopt_config.flat(said)
+    else:
+        methods, older = (awq.METHOD, gptq_config.METHOD), awq.METHOD if "w_bit" in said else gptq_config.METHOD
+    said = {"quant_method": older, **said}
+    if own.get("quant_method", said["quant_method"]) not in methods:
         return config
     for names in _SAME:
         values = {str(value).lower() for one in (own, said) if (value := _first(one, names)) is not None}

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
+from dconv.coded.patterns import REPEATS, check_length, compiled, is_tame
 from dconv.coded.places import place_of
 from dconv.errors import Damaged, Refused
 
@@ -26,12 +28,8 @@ FORMATS: Final = (
 MIXED: Final = "mixed-precision"
 STRATEGIES: Final = ("tensor", "channel", "group", "block", "tensor_group")
 _REGEX: Final = "re:"
-#: A config may be hostile, and matching takes time: longer names and more entries are no model's.
-_LONGEST: Final = 300
+#: A config may be hostile, and matching takes time: more entries are no model's.
 _MOST: Final = 50_000
-#: Repeats in one expression from which on matching could take very long.
-_REPEATS: Final = 3
-_REPEAT: Final = re.compile(r"[*+{]|[^(]\?")
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,14 @@ class Target:
             Refused: it is no regular expression, or one that is not tried.
         """
         text = self.text.removeprefix(_REGEX)
-        try:
-            if len(text) <= _LONGEST and len(_REPEAT.findall(text)) <= _REPEATS and not re.search(r"\)[*+{]", text):
-                return re.compile(text)
-        except (re.error, OverflowError, RecursionError):
-            pass
+        with suppress(ValueError):
+            if is_tame(text):
+                return compiled(text)
         raise Refused(
             "a target is a regular expression that is not tried, nothing was written",
             where=KEY,
             found=f"{self.text!r:.100}",
-            expected=f"at most {_REPEATS} repeats, none of a group",
+            expected=f"at most {REPEATS} repeats, none of a group",
         )
 
     def names(self, module: str) -> bool:
@@ -130,8 +126,7 @@ class Config:
         Raises:
             Damaged: none has it, or it is to be left out.
         """
-        if len(module) > _LONGEST:
-            raise Damaged("a module's name is too long", where=f"{where:.100}", found=f"{len(module)} characters")
+        check_length(module, where)
         if out := next((entry for entry in self.ignore if entry.names(module)), None):
             raise Damaged(
                 "a weight is stored in codes that the config leaves out",

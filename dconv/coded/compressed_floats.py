@@ -1,7 +1,8 @@
 """Weights that compressed-tensors keeps in floating codes of 4 and 6 bits: which parts, and the recipe.
 
 ``weight_packed`` has the codes side by side in bytes (`dconv.codec.pack`), ``weight_scale`` one byte for 32 columns
-(MX) or 16 (NVFP4), whose ``weight_global_scale`` the scales are to be divided by.
+(MX) or 16 (NVFP4), whose ``weight_global_scale`` the scales are to be divided by. ModelOpt has other names, and a scale
+of NVFP4 tensors that multiplies.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ FORMATS: Final = {4: E2M1, 6: E2M3}
 
 def mx4(module: Module, found: Decoded) -> Made:
     """``mxfp4-pack-quantized``."""
-    return _mx(module, found, 4)
+    del found
+    return of_mx(module, 4)
 
 
 def mx6(module: Module, found: Decoded) -> Made:
     """``mxfp6-pack-quantized``."""
-    return _mx(module, found, 6)
-
-
-def _mx(module: Module, found: Decoded, bits: int) -> Made:
     del found
+    return of_mx(module, 6)
+
+
+def of_mx(module: Module, bits: int, codes_in: str = "weight_packed") -> Made:
+    """Codes with a power of two for each 32 columns; ``codes_in`` is the part that has them."""
     fmt = FORMATS[bits]
-    codes, shape = _packed(module, fmt, mx.BLOCK)
-    module.check_no_more("weight_packed", "weight_scale")
+    codes, shape = _packed(module, codes_in, fmt, mx.BLOCK)
+    module.check_no_more(codes_in, "weight_scale")
     scale = module.need("weight_scale", ("u8", "f8_e8m0"), (shape[0], shape[1] // mx.BLOCK))
     words = f"{fmt.name} code x the power of two of its {mx.BLOCK} columns"
     return Made(shape, (codes, scale), Mx(bits), words, bits + 8 / mx.BLOCK)
@@ -50,20 +53,26 @@ def _mx(module: Module, found: Decoded, bits: int) -> Made:
 def nv4(module: Module, found: Decoded) -> Made:
     """``nvfp4-pack-quantized``."""
     del found
-    codes, shape = _packed(module, E2M1, nvfp4.BLOCK)
-    module.check_no_more("weight_packed", "weight_scale", "weight_global_scale")
+    return of_nv(module, "weight_packed", "weight_global_scale", divides=True)
+
+
+def of_nv(module: Module, codes_in: str, whole_in: str, *, divides: bool) -> Made:
+    """Codes with a scale for each 16 columns and one for all, in the parts of these names."""
+    codes, shape = _packed(module, codes_in, E2M1, nvfp4.BLOCK)
+    module.check_no_more(codes_in, "weight_scale", whole_in)
     scale = module.need("weight_scale", ("f8_e4m3",), (shape[0], shape[1] // nvfp4.BLOCK))
-    whole = module.need("weight_global_scale", ("f32",), (1,), ())
-    words = f"{E2M1.name} code x the e4m3 scale of its {nvfp4.BLOCK} columns / its tensor's"
-    return Made(shape, (codes, scale, whole), Nv(len(whole.spec.shape)), words, 4 + 8 / nvfp4.BLOCK)
+    whole = module.need(whole_in, ("f32",), (1,), ())
+    words = f"{E2M1.name} code x the e4m3 scale of its {nvfp4.BLOCK} columns {'/' if divides else 'x'} its tensor's"
+    recipe = Nv(len(whole.spec.shape), divides)
+    return Made(shape, (codes, scale, whole), recipe, words, 4 + 8 / nvfp4.BLOCK)
 
 
-def _packed(module: Module, fmt: Minifloat, block: int) -> tuple[Stored, tuple[int, int]]:
+def _packed(module: Module, part: str, fmt: Minifloat, block: int) -> tuple[Stored, tuple[int, int]]:
     """The codes, and the weight's shape."""
     args = module.args
     if (args.kind, args.bits, args.symmetric, args.group) != ("float", fmt.bits, True, block):
         raise module.refuse(f"{fmt.name} codes have a scale for every {block} columns and no zero points")
-    codes = module.need("weight_packed", ("u8",))
+    codes = module.need(part, ("u8",))
     rows, count = matrix(codes)
     if count % (block * fmt.bits // 8):
         raise Damaged(
@@ -99,14 +108,16 @@ class Nv:
 
     Attributes:
         axes: that the tensor's scale has.
+        divides: whether it divides, or multiplies (`dconv.coded.modelopt`).
     """
 
     axes: int
+    divides: bool = True
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         codes, scales, columns = _read(box, nvfp4.BLOCK, E2M1.bits, read)
         whole = float(read(2, Region.whole((1,) * self.axes), "").reshape(-1)[0])
-        return nvfp4.decode(codes, scales, whole, dtype, divides=True, factor=factor)[:, columns]
+        return nvfp4.decode(codes, scales, whole, dtype, divides=self.divides, factor=factor)[:, columns]
 
 
 def _read(box: Region, block: int, bits: int, read: Read) -> tuple[NDArray[np.uint8], NDArray[np.uint8], slice]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from dconv.coded import fp8
 from dconv.coded.compressed_config import Args, Group
-from dconv.errors import Damaged, Refused
+from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.derived import Recipe
 from dconv.sharding.region import Index
 from dconv.sharding.tensor import Stored
@@ -92,6 +92,36 @@ class Made:
     recipe: Recipe
     words: str
     bits: float
+
+
+def parts_of(
+    tensors: Mapping[str, Stored], codes: Mapping[str, tuple[str, ...]], beside: Collection[str]
+) -> dict[str, dict[str, Stored]]:
+    """Modules whose weights are in codes, each with its parts by the ends of their names.
+
+    Args:
+        codes: parts that have codes, with the dtypes in which they do; none where all do.
+        beside: parts that say what codes mean.
+
+    Raises:
+        Damaged: a part without codes.
+    """
+    found: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        module, _, part = name.rpartition(".")
+        dtypes = codes.get(part)
+        if part in beside or (dtypes is not None and (not dtypes or stored.spec.dtype in dtypes)):
+            found.setdefault(module, {})[part] = stored
+    bare = {module: parts for module, parts in found.items() if not parts.keys() & codes.keys()}
+    alone = sorted(f"{module}.{part}" for module, parts in bare.items() for part in parts)
+    if alone:
+        raise Damaged(
+            f"{len(alone)} tensors say what codes mean, and there are none beside them",
+            where=group_names(alone),
+            expected=f"{alone[0].rpartition('.')[0]}.{' or .'.join(codes)} in codes",
+            do="weights that were only rounded are plain without these tensors",
+        )
+    return found
 
 
 def matrix(codes: Stored) -> tuple[int, int]:

@@ -11,16 +11,14 @@ from typing import Final
 
 from dconv.coded import compressed_bytes, compressed_floats, fp8
 from dconv.coded.compressed_config import config_of
-from dconv.coded.compressed_parts import Made, Module
+from dconv.coded.compressed_parts import Made, Module, parts_of
 from dconv.coded.decoded import Decoded, dense
-from dconv.errors import Damaged, group_names
+from dconv.errors import Damaged
 from dconv.sharding.tensor import Stored
 
-#: A module's tensors that its weight is made of.
-_CODES: Final = ("weight", "weight_packed")
+#: A module's tensors that its weight is made of, those with codes by the dtypes that tell.
+_CODES: Final[dict[str, tuple[str, ...]]] = {"weight": (fp8.FP8, "f8_e5m2", "i8"), "weight_packed": ()}
 _BESIDE: Final = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight_shape")
-#: Of ``weight``: others are no codes.
-_CODE_DTYPES: Final = (fp8.FP8, "f8_e5m2", "i8")
 #: What else compressed-tensors stores, which says how activations and caches are rounded: a dense weight is without.
 _ACTIVATIONS: Final = frozenset(
     f"{what}_{part}"
@@ -58,20 +56,7 @@ def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     Raises:
         Damaged: a part without codes, or codes twice.
     """
-    found: dict[str, dict[str, Stored]] = {}
-    for name, stored in tensors.items():
-        module, _, part = name.rpartition(".")
-        coded = part == "weight_packed" or (part == "weight" and stored.spec.dtype in _CODE_DTYPES)
-        if coded or part in _BESIDE:
-            found.setdefault(module, {})[part] = stored
-    alone = sorted(f"{name}.{part}" for name, parts in found.items() if not parts.keys() & {*_CODES} for part in parts)
-    if alone:
-        raise Damaged(
-            f"{len(alone)} tensors say what codes mean, and there are none beside them",
-            where=group_names(alone),
-            expected=f"{alone[0].rpartition('.')[0]}.weight or .weight_packed in codes",
-            do="weights that are only rounded (quantization_status frozen) are plain without these tensors",
-        )
+    found = parts_of(tensors, _CODES, _BESIDE)
     for name, parts in found.items():
         if "weight_packed" in parts and f"{name}.weight" in tensors:
             raise Damaged("a weight is stored twice, packed and not", where=f"{name}.weight, {name}.weight_packed")

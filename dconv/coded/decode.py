@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, quark
+from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, modelopt, modelopt_config, quark
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
@@ -24,6 +24,7 @@ METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] 
     quark.METHOD: quark.decode,
     "gptq": gptq.decode,
     "awq": awq.decode,
+    **dict.fromkeys(modelopt_config.METHODS, modelopt.decode),
 }
 KEY: Final = "quantization_config"
 

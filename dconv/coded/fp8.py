@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from dconv.codec import fp8
 from dconv.codec.minifloat import E4M3, E5M2
 from dconv.coded.decoded import Decoded, dense
-from dconv.errors import Damaged, Refused, group_names
+from dconv.coded.pairs import pairs_of
+from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.region import Index, Region
@@ -75,10 +76,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a meaning of the scales that is not known.
     """
     tensors, block, reciprocal = found.tensors, block_of(config), _divides(config)
-    weights = {name for name, stored in tensors.items() if stored.spec.dtype in _FORMATS}
-    scales = {name for name in tensors if name.endswith(SUFFIX)}
-    _check_pairs(weights, scales)
-    for name in sorted(weights):
+    for name in pairs_of(tensors, ("", SUFFIX), "FP8", _FORMATS):
         weight, scale = tensors[name], tensors[name + SUFFIX]
         size = _block(weight, scale, block)
         recipe = Decode(size, weight.spec.dtype, reciprocal)
@@ -134,24 +132,6 @@ def _divides(config: Mapping[str, object]) -> bool:
         found=f"{meaning!r:.80}",
         expected="inverse (GPTQModel's), or no such key",
     )
-
-
-def _check_pairs(weights: set[str], scales: set[str]) -> None:
-    alone = sorted(name for name in weights if name + SUFFIX not in scales)
-    if alone:
-        raise Damaged(
-            f"{len(alone)} of {len(weights)} FP8 weights have no scale, without which their codes mean nothing",
-            where=group_names(alone),
-            expected=f"{alone[0]}{SUFFIX} beside it",
-            do="fetch the files again; a model that was cast to FP8 without scales cannot be restored",
-        )
-    idle = sorted(name for name in scales if name.removesuffix(SUFFIX) not in weights)
-    if idle:
-        raise Damaged(
-            f"{len(idle)} scales belong to no FP8 weight",
-            where=group_names(idle),
-            expected=f"{idle[0].removesuffix(SUFFIX)} in {FP8}",
-        )
 
 
 def _block(weight: Stored, scale: Stored, said: tuple[int, int] | None) -> tuple[int, int]:

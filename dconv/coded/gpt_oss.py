@@ -17,7 +17,8 @@ from dconv.codec.mx import BLOCK, Rule
 from dconv.coded import mx
 from dconv.coded.decoded import Decoded, dense
 from dconv.coded.encode import Coded
-from dconv.errors import Damaged, group_names
+from dconv.coded.pairs import pairs_of
+from dconv.errors import Damaged
 from dconv.sharding.derived import Array
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Logical, Piece, TensorSpec
@@ -38,17 +39,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
     """
     del config
     tensors = found.tensors
-    blocks = {name.removesuffix(_BLOCKS) for name in tensors if name.endswith(_BLOCKS)}
-    scales = {name.removesuffix(_SCALES) for name in tensors if name.endswith(_SCALES)}
-    for alone, have, lack in ((blocks - scales, _BLOCKS, _SCALES), (scales - blocks, _SCALES, _BLOCKS)):
-        if alone:
-            raise Damaged(
-                f"{len(alone)} MXFP4 weights have {have.removeprefix('_')} and no {lack.removeprefix('_')}",
-                where=group_names(sorted(name + have for name in alone)),
-                expected=f"{min(alone)}{lack} beside it",
-                do="fetch the files again",
-            )
-    for name in sorted(blocks):
+    for name in pairs_of(tensors, (_BLOCKS, _SCALES), "MXFP4"):
         parts = {name + suffix: tensors[name + suffix] for suffix in (_BLOCKS, _SCALES)}
         codes, of = (part.spec for part in parts.values())
         whole = len(codes.shape) == 4 and codes.shape[-1] == mx.width(E2M1) and of.shape == codes.shape[:-1]

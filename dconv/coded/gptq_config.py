@@ -10,7 +10,8 @@ from typing import Final
 from dconv.codec.bitpack import Layout
 from dconv.codec.gptq import Version
 from dconv.coded.integers import Grid, chosen_by
-from dconv.errors import Damaged, DconvError, Refused
+from dconv.coded.patterns import LONGEST, compiled, is_tame
+from dconv.errors import Damaged, Refused
 
 METHOD: Final = "gptq"
 _WHERE: Final = "quantization_config"
@@ -21,12 +22,10 @@ _FORMATS: Final[dict[str, tuple[Version, Layout, tuple[int, ...]]]] = {
     "gptq_p": ("v2", "planar", (2, 3, 4, 5, 6, 7, 8)),
 }
 _SKIP: Final = "-:"
-#: Longer names are no module's; a config and a header may be hostile, and matching takes time.
-_LONGEST: Final = 300
+#: A config may be hostile, and matching takes time: more entries are no model's.
 _MOST: Final = 10_000
-#: Repeats in one expression from which on matching could take forever; one at its end takes no time.
-_REPEATS: Final = 3
-_REPEAT: Final = re.compile(r"(?<!\\)[*+{]|(?<=[^(\\])\?")
+#: A repeat at the end of an expression takes no time.
+_REST: Final = re.compile(r"(?<!\\)\.\*\$?$")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Config:
         Raises:
             Damaged: it is left out of quantisation, or changed to what makes no sense.
         """
-        rule = next((rule for rule in self.rules if rule.pattern.match(module[:_LONGEST])), None)
+        rule = next((rule for rule in self.rules if rule.pattern.match(module[:LONGEST])), None)
         if rule is None:
             return self.grid
         if rule.skip:
@@ -143,15 +142,14 @@ def _rule(text: str, changes: object, where: str) -> Rule:
     raw = text[2:] if text.startswith((_SKIP, "+:")) else text
     if not isinstance(changes, Mapping) and not (skip and changes is None):
         raise Damaged("dynamic is no table of modules", where=f"{where} {text!r:.80}", found=f"{changes!r:.80}")
-    tried = re.sub(r"(?<!\\)\.\*\$?$", "", raw)
-    fault: DconvError | None = None
-    if len(raw) > _LONGEST or len(_REPEAT.findall(tried)) > _REPEATS or re.search(r"(?<!\\)\)[*+{]", tried):
-        fault = Refused("an expression for modules is too long a search to be tried", do="write it with fewer repeats")
+    if len(raw) > LONGEST or not is_tame(_REST.sub("", raw)):
+        raise Refused(
+            "an expression for modules is too long a search to be tried",
+            where=f"{where} {text!r:.80}",
+            do="write it with fewer repeats",
+        )
     try:
-        pattern = re.compile(raw if fault is None else "")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise Damaged("no regular expression", where=f"{where} {text!r:.80}", found=f"{error!s:.80}") from error
-    if fault:
-        fault.where = f"{where} {text!r:.80}"
-        raise fault
+        pattern = compiled(raw)
+    except ValueError as error:
+        raise Damaged("no regular expression", where=f"{where} {text!r:.80}", found=str(error)) from error
     return Rule(text, pattern, skip, changes if isinstance(changes, Mapping) else {})

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
+from dconv.coded.patterns import compiled, is_tame
 from dconv.coded.places import loaded_as
 
 #: MiniMax's name for it comes second; transformers reads both.
 KEYS: Final = ("modules_to_not_convert", "ignored_layers")
-#: Longer names are no module's; a config and a header may be hostile, and matching takes time.
+#: Longer names are no module's.
 _LONGEST: Final = 1000
 _MOST: Final = 5000
 #: Parts of a name between dots.
 _PARTS: Final = 24
-#: Repeats in one expression from which on matching could take forever.
+#: Repeats in one expression, fewer than elsewhere since these are tried up to each dot.
 _REPEATS: Final = 2
-_REPEAT: Final = re.compile(r"[*+{?]")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Entry:
 
     @cached_property
     def _begins(self) -> re.Pattern[str] | None:
-        if len(self.text) > _LONGEST or len(_REPEAT.findall(self.text)) > _REPEATS or re.search(r"\)[*+{]", self.text):
+        if not is_tame(self.text, repeats=_REPEATS, longest=_LONGEST):
             return None
         try:
-            return re.compile(f"(?:{self._loaded})(?:(?<=[.])|(?=[.]|$))")
-        except (re.error, OverflowError, RecursionError):
+            return compiled(f"(?:{self._loaded})(?:(?<=[.])|(?=[.]|$))")
+        except ValueError:
             return None
 
     @property

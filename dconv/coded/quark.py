@@ -17,7 +17,8 @@ from dconv.codec.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, Minifloat
 from dconv.codec.mx import BLOCK
 from dconv.coded import mx
 from dconv.coded.decoded import Decoded, dense
-from dconv.errors import Damaged, Refused, group_names
+from dconv.coded.pairs import pairs_of
+from dconv.errors import Damaged, Refused
 from dconv.sharding.tensor import Stored
 
 METHOD: Final = "quark"
@@ -43,19 +44,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
     """
     tensors, said = found.tensors, _Said.of(config)
     coded = {kind for _, kinds in DTYPES.values() for kind in kinds}
-    weights = {
-        name.removesuffix(WEIGHT) for name, at in tensors.items() if name.endswith(WEIGHT) and at.spec.dtype in coded
-    }
-    scales = {name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)}
-    for alone, have, lack in ((weights - scales, WEIGHT, SCALE), (scales - weights, SCALE, WEIGHT)):
-        if alone:
-            raise Damaged(
-                f"{len(alone)} tensors in codes have no {'scales' if lack == SCALE else 'codes'}",
-                where=group_names(sorted(module + have for module in alone)),
-                expected=f"{min(alone)}{lack} beside it",
-                do="fetch the files again",
-            )
-    for module in sorted(weights):
+    for module in pairs_of(tensors, (WEIGHT, SCALE), "MX", coded):
         parts = {module + suffix: tensors[module + suffix] for suffix in (WEIGHT, SCALE)}
         kind = said.kind(module)
         fmt, columns = _format(kind, parts[module + WEIGHT], parts[module + SCALE])

@@ -74,7 +74,7 @@ def meaning_of(derived: Derived, container: str) -> Meaning | None:
         case compressed_floats.Mx(bits=bits) as recipe:
             return _micro(recipe, compressed_floats.FORMATS[bits], derived)
         case compressed_floats.Nv() as recipe:
-            return _nvfp4(recipe, derived)
+            return _nvfp4(recipe, derived, recipe.divides)
         case _:
             return None
 
@@ -172,6 +172,10 @@ _TWO_SCALES: Final = (
     "weight = code x scale / global scale: the scale of a group multiplies, weight_global_scale divides. A scale shown "
     "below is the quotient of both."
 )
+_BOTH_MULTIPLY: Final = (
+    "weight = code x scale x weight_scale_2: both multiply. ModelOpt's weight_scale_2 is the reciprocal of "
+    "compressed-tensors' weight_global_scale. A scale shown below is the product of both."
+)
 _DIVIDES: Final = (
     "The scale divides: weight = code / scale. config.json says that GPTQModel wrote it, whose weight_scale_inv is the "
     "reciprocal of everyone else's; a reader that multiplies makes noise of this model."
@@ -235,16 +239,16 @@ def _micro(recipe: Recipe, fmt: Minifloat, derived: Derived) -> Meaning:
     )
 
 
-def _nvfp4(recipe: Recipe, derived: Derived) -> Meaning:
+def _nvfp4(recipe: Recipe, derived: Derived, divides: bool) -> Meaning:
     units = (("u1", _one(E4M3)), ("<f4", np.float32(1).tobytes()))
     return replace(
         _groups("nvfp4", recipe, E2M1, derived, nvfp4.BLOCK, units),
         parts=(
             _packed(E2M1),
             f"scales in {E4M3.name}, one for each {nvfp4.BLOCK} neighbours",
-            "what divides all of them",
+            f"what {'divides' if divides else 'multiplies'} all of them",
         ),
-        sentences=(_TWO_SCALES,),
+        sentences=(_TWO_SCALES if divides else _BOTH_MULTIPLY,),
     )
 
 

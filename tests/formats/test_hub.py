@@ -55,6 +55,7 @@ def test_names(text: str, meant: tuple[str, str | None] | None) -> None:
 
 def test_what_is_chosen() -> None:
     beside = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "LICENSE", "README.md"]
+    beside += ["quantize_config.json", "hf_quant_config.json"]
     never = ["modeling.py", "tokenizer_own.py", "original/consolidated.00.pth", "onnx/model.onnx", ".gitattributes"]
     never += [
         "onnx/config.json",

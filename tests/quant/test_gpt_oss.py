@@ -272,7 +272,7 @@ def test_little_is_read_twice(tmp_path: Path, way: str) -> None:
     ("name", "value", "error", "says"),
     [
         ("gate_up_proj_scales", None, Damaged, "no scales"),
-        ("down_proj_blocks", None, Damaged, "no blocks"),
+        ("down_proj_blocks", None, Damaged, "belong to no MXFP4 weight"),
         ("gate_up_proj_scales", torch.zeros(4, 192, 3, dtype=torch.uint8), Damaged, "do not belong together"),
         ("down_proj_blocks", torch.zeros(4, 64, 3, 8, dtype=torch.uint8), Damaged, "do not belong together"),
         ("down_proj_blocks", torch.zeros(4, 64, 3, 16), Damaged, "do not belong together"),

@@ -181,7 +181,7 @@ def test_eight_bits(tmp_path: Path, dtype: str) -> None:
     ("edit", "error", "says"),
     [
         ({f"{MODULE}.weight_scale": None}, Damaged, "no scales"),
-        ({f"{MODULE}.weight": None}, Damaged, "no codes"),
+        ({f"{MODULE}.weight": None}, Damaged, "belong to no MX weight"),
         ({f"{MODULE}.weight_scale": torch.zeros(2, 3, dtype=torch.uint8)}, Damaged, "does not make"),
         ({f"{MODULE}.weight_scale": torch.zeros(2, 2)}, Damaged, "does not make"),
         ({f"{MODULE}.weight": torch.zeros(2, 48, dtype=torch.uint8)}, Damaged, "does not make"),
