@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.arch.layouts import size
+from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
@@ -95,7 +96,8 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     if not isinstance(asked.settings, Gptq):
         raise Refused("AWQ's search is not in this version, nothing was written", do="FORMAT gptq")
     shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
-    table = resolve(asked, shapes, strict=request.strict)
+    inside = linears(model.family, model.facts, model.logical)
+    table = resolve(asked, shapes, inside, strict=request.strict)
     others = {name: choice.words for name, choice in table.coded.items() if not choice.integer}
     if others:
         raise Refused(

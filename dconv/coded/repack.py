@@ -286,8 +286,8 @@ def _numbers(spec: TensorSpec, dense: Array, logical: Logical) -> Integers:
 
 def _source(array: Array, logical: Logical, recipe: object) -> Array | None:
     """What numbers are unpacked from, where that is what they would be packed to."""
-    derived = logical.derived[array.pieces[0].file]
-    return derived.inputs[0] if derived.recipe == recipe else None
+    derived = logical.derived.get(array.pieces[0].file)
+    return derived.inputs[0] if derived and derived.recipe == recipe else None
 
 
 def _grids(coded: Mapping[str, Coded]) -> dict[str, Grid]:

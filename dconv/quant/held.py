@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 from numpy.lib.stride_tricks import as_strided
 
 from dconv.coded.integers import Grid, Product
-from dconv.quant.gptq import Recipe
+from dconv.errors import Damaged
+from dconv.quant.gptq import Chosen, Recipe
 from dconv.sharding.derived import Array, Derived, real_files
 from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE
 from dconv.sharding.ops import How
@@ -92,6 +93,17 @@ def tasks_of(plan: Plan) -> dict[str, list[int]]:
     return found
 
 
+def numbers_of(name: str, chosen: Chosen, recipe: Recipe) -> dict[str, NDArray[np.generic]]:
+    """The virtual files of a weight that has been quantised; scales as stored, which they were rounded to before."""
+    codes, scales, zeros, groups = parts_of(name)
+    found = {
+        codes: chosen.codes.cpu().numpy(),
+        scales: chosen.scales.cpu().numpy().astype(recipe.numbers.stored),
+        zeros: chosen.zeros.cpu().numpy(),
+    }
+    return {**found, groups: chosen.groups.cpu().numpy()} if recipe.listed else found
+
+
 @dataclass
 class Held:
     """What has been chosen and not yet been written, by virtual file."""
@@ -121,9 +133,14 @@ class _HeldReader:
         return not copy.file.startswith(PREFIX) and self.reader.is_hole(copy)
 
     def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
-        array = self.arrays.get(copy.file)
-        if array is None:
+        if not copy.file.startswith(PREFIX):
             self.reader.read_box(copy, out)
             return
+        if (array := self.arrays.get(copy.file)) is None:
+            raise Damaged(
+                "a quantised weight changed on disk after it was written",
+                where=copy.file.removeprefix(PREFIX),
+                do="remove the partial output and start over",
+            )
         flat = array.reshape(-1).view(out.dtype)[copy.offset // out.dtype.itemsize :]
         out[...] = as_strided(flat, copy.region.shape, copy.strides)

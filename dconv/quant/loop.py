@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,9 +25,6 @@ from dconv.quant.passes import Group, Passes
 from dconv.quant.ranks import Ranks
 from dconv.quant.solve import Result, solve
 from dconv.quant.sums import Sum
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _STATE: Final = "state.json"
 
@@ -200,13 +196,3 @@ def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float)
         "stage_seconds": round(seconds, 3),
         **({} if result.tokens else {"rounded_to_nearest": True}),
     }
-
-
-def forget(folder: Path) -> None:
-    """Remove a run's working state."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def scales_as_stored(values: NDArray[np.float32], stored: str) -> NDArray[Any]:
-    """Scales in the dtype that they are stored in; they were rounded to it when they were chosen."""
-    return values.astype({"float16": np.float16, "float32": np.float32}[stored])
