@@ -83,8 +83,8 @@ class Packed:
         if all(group["weights"]["symmetric"] for group in config["config_groups"].values()):
             return ""
         return (
-            f"transformers 5.23 loads no {FORMAT} weights with zero points (it expects them unpacked): it takes them "
-            "as FORMAT awq or gptq --quant gptq_v2"
+            f"transformers 5.23 loads {FORMAT} weights with zero points of linear layers only, and with "
+            "CompressedTensorsConfig(dequantize=True) only"
         )
 
 
