@@ -15,7 +15,7 @@ from dconv.coded.awq import BITS, METHOD, PER_WORD, Numbers
 from dconv.coded.encode import Coded
 from dconv.coded.integers import Integers, turned
 from dconv.coded.places import place_of
-from dconv.coded.repack import EXACT, grids_of, stored_as, unfit, zeros_of
+from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import group_names
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AWQ:
     """See `dconv.coded.repack.Packer`."""
+
+    @property
+    def asks(self) -> frozenset[Value]:
+        """See `dconv.coded.repack.Packer`."""
+        return frozenset({"order"})
 
     @property
     def words(self) -> str:

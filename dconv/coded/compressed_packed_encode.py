@@ -19,7 +19,7 @@ from dconv.coded.compressed_encode import config, group_of
 from dconv.coded.compressed_packed import Codes, Zeros
 from dconv.coded.encode import Coded
 from dconv.coded.integers import Grid, Integers, around
-from dconv.coded.repack import EXACT, grids_of, stored_as, unfit, zeros_of
+from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import DconvError
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -35,6 +35,11 @@ FORMAT: Final = "pack-quantized"
 @dataclass(frozen=True)
 class Packed:
     """See `dconv.coded.repack.Packer`."""
+
+    @property
+    def asks(self) -> frozenset[Value]:
+        """See `dconv.coded.repack.Packer`."""
+        return frozenset({"order", "zeros"})
 
     @property
     def words(self) -> str:

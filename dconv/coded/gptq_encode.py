@@ -17,7 +17,7 @@ from dconv.coded.encode import Coded
 from dconv.coded.gptq import Codes
 from dconv.coded.integers import Grid, Integers, around, turned
 from dconv.coded.places import place_of
-from dconv.coded.repack import EXACT, grids_of, stored_as, unfit, zeros_of
+from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import Refused
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -41,6 +41,11 @@ class GPTQ:
     """
 
     version: gptq.Version = "v1"
+
+    @property
+    def asks(self) -> frozenset[Value]:
+        """See `dconv.coded.repack.Packer`."""
+        return frozenset({"zeros"} if self.version == "v1" else ())
 
     @property
     def words(self) -> str:

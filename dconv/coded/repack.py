@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -34,8 +34,17 @@ EXACT: Final = "the source's whole numbers, packed anew"
 _AT_ONCE: Final = 1 << 20
 
 
+#: What of a weight's numbers only values tell.
+Value = Literal["zeros", "order"]
+
+
 class Packer(Protocol):
     """How whole numbers are stored, and what config.json says of it."""
+
+    @property
+    def asks(self) -> frozenset[Value]:
+        """What it depends on whether it can store the numbers, or how, beside shapes."""
+        ...
 
     @property
     def words(self) -> str:
@@ -87,7 +96,7 @@ class Repack:
         Raises:
             Refused: it has none, or has some in a form that cannot be packed anew.
         """
-        return replace(self, numbers=_met(_numbers(logical, self.words), logical))
+        return replace(self, numbers=_met(_numbers(logical, self.words), logical, self.packer.asks))
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
         """See `dconv.coded.encode.Scheme`."""
@@ -120,30 +129,37 @@ def _numbers(logical: Logical, words: str) -> dict[str, Integers]:
     return found
 
 
-def _met(numbers: Mapping[str, Integers], logical: Logical) -> dict[str, Integers]:
+def _met(numbers: Mapping[str, Integers], logical: Logical, asks: frozenset[Value]) -> dict[str, Integers]:
     """The same, with what only values tell: whether columns are in order, and the zeros' smallest.
 
-    All of the zeros and of the columns' groups are read for it, since what does not fit a format is refused before
-    anything is written. That is half a byte for a group of 128 4-bit codes and 4 bytes for a column of thousands: a
-    hundredth of the model. Zeros that are half the range everywhere become that number, if so they are in all weights
-    of one grid: readers fuse weights (q, k, v), and take them with zeros or without.
+    What does not fit a format is refused before anything is written, so all of these values are read, whatever the
+    model's size: half a byte for a group of 128 4-bit codes, 4 bytes for a column of thousands; a hundredth of the
+    model, of which little is held at once.
+
+    Zeros that are half the range everywhere become that number, if so they are in all weights of one grid: readers fuse
+    weights (q, k, v), and take them with zeros or without.
     """
-    found: dict[str, Integers] = {}
-    uneven: set[Grid] = set()
+    found = dict(numbers)
     with closing(open_reader(logical, _AT_ONCE, apply)) as reader:
-        for name, one in numbers.items():
-            order = one.order if one.order and not _in_order(reader, one.order, one) else None
-            least, most = one.least, one.least
-            if isinstance(one.zeros, Array):
-                ends = [(int(part.min()), int(part.max())) for part in _parts(reader, one.zeros)]
-                least, most = min(low for low, _ in ends), max(high for _, high in ends)
+        if "order" in asks:
+            for name, one in found.items():
+                if one.order and _in_order(reader, one.order, one):
+                    found[name] = replace(one, order=None)
+        if "zeros" not in asks:
+            return found
+        uneven: set[Grid] = set()
+        for name, one in found.items():
+            least, most = (one.least,) * 2 if isinstance(one.zeros, int) else _ends(reader, one.zeros)
+            found[name] = replace(one, least=least)
             if (least, most) != (packed.middle(one.grid.bits),) * 2:
                 uneven.add(one.grid)
-            found[name] = replace(one, order=order, least=least)
-    return {
-        name: one if one.grid in uneven else replace(one, zeros=packed.middle(one.grid.bits))
-        for name, one in found.items()
-    }
+    halves = {name: packed.middle(one.grid.bits) for name, one in found.items() if one.grid not in uneven}
+    return found | {name: replace(found[name], zeros=half) for name, half in halves.items()}
+
+
+def _ends(reader: BoxReader, zeros: Array) -> tuple[int, int]:
+    ends = [(int(part.min()), int(part.max())) for part in _parts(reader, zeros)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _in_order(reader: BoxReader, order: Array, one: Integers) -> bool:

@@ -271,7 +271,7 @@ def test_transformers_takes_few_zero_points(tmp_path: Path) -> None:
         convert(Request(model.folder, "awq", folder / "out", quant=PACKED))
         convert(Request(model.folder, "hf", folder / "dense", dtype="f32"))
         expected = hf.logits(folder / "dense", TOKENS)
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes|automatic conversion"):
+        with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|automatic conversion"):
             load(folder / "out", dequantize=False)
         if family == "llama":
             assert torch.equal(load(folder / "out", dequantize=True), expected)
