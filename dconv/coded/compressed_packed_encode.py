@@ -39,7 +39,7 @@ class Packed:
     @property
     def asks(self) -> frozenset[Value]:
         """See `dconv.coded.repack.Packer`."""
-        return frozenset({"order", "zeros"})
+        return frozenset({"order", "even"})
 
     @property
     def words(self) -> str:

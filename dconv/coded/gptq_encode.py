@@ -45,7 +45,7 @@ class GPTQ:
     @property
     def asks(self) -> frozenset[Value]:
         """See `dconv.coded.repack.Packer`."""
-        return frozenset({"zeros"} if self.version == "v1" else ())
+        return frozenset({"least"} if self.version == "v1" else ())
 
     @property
     def words(self) -> str:

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 #: How numbers are made that no weight changes with.
 EXACT: Final = "the source's whole numbers, packed anew"
 #: Elements of zeros, and of columns' groups, that are read at once while planning.
-_AT_ONCE: Final = 1 << 20
+_AT_ONCE: Final = 1 << 22
 
 
-#: What of a weight's numbers only values tell.
-Value = Literal["zeros", "order"]
+#: What of a weight's numbers only values tell: the smallest zero, whether all zeros are half the range, and whether
+#: columns are in order.
+Value = Literal["least", "even", "order"]
 
 
 class Packer(Protocol):
@@ -130,36 +131,37 @@ def _numbers(logical: Logical, words: str) -> dict[str, Integers]:
 
 
 def _met(numbers: Mapping[str, Integers], logical: Logical, asks: frozenset[Value]) -> dict[str, Integers]:
-    """The same, with what only values tell: whether columns are in order, and the zeros' smallest.
+    """The same, with what only values tell.
 
-    What does not fit a format is refused before anything is written, so all of these values are read, whatever the
-    model's size: half a byte for a group of 128 4-bit codes, 4 bytes for a column of thousands; a hundredth of the
-    model, of which little is held at once.
+    What does not fit a format is refused before anything is written, so these values are read, whatever the model's
+    size: half a byte for a group of 128 4-bit codes, 4 bytes for a column of thousands; a hundredth of the model, of
+    which little is held at once.
 
     Zeros that are half the range everywhere become that number, if so they are in all weights of one grid: readers fuse
     weights (q, k, v), and take them with zeros or without.
     """
     found = dict(numbers)
+    uneven: set[Grid] = set()
     with closing(open_reader(logical, _AT_ONCE, apply)) as reader:
-        if "order" in asks:
-            for name, one in found.items():
-                if one.order and _in_order(reader, one.order, one):
-                    found[name] = replace(one, order=None)
-        if "zeros" not in asks:
-            return found
-        uneven: set[Grid] = set()
-        for name, one in found.items():
-            least, most = (one.least,) * 2 if isinstance(one.zeros, int) else _ends(reader, one.zeros)
-            found[name] = replace(one, least=least)
-            if (least, most) != (packed.middle(one.grid.bits),) * 2:
+        for name, one in numbers.items():
+            if "order" in asks and one.order and _in_order(reader, one.order, one):
+                found[name] = one = replace(one, order=None)
+            if "least" in asks and isinstance(one.zeros, Array):
+                found[name] = replace(one, least=min(int(part.min()) for part in _parts(reader, one.zeros)))
+            if "even" in asks and one.grid not in uneven and not _even(reader, one):
                 uneven.add(one.grid)
-    halves = {name: packed.middle(one.grid.bits) for name, one in found.items() if one.grid not in uneven}
-    return found | {name: replace(found[name], zeros=half) for name, half in halves.items()}
+    if "even" in asks:
+        for name, one in found.items():
+            if one.grid not in uneven:
+                found[name] = replace(one, zeros=packed.middle(one.grid.bits))
+    return found
 
 
-def _ends(reader: BoxReader, zeros: Array) -> tuple[int, int]:
-    ends = [(int(part.min()), int(part.max())) for part in _parts(reader, zeros)]
-    return min(low for low, _ in ends), max(high for _, high in ends)
+def _even(reader: BoxReader, one: Integers) -> bool:
+    half = packed.middle(one.grid.bits)
+    if isinstance(one.zeros, int):
+        return one.zeros == half
+    return all(bool((part == half).all()) for part in _parts(reader, one.zeros))
 
 
 def _in_order(reader: BoxReader, order: Array, one: Integers) -> bool:

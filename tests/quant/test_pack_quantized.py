@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,20 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from dconv.codec.kernels import apply
+from dconv.coded.awq_encode import AWQ
+from dconv.coded.compressed_packed_encode import Packed
+from dconv.coded.gptq_encode import GPTQ
+from dconv.coded.integers import Grid, Integers
+from dconv.coded.repack import Packer
 from dconv.errors import Damaged
 from dconv.pipeline import Request, convert, prepare
+from dconv.sharding.derived import Array, Derived, open_reader
+from dconv.sharding.dtypes import carrier
+from dconv.sharding.ops import MOVE, How
+from dconv.sharding.plan import Copy
+from dconv.sharding.region import Region
+from dconv.sharding.tensor import Logical
 from tests.models import tree_digest
 from tests.oracles import hf
 from tests.quant import compressed
@@ -206,7 +220,7 @@ def test_the_older_word_layout(tmp_path: Path) -> None:
 
 
 def test_an_order_goes_to_gptq(tmp_path: Path) -> None:
-    """``weight_g_idx``, which compressed-tensors wrote before 0.20; a group that there is not is met while planning."""
+    """``weight_g_idx``, which compressed-tensors wrote before 0.20; where planning looks at it, it finds a group that there is not."""
     model = write_packed(
         tmp_path / "source",
         g_idx=True,
@@ -226,7 +240,50 @@ def test_an_order_goes_to_gptq(tmp_path: Path) -> None:
         num_hidden_layers=1,
     )
     with pytest.raises(Damaged, match="a group that has no scale"):
-        prepare(Request(broken.folder, "gptq", tmp_path / "no"))
+        prepare(Request(broken.folder, "awq", tmp_path / "no"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A recipe of numbers that are in no file."""
+
+    values: Any
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Any) -> Any:
+        del dtype, factor, read
+        return self.values[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
+
+
+@pytest.mark.parametrize("packer", [GPTQ("v1"), GPTQ("v2"), AWQ(), Packed()], ids=lambda it: it.words)
+@pytest.mark.parametrize("even", [True, False])
+def test_numbers_from_elsewhere(packer: Packer, even: bool) -> None:
+    """A packer asks for no source: whoever has codes, scales and zeros has the tensors of any form."""
+    layer = draw((48, 96), 4, 32, 7, even=even)
+    derived = {
+        name: Derived(values.shape, (), Drawn(values), How(name, True, 0))
+        for name, values in (
+            ("codes", layer.codes.astype(np.uint8)), ("zeros", layer.zeros.astype(np.uint8)), ("scales", layer.scales),
+        )
+    }  # fmt: skip
+    codes, zeros, scales = (
+        Array(made.shape, dtype, (made.piece(name, name, dtype),))
+        for (name, made), dtype in zip(derived.items(), ("u8", "u8", "f16"), strict=True)
+    )
+    numbers = Integers((48, 96), Grid(4, 32, symmetric=even), codes, scales, 8 if even else zeros, None, least=1)
+    made = packer.pack("layer.weight", numbers, {})
+    logical = Logical(Path(), {}, {}, {}, derived={**derived, **made.derived})
+    found = {}
+    with closing(open_reader(logical, 1 << 20, apply)) as reader:
+        for spec, (piece,) in made.parts:
+            out = np.empty(spec.shape, carrier(spec.dtype))
+            reader.read_box(Copy(piece.region, piece.file, piece.offset, piece.strides, spec.dtype, MOVE), out)
+            found[spec.name.removeprefix("layer.")] = out
+    wanted = {
+        "GPTQ (gptq)": lambda: layer.gptq(1), "GPTQ (gptq_v2)": lambda: layer.gptq(2), "AWQ (gemm)": layer.awq,
+    }.get(packer.words, lambda: layer.packed(symmetric=even))()  # fmt: skip
+    assert found.keys() == wanted.keys()
+    assert all(found[part].tobytes() == value.tobytes() for part, value in wanted.items())
+    assert packer.config([], {"layer.weight": made})["quant_method"] in ("gptq", "awq", "compressed-tensors")
 
 
 def load(folder: Path, *, dequantize: bool) -> torch.Tensor:
