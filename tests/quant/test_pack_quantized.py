@@ -220,7 +220,7 @@ def test_the_older_word_layout(tmp_path: Path) -> None:
 
 
 def test_an_order_goes_to_gptq(tmp_path: Path) -> None:
-    """``weight_g_idx``, which compressed-tensors wrote before 0.20; planning for AWQ finds a group that there is not."""
+    """``weight_g_idx``, which compressed-tensors wrote before 0.20; a plan for AWQ finds a group that is not there."""
     model = write_packed(
         tmp_path / "source",
         g_idx=True,
