@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ from dconv.quant.held import Held, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
 from dconv.quant.parse import quantization_of
 from dconv.quant.recipes import recipe_of
-from dconv.quant.settings import Gptq
+from dconv.quant.settings import Gptq, Method
 from dconv.request import CALIBRATED, Request
 from dconv.sharding.derived import Array, open_reader
 
@@ -92,7 +93,8 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     """
     from dconv.quant.data import load  # a plain conversion does not pay for it
 
-    asked = quantization_of(request.quantization_config, request.format, request.calibration)
+    method: Method = "awq" if request.format == "awq" else "gptq"
+    asked = quantization_of(request.quantization_config, method, request.calibration)
     if not isinstance(asked.settings, Gptq):
         raise Refused("AWQ's search is not in this version, nothing was written", do="FORMAT gptq")
     shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
@@ -182,7 +184,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
                 threads=_threads(settings.threads, settings.world),
             ),
             write,
-            **({"stop": settings.stop} if settings.stop else {}),
+            stop=settings.stop or threading.Event(),
         )
         try:
             run.run()

@@ -20,7 +20,8 @@ from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
 from dconv.errors import Refused, StorageFault, UsageError
-from dconv.quantise import as_neuron, neuron_coding, quantised, scheme_of
+from dconv.neuron import as_neuron, coding_of
+from dconv.quantise import quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
@@ -126,7 +127,7 @@ def prepare_described(request: Request, model: Described) -> Job:
     if schemes := scheme_of(request):
         model, said, codes = quantised(model, schemes)
         notes += said
-    if coding := neuron_coding(request):
+    if coding := coding_of(request):
         model, said, scales = as_neuron(model, coding)
         notes += said
         codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""

@@ -1,27 +1,28 @@
-"""The codes that a FORMAT's weights are stored in (``--quant``, ``--neuron-…``), and a described model in them."""
+"""The codes that a FORMAT's weights are stored in (``--quant``), and a described model in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any, Final
+from typing import Final
 
 from dconv.codec.minifloat import E2M1, E2M3, E3M2
-from dconv.codec.neuron import FITTED, HALVED
+from dconv.coded.awq_encode import AWQ
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.compressed_encode import CompressedFP8
+from dconv.coded.compressed_packed_encode import FORMAT as PACK_QUANTIZED
+from dconv.coded.compressed_packed_encode import Packed
 from dconv.coded.decode import KEY
 from dconv.coded.encode import Scheme, encode, linears, stacked
 from dconv.coded.fp8_encode import BlockFP8
 from dconv.coded.gpt_oss import GptOss
+from dconv.coded.gptq_encode import GPTQ
 from dconv.coded.micro_encode import MicroMX, MicroNV
-from dconv.coded.neuron import Coding, code
 from dconv.coded.quark_encode import Quark
-from dconv.coded.repack import AWQ, GPTQ, weights_of
+from dconv.coded.repack import Packer, Repack
 from dconv.describe import Described
 from dconv.errors import UsageError
-from dconv.request import Request
+from dconv.request import Request, spelled
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,11 @@ class Schemes:
     stacked: Scheme | None
 
 
-def _repacked(words: str, scheme: Scheme) -> Variant:
-    return Variant(words, 0.0, frozenset(), lambda _: scheme, repacks=True)
+def _repacked(words: str, packer: Packer) -> Variant:
+    return Variant(words, 0.0, frozenset(), lambda _: Repack(packer), repacks=True)
+
+
+_PACKED: Final = _repacked("whole numbers that the source has, as compressed-tensors packs them", Packed())
 
 
 _BLOCK: Final = (128, 128)
@@ -152,10 +156,14 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
         ),
     },
     "gptq": {
-        "gptq": _repacked("the whole numbers of a GPTQ or AWQ source, zeros stored less one", GPTQ("v1")),
+        "gptq": _repacked("whole numbers that the source has, zeros stored less one", GPTQ("v1")),
         "gptq_v2": _repacked("the same, zeros stored as they are", GPTQ("v2")),
+        PACK_QUANTIZED: _PACKED,
     },
-    "awq": {"awq": _repacked("the whole numbers of a GPTQ or AWQ source of 4 bits, version gemm", AWQ())},
+    "awq": {
+        "awq": _repacked("whole numbers of 4 bits that the source has, version gemm", AWQ()),
+        PACK_QUANTIZED: _PACKED,
+    },
 }
 #: Options that only variants have, with what stands for them where they are not given.
 OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None}
@@ -170,7 +178,7 @@ def scheme_of(request: Request) -> Schemes | None:
     variants = VARIANTS.get(request.format, {})
     given = {name for name, otherwise in OPTIONS.items() if getattr(request, name) != otherwise}
     if not variants:
-        named = [*(["--quant"] if request.quant else []), *map(_spelled, sorted(given))]
+        named = [*(["--quant"] if request.quant else []), *map(spelled, sorted(given))]
         if named:
             raise UsageError(
                 f"{request.format} is not quantised, nothing was written",
@@ -190,8 +198,8 @@ def scheme_of(request: Request) -> Schemes | None:
     if idle := sorted(given - takes):
         raise UsageError(
             f"{name} takes no such option, nothing was written",
-            where=", ".join(map(_spelled, idle)),
-            expected=", ".join(map(_spelled, sorted(takes))) or "none beside --quant",
+            where=", ".join(map(spelled, idle)),
+            expected=", ".join(map(spelled, sorted(takes))) or "none beside --quant",
         )
     if request.quant_config is not None and request.quant_config not in variant.readers:
         raise UsageError(
@@ -203,88 +211,20 @@ def scheme_of(request: Request) -> Schemes | None:
     return Schemes(variant.scheme(request), variant.stacked(request) if variant.stacked and own else None)
 
 
-#: ``--neuron-rescale`` -> the number; the first is the default.
-RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
-#: ``--neuron-scale``, the default first.
-SCALES: Final = ("multiplier", "reciprocal")
-
-
-def neuron_coding(request: Request) -> Coding | None:
-    """How a request for Neuron's tensors wants FP8 written; None for any other FORMAT.
-
-    Raises:
-        UsageError: another FORMAT with Neuron's options, or a value that there is not.
-    """
-    asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
-    if request.format != "neuron":
-        if given := [name for name, (said, _) in asked.items() if said is not None]:
-            raise UsageError(
-                f"{request.format} has no such option, nothing was written",
-                where=", ".join(map(_spelled, given)),
-                expected="these options with FORMAT neuron only",
-            )
-        return None
-    for name, (said, known) in asked.items():
-        if said is not None and said not in known:
-            raise UsageError(
-                "there is no such way to write Neuron's scales, nothing was written",
-                where=f"{_spelled(name)} {said}",
-                expected=" or ".join(known),
-            )
-    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal")
-
-
-def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
-    """The model as Neuron's tensors are made of it, what to say of it, and what to record of its scales.
-
-    Raises:
-        Refused: see `dconv.arch.neuron.lay_out` and `dconv.coded.neuron.code`.
-    """
-    made = code(model.family, model.facts, model.logical, coding)
-    scales = made.scales
-    if not scales.read:
-        return replace(model, logical=made.logical), (), None
-    by = next(name for name, number in RESCALES.items() if number == coding.by)
-    config = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(made.block) if made.block else None,
-        **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
-    }
-    left_out = {name: why for name, why in made.logical.left_out.items() if name != f"{KEY} of config.json"}
-    logical = replace(made.logical, left_out=left_out)
-    new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
-    note = (
-        f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
-        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
-    )
-    record = {
-        "read": scales.read,
-        "kept": scales.kept,
-        "requantised": scales.requantised,
-        "dropped": scales.dropped,
-        "rescale": by,
-        "scale": SCALES[coding.reciprocal],
-    }
-    return new, (note,), record
-
-
-def _spelled(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
 def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str, ...], str]:
     """The model with its linear layers in a scheme's codes, what to say of it, and the scheme in words.
 
     Raises:
-        Refused: see `dconv.coded.encode.encode`, ``linears`` and `dconv.coded.repack.weights_of`.
+        Refused: see `dconv.coded.encode.encode`, ``linears`` and `dconv.coded.repack.Repack.of`.
     """
     of = model.family, model.facts, model.logical
     experts = stacked(*of) if schemes.stacked else set()
     scheme = schemes.stacked if schemes.stacked and experts else schemes.linears
-    repacked = weights_of(model.logical, scheme.words) if isinstance(scheme, GPTQ | AWQ) else set()
-    made = encode(*of, scheme, repacked or experts or linears(*of))
+    if isinstance(scheme, Repack):
+        scheme = scheme.of(model.logical)
+        made = encode(*of, scheme, set(scheme.numbers))
+    else:
+        made = encode(*of, scheme, experts or linears(*of))
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
     left_out = {what: "written anew" if what.startswith(KEY) else why for what, why in made.logical.left_out.items()}
     new = replace(
@@ -300,5 +240,5 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         if count
     )
     what = "experts" if experts else "linear layers"
-    note = scheme.note(made.config) if isinstance(scheme, GPTQ) else ""
+    note = scheme.packer.note(made.config) if isinstance(scheme, Repack) else ""
     return new, (f"{what} in {scheme.words}: {counts}", *([note] if note else [])), scheme.words

@@ -108,3 +108,8 @@ class Request:
             model = model.parent
         name = self.format if self.quant is None else self.quant
         return Path(f"{model.name}-{name if self.format in QUANTISED else FORMATS.get(self.format, name)}")
+
+
+def spelled(option: str) -> str:
+    """A field as the command line has it."""
+    return f"--{option.replace('_', '-')}"

@@ -87,7 +87,7 @@ def _integers(found: Decoded, parts: Parts, grid: Grid) -> Integers:
     scales = parts.check("scales", integer.SCALES, (groups, rows), why)
 
     def numbers(stored: Stored, what: str, count: int) -> Derived:
-        return Derived((rows, count), (array_of(stored),), Numbers(rows), How(what, True, grid.bits))
+        return Derived((rows, count), (array_of(stored),), Numbers(rows), How(what, True, grid.bits), across=1)
 
     return Integers(
         (rows, columns),

@@ -7,7 +7,7 @@ llm-compressor's scale, and with it all that shares it, becomes NaN or zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -35,27 +35,32 @@ _ARGS: Final = {"num_bits": 8, "type": "float", "symmetric": True}
 _BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": True}
 
 
-def config(form: str, weights: dict[str, Any], activations: dict[str, Any] | None, plain: list[str]) -> dict[str, Any]:
-    """``quantization_config`` with one group, which has every linear layer but ``plain``.
+def group_of(
+    form: str, weights: dict[str, Any], activations: dict[str, Any] | None, targets: Sequence[str] = ("Linear",)
+) -> dict[str, Any]:
+    """One of ``config_groups``."""
+    return {
+        "targets": list(targets),
+        "weights": {**weights, "dynamic": False},
+        "input_activations": activations,
+        "output_activations": None,
+        "format": form,
+    }
+
+
+def config(groups: Sequence[Mapping[str, Any]], plain: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of groups, all of one format, that have every linear layer but ``plain``.
 
     Args:
         plain: whole parts of modules' names, which leave out what is inside of these modules, too.
     """
     return {
         "quant_method": METHOD,
-        "format": form,
+        "format": groups[0]["format"],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**weights, "dynamic": False},
-                "input_activations": activations,
-                "output_activations": None,
-                "format": form,
-            }
-        },
+        "config_groups": {f"group_{number}": one for number, one in enumerate(groups)},
         "ignore": [f"re:(.*[.])?{entry.replace('.', '[.]')}([.]|$)" for entry in plain],
     }
 
@@ -105,10 +110,10 @@ class CompressedFP8:
         del coded
         weights: dict[str, Any] = {**_ARGS, "group_size": None, "strategy": self.strategy}
         if self.strategy != "block":
-            return config("float-quantized", weights, _BY_TOKEN, plain)
+            return config([group_of("float-quantized", weights, _BY_TOKEN)], plain)
         weights["block_structure"] = list(self.block)
         by_group = {**_BY_TOKEN, "strategy": "group", "group_size": self.block[1]}
-        return config("float-quantized", weights, by_group, plain)
+        return config([group_of("float-quantized", weights, by_group)], plain)
 
 
 @dataclass(frozen=True, slots=True)

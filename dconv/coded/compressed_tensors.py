@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from dconv.coded import compressed_bytes, compressed_floats, fp8
+from dconv.coded import compressed_bytes, compressed_floats, compressed_packed, fp8
 from dconv.coded.compressed_config import config_of
 from dconv.coded.compressed_parts import Made, Module, parts_of
 from dconv.coded.decoded import Decoded, dense
+from dconv.coded.integers import Integers, add
 from dconv.errors import Damaged
 from dconv.sharding.tensor import Stored
 
@@ -45,9 +46,13 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         where = next(stored.spec.name for part, stored in parts.items() if part in _CODES)
         module = Module(name, groups.group_of(name, where), parts)
         made = _MAKERS[module.group.format](module, found)
+        named_parts = {stored.spec.name: stored for stored in parts.values()}
+        if isinstance(made, Integers):
+            add(found, name, dtype, named_parts, made)
+            continue
         named = {stored.spec.name: stored for stored in made.inputs}
         whole = dense(made.shape, named, made.recipe, made.words, made.bits)
-        found.put(f"{name}.weight", dtype, {stored.spec.name: stored for stored in parts.values()}, whole, made.words)
+        found.put(f"{name}.weight", dtype, named_parts, whole, made.words)
 
 
 def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
@@ -63,11 +68,11 @@ def _modules(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     return found
 
 
-_MAKERS: Final[dict[str, Callable[[Module, Decoded], Made]]] = {
+_MAKERS: Final[dict[str, Callable[[Module, Decoded], Made | Integers]]] = {
     "float-quantized": compressed_bytes.float8,
     "int-quantized": compressed_bytes.int8,
     "naive-quantized": compressed_bytes.naive,
-    "pack-quantized": compressed_bytes.packed_words,
+    "pack-quantized": compressed_packed.integers,
     "mxfp4-pack-quantized": compressed_floats.mx4,
     "mxfp6-pack-quantized": compressed_floats.mx6,
     "mxfp8-quantized": compressed_bytes.mxfp8,

@@ -55,7 +55,7 @@ def _integers(found: Decoded, parts: Parts, grid: Grid, known: Config) -> Intege
     unpack = Codes(grid.bits, known.layout, columns)
     codes = Derived((rows, columns), (array_of(qweight),), unpack, How("codes", True, grid.bits))
     recipe = Zeros(f"{name}.qzeros", grid.bits, known.layout, rows, known.version, known.carry)
-    zeros = Derived((rows, groups), (array_of(qzeros),), recipe, How("zeros", True, grid.bits))
+    zeros = Derived((rows, groups), (array_of(qzeros),), recipe, How("zeros", True, grid.bits), across=1)
     order = None
     if _ORDER not in parts.stored and grid.ordered and groups > 1:
         raise Damaged(

@@ -1,7 +1,8 @@
 """A weight in whole numbers, whichever container packs them: (code - zero) x the scale of its column's group.
 
-GPTQ and AWQ differ in how codes and zeros lie in words. Here they are derived tensors of one form (`Integers`), so that
-one recipe makes the weight, and the numbers can be packed for another reader without a new rounding.
+GPTQ, AWQ and compressed-tensors differ in how codes and zeros lie in words. Here they are derived tensors of one form
+(`Integers`), so that one recipe makes the weight, and the numbers can be packed for another reader without a new
+rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Grid:
         bits: of a code, and of a zero.
         group: columns that share a scale; -1 for all of them.
         symmetric: the config says that every zero is half the range (readers then do not look at them).
-        ordered: the config says that columns were quantised in the order of activations (``desc_act``).
+        ordered: columns belong to groups in the order of activations, as the config (``desc_act``) or a part says.
         chosen_by: programs that chose them, as ``meta.quantizer`` names them.
     """
 
@@ -59,31 +60,37 @@ class Integers:
     Attributes:
         shape: of the weight, [out, in].
         codes: u8 [out, in].
-        scales, zeros: [out, groups], floating and u8.
+        scales: floating [out, groups].
+        zeros: u8 [out, groups], or one number for all.
         order: i32 [in], the group of each column; None where they are in order.
+        least: what no zero is below, as far as that is known.
     """
 
     shape: tuple[int, int]
     grid: Grid
     codes: Array
     scales: Array
-    zeros: Array
+    zeros: Array | int
     order: Array | None
+    least: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """(code - zero) × scale (`dconv.codec.integer`); inputs: codes, scales, zeros; groups if ``listed``."""
+    """(code - zero) × scale (`dconv.codec.integer`); inputs: codes, scales; zeros where ``zero``, which is all of
+    them, is None; groups if ``listed``.
+    """
 
     grid: Grid
     columns: int
     scale: str
     listed: bool
+    zero: int | None = None
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         (top, left), (rows, columns) = box.start, box.shape
         if self.listed:
-            groups = read(3, Region((left,), (columns,)), "").view("<i4")
+            groups = read(2 + (self.zero is None), Region((left,), (columns,)), "").view("<i4")
         else:
             groups = integer.groups_of(columns, self.grid.size(self.columns), left)
         begin = int(groups.min())
@@ -91,7 +98,7 @@ class Product:
         return integer.decode(
             read(0, box, ""),
             read(1, part, ""),
-            read(2, part, ""),
+            read(2, part, "") if self.zero is None else self.zero,
             groups - begin,
             source=self.scale,
             target=dtype,
@@ -122,22 +129,23 @@ class Listed:
         return found
 
 
-def add(found: Decoded, module: str, dtype: str, parts: Mapping[str, Stored], made: Integers, scheme: str) -> None:
+def add(found: Decoded, module: str, dtype: str, parts: Mapping[str, Stored], made: Integers, scheme: str = "") -> None:
     """Put a module's weight in the place of the parts that it is made of.
 
     Args:
         dtype: what it is decoded to where nothing else is asked for.
-        scheme: in words.
+        scheme: in words, where codes of so many bits are not all that there is to say.
     """
     (rows, columns), grid = made.shape, made.grid
-    inputs = [made.codes, made.scales, made.zeros]
-    if made.order is not None:
-        inputs.append(made.order)
-    each = (8 * ITEMSIZE[made.scales.dtype] + grid.bits) / max(grid.size(columns), 1)
+    zero = made.zeros if isinstance(made.zeros, int) else None
+    inputs = [made.codes, made.scales]
+    inputs += [array for array in (made.zeros, made.order) if isinstance(array, Array)]
+    each = (8 * ITEMSIZE[made.scales.dtype] + grid.bits * (zero is None)) / max(grid.size(columns), 1)
     bits = grid.bits + each + (32 / max(rows, 1) if made.order else 0)
     of = "its row" if grid.group < 0 else f"its {grid.group} columns"
-    words = f"{scheme} int{grid.bits} code less its zero x the scale of {of}"
-    recipe = Product(grid, columns, made.scales.dtype, made.order is not None)
+    less = " less its zero" if zero is None else ""
+    words = f"{scheme} int{grid.bits} code{less} x the scale of {of}".lstrip()
+    recipe = Product(grid, columns, made.scales.dtype, made.order is not None, zero)
     how = How(words, exact=False, bits=bits, floats=True)
     found.put(f"{module}.weight", dtype, parts, Derived(made.shape, tuple(inputs), recipe, how), words)
 
@@ -165,8 +173,10 @@ def integers_of(name: str, dense: Array, logical: Logical) -> Integers | None:
             found=f"x {piece.factor:.6g}",
             do="convert it to hf, and quantise that",
         )
-    codes, scales, zeros, *order = source.inputs
-    return Integers((rows, columns), recipe.grid, codes, scales, zeros, order[0] if order else None)
+    codes, scales, *more = source.inputs
+    zeros = more.pop(0) if recipe.zero is None else recipe.zero
+    least = zeros if isinstance(zeros, int) else 0
+    return Integers((rows, columns), recipe.grid, codes, scales, zeros, more[0] if more else None, least)
 
 
 def modules_of(tensors: Mapping[str, Stored], needed: Iterable[str], also: Iterable[str] = ()) -> dict[str, Parts]:
@@ -274,3 +284,15 @@ def span(start: int, count: int, whole: int, bits: int, layout: bitpack.Layout =
     first = start // codes
     held = min(-(-(start + count) // codes) * codes, whole) - first * codes
     return first * words, bitpack.words_for(held, bits, layout), held, start - first * codes
+
+
+def around(first: int, count: int, bits: int) -> tuple[int, int, int]:
+    """Codes that fill whole words around ``count`` words from the one at ``first`` on.
+
+    Returns:
+        The first code, and how many; where among their words the one at ``first`` is.
+    """
+    codes, words = bitpack.period(bits)
+    low = first // words
+    high = -(-(first + count) // words)
+    return low * codes, (high - low) * codes, first - low * words

@@ -15,7 +15,7 @@ import numpy as np
 
 from dconv.codec import mx, nvfp4, qparams
 from dconv.codec.minifloat import E2M1, E4M3
-from dconv.coded.compressed_encode import config
+from dconv.coded.compressed_encode import config, group_of
 from dconv.coded.compressed_floats import Mx, Nv, groups_in
 from dconv.coded.encode import Coded, kept
 from dconv.coded.fp8 import FP8, Decode
@@ -88,8 +88,8 @@ class MicroMX:
         del coded
         weights = {"num_bits": self.bits, **_MX_ARGS}
         if self.bits == 4:
-            return config("mxfp4-pack-quantized", weights, None, plain)
-        return config("mxfp8-quantized", weights, {**weights, "dynamic": True}, plain)
+            return config([group_of("mxfp4-pack-quantized", weights, None)], plain)
+        return config([group_of("mxfp8-quantized", weights, {**weights, "dynamic": True})], plain)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class MicroNV:
             "strategy": "tensor_group",
             "scale_dtype": "torch.float8_e4m3fn",
         }
-        return config("nvfp4-pack-quantized", weights, None, plain)
+        return config([group_of("nvfp4-pack-quantized", weights, None)], plain)
 
 
 def spec_as(spec: TensorSpec, dtype: str) -> TensorSpec:

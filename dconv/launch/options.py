@@ -11,8 +11,9 @@ from typing import Any, Final
 from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
+from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
-from dconv.quantise import READERS, RESCALES, SCALES, VARIANTS
+from dconv.quantise import READERS, VARIANTS
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION

@@ -18,17 +18,19 @@ CASES = ("gptq", "gptq_v2", "gptq_3_bits", "awq")
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("through", ["", "gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize("through", ["", "gptq", "gptq_v2", "awq", "pack-quantized"])
 def test_its_own_weights_bit_by_bit(tmp_path: Path, case: str, through: str) -> None:
     """Directly, and packed anew on the way where that form holds the numbers."""
-    if through == "awq" and case != "awq":  # columns in another order, codes of 8 or 3 bits
+    format = "awq" if through == "awq" else "gptq"
+    # columns in another order, and codes of 8 or 3 bits
+    if (through == "awq" and case != "awq") or (through, case) == ("pack-quantized", "gptq"):
         with pytest.raises(Refused, match="do not fit"):
-            convert(Request(RECORDED / case, "awq", tmp_path / "out"))
+            convert(Request(RECORDED / case, format, tmp_path / "out", quant=through))
         return
     source = RECORDED / case
     if through:
         source = tmp_path / through
-        convert(Request(RECORDED / case, through.partition("_")[0], source, quant=through))
+        convert(Request(RECORDED / case, format, source, quant=through))
     convert(Request(source, "hf", tmp_path / "dense", dtype="f16"))
     ours = tensors_of(tmp_path / "dense")
     wanted = json.loads((RECORDED / case / "weights.json").read_text())

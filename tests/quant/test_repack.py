@@ -1,4 +1,4 @@
-"""Whole numbers packed anew: GPTQ's two formats and AWQ from each other without one rounding, or refused."""
+"""Whole numbers packed anew: GPTQ's two formats, AWQ and pack-quantized from each other without one rounding."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from dconv.sharding.coords import Parallel
 from dconv.sharding.precision import numeric
 from tests.models import tree_digest
 from tests.quant.models import write_normal
-from tests.quant.whole import Model, draw, linear, same, tensors_of, write_awq, write_gptq
+from tests.quant.whole import Model, draw, linear, same, tensors_of, write_awq, write_gptq, write_packed
 
-FORMS = [(form, name) for form, known in VARIANTS.items() for name, variant in known.items() if variant.repacks]
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PACKED = "pack-quantized"
+FORMS = [("gptq", "gptq"), ("gptq", "gptq_v2"), ("awq", "awq"), ("gptq", PACKED)]
+SOURCES = ["gptq", "gptq_v2", "awq", PACKED]
+PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 WIDE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1056, "num_hidden_layers": 2, "head_dim": 80}
 
 
@@ -33,7 +35,10 @@ def packed(model: Model, form: str) -> dict[str, Any]:
     given = tensors_of(model.folder)
     found = {name: value for name, value in given.items() if name.rpartition(".")[2] not in PARTS}
     for module, layer in model.layers.items():
-        parts = layer.awq() if form == "awq" else layer.gptq(1 if form == "gptq" else 2)
+        if form == PACKED:
+            parts = layer.packed(symmetric=layer.even)
+        else:
+            parts = layer.awq() if form == "awq" else layer.gptq(1 if form == "gptq" else 2)
         found |= {f"{module}.{part}": value for part, value in parts.items()}
     return found
 
@@ -41,6 +46,8 @@ def packed(model: Model, form: str) -> dict[str, Any]:
 def source(folder: Path, form: str, **options: Any) -> Model:
     if form == "awq":
         return write_awq(folder, **options)
+    if form == PACKED:
+        return write_packed(folder, **options)
     return write_gptq(folder, 1 if form == "gptq" else 2, **options)
 
 
@@ -49,12 +56,13 @@ def said(folder: Path) -> dict[str, Any]:
 
 
 def test_the_forms_are_those_that_are_tested() -> None:
-    assert {name for _, name in FORMS} == {"gptq", "gptq_v2", "awq"}
+    known = {(form, name) for form, known in VARIANTS.items() for name, one in known.items() if one.repacks}
+    assert known == {*FORMS, ("awq", PACKED)}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize(("target", "quant"), FORMS)
-@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize("form", SOURCES)
 def test_each_into_each(tmp_path: Path, form: str, target: str, quant: str, family: str) -> None:
     """Every tensor as the test's own packing has it, and the weights that it decodes to are the source's."""
     model = source(tmp_path / "source", form, family=family)
@@ -68,18 +76,16 @@ def test_each_into_each(tmp_path: Path, form: str, target: str, quant: str, fami
         convert(Request(folder, "hf", folder / "dense", dtype="f32"))
     assert tree_digest(tmp_path / "out" / "dense") == tree_digest(model.folder / "dense")
     beside = tmp_path / "out" / "quantize_config.json"
-    assert (json.loads(beside.read_text()) if target == "gptq" else None) == (
-        said(tmp_path / "out") if target == "gptq" else None
-    )
-    assert beside.exists() == (target == "gptq")
+    assert beside.exists() == (said(tmp_path / "out")["quant_method"] == "gptq") == quant.startswith("gptq")
+    assert not beside.exists() or json.loads(beside.read_text()) == said(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("target", "quant"), FORMS)
-@pytest.mark.parametrize("form", ["gptq", "awq"])
+@pytest.mark.parametrize("form", ["gptq", "awq", PACKED])
 def test_there_and_back(tmp_path: Path, form: str, target: str, quant: str) -> None:
     model = source(tmp_path / "source", form)
     convert(Request(model.folder, target, tmp_path / "there", quant=quant))
-    convert(Request(tmp_path / "there", form, tmp_path / "back"))
+    convert(Request(tmp_path / "there", form if form == "gptq" else "awq", tmp_path / "back", quant=form))
     given, back = tensors_of(model.folder), tensors_of(tmp_path / "back")
     assert given.keys() == back.keys()
     assert [name for name in given if not same(given[name], back[name])] == []
@@ -88,15 +94,17 @@ def test_there_and_back(tmp_path: Path, form: str, target: str, quant: str) -> N
 @pytest.mark.parametrize(("form", "target", "quant"), [
     ("awq", "gptq", "gptq"), ("gptq", "awq", "awq"), ("gptq", "gptq", "gptq_v2"), ("gptq3", "gptq", "gptq_v2"),
     ("gptq", "megatron", None), ("ordered", "hf", None), ("awq", "megatron", None), ("gptq3", "hf", None),
+    (PACKED, "gptq", "gptq"), (PACKED, "awq", "awq"), ("awq", "awq", PACKED), ("gptq3", "gptq", PACKED),
+    (PACKED, "megatron", None),
 ])  # fmt: skip
 def test_any_world_gives_the_same_bytes(tmp_path: Path, form: str, target: str, quant: str | None) -> None:
     """Ranks one by one in any order, with threads and memory of every size; leaves that end inside of groups."""
     bits, ordered = 3 if form == "gptq3" else 4, form == "ordered"
     model = source(
         tmp_path / "source",
-        "awq" if form == "awq" else "gptq",
+        form if form in SOURCES else "gptq",
         family="qwen2",
-        **({} if form == "awq" else {"config": {"bits": bits, "desc_act": ordered}}),
+        **({} if form in ("awq", PACKED) else {"config": {"bits": bits, "desc_act": ordered}}),
         make=lambda _, shape, seed: draw(shape, bits, 32, seed, ordered=ordered),
         **WIDE,
     )
@@ -125,7 +133,7 @@ def test_an_order_goes_along(tmp_path: Path) -> None:
     convert(Request(model.folder, "gptq", tmp_path / "out", quant="gptq_v2", dtype="f16"))
     ours, wanted = tensors_of(tmp_path / "out"), packed(model, "gptq_v2")
     for module in model.layers:
-        for part in PARTS:
+        for part in PARTS[:4]:
             assert same(ours[f"{module}.{part}"], wanted[f"{module}.{part}"]), module
     assert ours["model.embed_tokens.weight"].dtype == np.float16
     config = said(tmp_path / "out")
@@ -181,9 +189,10 @@ def test_awq_says_what_is_plain(tmp_path: Path) -> None:
 
 
 def refused(request: Request, words: str) -> Refused:
+    """While planning, before anything is written."""
     before = sorted(path.name for path in request.output.parent.iterdir())
     with pytest.raises(Refused, match=words) as found:
-        convert(request)
+        prepare(request)
     assert sorted(path.name for path in request.output.parent.iterdir()) == before
     return found.value
 
@@ -206,6 +215,17 @@ def test_awq_has_no_order(tmp_path: Path, told: bool) -> None:
         make=lambda _, shape, seed: draw(shape, 4, 32, seed, ordered=True),
     )
     assert "_proj" in refused(Request(model.folder, "awq", tmp_path / "out"), "do not fit").where
+    error = refused(Request(model.folder, "gptq", tmp_path / "out", quant=PACKED), "do not fit")
+    assert "_proj" in error.where and "FORMAT gptq keeps the order" in error.do
+
+
+@pytest.mark.parametrize(("target", "quant"), [("awq", "awq"), ("gptq", PACKED)])
+def test_an_order_that_is_none(tmp_path: Path, target: str, quant: str) -> None:
+    """The config speaks of one, and g_idx has the columns in their own."""
+    model = write_gptq(tmp_path / "source", config={"desc_act": True})
+    convert(Request(model.folder, target, tmp_path / "out", quant=quant))
+    ours, wanted = tensors_of(tmp_path / "out"), packed(model, quant)
+    assert ours.keys() == wanted.keys() and all(same(ours[name], wanted[name]) for name in wanted)
 
 
 def test_a_zero_of_0_is_not_written_in_the_first_format(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GPTQ as its paper and IST-DASLab/gptq have it, slow and obvious, in float64: inverse, factor of the inverse, columns."""
+"""GPTQ as its paper and IST-DASLab/gptq have it, slow and obvious, in float64: the inverse, its factor, the columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dconv.quant.gptq import Recipe
 def textbook(weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounded weights float64 [rows, columns], in their own order, and codes."""
     w, h = weight.double().clone(), hessian.double().clone()
-    rows, columns = w.shape
+    columns = w.shape[1]
     size = columns if recipe.group < 0 else recipe.group
     mean = h.diagonal().mean()
     dead = h.diagonal() == 0

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints of any family, packed code by code as the formats are described: slow and obvious."""
+"""GPTQ, AWQ and pack-quantized checkpoints of any family, packed code by code as described: slow and obvious."""
 
 from __future__ import annotations
 
@@ -67,6 +67,21 @@ class Layer:
 
         return {"qweight": turned(self.codes), "qzeros": turned(self.zeros), "scales": self.scales.T.copy()}
 
+    @property
+    def even(self) -> bool:
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def packed(self, *, symmetric: bool = False, g_idx: bool = False) -> dict[str, Array]:
+        assert self.even or not symmetric
+        found = {
+            "weight_packed": along_rows(self.codes, self.bits),
+            "weight_scale": self.scales,
+            "weight_shape": np.array(self.codes.shape, np.int64),
+        }
+        if not symmetric:
+            found["weight_zero_point"] = np.ascontiguousarray(along_rows(self.zeros.T, self.bits).T)
+        return {**found, "weight_g_idx": self.groups.astype(np.int32)} if g_idx else found
+
 
 @dataclass
 class Model:
@@ -82,15 +97,16 @@ def linear(name: str) -> bool:
 
 def draw(
     shape: tuple[int, int], bits: int, group: int, seed: int, *, dtype: Any = np.float16, least: int = 1,
-    ordered: bool = False,
+    ordered: bool = False, even: bool = False,
 ) -> Layer:  # fmt: skip
+    """Drawn numbers; ``least`` is the smallest zero, and with ``even`` all are half the range."""
     rng, (rows, columns) = np.random.default_rng(seed), shape
     size = columns if group < 0 else group
     groups = np.arange(columns) // size
     count = int(groups[-1]) + 1
     return Layer(
         rng.integers(0, 1 << bits, shape),
-        rng.integers(least, 1 << bits, (rows, count)),
+        np.full((rows, count), 1 << (bits - 1)) if even else rng.integers(least, 1 << bits, (rows, count)),
         np.exp(rng.normal(-6, 1, (rows, count))).astype(dtype),
         rng.permutation(groups) if ordered else groups,
         bits,
@@ -153,6 +169,22 @@ def write_gptq(folder: Path, version: int = 1, *, g_idx: bool = True, **options:
 def write_awq(folder: Path, **options: Any) -> Model:
     said = awq_config(**options.pop("config", {}))
     return write(folder, said, lambda _, layer: layer.awq(), **options)
+
+
+def packed_config(**weights: Any) -> dict[str, Any]:
+    args = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False, **weights}
+    group = {"targets": ["Linear"], "weights": args}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+def write_packed(folder: Path, *, g_idx: bool = False, **options: Any) -> Model:
+    """``config`` is of the weights' arguments."""
+    said = packed_config(**options.pop("config", {}))
+    symmetric = said["config_groups"]["group_0"]["weights"]["symmetric"]
+    return write(folder, said, lambda _, layer: layer.packed(symmetric=symmetric, g_idx=g_idx), **options)
 
 
 def tensors_of(folder: Path) -> dict[str, Array]:

@@ -1,0 +1,81 @@
+"""FORMAT neuron's codes (``--neuron-…``): how FP8 is written for AWS Neuron, and a described model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, Final
+
+from dconv.codec.neuron import FITTED, HALVED
+from dconv.coded.decode import KEY
+from dconv.coded.neuron import Coding, code
+from dconv.describe import Described
+from dconv.errors import UsageError
+from dconv.request import Request, spelled
+
+#: ``--neuron-rescale`` -> the number; the first is the default.
+RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
+#: ``--neuron-scale``, the default first.
+SCALES: Final = ("multiplier", "reciprocal")
+
+
+def coding_of(request: Request) -> Coding | None:
+    """How a request for Neuron's tensors wants FP8 written; None for any other FORMAT.
+
+    Raises:
+        UsageError: another FORMAT with Neuron's options, or a value that there is not.
+    """
+    asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
+    if request.format != "neuron":
+        if given := [name for name, (said, _) in asked.items() if said is not None]:
+            raise UsageError(
+                f"{request.format} has no such option, nothing was written",
+                where=", ".join(map(spelled, given)),
+                expected="these options with FORMAT neuron only",
+            )
+        return None
+    for name, (said, known) in asked.items():
+        if said is not None and said not in known:
+            raise UsageError(
+                "there is no such way to write Neuron's scales, nothing was written",
+                where=f"{spelled(name)} {said}",
+                expected=" or ".join(known),
+            )
+    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal")
+
+
+def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
+    """The model as Neuron's tensors are made of it, what to say of it, and what to record of its scales.
+
+    Raises:
+        Refused: see `dconv.arch.neuron.lay_out` and `dconv.coded.neuron.code`.
+    """
+    made = code(model.family, model.facts, model.logical, coding)
+    scales = made.scales
+    if not scales.read:
+        return replace(model, logical=made.logical), (), None
+    by = next(name for name, number in RESCALES.items() if number == coding.by)
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(made.block) if made.block else None,
+        **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
+    }
+    left_out = {name: why for name, why in made.logical.left_out.items() if name != f"{KEY} of config.json"}
+    logical = replace(made.logical, left_out=left_out)
+    new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
+    note = (
+        f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
+        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
+    )
+    record = {
+        "read": scales.read,
+        "kept": scales.kept,
+        "requantised": scales.requantised,
+        "dropped": scales.dropped,
+        "rescale": by,
+        "scale": SCALES[coding.reciprocal],
+    }
+    return new, (note,), record
