@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: From the ground up; each may import those before it.
 ROOMS = (
     "errors", "sharding", "codec", "arch", "coded", "checkpoint", "quant", "request", "describe", "quantise", "targets",
-    "trace", "pipeline", "live", "export", "hw", "compare", "logits", "verify", "report", "examine", "checking",
-    "launch", "api", "cli", "__main__",
+    "trace", "pipeline", "live", "export", "hw", "compare", "bounds", "logits", "verify", "report", "examine",
+    "checking", "launch", "api", "cli", "__main__",
 )  # fmt: skip
 
 
