@@ -89,6 +89,9 @@ def _whole(one: Whole) -> Iterable[str]:
     yield "One of its weights"
     yield from _wrapped(f"{one.tensor}{list(one.index)}", "  ")
     yield from _field("code", one.bits, one.code)
+    if one.listed:
+        yield f"  group   {one.group} of zeros and scales, for input {one.index[-1]} in"
+        yield from _wrapped(one.listed, _INDENT)
     if one.zero:
         yield from _field("zero", one.bits, one.zero)
     yield f"  scale   {one.scale:.6g}, at {list(one.scale_at)} in"

@@ -117,6 +117,7 @@ class Whole:
 
     Attributes:
         zero: None where there is none.
+        group: that shares the scale; ``listed`` in this tensor where columns are in the order of activations or may be.
         scale_at: in the stored tensor.
         weight: (code - zero) x scale; ``lowest`` and ``highest`` are those of the other codes.
     """
@@ -127,6 +128,7 @@ class Whole:
     code: Field
     zero: Field | None
     group: int
+    listed: str
     scale_tensor: str
     scale_at: Index
     scale: float
@@ -182,6 +184,7 @@ def followed(looking: Looking, name: str, parts: Parts, region: Region, values: 
             code=code,
             zero=zero,
             group=group,
+            listed=_name(parts.order) if parts.order else "",
             scale_tensor=_name(parts.scales),
             scale_at=place,
             scale=scale,

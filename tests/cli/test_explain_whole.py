@@ -46,6 +46,9 @@ def test_the_example_is_what_the_words_hold(tmp_path: Path, form: str) -> None:
         assert field["word"] == int(stored[field["tensor"]].view(np.uint32)[tuple(field["at"])])
         assert field["stored"] == field["word"] >> field["low"] & ((1 << layer.bits) - 1)
         assert field["value"] == field["stored"] + added == value
+    if found["listed"]:
+        assert int(stored[found["listed"]][column]) == group
+    assert bool(found["listed"]) == (form not in ("awq", "8 bits"))
     assert found["group"] == group and tuple(found["scale_at"]) == (group, row)
     assert found["scale"] == float(stored[found["scale_tensor"]][group, row]) == float(layer.scales[row, group])
     assert found["weight"] == layer.weight[row, column]

@@ -164,6 +164,16 @@ def test_whatever_the_source_is(models: Callable[[str], Path], tmp_path: Path, b
         assert (found["weights"]["error"] == 0) == kept and (found["difference"] == 0) == kept
 
 
+def test_folded_weights_are_compared_with_the_fold(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """muP scalars are in the output's weights, each a factor in the source's; plain tensors are rounded once more."""
+    job = written(Request(models("granite"), "fp8", tmp_path / "out", mup2llama=True, dtype="bf16"))
+    found: Any = logits.compare(job, tmp_path / "out")
+    assert 0 < found["weights"]["error"] <= 2**-4 and found["divergence"] < 0.01
+    spoil(tmp_path / "out", "lm_head.weight", lambda head: head * 1.01)
+    with pytest.raises(VerifyFailed, match="1 tensor is farther"):
+        logits.compare(job, tmp_path / "out")
+
+
 @pytest.mark.parametrize(("form", "target", "quant"), [("gptq", "awq", None), ("awq", "gptq", "gptq_v2")])
 def test_whole_numbers_packed_anew_are_worth_the_same(
     tmp_path: Path, form: str, target: str, quant: str | None
