@@ -204,6 +204,8 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     _source_options(parser)
     parser.add_argument("--explain", nargs="?", const=True, default=False, metavar="SCHEME",
                         help="what scales mean and codes cost, measured; of a plain model, --explain fp8")  # fmt: skip
+    parser.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
+                        help="beside --explain, how MX formats find their powers of two")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page: map of layers, scales, modules")
 
 
@@ -232,7 +234,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import inspect
 
     args = parser.parse_args(words)
-    report = inspect(args.path, **_described(args), explain=args.explain)
+    report = inspect(args.path, **_described(args), explain=args.explain, scale_rule=args.scale_rule)
     if args.html:
         from dconv.report.page import write
 

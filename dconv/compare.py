@@ -256,12 +256,12 @@ def _compare(a: TensorSpec, b: TensorSpec, side_a: _Side, side_b: _Side) -> Diff
             measured = False
             elements += int(np.count_nonzero(bits_a != bits_b)) if a.dtype == b.dtype else tile.volume
             continue
-        distance = _distance(values_a, values_b)
-        unequal = bits_a != bits_b if a.dtype == b.dtype else distance != 0
+        apart = distance(values_a, values_b)
+        unequal = bits_a != bits_b if a.dtype == b.dtype else apart != 0
         elements += int(np.count_nonzero(unequal))
-        here = float(distance.max())
+        here = float(apart.max())
         if here > largest or (at is None and unequal.any()):
-            peak = distance if here > 0 else unequal
+            peak = apart if here > 0 else unequal
             index = np.unravel_index(int(peak.argmax()), tile.shape)
             largest, at = here, tuple(int(i) + start for i, start in zip(index, tile.start, strict=True))
     if not elements and a.dtype == b.dtype:
@@ -279,10 +279,10 @@ def _values(bits: NDArray[np.generic], dtype: str) -> NDArray[np.float64] | None
     return None
 
 
-def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """|a - b|; 0 for the same infinity or two NaN, infinite where only one side is NaN."""
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(a - b)
-    distance[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
-    distance[np.isnan(distance)] = np.inf
-    return distance
+        apart = np.abs(a - b)
+    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
+    apart[np.isnan(apart)] = np.inf
+    return apart

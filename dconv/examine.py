@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from dconv import verify
 from dconv.arch import registry
@@ -18,6 +18,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.drop import check_used
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
+from dconv.codec.mx import Rule
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.report import explain as explaining
@@ -171,18 +172,27 @@ def inspect(
     submodel: str | None = None,
     with_eagle: bool = False,
     explain: str | bool = False,
+    scale_rule: Rule | None = None,
 ) -> Report:
     """Describe a checkpoint from its headers and scales; what a conversion would refuse is reported, not raised.
 
     Args:
         explain: the scheme that its weights are in, True or "" for whatever that is, or an encoding of plain weights,
             to be explained by a sample of its weights (`dconv.report.explain`).
+        scale_rule: of what MX formats would cost; None as each has it by default.
 
     Raises:
-        UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory; ``explain`` does not fit.
+        UsageError: there is no checkpoint at ``path``, or ``hf_config`` is no directory; ``explain`` does not fit, or
+            ``scale_rule`` is without it.
         DconvError: its container cannot be read at all, or it cannot be explained.
     """
     path = Path(path)
+    if scale_rule is not None and (explain is False or scale_rule not in get_args(Rule)):
+        raise UsageError(
+            "the rule for MX scales says nothing here" if explain is False else "there is no such rule for MX scales",
+            where=f"--scale-rule {scale_rule:.80}",
+            expected="it beside --explain" if explain is False else " or ".join(get_args(Rule)),
+        )
     try:
         model = describe_model(
             path,
@@ -204,11 +214,12 @@ def inspect(
         return replace(report, precision=precision_of(source, None, source.config))
     check_used(drop, (model.source, model.logical))
     head = model.family.head.removesuffix(".weight") if model.facts["tied"] else ""
+    asked = explain if isinstance(explain, str) else ""
     return replace(
         report_of(path, model, hf_config),
         mup=mup.scalars_of(model.family, model.config, model.source.shapes),
         precision=precision_of(model.source, model.logical, model.source.config or model.config, head),
-        explained=None if explain is False else explaining.explain(model, "" if explain is True else explain),
+        explained=None if explain is False else explaining.explain(model, asked, scale_rule),
     )
 
 

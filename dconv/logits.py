@@ -1,19 +1,26 @@
-"""Does an output compute what its source computes? The same question to both, each in its own runtime, in fp32."""
+"""Does an output compute what its source computes? The same question to both, each in its own runtime, in fp32.
+
+Of an output in codes that is no question: rounding is what was asked for, and it moves logits as far as it likes. There
+the weights are asked (`dconv.bounds`): each, decoded from the written files, has to be as near to the source's as its
+scheme promises. What that does to the logits is then measured and told, and is no reason to fail.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dconv import bounds
 from dconv.arch.layouts import size
 from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
 from dconv.export.prompt import prompt_for
-from dconv.export.runtimes import as_run, missing, obstacle, runtime_of, shortage
+from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
 from dconv.pipeline import FORMATS, Described, Job, Request, describe_model
 from dconv.request import QUANTISED
 from dconv.sharding.region import Region
@@ -37,20 +44,35 @@ def require(job: Job) -> None:
     if request.with_eagle:
         raise _refused("no runtime here runs an EAGLE head")
     if request.format in QUANTISED:
-        raise _refused(f"{request.format} rounds weights so far that no bound tells a fault from it")
+        _require_transformers(request)
+        return
     for side in _compared(request):
         model = side.model
         own = (side.container, model.family, model.config, model.source.args)
         written = (target, job.family, job.config, None) if request.mup2llama else (target, *own[1:3], None)
         for container, family, config, args in (own, written):
-            if module := missing(container):
-                raise ToolMissing(
-                    "--verify logits needs a runtime that is not installed, nothing was written",
-                    found=f"no module {module}",
-                    do="pip install 'dconv[megatron]'; --verify digest needs none",
-                )
+            _require_installed(container)
             if why := obstacle(container, family, config, args) or shortage(_parameters(side.model), container):
                 raise _refused(why)
+
+
+def _require_transformers(request: Request) -> None:
+    """The same for an output in codes: both sides are run by transformers, layer by layer, whatever they lie in."""
+    from dconv.export import layerwise
+
+    _require_installed("huggingface")
+    for side in _compared(request):
+        if why := layerwise.obstacle(side.model):
+            raise _refused(why)
+
+
+def _require_installed(container: str) -> None:
+    if module := missing(container):
+        raise ToolMissing(
+            "--verify logits needs a runtime that is not installed, nothing was written",
+            found=f"no module {module}",
+            do="pip install 'dconv[megatron]'; --verify digest needs none",
+        )
 
 
 def _refused(why: str) -> Refused:
@@ -109,12 +131,15 @@ def compare(job: Job, out: Path) -> dict[str, object]:
 
     Returns:
         difference: the largest, relative to the largest logit of the source; bound: what it had to keep;
-        why: what the bound rests on.
+        why: what the bound rests on. Of an output in codes see `_coded`.
 
     Raises:
-        VerifyFailed: the difference is past the bound, or the comparison could not be made.
+        VerifyFailed: the difference is past the bound, or the comparison could not be made; of an output in codes, a
+            weight is farther from the source's than it may be.
         ToolMissing: a runtime is not installed or failed.
     """
+    if job.request.format in QUANTISED:
+        return _coded(job, out)
     bound, why = _bound(job)
     worst = 0.0
     for side in _compared(job.request):
@@ -157,6 +182,55 @@ def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
         scale = float(np.abs(reference).max()) or 1.0
         found.append((float(np.abs(reference - result).max()) / scale, scale))
     return next((one for one in found if math.isnan(one[0])), max(found))
+
+
+def _coded(job: Job, out: Path) -> dict[str, object]:
+    """Hold every weight of an output in codes to its bound, and measure what they compute.
+
+    Returns:
+        weights: `dconv.bounds.Found`; difference, mean: the largest and the mean difference of logits, relative to the
+        largest logit of the source; divergence: of the distributions of the next token, Kullback-Leibler's from the
+        source's to the output's in nats, the mean over places.
+    """
+    from dconv.export import layerwise
+
+    (side,) = _compared(job.request)
+    model = side.model
+    prompt = prompt_for(model.family, model.facts, model.config)
+    try:
+        written = describe_model(out, model_type=job.family.name)
+        found = bounds.compare(job, written, out)
+        budget = max(available_memory() // 2, 1)
+        before, after = (layerwise.answers_of(_widened(one), prompt, budget)[0] for one in (model, written))
+    except (Refused, Damaged) as error:
+        raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
+    vocabulary = size(model.facts, "vocab")
+    before, after = (answer[..., :vocabulary].astype(np.float64) for answer in (before, after))
+    scale, apart = float(np.abs(before).max()) or 1.0, np.abs(after - before)
+    sure, left = _logarithms(before), _logarithms(after)
+    return {
+        "weights": found.to_dict(),
+        "difference": float(apart.max()) / scale,
+        "mean": float(apart.mean()) / scale,
+        "divergence": float((np.exp(sure) * (sure - left)).sum(-1).mean()),
+    }
+
+
+def _widened(model: Described) -> Described:
+    """The model with its decoded weights in fp32, where they are not rounded once more."""
+    logical = model.logical
+    specs, pieces = dict(logical.specs), dict(logical.pieces)
+    for name in model.source.coded:
+        if name in specs:
+            specs[name] = replace(specs[name], dtype="f32")
+            pieces[name] = tuple(replace(piece, dtype="f32") for piece in pieces[name])
+    return replace(model, logical=replace(logical, specs=specs, pieces=pieces))
+
+
+def _logarithms(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log softmax along the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _bound(job: Job) -> tuple[float, str]:

@@ -182,7 +182,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an OUT of dconv once the new one is whole")
     group.add_argument("--digest", choices=sorted(ALGORITHMS), default="xxh3", help="digest kept in the receipt")
     group.add_argument("--verify", choices=("none", "digest", "logits"), default="none",
-                       help="read the output back, or compare logits with the source")  # fmt: skip
+                       help="read the output back, or compare logits with the source (of codes, weights by their "
+                            "bound, and logits are told)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument("--quiet", action="store_true", help="no progress")
 

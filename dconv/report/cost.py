@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -13,6 +13,7 @@ import numpy as np
 
 from dconv.codec import fp8, mx, neuron, nvfp4
 from dconv.codec.minifloat import E2M1, E2M3, E3M2, E4M3, E4M3_IEEE, Minifloat, values
+from dconv.report import grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +55,7 @@ class Encoding:
         group: columns that share a scale, of which a weight has to have whole ones.
         of_codes: whether it is made of e4m3 codes, not of weights.
         by_tensor: whether a scale is the whole tensor's, whose largest magnitude a sample may not have.
+        also: the FORMAT that stores such codes, where its name is another.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Encoding:
     group: int = 1
     of_codes: bool = False
     by_tensor: bool = False
+    also: str = ""
 
     def takes(self, part: Part) -> bool:
         """Whether it can store this part's weight."""
@@ -79,8 +82,8 @@ def _fp8_tensor(part: Part) -> NDArray[np.float64]:
     return fp8.decode(codes, scale, (whole[0], whole[1]), "f64").astype(np.float64)
 
 
-def _mx(part: Part, *, fmt: Minifloat) -> NDArray[np.float64]:
-    packed, scale = mx.encode(part.values.astype(np.float32), fmt, "floor")
+def _mx(part: Part, *, fmt: Minifloat, rule: mx.Rule) -> NDArray[np.float64]:
+    packed, scale = mx.encode(part.values.astype(np.float32), fmt, rule)
     return mx.decode(packed, scale, fmt, "f64").astype(np.float64)
 
 
@@ -97,18 +100,41 @@ def _neuron(part: Part, *, by: Fraction) -> NDArray[np.float64]:
     return made * by.numerator / by.denominator * part.scales
 
 
-ENCODINGS: Final = (
-    Encoding("fp8_block", "e4m3, scale by 128 x 128", partial(_fp8, power_of_two=False)),
-    Encoding("fp8_block ue8m0", "its scale a power of two", partial(_fp8, power_of_two=True)),
-    Encoding("fp8_tensor", "e4m3, scale by tensor", _fp8_tensor, by_tensor=True),
-    Encoding("mxfp8", "e4m3, power of two by 32", partial(_mx, fmt=E4M3), mx.BLOCK),
-    Encoding("mxfp6_e2m3", "e2m3, power of two by 32", partial(_mx, fmt=E2M3), mx.BLOCK),
-    Encoding("mxfp6_e3m2", "e3m2, power of two by 32", partial(_mx, fmt=E3M2), mx.BLOCK),
-    Encoding("mxfp4", "e2m1, power of two by 32", partial(_mx, fmt=E2M1), mx.BLOCK),
-    Encoding("nvfp4", "e2m1, e4m3 scale by 16", _nvfp4, nvfp4.BLOCK, by_tensor=True),
-    Encoding("neuron / 2", "codes / 2, scales x 2", partial(_neuron, by=neuron.HALVED), of_codes=True),
-    Encoding("neuron / (448/240)", "codes / 1.867, rounded", partial(_neuron, by=neuron.FITTED), of_codes=True),
-)
+def _whole(part: Part, *, symmetric: bool) -> NDArray[np.float64]:
+    return grid.nearest(part.values, BITS, GROUP, symmetric=symmetric)
+
+
+#: Whole numbers as most releases have them.
+BITS, GROUP = 4, 128
+#: MX formats, and the rule that `dconv.quantise.VARIANTS` have for each where none is asked for.
+MICRO: Final[Mapping[str, tuple[Minifloat, mx.Rule]]] = {
+    "mxfp8": (E4M3, "even"),
+    "mxfp6_e2m3": (E2M3, "floor"),
+    "mxfp6_e3m2": (E3M2, "floor"),
+    "mxfp4": (E2M1, "floor"),
+}
+
+
+def encodings(rule: mx.Rule | None = None) -> tuple[Encoding, ...]:
+    """What weights could be stored as.
+
+    Args:
+        rule: of all MX formats; None is each one's own.
+    """
+    return (
+        Encoding("fp8_block", "e4m3, scale by 128 x 128", partial(_fp8, power_of_two=False)),
+        Encoding("fp8_block ue8m0", "its scale a power of two", partial(_fp8, power_of_two=True)),
+        Encoding("fp8_tensor", "e4m3, scale by tensor", _fp8_tensor, by_tensor=True),
+        *(
+            Encoding(name, f"{fmt.name}, power of two by 32", partial(_mx, fmt=fmt, rule=rule or own), mx.BLOCK)
+            for name, (fmt, own) in MICRO.items()
+        ),
+        Encoding("nvfp4", "e2m1, e4m3 scale by 16", _nvfp4, nvfp4.BLOCK, by_tensor=True),
+        Encoding("int4", f"symmetric, scale by {GROUP}", partial(_whole, symmetric=True), GROUP, also="gptq"),
+        Encoding("int4 zeros", f"zero points, scale by {GROUP}", partial(_whole, symmetric=False), GROUP, also="awq"),
+        Encoding("neuron / 2", "codes / 2, scales x 2", partial(_neuron, by=neuron.HALVED), of_codes=True),
+        Encoding("neuron / (448/240)", "codes / 1.867, rounded", partial(_neuron, by=neuron.FITTED), of_codes=True),
+    )
 
 
 @dataclass

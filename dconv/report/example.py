@@ -127,9 +127,9 @@ def made(part: Part, start: Index) -> Made | None:
     value = float(values(E4M3)[code])
     return Made(
         tensor=part.name,
-        index=(start[-2] + at[0], start[-1] + at[1]),
+        index=(*start[:-2], start[-2] + at[0], start[-1] + at[1]),
         weight=float(weights[at]),
-        block=(start[-2] // _BLOCK[0], start[-1] // _BLOCK[1]),
+        block=(*start[:-2], start[-2] // _BLOCK[0], start[-1] // _BLOCK[1]),
         largest=float(fp8.amax(weights, _BLOCK)[0, 0]),
         scale=by,
         code=code,

@@ -6,9 +6,8 @@ encodings would lose of them in `dconv.report.cost`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,18 +15,21 @@ import numpy as np
 
 from dconv.codec import fp8
 from dconv.codec.minifloat import E4M3, values
+from dconv.codec.mx import Rule
 from dconv.coded.decode import method_of
-from dconv.coded.encode import linears
 from dconv.coded.places import place_of
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
-from dconv.report import example
-from dconv.report.cost import ENCODINGS, Cost, Encoding, Part
+from dconv.report import example, plain
+from dconv.report.cost import Cost, Encoding, Part, encodings
 from dconv.report.meanings import Meaning, meaning_of
-from dconv.report.sample import BOX, SEED, Looking, Plain, Sample, Weight, draw
+from dconv.report.sample import BOX, SEED, Looking, Sample, Weight, draw
+from dconv.report.schemes import Scheme, schemes_of
 from dconv.report.usage import Usage
-from dconv.sharding.derived import Array, Derived
-from dconv.sharding.region import Index, Region
+from dconv.report.whole import Parts, Whole, followed, parts_of
+from dconv.sharding.boxes import HOW
+from dconv.sharding.derived import Derived
+from dconv.sharding.region import Region
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,35 +38,6 @@ if TYPE_CHECKING:
 _SCALES: Final = 1 << 16
 #: Weights of a block that are.
 _AT_ONCE: Final = 1 << 18
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """One of the tensors that a weight is made of; ``words`` is "" where only its place is known."""
-
-    name: str
-    dtype: str
-    shape: Index
-    words: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {"tensor": self.name, "dtype": self.dtype, "shape": list(self.shape), "words": self.words}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Weights that are coded alike: ``words`` as the plan says it, ``tensors`` of them, ``parts`` of the first."""
-
-    words: str
-    tensors: int
-    parts: tuple[StoredPart, ...]
-    sentences: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        parts = [part.to_dict() for part in self.parts]
-        return {"words": self.words, "tensors": self.tensors, "parts": parts, "sentences": list(self.sentences)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +50,7 @@ class Explanation:
         tensors: weights in codes, or that would be; ``weights`` is their number of elements.
         kept: the encoding that would keep the source's codes as they are, so that it costs nothing.
         focus: names of the encodings that ``asked`` is about.
+        rule: the one that was asked for all MX formats; "" is each one's own.
         sample: what was looked at.
     """
 
@@ -85,11 +59,12 @@ class Explanation:
     tensors: int
     weights: int
     schemes: tuple[Scheme, ...] = ()
-    example: example.Example | example.Made | None = None
+    example: example.Example | example.Made | Whole | None = None
     usage: tuple[Usage, ...] = ()
     costs: tuple[Cost, ...] = ()
     kept: str = ""
     focus: tuple[str, ...] = ()
+    rule: str = ""
     sample: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +78,7 @@ class Explanation:
             "example": self.example.to_dict() if self.example else None,
             "usage": [each.to_dict() for each in self.usage],
             "kept": self.kept,
+            "scale_rule": self.rule,
             "costs": [cost.to_dict() for cost in self.costs],
             "sample": dict(self.sample),
         }
@@ -127,44 +103,35 @@ class _Looked:
     coded: _Codes | None = None
 
 
-def explain(model: Described, asked: str) -> Explanation:
+def explain(model: Described, asked: str, rule: Rule | None = None) -> Explanation:
     """Explain the scheme that a source is in, or what encodings would cost a plain one.
 
     Args:
         asked: ``quant_method`` of the source or a name of what its codes are; of a plain source, an encoding or what
             some begin with (``fp8``); "" is whatever the source is in.
+        rule: of MX scales; None as each format has it by default.
 
     Raises:
         UsageError: ``asked`` is not what the source is in, or no encoding.
         Refused: the source's weights are none that could be in codes.
         Damaged, StorageFault: weights cannot be read.
     """
-    return _of_codes(model, asked) if model.source.coded else _of_plain(model, asked)
+    found = _of_codes(model, asked, rule) if model.source.coded else _of_plain(model, asked, rule)
+    return replace(found, rule=rule or "")
 
 
-def _of_plain(model: Described, asked: str) -> Explanation:
-    focus = [each for each in ENCODINGS if asked and not each.of_codes and each.name.startswith(asked)]
+def _of_plain(model: Described, asked: str, rule: Rule | None) -> Explanation:
+    known = [each for each in encodings(rule) if not each.of_codes]
+    focus = [each for each in known if asked and (each.also == asked or each.name.startswith(asked))]
     if not focus:
-        known = dict.fromkeys(each.name.split()[0] for each in ENCODINGS if not each.of_codes)
+        names = dict.fromkeys(name for each in known for name in (each.name.split()[0], each.also) if name)
         raise UsageError(
             "the weights are in no codes that could be explained" if not asked else f"there is no encoding {asked!r}",
             where="--explain" if not asked else f"--explain {asked:.80}",
-            expected=f"what they would be encoded to: fp8, {', '.join(known)}",
+            expected=f"what they would be encoded to: fp8, {', '.join(names)}",
         )
-    logical = model.logical
-    wanted = linears(model.family, model.facts, logical)
-    weights = [
-        Weight(
-            name,
-            place_of(name, spec.file_shape).kind,
-            spec.shape,
-            (Array(spec.shape, spec.dtype, logical.pieces[name]),),
-            Plain(),
-        )
-        for name, spec in logical.specs.items()
-        if name in wanted
-    ]
-    looking = Looking(logical)
+    weights = list(plain.weights_of(model))
+    looking = Looking(model.logical)
     try:
         sample = draw(weights)
         looked = [_Looked(w, region, _matrix(looking.values(w, region, "f64"))) for w, region in sample.boxes]
@@ -178,17 +145,19 @@ def _of_plain(model: Described, asked: str) -> Explanation:
         tensors=len(weights),
         weights=sum(prod(weight.shape) for weight in weights),
         example=shown,
-        costs=_costs(parts, [each for each in ENCODINGS if not each.of_codes]),
+        costs=_costs(parts, known),
         focus=tuple(each.name for each in focus),
         sample=_said(sample, looking),
     )
 
 
-def _of_codes(model: Described, asked: str) -> Explanation:
+def _of_codes(model: Described, asked: str, rule: Rule | None) -> Explanation:
     coded = _coded(model)
     method = method_of(model.source.config or {})
     meanings = {weight.name: meaning_of(derived, model.source.format) for weight, derived in coded}
-    known = [method] * bool(method) + [meaning.scheme for meaning in meanings.values() if meaning]
+    wholes = {weight.name: parts_of(derived, model.logical.derived) for weight, derived in coded}
+    schemed = {name: known.scheme for name in meanings if (known := meanings[name] or wholes[name])}
+    known = [method] * bool(method) + list(schemed.values())
     schemes = list(dict.fromkeys(known))
     if asked and asked not in schemes:
         raise UsageError(
@@ -199,12 +168,13 @@ def _of_codes(model: Described, asked: str) -> Explanation:
             do="any of them says what it would lose in other encodings",
         )
     if asked and asked != method:
-        coded = [one for one in coded if (meaning := meanings[one[0].name]) and meaning.scheme == asked]
+        coded = [one for one in coded if schemed.get(one[0].name) == asked]
     weights = [weight for weight, _ in coded]
     looking = Looking(model.logical)
     try:
         sample = draw(weights)
         looked = [_look(looking, weight, region, meanings[weight.name]) for weight, region in sample.boxes]
+        shown = _example(looking, looked, wholes)
         largest = _largest(looked)
         if not sample.whole:
             for weight in {one.weight.name: one.weight for one in looked}.values():
@@ -215,18 +185,18 @@ def _of_codes(model: Described, asked: str) -> Explanation:
     usage = _usage(weights, looked, meanings)
     kept = {meaning.kept if (meaning := meanings[weight.name]) else "" for weight in weights}
     kept_as = kept.pop() if len(kept) == 1 else ""
-    encodings = [each for each in ENCODINGS if each.name != kept_as]
+    others = [each for each in encodings(rule) if each.name != kept_as]
     if not any(one.coded and one.coded.meaning.fmt is E4M3 for one in looked):
-        encodings = [each for each in encodings if not each.of_codes]
+        others = [each for each in others if not each.of_codes]
     return Explanation(
         asked=asked or (schemes[0] if schemes else "codes"),
         coded=True,
         tensors=len(weights),
         weights=sum(prod(weight.shape) for weight in weights),
-        schemes=tuple(_schemes(model, coded)),
-        example=_example(looked),
+        schemes=tuple(schemes_of(model.source.coded, coded, meanings, wholes)),
+        example=shown,
         usage=usage,
-        costs=_costs(list(_parts(looked, largest)), encodings),
+        costs=_costs(list(_parts(looked, largest)), others),
         kept=kept_as,
         sample=_said(sample, looking),
     )
@@ -248,24 +218,6 @@ def _coded(model: Described) -> list[tuple[Weight, Derived]]:
     if not found:
         raise Refused("the weights in codes are none of the model's own", where=group_names(model.source.coded))
     return list(found.values())
-
-
-def _schemes(model: Described, coded: Sequence[tuple[Weight, Derived]]) -> Iterable[Scheme]:
-    """What each way of coding is, told by the first weight that is in it."""
-    counts = Counter(model.source.coded[weight.name] for weight, _ in coded)
-    seen: set[str] = set()
-    for weight, derived in coded:
-        words = model.source.coded[weight.name]
-        if words in seen:
-            continue
-        seen.add(words)
-        meaning = meaning_of(derived, model.source.format)
-        told = meaning.parts if meaning else ()
-        parts = tuple(
-            StoredPart(array.pieces[0].tensor, array.dtype, array.shape, told[i] if i < len(told) else "")
-            for i, array in enumerate(derived.inputs)
-        )
-        yield Scheme(words, counts[words], parts, meaning.sentences if meaning else ())
 
 
 def _matrix(array: NDArray[Any]) -> NDArray[Any]:
@@ -301,7 +253,7 @@ def _by_scales(looking: Looking, weight: Weight, meaning: Meaning) -> float:
     """
     if meaning.grid is None or not 1 < prod(meaning.blocks) <= _SCALES:
         return 0.0
-    grid = Derived(meaning.blocks, weight.inputs, meaning.grid, looking.how)
+    grid = Derived(meaning.blocks, weight.inputs, meaning.grid, HOW)
     scales = looking.made(grid, Region.whole(meaning.blocks), "f64")
     at = np.unravel_index(int(np.argmax(np.where(np.isfinite(scales), np.abs(scales), 0))), meaning.blocks)
     sides = (*(1,) * (len(weight.shape) - 2), *meaning.block)
@@ -332,13 +284,18 @@ def _usage(
     return tuple(found.values())
 
 
-def _example(looked: Sequence[_Looked]) -> example.Example | None:
+def _example(
+    looking: Looking, looked: Sequence[_Looked], wholes: Mapping[str, Parts | None]
+) -> example.Example | Whole | None:
     for one in looked:
+        found, whole = None, wholes[one.weight.name]
         if one.coded:
             names = tuple(array.pieces[0].tensor for array in one.weight.inputs)
             found = example.stored(one.coded.meaning, names, one.region, one.coded.codes, one.coded.scales)
-            if found:
-                return found
+        elif whole:
+            found = followed(looking, one.weight.name, whole, one.region, one.values)
+        if found:
+            return found
     return None
 
 

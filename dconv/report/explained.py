@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
 
 from dconv.codec.minifloat import FORMATS
-from dconv.report.cost import Cost
+from dconv.report.cost import MICRO, Cost
 from dconv.report.example import Example, Made
-from dconv.report.explain import Explanation, Scheme
+from dconv.report.explain import Explanation
+from dconv.report.schemes import Scheme
 from dconv.report.usage import Usage
+from dconv.report.whole import Field, Whole
 
 WIDTH: Final = 80
 #: Classes of modules that a person reads; ``--json`` has all.
 _CLASSES: Final = 20
 _NAME: Final = 32
+_INDENT: Final = " " * 10
 #: Tensors that are named as an encoding's worst, and the longest of their names.
 _WORST: Final = 3
 _LONG: Final = 67
@@ -30,6 +34,8 @@ def text(name: str, said: Explanation) -> str:
     blocks += [list(_scheme(scheme, told)) for scheme in said.schemes]
     if isinstance(said.example, Example):
         blocks.append(list(_example(said.example)))
+    elif isinstance(said.example, Whole):
+        blocks.append(list(_whole(said.example)))
     elif said.example:
         blocks.append(list(_made(said.example)))
     if said.usage:
@@ -77,6 +83,43 @@ def _example(one: Example) -> Iterable[str]:
     yield f"  step    {one.step:.3g} to the next number there is: half of that, {moved} of the"
     yield "          weight, is how far encoding may have moved it"
     yield f"  holds   at most {fmt.largest:g} {sign} {one.scale:.6g} = {one.holds:.6g} with this scale"
+
+
+def _whole(one: Whole) -> Iterable[str]:
+    yield "One of its weights"
+    yield from _wrapped(f"{one.tensor}{list(one.index)}", "  ")
+    yield from _field("code", one.bits, one.code)
+    if one.listed:
+        yield f"  group   {one.group} of zeros and scales, for input {one.index[-1]} in"
+        yield from _wrapped(one.listed, _INDENT)
+    if one.zero:
+        yield from _field("zero", one.bits, one.zero)
+    yield f"  scale   {one.scale:.6g}, at {list(one.scale_at)} in"
+    yield from _wrapped(one.scale_tensor, _INDENT)
+    less = one.zero.value if one.zero else 0
+
+    def product(code: int) -> str:
+        return f"({code} - {less}) x {one.scale:.6g}" if one.zero else f"{code} x {one.scale:.6g}"
+
+    yield f"  weight  {product(one.code.value)} = {one.weight:.6g}"
+    yield f"  step    {one.scale:.3g} from a code to the next"
+    first = round(one.lowest / one.scale) + less
+    lowest, highest = product(first), product(first + (1 << one.bits) - 1)
+    yield f"  holds   from {lowest} = {one.lowest:.6g}"
+    yield f"          to {highest} = {one.highest:.6g} with this scale{' and zero' if one.zero else ''}"
+
+
+def _field(label: str, bits: int, one: Field) -> Iterable[str]:
+    whole = bits == 8 and one.word < 256 and not one.low
+    word = f"0x{one.word:02x}" if whole else f"bits {one.low} to {one.low + bits - 1} of 0x{one.word:08x}"
+    yield f"  {label}    {word}, at {list(one.at)} in"
+    yield from _wrapped(one.tensor, _INDENT)
+    if one.value == one.stored:
+        yield f"{_INDENT}{'it is' if whole else 'they are'} {one.value}"
+    elif one.value > one.stored:
+        yield f"{_INDENT}they are {one.stored}, stored less one: {one.value}"
+    else:
+        yield f"{_INDENT}they are {one.stored}, stored raised by {one.stored - one.value}: {one.value}"
 
 
 def _made(one: Made) -> Iterable[str]:
@@ -147,10 +190,24 @@ def _costs(said: Explanation) -> Iterable[str]:
         if cost.left_out:
             yield f"  {'':<20}less {len(cost.left_out):,} tensors whose columns are no multiple of it"
     yield from _wrapped(
-        "Error: norm of the error by the norm of the weights. Largest: how far a weight moved. MX scales by the floor "
-        f"rule.{_guessed(said)}",
+        "Error: norm of the error by the norm of the weights. Largest: how far a weight moved. "
+        f"{_rules(said.rule)}{_guessed(said)}",
         "  ",
     )
+    if any(cost.encoding.name.startswith("int4") and cost.total.weights for cost in said.costs):
+        yield from _wrapped(
+            "int4 is rounded to nearest, scales in fp16: calibration (GPTQ, AWQ) does better. It chooses codes by what "
+            "a layer computes, and loses less of that.",
+            "  ",
+        )
+
+
+def _rules(asked: str) -> str:
+    if asked:
+        return f"MX scales by the {asked} rule."
+    default = Counter(rule for _, rule in MICRO.values()).most_common(1)[0][0]
+    others = [f"{name} by {rule}" for name, (_, rule) in MICRO.items() if rule != default]
+    return f"MX scales by the {default} rule, {', '.join(others)}, as dconv convert has it; --scale-rule has others."
 
 
 def _guessed(said: Explanation) -> str:

@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.codec.kernels import apply
-from dconv.sharding.derived import Array, Derived, Recipe, open_reader, steps
-from dconv.sharding.derived import Read as ReadInput
-from dconv.sharding.dtypes import carrier
-from dconv.sharding.ops import MOVE, How
-from dconv.sharding.plan import Copy
+from dconv.sharding.boxes import HOW, Boxes
+from dconv.sharding.derived import Array, Derived, Recipe
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Logical
 
@@ -31,9 +28,6 @@ WEIGHTS: Final = 1 << 22
 BOXES: Final = 1024
 #: Rows and columns of a box: whole blocks of every format, in runs that are worth a read of their own.
 BOX: Final = (128, 512)
-_SCRATCH: Final = 1 << 20
-_PREFIX: Final = "looked at//"
-_HOW: Final = How("looked at", exact=False, bits=8, floats=True)
 
 
 @dataclass(frozen=True)
@@ -53,15 +47,6 @@ class Weight:
     inputs: tuple[Array, ...]
     recipe: Recipe
     block: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """The only input, cast."""
-
-    def __call__(self, box: Region, dtype: str, factor: float, read: ReadInput) -> NDArray[np.generic]:
-        del factor
-        return read(0, box, dtype)
 
 
 @dataclass
@@ -96,29 +81,24 @@ class Looking:
 
     logical: Logical
     read: Read = field(default_factory=Read)
-    how: How = _HOW
 
     def __post_init__(self) -> None:
-        self._derived: dict[str, Derived] = dict(self.logical.derived)
-        view = Logical(self.logical.root, {}, {}, self.logical.files, reader=self.logical.reader, derived=self._derived)
-        self._derived[_PREFIX] = Derived((), (), Plain(), _HOW)  # which box it is changes from read to read
-        self._reader = open_reader(view, _SCRATCH, apply, self.read.log)
+        self._boxes = Boxes(self.logical, apply, self.read.log)
 
     def close(self) -> None:
-        self._reader.close()
+        self._boxes.close()
 
     def values(self, weight: Weight, region: Region, dtype: str, recipe: Recipe | None = None) -> NDArray[Any]:
         """A box of a weight, or of what another recipe makes of its inputs."""
-        return self.made(Derived(weight.shape, weight.inputs, recipe or weight.recipe, _HOW), region, dtype)
+        return self.made(Derived(weight.shape, weight.inputs, recipe or weight.recipe, HOW), region, dtype)
 
     def made(self, derived: Derived, region: Region, dtype: str) -> NDArray[Any]:
         """A box of a derived tensor."""
-        self._derived[_PREFIX] = derived
-        out = np.empty(region.shape, carrier(dtype))
-        along = steps(derived.shape)
-        offset = sum(a * s for a, s in zip(region.start, along, strict=True))
-        self._reader.read_box(Copy(region, _PREFIX, offset, along, dtype, MOVE), out)
-        return out
+        return self._boxes.made(derived, region, dtype)
+
+    def number(self, array: Array, at: Index, dtype: str) -> Any:
+        """One element, in ``carrier(dtype)``."""
+        return self._boxes.array(array, Region(at, (1,) * len(at)), dtype).reshape(-1)[0]
 
 
 def draw(weights: Sequence[Weight], most: int | None = None) -> Sample:

@@ -1,21 +1,17 @@
-"""``inspect --explain``: its numbers, taken from the files' bytes once more by torch, ml_dtypes and transformers."""
+"""``inspect --explain``: what codes mean, taken from the files' bytes once more by torch and ml_dtypes."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import dconv
@@ -28,45 +24,10 @@ from dconv.pipeline import Request, convert
 from dconv.report import explain as explaining
 from dconv.report import sample
 from dconv.report.cost import Cost, Part
-from dconv.sharding.coords import Parallel
 from dconv.sharding.tensor import TensorSpec
 from tests.cli.conftest import Dconv
+from tests.cli.explained import BLOCK, E4M3, linear, plain, said, stored_in
 from tests.models import config_of
-from tests.quant.models import write_normal
-
-Weights = dict[str, NDArray[np.float64]]
-E4M3 = torch.float8_e4m3fn
-BLOCK = (32, 32)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The codes and scales of an FP8 checkpoint, as torch reads them."""
-
-    codes: dict[str, torch.Tensor]
-    scales: dict[str, torch.Tensor]
-    block: tuple[int, int]
-    divides: bool = False
-
-    def each(self, name: str) -> NDArray[np.float64]:
-        """What multiplies each code of a tensor."""
-        found, (rows, columns) = self.scales[name].double().numpy(), self.codes[name].shape
-        found = found if found.ndim == 2 else found.reshape(1, 1)
-        grid = found[np.ix_(np.arange(rows) // self.block[0], np.arange(columns) // self.block[1])]
-        return 1 / grid if self.divides else grid
-
-    def weights(self) -> Weights:
-        return {name: codes.double().numpy() * self.each(name) for name, codes in self.codes.items()}
-
-
-def plain(folder: Path, family: str = "minimax_m2", **sizes: Any) -> Path:
-    return write_normal(folder, by_name(family), **sizes)
-
-
-def stored_in(folder: Path, block: tuple[int, int] = BLOCK, divides: bool = False) -> Stored:
-    tensors = load_file(folder / "model.safetensors")
-    codes = {name: value for name, value in tensors.items() if value.dtype == E4M3}
-    return Stored(codes, {name: tensors[f"{name}_scale_inv"] for name in codes}, block, divides)
 
 
 def odd_codes(folder: Path) -> None:
@@ -89,10 +50,6 @@ def inverted(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= {"weight_scale_method": "block", "weight_scale_semantics": "inverse"}
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def said(path: Path, asked: str | bool = True) -> dict[str, Any]:
-    return json.loads(json.dumps(dconv.inspect(path, explain=asked).to_dict()))["explained"]
 
 
 @pytest.fixture
@@ -248,146 +205,6 @@ def test_bounds_hold_for_what_was_encoded(source: Path, coded: Path) -> None:
         wrong = sum(np.square(after[name] - before[name].double().numpy()).sum() for name in names)
         real = np.sqrt(wrong / sum(np.square(after[name]).sum() for name in names))
         assert real <= each["bound"] and real == pytest.approx(each["expected"], rel=0.15)
-
-
-# ------------------------------------------------------------------------------------------------ what encodings cost
-
-
-def by_transformers(x: NDArray[np.float64], block: tuple[int, int], scale_fmt: str | None = None) -> NDArray[Any]:
-    """There and back, with its own quantiser, on the tensor padded to whole blocks."""
-    from transformers.integrations.finegrained_fp8 import Fp8Quantize
-
-    hub: Any = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt))
-    padded = np.pad(x.astype(np.float32), [(0, -n % of) for n, of in zip(x.shape, block, strict=True)])
-    found = Fp8Quantize(hub).convert({"a.weight": torch.from_numpy(padded)})  # pyright: ignore[reportCallIssue]
-    scale = found["a.weight_scale_inv"].double().numpy()
-    grid = np.repeat(np.repeat(scale, block[0], 0), block[1], 1)
-    return (found["a.weight"].double().numpy() * grid)[: x.shape[0], : x.shape[1]]
-
-
-def by_mx(x: NDArray[np.float64], kind: Any, largest: float) -> NDArray[np.float64]:
-    """The specification's floor rule, block by block."""
-    found = np.zeros(x.shape)
-    for at in np.ndindex(x.shape[0], x.shape[1] // 32):
-        cut = (at[0], slice(32 * at[1], 32 * at[1] + 32))
-        most = np.abs(x[cut]).max()
-        if most:
-            unit = 2.0 ** (np.floor(np.log2(most)) - np.floor(np.log2(largest)))
-            found[cut] = np.clip(x[cut] / unit, -largest, largest).astype(kind).astype(np.float64) * unit
-    return found
-
-
-def by_nvfp4(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """compressed-tensors' formula, block by block, in fp32 as there."""
-    f32, found = np.float32, np.zeros(x.shape)
-    whole = f32(1) / f32(np.abs(x).max()) * f32(2688)
-    for at in np.ndindex(x.shape[0], x.shape[1] // 16):
-        cut = (at[0], slice(16 * at[1], 16 * at[1] + 16))
-        scale = f32((f32(np.abs(x[cut]).max()) / f32(6) * whole).astype(ml_dtypes.float8_e4m3fn)) or f32(0.125)
-        scaled = x[cut].astype(f32) / (scale / whole)
-        codes = np.clip(scaled, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
-        found[cut] = codes * np.float64(scale) / np.float64(whole)
-    return found
-
-
-ENCODERS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-    "fp8_block": lambda x: by_transformers(x, (128, 128)),
-    "fp8_block ue8m0": lambda x: by_transformers(x, (128, 128), "ue8m0"),
-    "fp8_tensor": lambda x: by_transformers(x, (x.shape[0], x.shape[1])),
-    "mxfp8": lambda x: by_mx(x, ml_dtypes.float8_e4m3fn, 448),
-    "mxfp6_e2m3": lambda x: by_mx(x, ml_dtypes.float6_e2m3fn, 7.5),
-    "mxfp6_e3m2": lambda x: by_mx(x, ml_dtypes.float6_e3m2fn, 28),
-    "mxfp4": lambda x: by_mx(x, ml_dtypes.float4_e2m1fn, 6),
-    "nvfp4": by_nvfp4,
-}
-
-
-def check_cost(found: dict[str, Any], before: Weights, after: Weights) -> None:
-    errors = {name: np.abs(after[name] - before[name]) for name in before}
-    relative = {n: np.sqrt(np.square(e).sum() / np.square(before[n]).sum()) for n, e in errors.items()}
-    whole = np.sqrt(sum(np.square(e).sum() for e in errors.values()) / sum(np.square(b).sum() for b in before.values()))
-    assert found["relative_error"] == pytest.approx(whole, rel=1e-5)
-    largest = max(errors, key=lambda name: errors[name].max())
-    assert found["largest_error"] == pytest.approx(errors[largest].max(), rel=1e-5)
-    assert found["where"] == largest
-    assert found["weights"] == sum(value.size for value in before.values())
-    assert found["zeroed"] == sum(int(((after[n] == 0) & (b != 0)).sum()) for n, b in before.items())
-    worst = sorted(relative, key=lambda name: -relative[name])[: len(found["worst"])]
-    assert [each["tensor"] for each in found["worst"]] == worst
-    assert [each["relative_error"] for each in found["worst"]] == pytest.approx([relative[n] for n in worst], rel=1e-5)
-    kinds = {place_of(name, value.shape).kind for name, value in before.items()}
-    assert set(found["classes"]) == kinds
-
-
-def linear(name: str) -> bool:
-    return "_proj" in name or ".experts." in name
-
-
-@pytest.mark.parametrize("state", ["plain", "coded"])
-def test_costs_are_what_others_codecs_lose(source: Path, coded: Path, state: str) -> None:
-    if state == "plain":
-        tensors = load_file(source / "model.safetensors")
-        before = {name: value.double().numpy() for name, value in tensors.items() if linear(name)}
-        found = said(source, "fp8")
-    else:
-        before, found = stored_in(coded).weights(), said(coded, "fp8")
-    assert found["sample"]["whole"] and found["sample"]["tensors"] == len(before) == found["tensors"]
-    costs = {cost["encoding"]: cost for cost in found["costs"]}
-    assert set(costs) - {"neuron / 2", "neuron / (448/240)"} == set(ENCODERS)
-    for name, encode in ENCODERS.items():
-        check_cost(costs[name], before, {tensor: encode(value) for tensor, value in before.items()})
-
-
-def test_neurons_costs_are_those_of_its_format(coded: Path) -> None:
-    """ml_dtypes' e4m3 as IEEE has it; codes are divided in fp64 and rounded once."""
-    there = stored_in(coded)
-    costs = {cost["encoding"]: cost for cost in said(coded)["costs"]}
-    for name, by in (("neuron / 2", 2.0), ("neuron / (448/240)", 448 / 240)):
-        after = {}
-        for tensor, codes in there.codes.items():
-            rounded = (codes.double().numpy() / by).astype(ml_dtypes.float8_e4m3).astype(np.float64)
-            after[tensor] = rounded * by * there.each(tensor)
-        check_cost(costs[name], there.weights(), after)
-    assert costs["neuron / 2"]["relative_error"] < 1e-3 < costs["neuron / (448/240)"]["relative_error"]
-
-
-def test_codes_that_are_kept_cost_nothing(tmp_path: Path, source: Path, coded: Path) -> None:
-    assert said(coded)["kept"] == ""
-    for options, kept in (({}, "fp8_block"), ({"scale_format": "ue8m0"}, "fp8_block ue8m0")):
-        convert(Request(source, "fp8", tmp_path / kept, **options))
-        found = said(tmp_path / kept)
-        assert found["kept"] == kept and kept not in {cost["encoding"] for cost in found["costs"]}
-        convert(Request(tmp_path / kept, "fp8", tmp_path / f"{kept} again", **options))
-        files = [(tmp_path / name / "model.safetensors").read_bytes() for name in (kept, f"{kept} again")]
-        assert files[0] == files[1]
-
-
-def test_the_example_of_a_plain_model(source: Path) -> None:
-    found = said(source, "fp8_block")["example"]
-    weights = load_file(source / "model.safetensors")[found["tensor"]].double().numpy()
-    at = tuple(found["index"])
-    back = by_transformers(weights, (128, 128))
-    row, column = (128 * i for i in found["block"])
-    assert found["weight"] == weights[at] and found["decoded"] == pytest.approx(back[at], rel=1e-6)
-    assert found["largest"] == np.abs(weights[row : row + 128, column : column + 128]).max()
-    assert found["scale"] == pytest.approx(found["largest"] / 448, rel=1e-6)
-    code = np.uint8(found["code"]).view(ml_dtypes.float8_e4m3fn)
-    assert found["value"] == float(code) and found["decoded"] == found["value"] * found["scale"]
-
-
-def test_any_container_gives_the_same(tmp_path: Path, source: Path) -> None:
-    convert(Request(source, "megatron", tmp_path / "megatron", parallel=Parallel(tp=2, pp=2, ep=2)))
-    first, second = said(source, "fp8"), said(tmp_path / "megatron", "fp8")
-    assert first.pop("sample")["weights"] == second.pop("sample")["weights"]
-    assert first == second
-
-
-def test_columns_that_are_no_whole_groups_are_left_out(tmp_path: Path) -> None:
-    costs = {
-        cost["encoding"]: cost for cost in said(plain(tmp_path / "a", "llama", intermediate_size=72), "mxfp4")["costs"]
-    }
-    for name, encoding in costs.items():
-        assert encoding["left_out"] == (4 if name.startswith(("mx", "nvfp4")) else 0), name
 
 
 # --------------------------------------------------------------------------------------------------- what is not known
