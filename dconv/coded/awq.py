@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from dconv.codec import awq, integer
 from dconv.coded.decoded import Decoded, array_of
-from dconv.coded.integers import Grid, Integers, Parts, add, chosen_by, modules_of, span, turned
+from dconv.coded.integers import Grid, Integers, Parts, add, chosen_by, modules_of, span
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -93,7 +93,7 @@ def _integers(found: Decoded, parts: Parts, grid: Grid) -> Integers:
         (rows, columns),
         grid,
         found.help(qweight, f"{parts.module}//codes", numbers(qweight, "codes", columns), "u8"),
-        turned(array_of(scales)),
+        array_of(scales).in_order((1, 0)),
         found.help(qzeros, f"{parts.module}//zeros", numbers(qzeros, "zeros", groups), "u8"),
         None,
     )

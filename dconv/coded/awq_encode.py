@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dconv.codec import awq
 from dconv.coded.awq import BITS, METHOD, PER_WORD, Numbers
 from dconv.coded.encode import Coded
-from dconv.coded.integers import Integers, turned
+from dconv.coded.integers import Integers
 from dconv.coded.places import place_of
 from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import group_names
@@ -60,7 +60,7 @@ class AWQ:
                 made.parts.append((words, stored.pieces))
             else:
                 made.make(words, Derived(words.shape, (found,), Pack(), How(EXACT, True, 32)))
-        scales = turned(numbers.scales)
+        scales = numbers.scales.in_order((1, 0))
         made.parts.append((TensorSpec(f"{module}.scales", scales.shape, scales.dtype), scales.pieces))
         made.grid = grid
         return made

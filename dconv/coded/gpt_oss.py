@@ -9,7 +9,7 @@ up. Source: ``convert_moe_packed_tensors`` in transformers' ``integrations/mxfp4
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from dconv.codec.minifloat import E2M1
@@ -20,8 +20,7 @@ from dconv.coded.encode import Coded
 from dconv.coded.pairs import pairs_of
 from dconv.errors import Damaged
 from dconv.sharding.derived import Array
-from dconv.sharding.region import Index, Region
-from dconv.sharding.tensor import Logical, Piece, TensorSpec
+from dconv.sharding.tensor import Logical, TensorSpec
 
 METHOD: Final = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -74,8 +73,7 @@ class GptOss:
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
         """See `dconv.coded.encode.Scheme`: [experts, in, out], or [experts, in, ffn, 2]."""
-        order = (0, *range(2, len(spec.shape)), 1)
-        rows = _in_order(dense, order)
+        rows = dense.in_order((0, *range(2, len(spec.shape)), 1))
         shape = (spec.shape[0], spec.file_shape[2], spec.shape[1])
         codes, scales = mx.encoded(rows, shape, E2M1, self.rule, blocked=True, pairs=len(spec.shape) == 4)
         blocks = TensorSpec(spec.name + _BLOCKS, codes.shape, "u8")
@@ -91,17 +89,3 @@ class GptOss:
         """See `dconv.coded.encode.Scheme`."""
         del plain, coded
         return {"modules_to_not_convert": list(_PLAIN), "quant_method": METHOD}
-
-
-def _in_order(array: Array, order: Index) -> Array:
-    """An array with its axes in another order: what lies in files is the same."""
-
-    def turned(sizes: Index) -> Index:
-        return tuple(sizes[axis] for axis in order)
-
-    def turn(piece: Piece) -> Piece:
-        region = Region(turned(piece.region.start), turned(piece.region.shape))
-        return replace(piece, region=region, strides=turned(piece.strides))
-
-    twins = tuple(map(turn, array.twins))
-    return replace(array, shape=turned(array.shape), pieces=tuple(map(turn, array.pieces)), twins=twins)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from dconv.codec import bitpack, gptq, integer
 from dconv.coded.decoded import Decoded, array_of
 from dconv.coded.gptq_config import Config, config_of
-from dconv.coded.integers import Grid, Integers, Listed, Parts, add, modules_of, span, turned
+from dconv.coded.integers import Grid, Integers, Listed, Parts, add, modules_of, span
 from dconv.errors import Damaged, DconvError
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
@@ -72,7 +72,7 @@ def _integers(found: Decoded, parts: Parts, grid: Grid, known: Config) -> Intege
         (rows, columns),
         grid,
         found.help(qweight, f"{name}//codes", codes, "u8"),
-        turned(array_of(scales)),
+        array_of(scales).in_order((1, 0)),
         found.help(qzeros, f"{name}//zeros", zeros, "u8"),
         order,
     )

@@ -15,7 +15,7 @@ from dconv import __version__
 from dconv.codec import gptq, integer
 from dconv.coded.encode import Coded
 from dconv.coded.gptq import Codes
-from dconv.coded.integers import Grid, Integers, around, turned
+from dconv.coded.integers import Grid, Integers, around
 from dconv.coded.places import place_of
 from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import Refused
@@ -81,7 +81,7 @@ class GPTQ:
         zeros = TensorSpec(f"{module}.qzeros", (groups, rows * bits // 32), "i32")
         recipe = PackZeros(bits, self.version)
         made.make(zeros, Derived(zeros.shape, (zeros_of(made, name, numbers),), recipe, How(EXACT, True, 32)))
-        scales = turned(numbers.scales)
+        scales = numbers.scales.in_order((1, 0))
         made.parts.append((TensorSpec(f"{module}.scales", scales.shape, scales.dtype), scales.pieces))
         order = TensorSpec(f"{module}.g_idx", (columns,), "i32")
         if numbers.order is not None:

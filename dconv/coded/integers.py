@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -263,15 +263,6 @@ def chosen_by(said: Mapping[str, object]) -> tuple[str, ...]:
     named = meta.get("quantizer") if isinstance(meta, Mapping) else None
     programs = named if isinstance(named, list) else [named]
     return tuple(text for text in programs if isinstance(text, str) and re.fullmatch(r"[\w.+-]+:[\w.+-]+", text))[:8]
-
-
-def turned(array: Array) -> Array:
-    """A matrix with its axes exchanged: [groups, out] and [out, groups]."""
-    pieces = (
-        replace(piece, region=Region(piece.region.start[::-1], piece.region.shape[::-1]), strides=piece.strides[::-1])
-        for piece in array.pieces
-    )
-    return Array(array.shape[::-1], array.dtype, tuple(pieces))
 
 
 def span(start: int, count: int, whole: int, bits: int, layout: bitpack.Layout = "stream") -> tuple[int, int, int, int]:

@@ -79,20 +79,19 @@ def _many(count: int, noun: str) -> str:
 
 def faults_of(facts: Facts) -> tuple[Fault, ...]:
     """All contradictions, those that ruin values first."""
-    return (*_values(facts), *_blocks(facts), *_claims(facts))
+    return (*values(facts.unscaled, facts.idle, facts.bad), *_blocks(facts), *_claims(facts))
 
 
-def _values(facts: Facts) -> Iterator[Fault]:
-    if facts.unscaled:
-        yield Fault(
-            "unscaled", f"{_many(len(facts.unscaled), 'FP8 weight')} without scales", tuple(facts.unscaled), _CODES
-        )
-    if facts.idle:
-        what = f"{_many(len(facts.idle), 'scale tensor')} without an FP8 weight"
-        yield Fault("idle", what, tuple(facts.idle), "a reader takes the weights for plain numbers, or stops")
-    if facts.bad:
-        what = f"{_many(len(facts.bad), 'scale tensor')} with values that are infinite, no number or below 0"
-        yield Fault("values", what, tuple(facts.bad), "the weights become NaN or change their sign")
+def values(unscaled: Sequence[str], idle: Sequence[str], bad: Sequence[str]) -> Iterator[Fault]:
+    """What ruins values, whatever the scheme (see `Facts`)."""
+    if unscaled:
+        yield Fault("unscaled", f"{_many(len(unscaled), 'FP8 weight')} without scales", tuple(unscaled), _CODES)
+    if idle:
+        what = f"{_many(len(idle), 'scale tensor')} without an FP8 weight"
+        yield Fault("idle", what, tuple(idle), "a reader takes the weights for plain numbers, or stops")
+    if bad:
+        what = f"{_many(len(bad), 'scale tensor')} with values that are infinite, no number or below 0"
+        yield Fault("values", what, tuple(bad), "the weights become NaN or change their sign")
 
 
 def _blocks(facts: Facts) -> Iterator[Fault]:

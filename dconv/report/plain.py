@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dconv.coded.encode import linears, stacked
@@ -12,8 +12,7 @@ from dconv.describe import Described
 from dconv.report.sample import Weight
 from dconv.sharding.boxes import Plain
 from dconv.sharding.derived import Array, Read
-from dconv.sharding.region import Index, Region
-from dconv.sharding.tensor import Piece
+from dconv.sharding.region import Region
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +36,7 @@ def weights_of(model: Described) -> Iterator[Weight]:
             yield Weight(name, kind, spec.shape, (array,), Plain())
             continue
         # [experts, in, out], or [experts, in, ffn, 2]: of each expert rows of in
-        rows = _turned(array, (0, *range(2, len(spec.shape)), 1))
+        rows = array.in_order((0, *range(2, len(spec.shape)), 1))
         paired = len(spec.shape) == 4
         shape = (spec.shape[0], spec.file_shape[2], spec.shape[1])
         yield Weight(name, kind, shape, (rows,), Paired() if paired else Plain())
@@ -54,16 +53,3 @@ class Paired:
         pairs = read(0, Region((*lead, first, 0, left), (*count, last - first, 2, columns)), dtype)
         found = pairs.reshape(*count, 2 * (last - first), columns)
         return found[..., top - 2 * first : top - 2 * first + rows, :]
-
-
-def _turned(array: Array, order: Index) -> Array:
-    """An array with its axes in another order."""
-
-    def turned(sizes: Index) -> Index:
-        return tuple(sizes[axis] for axis in order)
-
-    def turn(piece: Piece) -> Piece:
-        region = Region(turned(piece.region.start), turned(piece.region.shape))
-        return replace(piece, region=region, strides=turned(piece.strides))
-
-    return Array(turned(array.shape), array.dtype, tuple(map(turn, array.pieces)))

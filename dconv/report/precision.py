@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from dconv.checkpoint.source import Source
-from dconv.coded.fp8 import FP8
+from dconv.coded import compressed_config, modelopt_config, quark
+from dconv.coded.fp8 import FP8, SUFFIX
 from dconv.coded.listing import Listing, listing_of, right_list
 from dconv.coded.places import Place, place_of
 from dconv.errors import group_names
 from dconv.report import statistics
 from dconv.report.blocks import Blocks, blocks_of
-from dconv.report.faults import Facts, Fault, faults_of
+from dconv.report.faults import Facts, Fault, faults_of, values
 from dconv.report.statistics import Statistics
 from dconv.sharding.tensor import Logical, Stored, TensorSpec
 
 #: Ends the name of a code in a scheme's words: ``int4 code x the scale of its 128 columns``.
 _CODE: Final = re.compile(r" codes?\b")
-_SCALE: Final = "_scale_inv"
+#: ``quant_method`` of those whose scale of ``X.weight`` is ``X.weight_scale``.
+_OTHERS: Final = (compressed_config.METHOD, *modelopt_config.METHODS, quark.METHOD)
 SCALED: Final = " with scales"
 UNSCALED: Final = " without scales"
 
@@ -89,8 +91,8 @@ class Precision:
 
     Attributes:
         method: ``quant_method`` of config.json; "" where it has none.
-        with_scales: stored modules with FP8 weights and their scales; ``without_scales``, linear modules without.
-        blocks, listing, right: None where nothing is in FP8, nor said to be.
+        with_scales: stored modules with FP8 weights and their scales; ``without_scales``, linear modules without codes.
+        blocks, listing, right: None where nothing is in FP8, nor said to be, and in schemes that say neither so.
         scales: over the whole model.
     """
 
@@ -142,20 +144,49 @@ def precision_of(
     if not specs:
         return None
     specs = specs | {name: source.tensors[name].spec for name in source.coded if name in source.tensors}
-    pairs = {name: source.tensors[name + _SCALE] for name in specs if name + _SCALE in source.tensors}
-    idle = [n for n in source.tensors if n.endswith(_SCALE) and _dtype(specs, n.removesuffix(_SCALE)) != FP8]
-    weights = {name: spec for name, spec in specs.items() if not (name.endswith(_SCALE) and name in source.tensors)}
-    places = {name: place_of(name, spec.file_shape) for name, spec in weights.items()}
-    made = {name: _CODE.split(words)[0] for name, words in source.coded.items() if name not in source.tensors}
-    cells = _cells(weights, places, pairs, made)
-    counted, bad = _counted(source, weights, places, pairs, cells)
     said = (config or {}).get("quantization_config")
     said = said if isinstance(said, Mapping) else {}
     method = str(said.get("quant_method", ""))[:80]
+    scale, end = ("_scale", ".weight_scale") if method in _OTHERS else (SUFFIX, SUFFIX)
+    scales = {name: name.removesuffix(scale) for name in source.tensors if name.endswith(end)}
+    weights = {name: spec for name, spec in specs.items() if name not in scales}
+    pairs = {name: source.tensors[scale] for scale, name in scales.items() if name in weights}
+    places = {name: place_of(name, spec.file_shape) for name, spec in weights.items()}
+    made = {name: _CODE.split(words)[0] for name, words in source.coded.items() if name not in source.tensors}
+    cells = _cells(weights, places, pairs, made)
+    counted, bad = _counted(source, weights, places, scales, pairs, cells)
     plain = Precision(tuple(cells.values()), _classes(cells.values()), method, scales=counted)
-    if method != "fp8" and not idle and not any(spec.dtype == FP8 for spec in weights.values()):
+    fp8 = [name for name, spec in weights.items() if spec.dtype == FP8]
+    if method in _OTHERS:
+        idle = [n for n, of in scales.items() if not {of, f"{of}_packed"} & source.tensors.keys()]
+        return _with_scales(plain, fp8, places, pairs, idle, bad, weights.keys() - source.coded.keys())
+    idle = [n for n, of in scales.items() if of not in specs or specs[of].dtype != FP8]
+    if method != "fp8" and not idle and not fp8:
         return plain
     return _with_claims(plain, config, said, weights, places, pairs, idle, bad, head)
+
+
+def _with_scales(
+    plain: Precision,
+    fp8: list[str],
+    places: Mapping[str, Place],
+    pairs: Mapping[str, Stored],
+    idle: list[str],
+    bad: list[str],
+    rest: Collection[str],
+) -> Precision:
+    """The report where each weight has its scale, and the config is held against all of them as they are decoded.
+
+    Args:
+        rest: weights that are in no codes.
+    """
+    linear = [place.module for name, place in places.items() if name in rest and place.role in ("linear", "head")]
+    return replace(
+        plain,
+        with_scales=tuple(places[name].module for name in fp8 if name in pairs),
+        without_scales=tuple(linear) if fp8 else (),
+        faults=tuple(values([name for name in fp8 if name not in pairs], idle, bad)),
+    )
 
 
 def _with_claims(
@@ -209,10 +240,6 @@ def _with_claims(
     )
 
 
-def _dtype(specs: Mapping[str, TensorSpec], name: str) -> str:
-    return specs[name].dtype if name in specs else ""
-
-
 def _cells(
     weights: Mapping[str, TensorSpec],
     places: Mapping[str, Place],
@@ -237,20 +264,21 @@ def _counted(
     source: Source,
     weights: Mapping[str, TensorSpec],
     places: Mapping[str, Place],
+    scales: Mapping[str, str],
     pairs: Mapping[str, Stored],
     cells: Mapping[tuple[str, int, str], Cell],
 ) -> tuple[Statistics | None, list[str]]:
-    """Statistics of all scales, put into the cells as well, and the tensors with values that no scale has."""
+    """Statistics of all ``scales`` (each with its weight), put into the cells as well, and those no scale can be."""
     wanted = {
-        name + _SCALE: stored
-        for name, stored in pairs.items()
-        if weights[name].dtype == FP8 and stored.spec.dtype in statistics.READABLE
+        scale: pairs[name]
+        for scale, name in scales.items()
+        if name in pairs and weights[name].dtype == FP8 and pairs[name].spec.dtype in statistics.READABLE
     }
     if not wanted:
         return None, []
     total, bad = Statistics(), []
     for name, found in statistics.read(source, wanted):
-        place = places[name.removesuffix(_SCALE)]
+        place = places[scales[name]]
         cell = cells[place.stack, place.layer, place.kind]
         cell.scales = cell.scales or Statistics()
         cell.scales.add(found)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dconv.codec import awq as nibbles
 from dconv.codec import bitpack
-from dconv.coded import awq, compressed_bytes, gptq, integers
+from dconv.coded import awq, compressed_bytes, compressed_packed, gptq, integers
 from dconv.report.sample import Looking
 from dconv.sharding.derived import Array, Derived
 from dconv.sharding.region import Index, Region
@@ -150,8 +150,6 @@ def parts_of(derived: Derived, made: Mapping[str, Derived]) -> Parts | None:
     match derived.recipe:
         case integers.Product() as recipe:
             return _product(recipe, derived, made)
-        case compressed_bytes.Packed() as recipe:
-            return _packed(recipe, derived)
         case compressed_bytes.Int8() as recipe:
             return _bytes(recipe, derived)
         case _:
@@ -237,10 +235,11 @@ def _counted(bits: int, layout: bitpack.Layout) -> str:
 
 
 def _product(recipe: integers.Product, derived: Derived, made: Mapping[str, Derived]) -> Parts | None:
-    codes, scales, zeros, *order = derived.inputs
-    packed, points = (made[array.pieces[0].file] for array in (codes, zeros))
-    match packed.recipe, points.recipe:
-        case gptq.Codes(bits=bits, layout=layout), gptq.Zeros(version=version):
+    codes, scales, *more = derived.inputs
+    packed = made[codes.pieces[0].file]
+    zeros = made[more.pop(0).pieces[0].file] if recipe.zero is None else None
+    match packed.recipe, zeros and zeros.recipe:
+        case gptq.Codes(bits=bits, layout=layout), gptq.Zeros(version=version) if zeros:
             less = version == "v1"
             counted = _counted(bits, layout)
             of = Numbers(
@@ -249,63 +248,59 @@ def _product(recipe: integers.Product, derived: Derived, made: Mapping[str, Deri
                 _along(bits, layout, first=True, packed=1),
             )
             points = Numbers(
-                points.inputs[0],
+                zeros.inputs[0],
                 f"zero points of {bits} bits, {counted} along the outputs{', each stored less one' * less}",
                 _along(bits, layout, first=False, packed=0),
                 added=int(less),
             )
             told = _LESS_ONE if less else _AS_IT_IS
-        case awq.Numbers(), awq.Numbers():
+        case awq.Numbers(), awq.Numbers() if zeros:
             bits = awq.BITS
             counted = f"of {bits} bits, {awq.PER_WORD} in a word along the outputs"
             of = Numbers(packed.inputs[0], f"codes {counted}", _interleaved)
-            points = Numbers(points.inputs[0], f"zero points {counted}", _interleaved)
+            points = Numbers(zeros.inputs[0], f"zero points {counted}", _interleaved)
             told = _GEMM
+        case compressed_packed.Codes(bits=bits, layout=layout), None | compressed_packed.Zeros():
+            of, points, told = _signed(bits, layout, packed.inputs[0], zeros and zeros.inputs[0])
         case _:
             return None
+    every = made.get(scales.pieces[0].file)
+    turned = isinstance(packed.recipe, gptq.Codes | awq.Numbers)
     return Parts(
         bits=bits,
         codes=of,
         zeros=points,
-        scales=integers.turned(scales),
-        scale=lambda row, group: (group, row),
+        scales=every.inputs[0] if every else scales.in_order((1, 0)) if turned else scales,
+        scale=lambda row, group: (0, 0) if every else (group, row) if turned else (row, group),
         size=recipe.grid.size(recipe.columns),
-        order=made[order[0].pieces[0].file].inputs[0] if order else None,
-        sentences=(_PRODUCT, told, _CHOSEN),
+        order=made[more[0].pieces[0].file].inputs[0] if recipe.listed else None,
+        sentences=(_PRODUCT if points else _SCALED, told, _CHOSEN),
     )
+
+
+def _signed(
+    bits: int, layout: bitpack.Layout, codes: Array, zeros: Array | None
+) -> tuple[Numbers, Numbers | None, str]:
+    """Codes and zero points of pack-quantized, and what is to be said of them."""
+    counted, middle = _counted(bits, layout), 1 << (bits - 1)
+    of = Numbers(
+        codes,
+        f"codes of {bits} bits, {counted} along the inputs",
+        _along(bits, layout, first=False, packed=1),
+        added=-middle,
+    )
+    points = Numbers(
+        zeros,
+        f"zero points of {bits} bits, {counted} along the outputs",
+        _along(bits, layout, first=True, packed=0),
+        added=-middle,
+    ) if zeros else None  # fmt: skip
+    raised = f"A code is signed, {-middle} to {middle - 1}, and stored raised by {middle}"
+    return of, points, raised + ("; so is a zero point." if zeros else ".")
 
 
 def _interleaved(row: int, column: int) -> tuple[Index, int]:
     return (column, row // awq.PER_WORD), awq.BITS * nibbles.ORDER.index(row % awq.PER_WORD)
-
-
-def _packed(recipe: compressed_bytes.Packed, derived: Derived) -> Parts:
-    codes, scales, *others = derived.inputs
-    bits, middle = recipe.bits, 1 << (recipe.bits - 1)
-    counted = _counted(bits, recipe.layout)
-    raised = f"A code is signed, {-middle} to {middle - 1}, and stored raised by {middle}"
-    raised += "; so is a zero point." if recipe.zeros else "."
-    zeros = Numbers(
-        others[0],
-        f"zero points of {bits} bits, {counted} along the outputs",
-        _along(bits, recipe.layout, first=True, packed=0),
-        added=-middle,
-    ) if recipe.zeros else None  # fmt: skip
-    return Parts(
-        bits=bits,
-        codes=Numbers(
-            codes,
-            f"codes of {bits} bits, {counted} along the inputs",
-            _along(bits, recipe.layout, first=False, packed=1),
-            added=-middle,
-        ),
-        zeros=zeros,
-        scales=scales,
-        scale=lambda row, group: (row // recipe.block[0], group),
-        size=recipe.block[1],
-        order=others[-1] if recipe.ordered else None,
-        sentences=(_PRODUCT if recipe.zeros else _SCALED, raised, _CHOSEN),
-    )
 
 
 def _bytes(recipe: compressed_bytes.Int8, derived: Derived) -> Parts:

@@ -22,30 +22,35 @@ _NOT: Final = "not in fp8"
 def rows(report: Precision, *, full: bool = True) -> list[tuple[str, str]]:
     """Labels and values; ``full`` has the classes and what is wrong, too, which a page shows by themselves."""
     said = [("precision", "\n".join(_classes(report.classes)))] if full else []
-    if report.blocks is None:
-        if report.method:
-            said.append(("quantised", f"{report.method}, as config.json says"))
-        return said
-    agree = "and the shapes of all scales agree" if not report.blocks.disagree else "and shapes of scales disagree"
-    agree = agree if report.with_scales else "and there are no scales"
-    counts = f"{len(report.with_scales):,} linear modules with scales, {len(report.without_scales):,} without"
-    said.append(("fp8", counts))
-    said.append(("blocks", f"{report.blocks.words} ({report.blocks.said_by}), {agree}"))
+    if report.blocks is None and report.method:
+        said.append(("quantised", f"{report.method}, as config.json says"))
+    if report.blocks or report.with_scales:
+        counts = f"{len(report.with_scales):,} linear modules with scales, {len(report.without_scales):,} without"
+        said.append(("fp8", counts))
+    if report.blocks:
+        agree = "and the shapes of all scales agree" if not report.blocks.disagree else "and shapes of scales disagree"
+        agree = agree if report.with_scales else "and there are no scales"
+        said.append(("blocks", f"{report.blocks.words} ({report.blocks.said_by}), {agree}"))
     if report.scales:
         said.append(("scales", scale_words(report.scales)))
-    listed = report.listing.entries if report.listing else None
-    if report.listing and listed is not None:
-        texts = group_names((entry.text[:200] for entry in listed), _LISTED).split("\n") if listed else ["nothing"]
-        said.append((_NOT, f"{report.listing.key} lists {', '.join(texts)}"))
-    else:
-        said.append((_NOT, "no list: the output layer by default"))
-    right = group_names(report.right, _LISTED).split("\n")
-    said.append(("", f"right would be {', '.join(right)}" if report.right else "none need be listed"))
+    if report.blocks:
+        said += _listed(report)
     for fault in report.faults if full else ():
         lines = [fault.what, *(f"  {line}" for line in fault.where.split("\n") if line)]
         lines += [f"  leads to: {fault.leads_to}"] * bool(fault.leads_to) + [f"  do: {fault.do}"] * bool(fault.do)
         said.append(("wrong", "\n".join(lines)))
     return said
+
+
+def _listed(report: Precision) -> Iterable[tuple[str, str]]:
+    listed = report.listing.entries if report.listing else None
+    if report.listing and listed is not None:
+        texts = group_names((entry.text[:200] for entry in listed), _LISTED).split("\n") if listed else ["nothing"]
+        yield _NOT, f"{report.listing.key} lists {', '.join(texts)}"
+    else:
+        yield _NOT, "no list: the output layer by default"
+    right = group_names(report.right, _LISTED).split("\n")
+    yield "", f"right would be {', '.join(right)}" if report.right else "none need be listed"
 
 
 def scale_words(scales: Statistics) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, Protocol
 
@@ -50,6 +50,19 @@ class Array:
     dtype: str
     pieces: tuple[Piece, ...]
     twins: tuple[Piece, ...] = ()
+
+    def in_order(self, axes: Index) -> Array:
+        """With its axes in another order, for each the one that it was: what lies in files is the same."""
+
+        def turned(sizes: Index) -> Index:
+            return tuple(sizes[axis] for axis in axes)
+
+        def turn(piece: Piece) -> Piece:
+            region = Region(turned(piece.region.start), turned(piece.region.shape))
+            return replace(piece, region=region, strides=turned(piece.strides))
+
+        pieces, twins = (tuple(map(turn, each)) for each in (self.pieces, self.twins))
+        return Array(turned(self.shape), self.dtype, pieces, twins)
 
 
 @dataclass(frozen=True, slots=True)

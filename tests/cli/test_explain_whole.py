@@ -13,7 +13,7 @@ import dconv
 from tests.cli.conftest import Dconv
 from tests.cli.explained import said
 from tests.quant import compressed
-from tests.quant.whole import Model, draw, tensors_of, write_awq, write_gptq
+from tests.quant.whole import Model, draw, tensors_of, write_awq, write_gptq, write_packed
 
 LESS_ONE, AS_IT_IS = "stored less one, zero = stored + 1", "stored as it is: GPTQ's second format"
 
@@ -67,6 +67,7 @@ INT = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
 PACKED: dict[str, dict[str, Any]] = {
     "pack": INT,
     "pack with zeros": {**INT, "symmetric": False},
+    "pack, one scale": {"type": "int", "num_bits": 4, "strategy": "tensor"},
     "int8": {"type": "int", "num_bits": 8, "strategy": "channel"},
     "int8 with zeros": {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": False},
 }
@@ -96,6 +97,22 @@ def test_signed_codes(tmp_path: Path, form: str) -> None:
     text = dconv.inspect(folder, explain=True).text()
     assert ("raised by 8" in text) == bool(half)
     assert all(len(line) <= 80 for line in text.splitlines()), text
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_packed_words_of_a_known_model(tmp_path: Path, ordered: bool) -> None:
+    """Groups by ``weight_g_idx`` as well; scales lie as rows and groups, of which the place is told."""
+    pack = make(4, ordered=ordered)
+    model = write_packed(tmp_path / "model", g_idx=ordered, make=pack, config={"actorder": "group"} if ordered else {})
+    stored, found = tensors_of(model.folder), said(model.folder)["example"]
+    layer = model.layers[found["tensor"].removesuffix(".weight")]
+    row, column = found["index"]
+    group = int(layer.groups[column])
+    assert found["group"] == group and tuple(found["scale_at"]) == (row, group)
+    assert found["listed"].endswith("weight_g_idx") == ordered
+    assert found["scale"] == float(stored[found["scale_tensor"]][row, group])
+    assert found["code"]["stored"] == layer.codes[row, column] and found["zero"]["stored"] == layer.zeros[row, group]
+    assert found["weight"] == layer.weight[row, column]
 
 
 def test_on_a_terminal(dconv: Dconv, tmp_path: Path) -> None:
