@@ -42,7 +42,7 @@ class Stored:
 
 
 def plain(folder: Path, family: str = "minimax_m2", **sizes: Any) -> Path:
-    return write_normal(folder, by_name(family), **sizes)
+    return write_normal(folder, by_name(family), **{"num_hidden_layers": 2, **sizes})
 
 
 def stored_in(folder: Path, block: tuple[int, int] = BLOCK, divides: bool = False) -> Stored:

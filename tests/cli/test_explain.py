@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,15 @@ def inverted(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return plain(tmp_path / "source")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain(tmp_path_factory.mktemp("plain") / "source")
 
 
-@pytest.fixture
-def coded(tmp_path: Path, source: Path) -> Path:
-    convert(Request(source, "fp8", tmp_path / "fp8", block_size=BLOCK))
-    return tmp_path / "fp8"
+@pytest.fixture(scope="module")
+def coded(source: Path) -> Path:
+    convert(Request(source, "fp8", source.with_name("fp8"), block_size=BLOCK))
+    return source.with_name("fp8")
 
 
 # ---------------------------------------------------------------------------------------------------- what codes mean
@@ -94,7 +95,7 @@ def test_the_example_is_what_the_files_hold(tmp_path: Path, source: Path, kind: 
     assert (found["step"], found["holds"]) == pytest.approx((step * by, 448 * by), rel=1e-15)
 
 
-def test_what_is_stored_is_told_by_its_own_names(coded: Path) -> None:
+def test_what_is_stored_is_told_by_its_own_names(tmp_path: Path, coded: Path) -> None:
     found = said(coded)
     (scheme,) = found["schemes"]
     there = stored_in(coded)
@@ -104,8 +105,8 @@ def test_what_is_stored_is_told_by_its_own_names(coded: Path) -> None:
     assert (scales["tensor"], scheme["tensors"]) == (f"{codes['tensor']}_scale_inv", len(there.codes))
     assert scales["shape"] == list(there.scales[codes["tensor"]].shape)
     assert "multiplies" in scheme["sentences"][0] and "GPTQModel" in scheme["sentences"][0]
-    inverted(coded)
-    assert "divides" in said(coded)["schemes"][0]["sentences"][0]
+    inverted(shutil.copytree(coded, tmp_path / "fp8"))
+    assert "divides" in said(tmp_path / "fp8")["schemes"][0]["sentences"][0]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,9 @@ def test_neurons_codes_end_at_240(tmp_path: Path, coded: Path) -> None:
     assert rows and all(each["shares"]["largest"] > 0 and "8" not in each["exponents"] for each in rows)
 
 
-def test_codes_are_counted(coded: Path) -> None:
+def test_codes_are_counted(tmp_path: Path, coded: Path) -> None:
     """Shares and bounds of each class, from a table of e4m3 that ml_dtypes makes."""
+    coded = shutil.copytree(coded, tmp_path / "fp8")
     odd_codes(coded)
     there = stored_in(coded)
     worth = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
@@ -240,10 +242,10 @@ def test_a_model_that_no_scheme_stores_is_refused(tmp_path: Path) -> None:
 
 
 def sparse_fp8(folder: Path) -> int:
-    """A MiniMax-M2 of its real widths whose file is one hole, and the bytes of its scales."""
+    """Two layers of a MiniMax-M2 twice as wide as released, whose file is one hole, and the bytes of its scales."""
     family = by_name("minimax_m2")
-    sizes = {"hidden_size": 3072, "intermediate_size": 1536, "num_local_experts": 64, "head_dim": 128}
-    config = config_of(family, **sizes, num_attention_heads=48, num_key_value_heads=8)
+    sizes = {"hidden_size": 6144, "intermediate_size": 3072, "num_local_experts": 32, "head_dim": 128}
+    config = config_of(family, **sizes, num_hidden_layers=2, num_attention_heads=48, num_key_value_heads=8)
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     specs: list[TensorSpec] = []
     for name, spec in expected_specs(family, family.facts(config)).items():
