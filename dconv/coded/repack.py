@@ -144,6 +144,10 @@ def _met(numbers: Mapping[str, Integers], logical: Logical, asks: frozenset[Valu
     uneven: set[Grid] = set()
     with closing(open_reader(logical, _AT_ONCE, apply)) as reader:
         for name, one in numbers.items():
+            if any(piece.file in logical.held for piece in one.codes.pieces):  # chosen on the way, as the format asks
+                if isinstance(one.zeros, Array):
+                    uneven.add(one.grid)
+                continue
             if "order" in asks and one.order and _in_order(reader, one.order, one):
                 found[name] = one = replace(one, order=None)
             if "least" in asks and isinstance(one.zeros, Array):

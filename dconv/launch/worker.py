@@ -286,6 +286,8 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     launched = time.time()
     stop = Stop()  # before there are children, that a signal to this process must not leave behind
     code = 1
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where calibrating ranks meet
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "dconv.launch", *argv],
@@ -300,6 +302,14 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     failed = [c for c in (code, *codes) if c]
     preempted = Preempted.exit_code
     return next((c for c in failed if c != preempted), failed[0] if failed else 0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def _finish(child: Popen[bytes], *, stop: bool) -> int:
