@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.arch.layouts import size
@@ -18,6 +18,7 @@ from dconv.quant.held import Held, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
 from dconv.quant.parse import quantization_of
 from dconv.quant.recipes import recipe_of
+from dconv.quant.report import files_of
 from dconv.quant.settings import Gptq, Method
 from dconv.request import CALIBRATED, Request
 from dconv.sharding.derived import Array, open_reader
@@ -41,6 +42,7 @@ class Calibrating:
         source: the model as it is, whose layers are run.
         recipes: of the weights to be quantised, by name.
         record: of settings and samples, for the receipt.
+        lines: of the report; they come while it runs.
     """
 
     source: Described
@@ -48,6 +50,11 @@ class Calibrating:
     samples: Samples
     recipes: Mapping[str, Recipe]
     record: Mapping[str, Any]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def closing(self, files: Callable[[], Iterable[tuple[str, bytes]]]) -> Callable[[], Iterable[tuple[str, bytes]]]:
+        """The small files of an output, with the report among them."""
+        return lambda: (*files(), *files_of(self.lines, self.record))
 
 
 def is_asked_for(request: Request, model: Described) -> bool:
@@ -187,7 +194,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
             stop=settings.stop or threading.Event(),
         )
         try:
-            run.run()
+            job.lines[:] = run.run()
         finally:
             net.close()
         ranks.wait()

@@ -20,6 +20,7 @@ from dconv.launch.options import to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
+from dconv.quant.report import summary
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
@@ -256,6 +257,8 @@ def _summary(
     if args.quiet:
         return
     exact = "bit-exact" if not numeric else f"{numeric} tensors rounded once, the rest bit-exact"
+    if job.calibrating:
+        exact = summary(job.calibrating.lines)
     lines = [
         f"wrote {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s ({plan.bytes_written / 1e9 / seconds:.2f} GB/s) "
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
