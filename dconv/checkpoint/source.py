@@ -13,7 +13,7 @@ import xxhash
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint.files import read_small
+from dconv.checkpoint.files import Made, read_small
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.coords import Parallel
 from dconv.sharding.derived import Derived, real_files
@@ -28,6 +28,10 @@ SIDE_FILES: Final = (
     "vocab.*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template*", "preprocessor_config.json",
     "processor_config.json", "LICENSE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+
+
+#: Side files by name.
+Side = Mapping[str, Path | Made]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Source:
     root: Path
     config: dict[str, object] | None
     args: dict[str, object] | None
-    side: dict[str, Path]
+    side: Side
     files: dict[str, FileStamp]
     parallel: Parallel | None
     locate: Callable[[Family, Facts], Located]
@@ -171,7 +175,7 @@ def side_files(folder: Path) -> dict[str, Path]:
     }
 
 
-def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) -> Iterable[tuple[str, bytes]]:
+def side_bytes(config: Mapping[str, object] | None, side: Side) -> Iterable[tuple[str, bytes]]:
     """config.json and the side files, as (name, bytes).
 
     Raises:
@@ -182,10 +186,11 @@ def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) ->
         yield "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     for name, path in side.items():
         if name != "config.json" or config is None:
-            yield name, read_small(path, what="a file that travels along")
+            made = isinstance(path, Made)
+            yield name, path.make() if made else read_small(path, what="a file that travels along")
 
 
-def seal(config: Mapping[str, object] | None, side: Mapping[str, Path], also: str = "") -> str:
+def seal(config: Mapping[str, object] | None, side: Side, also: str = "") -> str:
     """A digest of what `side_bytes` gives, and of ``also``; see `dconv.sharding.plan.Target`."""
     digest = xxhash.xxh3_128(also.encode("utf-8", "surrogatepass"))
     for name, data in side_bytes(config, side):

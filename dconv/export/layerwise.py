@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.checkpoint.files import Made
 from dconv.errors import Damaged, Refused, ToolMissing
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt, kind_of
@@ -92,7 +93,9 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         folder = Path(scratch)
         for name, path in model.source.side.items():
-            if name != "config.json" and path.exists():
+            if isinstance(path, Made):
+                (folder / name).write_bytes(path.make())
+            elif name != "config.json" and path.exists():
                 (folder / name).symlink_to(path.absolute())
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
