@@ -104,7 +104,10 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
         notes = (*notes, _MIXED)
 
     def locate(family: Family, facts: Facts) -> Located:
-        return _locate(arch, family, facts, found, (folder, files, raw))
+        boxes = list(boxes_of(arch, expected_specs(family, facts).values(), facts, shapes))
+        for name in _mixed(boxes, found):
+            coded.alike(found, name, dtype)
+        return _locate(boxes, facts, found, (folder, files, raw))
 
     return Source(
         format="gguf",
@@ -228,20 +231,31 @@ def _named(arch: str, config: dict[str, Any] | None, shapes: Mapping[str, Index]
     return named
 
 
+def _mixed(boxes: Iterable[tuple[TensorSpec, Box]], found: Decoded) -> set[str]:
+    """Plain tensors that make a weight together with others of another dtype."""
+    dtypes: dict[str, set[str]] = {}
+    for spec, box in boxes:
+        dtypes.setdefault(spec.name, set()).add(found.tensors[box.tensor].spec.dtype)
+    return {box.tensor for spec, box in boxes if len(dtypes[spec.name]) > 1 and box.tensor not in found.coded}
+
+
 def _locate(
-    arch: str,
-    family: Family,
+    boxes: Iterable[tuple[TensorSpec, Box]],
     facts: Facts,
     found: Decoded,
     behind: tuple[Path, Mapping[str, FileStamp], Mapping[str, Stored]],
 ) -> Located:
-    shapes = {name: stored.spec.shape for name, stored in found.tensors.items()}
+    """
+    Args:
+        behind: directory, files and the tensors as they are stored.
+    """
     located, used = Located({}, {}, {}), set[str]()
-    for spec, box in boxes_of(arch, expected_specs(family, facts).values(), facts, shapes):
-        if shapes[box.tensor] != box.whole:
-            raise shape_error(box.tensor, str(behind[0]), box.whole, shapes[box.tensor])
+    for spec, box in boxes:
+        stored = found.tensors[box.tensor]
+        if stored.spec.shape != box.whole:
+            raise shape_error(box.tensor, str(behind[0]), box.whole, stored.spec.shape)
         used.add(box.tensor)
-        located.pieces.setdefault(spec.name, []).append(_piece(spec, box, found.tensors[box.tensor]))
+        located.pieces.setdefault(spec.name, []).append(_piece(spec, box, stored))
     for name in found.tensors.keys() - used:
         if name in _TABLES:
             located.left_out[name] = "computed from the config"

@@ -9,9 +9,9 @@ from dconv.codec import gguf
 from dconv.codec.cast import cast
 from dconv.coded.decoded import Decoded, array_of
 from dconv.sharding.derived import Derived, Read
+from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
 from dconv.sharding.region import Region
-from dconv.sharding.tensor import Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +40,14 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class LessOne:
-    """A norm's weight as HuggingFace's class has it, which adds 1 itself; input: the stored one, 1 higher."""
+class Less:
+    """The stored value less a number; input: the stored tensor, of a floating dtype."""
+
+    number: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
-        stored = read(0, box, "f32").view("<f4").astype("f8")
-        return cast((stored - 1) * factor, "f64", dtype)
+        stored = read(0, box, "f64").view("<f8")
+        return cast((stored - self.number) * factor, "f64", dtype)
 
 
 def decode(found: Decoded, name: str, kind: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -57,7 +59,20 @@ def decode(found: Decoded, name: str, kind: str, shape: tuple[int, ...], dtype: 
 
 
 def lower(found: Decoded, name: str) -> None:
-    """Replace a norm that is stored one higher; where it was rounded to fp32 then, it is no more than near."""
-    raw: Stored = found.tensors[name]
-    how = How("the stored norm less 1, which its class adds", exact=False, bits=32, floats=True)
-    found.put(name, "f32", {name: raw}, Derived(raw.spec.shape, (array_of(raw),), LessOne(), how), "GGUF norm + 1")
+    """Replace a norm that is stored 1 higher by the weight that its class adds 1 to.
+
+    What was rounded to fp32 when 1 was added stays so: of a bf16 weight that is 0 or at least 2 ** -16, nothing.
+    """
+    _replace(found, name, "f32", Less(1), "the stored norm less 1, which its class adds")
+
+
+def alike(found: Decoded, name: str, dtype: str) -> None:
+    """Replace a plain tensor by itself in another dtype: what it makes a weight with is decoded to that."""
+    _replace(found, name, dtype, Less(0), "the stored value in the dtype of the rest of its weight")
+
+
+def _replace(found: Decoded, name: str, dtype: str, recipe: Less, words: str) -> None:
+    raw = found.tensors[name]
+    how = How(words, exact=False, bits=8 * ITEMSIZE[raw.spec.dtype], floats=True)
+    found.put(name, dtype, {name: raw}, Derived(raw.spec.shape, (array_of(raw),), recipe, how), words)
+    del found.coded[name]  # no code
