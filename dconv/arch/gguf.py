@@ -37,15 +37,17 @@ class Arch:
 
 def _decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
     """What all have."""
-    heads = m.whole("attention.head_count")
+    heads, layers = m.whole("attention.head_count"), m.whole("block_count")
     m.fixed("attention.causal", True)
+    if layers > len(m.shapes):
+        raise m.damaged("block_count", f"at most one for each of {len(m.shapes)} tensors", layers)
     return {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": m.rows("token_embd.weight"),
         "hidden_size": m.whole("embedding_length"),
         "intermediate_size": m.whole(ffn),
-        "num_hidden_layers": m.whole("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": m.whole("attention.head_count_kv", heads),
         "max_position_embeddings": m.whole("context_length"),
@@ -258,7 +260,7 @@ def _gemma(m: Metadata) -> Hf:
     return {**hf, **_whole_heads(m, hf), "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
 
 
-def _gemma_scaled(m: Metadata, hf: Hf, largest: int) -> Hf:
+def _gemma_scaled(m: Metadata, hf: Hf, largest: int, window: int | None = None) -> Hf:
     """What scores are scaled by: the width of a head, but hidden_size / heads in the model of 27 B, which is told by
     its layers alone."""
     head = _whole_heads(m, hf)
@@ -268,16 +270,16 @@ def _gemma_scaled(m: Metadata, hf: Hf, largest: int) -> Hf:
         "query_pre_attn_scalar": wide if hf["num_hidden_layers"] == largest else head["head_dim"],
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "sliding_window": m.whole("attention.sliding_window"),
+        "sliding_window": m.whole("attention.sliding_window", window),
     }
 
 
 def _gemma2(m: Metadata) -> Hf:
     hf = _decoder(m, "gemma2", "Gemma2ForCausalLM")
     return {
-        **hf, **_gemma_scaled(m, hf, 46), "layer_types": _sliding(m, hf, 2),
-        "attn_logit_softcapping": m.real("attn_logit_softcapping"),
-        "final_logit_softcapping": m.real("final_logit_softcapping"),
+        **hf, **_gemma_scaled(m, hf, 46, 4096), "layer_types": _sliding(m, hf, 2),
+        "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": m.real("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
 
@@ -323,7 +325,7 @@ def _late(m: Metadata) -> Hf:
     return {
         **_experts(m, "n_routed_experts", "moe_intermediate_size"),
         "n_shared_experts": m.whole("expert_shared_count") or None,
-        "first_k_dense_replace": m.whole("leading_dense_block_count"),
+        "first_k_dense_replace": m.whole("leading_dense_block_count", 0),
         "moe_layer_freq": 1,
         "hidden_act": "silu",
     }

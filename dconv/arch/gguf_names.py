@@ -61,7 +61,9 @@ def names_of(arch: str, layers: int) -> Names:
         import gguf  # only where a GGUF is read
     except ImportError as fault:
         raise ToolMissing(
-            "tensors of a GGUF are named by the package gguf", found=str(fault), do="pip install gguf"
+            "tensors of a GGUF are named by the package gguf",
+            found=str(fault),
+            do="pip install 'dconv[gguf]', or gguf alone",
         ) from None
     known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
     if known is None:

@@ -329,4 +329,15 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ToolMissing, match="package gguf") as caught:
         prepare(Request(source, "hf", tmp_path / "none"))
-    assert caught.value.do == "pip install gguf"
+    assert "pip install" in caught.value.do
+
+
+def test_what_its_graph_takes_where_a_key_is_missing(tmp_path: Path) -> None:
+    missing = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention.key_length")
+    values = {f"gemma2.{key}": None for key in missing} | {"gemma2.attention.value_length": None}
+    source = rewrite(recorded(tmp_path, "gemma2"), tmp_path / "old.gguf", values=values)
+    config = prepare(Request(source, "hf", tmp_path / "none")).config
+    assert (config["sliding_window"], config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (
+        4096, 50.0, 30.0,
+    )  # fmt: skip
+    assert config["head_dim"] == 8

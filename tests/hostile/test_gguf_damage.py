@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dconv.checkpoint.gguf_header import Long, read_header
 from dconv.errors import Damaged, DconvError, Refused
-from tests.formats.gguf_files import recorded
+from dconv.pipeline import Request, prepare
+from tests.formats.gguf_files import recorded, rewrite
 
 
 def text(value: str | bytes) -> bytes:
@@ -142,5 +143,18 @@ def test_other_bytes_are_read_or_refused(
     try:
         for found in opened(folder, bytes(content)).tensors.values():
             assert found.offset + found.nbytes <= len(real)
+        prepare(Request(folder / "x.gguf", "hf", folder / "out"))
     except DconvError:
         pass
+
+
+@pytest.mark.parametrize("key", ["block_count", "attention.head_count", "vocab_size", "feed_forward_length"])
+@pytest.mark.parametrize("value", [0, 2**31 - 1])
+def test_sizes_that_no_model_has(tmp_path: Path, key: str, value: int) -> None:
+    """Refused at once: nothing is counted up to them."""
+    source = rewrite(recorded(tmp_path, "llama"), tmp_path / "x.gguf", values={f"llama.{key}": value})
+    if key == "vocab_size":  # what the tensor has is what counts
+        assert prepare(Request(source, "hf", tmp_path / "out")).config["vocab_size"] == 61
+        return
+    with pytest.raises(DconvError):
+        prepare(Request(source, "hf", tmp_path / "out"))
