@@ -63,7 +63,7 @@ def names_of(arch: str, layers: int) -> Names:
         raise ToolMissing(
             "tensors of a GGUF are named by the package gguf",
             found=str(fault),
-            do="pip install 'dconv[gguf]', or gguf alone",
+            do="pip install gguf",
         ) from None
     known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
     if known is None:

@@ -44,7 +44,7 @@ _HEAD: Final = "output.weight"
 _MOST: Final = 1 << 16
 #: Bytes of what reads one.
 _SCRATCH: Final = 1 << 18
-_MIXED: Final = "norms and biases of a GGUF are fp32 whatever its weights are: --dtype bf16 makes them alike"
+_MIXED: Final = "norms and biases of a GGUF are fp32 whatever its weights are, and stay so without --dtype"
 
 
 def is_file(path: Path) -> bool:

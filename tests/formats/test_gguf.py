@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from gguf.quants import dequantize
 from dconv.api import diff, inspect
 from dconv.codec.gguf import BLOCKS
 from dconv.errors import Damaged, DconvError, Refused, ToolMissing
-from dconv.pipeline import Request, convert, prepare
+from dconv.pipeline import Request, convert, prepare, run
+from dconv.sharding.commit import Settings
+from dconv.sharding.coords import Parallel
+from dconv.trace import trace
 from tests.formats.gguf_files import Tensor, in_blocks, recorded, rewrite
 from tests.formats.gguf_models import write_model
 from tests.models import tensors
@@ -341,3 +345,22 @@ def test_what_its_graph_takes_where_a_key_is_missing(tmp_path: Path) -> None:
         4096, 50.0, 30.0,
     )  # fmt: skip
     assert config["head_dim"] == 8
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_way_of_a_tensor_says_what_happens_to_its_rows(tmp_path: Path, name: str) -> None:
+    job = prepare(Request(recorded(tmp_path, name), "hf", tmp_path / "none"))
+    ways = trace(job.plan, Parallel(), "*.0.self_attn.[qv]_proj.weight")
+    apart = {way.name[-13]: any("alternate" in line for line in way.relayout) for way in ways}
+    assert apart == {"q": name == "llama", "v": False}
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+def test_no_world_and_no_budget_changes_a_byte(tmp_path: Path, name: str) -> None:
+    source = rewrite(recorded(tmp_path, name), tmp_path / "q8.gguf", in_blocks("Q8_0"))
+    expected = converted(source, tmp_path / "one", dtype="f32")
+    job = prepare(Request(source, "hf", tmp_path / "three", dtype="f32", shard_size=20_000))
+    launched = time.time()
+    for rank, memory in enumerate((64 << 10, 300_000, 256 << 20)):
+        run(job, Settings(rank=rank, world=3, max_memory=memory, launched=launched))
+    assert tensors(tmp_path / "three") == expected
