@@ -20,6 +20,8 @@ from dconv.codec.gguf import BLOCKS
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.region import Index
 
+#: How a file begins.
+MAGIC: Final = b"GGUF"
 #: Type numbers. Source: ``enum ggml_type`` in ggml.h; those that are left out were removed, or are no storage types.
 _TYPES: Final = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
@@ -139,7 +141,7 @@ class _Cursor:
 
 
 def _read(cursor: _Cursor) -> Header:
-    if cursor.take(4) != b"GGUF":
+    if cursor.take(len(MAGIC)) != MAGIC:
         raise Damaged("not a GGUF file", where=str(cursor.path), expected="the letters GGUF at its beginning")
     version = cursor.number("I")
     if version not in (2, 3):

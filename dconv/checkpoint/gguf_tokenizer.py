@@ -30,6 +30,8 @@ _KNOWN: Final = (
 )  # fmt: skip
 #: The same expression as another's.
 _ALIKE: Final = {"glm4": "llama-bpe", "chatglm-bpe": "llama-bpe"}
+#: Architectures of whose text transformers knows that no space is put before it.
+_UNSPACED: Final = ("gemma", "gemma2", "gemma3")
 _DO: Final = "--hf-config DIR brings the model's own tokenizer along"
 
 
@@ -47,6 +49,9 @@ def side(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Made], tuple[
         return {}, (f"no tokenizer in the output: a vocabulary of the kind {kind!r:.40}; {_DO}",)
     if kind == "gpt2" and split not in (*_PLAIN, *_DIGITS, *_KNOWN, *_ALIKE):
         return {}, (f"no tokenizer in the output: how {split!r:.40} splits text is not known here; {_DO}",)
+    spaced = values.get("tokenizer.ggml.add_space_prefix", True)
+    if kind == "llama" and not spaced and values.get("general.architecture") not in _UNSPACED:
+        return {}, (f"no tokenizer in the output: transformers would put a space before the text; {_DO}",)
     if find_spec("transformers") is None:
         return {}, ("no tokenizer in the output: transformers makes it (pip install transformers)",)
     names = (*_FILES, _TEMPLATE) if isinstance(values.get("tokenizer.chat_template"), str) else _FILES

@@ -231,6 +231,14 @@ def test_a_directory_with_one_model(tmp_path: Path) -> None:
     assert "llama.gguf" in str(caught.value)
 
 
+def test_a_file_of_another_name(tmp_path: Path) -> None:
+    source = recorded(tmp_path, "qwen3").rename(tmp_path / "sha256-0123")
+    assert prepare(Request(source, "hf", tmp_path / "none")).family.name == "qwen3"
+    (tmp_path / "notes.txt").write_text("GG")
+    with pytest.raises(Refused, match="a GGUF"):
+        prepare(Request(tmp_path / "notes.txt", "hf", tmp_path / "none"))
+
+
 def test_looked_at_and_compared(tmp_path: Path) -> None:
     source = rewrite(recorded(tmp_path, "qwen3"), tmp_path / "q4.gguf", in_blocks("Q4_0"))
     report = inspect(source)

@@ -12,7 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dconv.pipeline import Request, convert, prepare
+from dconv.api import check
+from dconv.checkpoint.gguf_header import read_header
+from dconv.checkpoint.gguf_tokenizer import side
+from dconv.logits import compare
+from dconv.pipeline import Request, convert, prepare, run
+from dconv.sharding.commit import Settings
 from tests.formats.gguf_files import in_blocks, recorded, rewrite
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -61,9 +66,6 @@ def with_vocabulary(path: Path, split: str) -> Path:
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm", "glm4"])
 def test_tokenizer(tmp_path: Path, split: str) -> None:
-    from dconv.checkpoint.gguf_header import read_header
-    from dconv.checkpoint.gguf_tokenizer import side
-
     source = with_vocabulary(tmp_path / "vocabulary.gguf", split)
     files, notes = side(source, read_header(source).values)
     assert (set(files), notes) == ({"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}, ())
@@ -88,14 +90,48 @@ def test_tokenizer(tmp_path: Path, split: str) -> None:
     assert found.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
 
 
-def test_no_tokenizer_where_it_would_split_text_in_another_way(tmp_path: Path) -> None:
-    from dconv.checkpoint.gguf_header import read_header
-    from dconv.checkpoint.gguf_tokenizer import side
+def with_pieces(path: Path, **said: Any) -> Path:
+    """A GGUF that is a SentencePiece vocabulary."""
+    pieces = ["\u2581", "a", "b", "ab", "\u2581a", "\u2581ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-6.0, -5.0, -4.0, -1.0, -2.0, -0.5])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 6)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for key, value in said.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
 
-    source = with_vocabulary(tmp_path / "vocabulary.gguf", "viking")
+
+def test_pieces(tmp_path: Path) -> None:
+    source = with_pieces(tmp_path / "vocabulary.gguf")
+    files, notes = side(source, read_header(source).values)
+    assert not notes
+    (tmp_path / "out").mkdir()
+    for name, made in files.items():
+        (tmp_path / "out" / name).write_bytes(made.make())
+    found: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    first = 3 + 256
+    assert found("ab ab", add_special_tokens=False)["input_ids"] == [first + 5, first + 5]
+    assert found("abc", add_special_tokens=False)["input_ids"] == [first + 5, 3 + ord("c")]
+    assert found.decode(found("ab abc", add_special_tokens=False)["input_ids"]) == "ab abc"
+
+
+@pytest.mark.parametrize("why", ["viking", "space"])
+def test_no_tokenizer_where_it_would_split_text_in_another_way(tmp_path: Path, why: str) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    source = with_pieces(path, add_space_prefix=False) if why == "space" else with_vocabulary(path, why)
     files, (note,) = side(source, read_header(source).values)
     assert not files
-    assert "viking" in note
+    assert why in note
     assert "--hf-config" in note
 
 
@@ -113,3 +149,14 @@ def test_it_travels_along(tmp_path: Path) -> None:
     convert(Request(source, "megatron", tmp_path / "cut", dtype="bf16"))
     convert(Request(tmp_path / "cut", "hf", tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids
+
+
+def test_the_output_computes_what_the_source_does(tmp_path: Path) -> None:
+    """Run from a copy of its own values; decoded weights are rounded once, and the bound says so."""
+    source = rewrite(recorded(tmp_path, "qwen2"), tmp_path / "q8.gguf", in_blocks("Q8_0"))
+    for dtype, bound in (("f32", 1e-3), ("bf16", 0.1)):
+        job = prepare(Request(source, "hf", tmp_path / dtype, dtype=dtype))
+        run(job, Settings())
+        found = compare(job, tmp_path / dtype)
+        assert found["difference"] <= found["bound"] < bound
+    assert check(source).run is not None
