@@ -16,6 +16,7 @@ import json
 import os
 import time
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     model.save(str(args.out))
     marks.append(time.perf_counter())
     parts = ("import", "load", "quantise", "save")
-    took = {part: round(after - before, 2) for part, before, after in zip(parts, marks, marks[1:], strict=True)}
+    took = {part: round(after - before, 2) for part, (before, after) in zip(parts, pairwise(marks), strict=True)}
     versions = {name: metadata.version(name) for name in ("gptqmodel", "torch", "transformers")}
     print(json.dumps(took | {"versions": versions}), flush=True)
 
