@@ -152,6 +152,7 @@ def quantised(side: str, told: Mapping[str, Any], model: Path, samples: Path, pe
     settings = SETTINGS | dict(told)
     words = json.dumps(settings)
     if side == "dconv":
+        words = json.dumps(settings | {"nsamples": SAMPLES, "seqlen": LENGTH})
         calibrated = ["--calibration", str(samples), "--quantization-config", words]
         command = [sys.executable, "-m", "dconv", "convert", str(model), "gptq", "-o", str(out), *calibrated, "--json"]
     else:
@@ -171,14 +172,14 @@ def table(plain: float, runs: Mapping[str, Run], model: str) -> list[str]:
         f"{model}, {SAMPLES} x {LENGTH} tokens, {json.dumps(SETTINGS)}; perplexity in fp32 on the first 10,240 tokens "
         f"of {prose.HELD_OUT}: {plain:.4f} before.",
         "",
-        "| what | time | peak memory | perplexity | over fp32 | of GPTQModel's gap closed |",
-        "|---|---|---|---|---|---|",
+        "| what | time | load before | peak memory | perplexity | over fp32 | of GPTQModel's gap closed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         gap = run.perplexity - plain
         closed = f"{1 - gap / (first.perplexity - plain):.0%}" if first and run is not first else ""
-        memory = f"{run.resident / 2**30:.2f} GiB"
-        lines.append(f"| {name} | {run.seconds:.0f} s | {memory} | {run.perplexity:.4f} | {gap:.4f} | {closed} |")
+        cost = f"{run.seconds:.0f} s | {run.load:.1f} | {run.resident / 2**30:.2f} GiB"
+        lines.append(f"| {name} | {cost} | {run.perplexity:.4f} | {gap:.4f} | {closed} |")
     return lines
 
 

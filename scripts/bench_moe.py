@@ -2,7 +2,7 @@
 
     python scripts/bench_moe.py                        trains what is not there yet, then quantises on two ranks
     python scripts/bench_moe.py --models DIR           where models trained earlier lie, as <family>-<seed>
-    python scripts/bench_moe.py --train                only trains (about two hours on a core)
+    python scripts/bench_moe.py --train                only trains (about an hour on a core)
 
 Models are those of ``train_moe.py``; samples are `SAMPLES` windows of ``prose.calibration``, drawn by the model's seed.
 Perplexity is on the whole held-out speech, in fp32 (``perplexity.py``). Prints a table, and keeps its numbers in
@@ -83,7 +83,8 @@ def row(model: Path, family: str, seed: int, bits: int, work: Path, texts: Mappi
     for weighted in (False, True):
         out = work / f"{model.name}-{'weighted' if weighted else 'plain'}"
         shutil.rmtree(out, ignore_errors=True)
-        settings = json.dumps(SETTINGS | {"bits": bits, "routing_weighted": weighted})
+        all_of_them = {"nsamples": SAMPLES, "seqlen": train_moe.LENGTH}
+        settings = json.dumps(SETTINGS | all_of_them | {"bits": bits, "routing_weighted": weighted})
         told = ["--calibration", samples, "--quantization-config", settings, "--nproc", str(RANKS)]
         run(sys.executable, "-m", "dconv", "convert", model, "gptq", "-o", out, *told)
         found.append(measured(out))

@@ -7,7 +7,9 @@
 # For scripts/bench_gptq.py (GPTQModel is what dconv is measured against) and for the tests that load dconv's outputs
 # with both; dconv itself needs none of it. PYTHON=… chooses the interpreter. A second call with nothing changed
 # returns at once. GPTQModel asks for torch 2.14 and runs on 2.13: hence --no-deps. AutoGPTQ's setup.py looks for CUDA
-# unless told otherwise, and its modules import what transformers dropped after 4.51: hence its older packages.
+# unless told otherwise, and its modules import what transformers dropped after 4.51: hence its older packages. Two
+# things that these do with a directory of today: a rope base that config.json has in rope_parameters alone is not seen
+# (rope_theta is), and a tied embedding stays zero unless it is copied into the model once more.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

@@ -3,7 +3,7 @@
     python scripts/train_moe.py olmoe OUT              also qwen2_moe, mixtral, deepseek_v2
     python scripts/train_moe.py mixtral OUT --seed 1 --steps 800
 
-The classes are transformers' own, four layers of 256, with a byte-level BPE tokenizer of 2048 words learnt from the
+The classes are transformers' own, four layers of 128, with a byte-level BPE tokenizer of 2048 words learnt from the
 same text (``prose.training``: everything but the speech that `perplexity.py` measures on). Random weights would show
 nothing: quantisation hurts a function that was learnt, and routing matters where experts differ. The loss that balances
 the load is therefore a weak one: experts end up specialised, and are used unevenly.
@@ -41,7 +41,7 @@ _WARM_UP: Final = 30
 _BALANCE: Final = 0.002
 
 _SHARED: Final[dict[str, Any]] = {
-    "vocab_size": WORDS, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": WORDS, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512, "num_experts_per_tok": 2, "tie_word_embeddings": False,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
@@ -51,8 +51,8 @@ FAMILIES: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "qwen2_moe": (
         "Qwen2MoeConfig",
         "Qwen2MoeForCausalLM",
-        {"num_experts": 16, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256,
-         "intermediate_size": 512},
+        {"num_experts": 16, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+         "intermediate_size": 256},
     ),
     "mixtral": (
         "MixtralConfig",
@@ -62,9 +62,9 @@ FAMILIES: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "deepseek_v2": (
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
-        {"n_routed_experts": 16, "n_shared_experts": 2, "moe_intermediate_size": 128, "intermediate_size": 512,
-         "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 64,
-         "qk_rope_head_dim": 32, "v_head_dim": 64},
+        {"n_routed_experts": 16, "n_shared_experts": 1, "moe_intermediate_size": 128, "intermediate_size": 256,
+         "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+         "qk_rope_head_dim": 16, "v_head_dim": 32},
     ),
 }  # fmt: skip
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} x {LENGTH} tokens")
+    parser.add_argument("--steps", type=int, default=800, help=f"of {BATCH} x {LENGTH} tokens")
     args = parser.parse_args()
     if args.out.exists():
         raise SystemExit(f"{args.out} exists")

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import bench_gptq
+import bench_moe
 import perplexity
 import prose
 import train_moe
@@ -133,3 +134,26 @@ def test_the_whole_tree_of_processes_counts(tmp_path: Path) -> None:
     _, most, printed = bench_gptq.measured([sys.executable, "-c", f"print('{{}}'); {both}"], {}, tmp_path / "log")
     assert printed.strip() == "{}"
     assert 128 << 20 < most < 256 << 20
+
+
+def test_gap_closed() -> None:
+    """Of the peer's distance to fp32: all of it where nothing is lost, below none where more is."""
+    runs = {
+        name: bench_gptq.Run(10, 1 << 30, 0.1, perplexity)
+        for name, perplexity in (("GPTQModel: defaults", 24), ("dconv: a", 20), ("dconv: b", 23), ("dconv: c", 25))
+    }
+    cells = [line.split(" | ") for line in bench_gptq.table(20, runs, "small")[4:]]
+    assert [row[5:] for row in cells] == [
+        ["4.0000", " |"],
+        ["0.0000", "100% |"],
+        ["3.0000", "25% |"],
+        ["5.0000", "-25% |"],
+    ]
+
+
+def test_no_worse_goes_by_the_mean_of_the_seeds() -> None:
+    better = [bench_moe.Row("olmoe", seed, 30, 31, weighted) for seed, weighted in enumerate((30.5, 31.3, 30.9))]
+    worse = [bench_moe.Row("mixtral", seed, 30, 31, weighted) for seed, weighted in enumerate((30.5, 31.8, 31.3))]
+    lines = bench_moe.table(better + worse, 4)
+    assert lines[-1] == "Routing-weighted is no worse (within 0.1%) for 1 of 2 families."
+    assert "| olmoe | mean | 30.000 | 31.000 | 30.900 | 0.9968 |" in lines
