@@ -55,13 +55,13 @@ def run(*command: str | Path) -> None:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
 
 
-def trained(models: Path, family: str, seed: int) -> Path:
+def trained(models: Path, family: str, seed: int, steps: int) -> Path:
     """The model's directory; it is trained where it is not there."""
     out = models / f"{family}-{seed}"
     if not out.exists():
         print(f"training {out.name}", file=sys.stderr, flush=True)
         script = Path(train_moe.__file__)
-        run(sys.executable, script, family, out, "--seed", str(seed))
+        run(sys.executable, script, family, out, "--seed", str(seed), "--steps", str(steps))
     return out
 
 
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="WORK/models by default")
     parser.add_argument("--family", choices=train_moe.FAMILIES, action="append", help="this one alone")
     parser.add_argument("--bits", type=int, default=SETTINGS["bits"])
+    parser.add_argument("--steps", type=int, default=train_moe.STEPS, help="of what is trained")
     parser.add_argument("--train", action="store_true", help="train what is not there, and no more")
     parser.add_argument("--work", type=Path, default=perplexity.ROOT / "work" / "bench_moe")
     parser.add_argument("--write", type=Path, help="the table goes here, too")
@@ -134,7 +135,7 @@ def main() -> None:
     rows = []
     for family in args.family or train_moe.FAMILIES:
         for seed in SEEDS:
-            model = trained(models, family, seed)
+            model = trained(models, family, seed, args.steps)
             if args.train:
                 continue
             rows.append(row(model, family, seed, args.bits, work, texts))
