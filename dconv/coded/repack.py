@@ -120,8 +120,7 @@ def _numbers(logical: Logical, words: str) -> dict[str, Integers]:
             found[name] = numbers
     if not found:
         raise Refused(
-            f"{words} from weights that are not whole numbers needs calibration, which this version does not have, "
-            "nothing was written",
+            f"{words} from weights that are not whole numbers needs calibration, nothing was written",
             where=group_names(list(logical.specs)[:1]),
             expected="a source in GPTQ, AWQ or pack-quantized, whose whole numbers are kept",
             found="plain weights, or codes of another kind",
