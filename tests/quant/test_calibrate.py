@@ -202,8 +202,8 @@ def test_any_number_of_ranks(models: dict[str, Path], ids: Path, tmp_path: Path,
     request = request_for(models[name], ids, tmp_path / "one", desc_act=True, static_groups=True, mse=True)
     run(prepare(request), Settings(threads=2))
     code, _, err = call(
-        sys.executable, "-m", "dconv", "convert", str(models[name]), "gptq", "-o", str(tmp_path / "many"), "--calibration",
-        str(ids), "--quantization-config", request.quantization_config or "", "--nproc", str(world), "--quiet",
+        sys.executable, "-m", "dconv", "convert", str(models[name]), "gptq", "-o", str(tmp_path / "many"),
+        "--calibration", str(ids), "--quantization-config", request.quantization_config or "", "--nproc", str(world), "--quiet",
     )  # fmt: skip
     assert code == 0, err
     one, many = (weights_digest(tmp_path / folder) for folder in ("one", "many"))
