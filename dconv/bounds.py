@@ -57,6 +57,8 @@ class Found:
         tensors: all that the model has; ``coded`` of them are in codes, of ``weights`` elements.
         error: the largest error of one of these, as a part of the largest magnitude that shares its scale.
         bound: what it had to keep.
+        calibrated: tensors whose codes calibration chose, which are not the nearest ones: of these only that they are
+            finite is asked here, and what they lose is in the calibration's report.
     """
 
     tensors: int
@@ -64,10 +66,11 @@ class Found:
     weights: int
     error: float
     bound: float
+    calibrated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {name: getattr(self, name) for name in ("tensors", "coded", "weights", "error", "bound")}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def variant_of(request: Request) -> Variant:
@@ -87,7 +90,9 @@ def compare(job: Job, written: Described, out: Path) -> Found:
         DconvError: one of them cannot be read.
     """
     request = job.request
-    plain = prepare(replace(request, format="hf", quant=None, dtype=None, **OPTIONS)).logical
+    none = {"quantization_config": None, "calibration": None, "strict": False}
+    plain = prepare(replace(request, format="hf", quant=None, dtype=None, **none, **OPTIONS)).logical
+    chosen = job.calibrating.recipes.keys() if job.calibrating else frozenset()
     worst, sides = variant_of(request).worst, (plain, written.logical)
     if odd := sorted(plain.specs.keys() ^ written.logical.specs.keys()):
         raise VerifyFailed("the output has other tensors than the source", where=f"{group_names(odd)}\nin {out}")
@@ -110,6 +115,8 @@ def compare(job: Job, written: Described, out: Path) -> Found:
                 )
                 if spec.dtype not in FLOATS:
                     share = 0.0 if spec.dtype == other.dtype and np.array_equal(before, after) else np.inf
+                elif name in chosen:
+                    share = 0.0 if np.isfinite(after).all() else np.inf
                 elif made:
                     share = _share(before, after, block, worst, _spacing(made, readers[1]))
                 else:
@@ -117,14 +124,14 @@ def compare(job: Job, written: Described, out: Path) -> Found:
                 most = max(most, share)
             if most > (worst if made else 1.0) * _SLACK:
                 far[name] = most
-            if made:
+            if made and name not in chosen:
                 error, coded, weights = max(error, most), coded + 1, weights + prod(spec.shape)
     finally:
         for reader in readers:
             reader.close()
     if far:
         raise _too_far(far, worst, job, written, out)
-    return Found(len(plain.specs), coded, weights, error, worst)
+    return Found(len(plain.specs), coded, weights, error, worst, len(chosen))
 
 
 def _too_far(far: dict[str, float], worst: float, job: Job, written: Described, out: Path) -> VerifyFailed:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.arch.layouts import size
+from dconv.checkpoint.source import beside
 from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
@@ -18,6 +19,7 @@ from dconv.quant.held import Held, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
 from dconv.quant.parse import quantization_of
 from dconv.quant.recipes import recipe_of
+from dconv.quant.report import files_of
 from dconv.quant.settings import Gptq, Method
 from dconv.request import CALIBRATED, Request
 from dconv.sharding.derived import Array, open_reader
@@ -41,6 +43,7 @@ class Calibrating:
         source: the model as it is, whose layers are run.
         recipes: of the weights to be quantised, by name.
         record: of settings and samples, for the receipt.
+        lines: of the report; they come while it runs.
     """
 
     source: Described
@@ -48,6 +51,11 @@ class Calibrating:
     samples: Samples
     recipes: Mapping[str, Recipe]
     record: Mapping[str, Any]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def closing(self, files: Callable[[], Iterable[tuple[str, bytes]]]) -> Callable[[], Iterable[tuple[str, bytes]]]:
+        """The small files of an output, with the report among them."""
+        return lambda: (*files(), *files_of(self.lines, self.record))
 
 
 def is_asked_for(request: Request, model: Described) -> bool:
@@ -98,8 +106,10 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     if not isinstance(asked.settings, Gptq):
         raise Refused("AWQ's search is not in this version, nothing was written", do="FORMAT gptq")
     shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
+    entries = list(model.family.entries(model.facts))
+    apart = {spec.name for entry in entries if entry.row.stack != "layers" for spec in entry.fused.specs}
     inside = linears(model.family, model.facts, model.logical)
-    table = resolve(asked, shapes, inside, strict=request.strict)
+    table = resolve(asked, shapes, inside - apart, strict=request.strict)
     others = {name: choice.words for name, choice in table.coded.items() if not choice.integer}
     if others:
         raise Refused(
@@ -110,14 +120,16 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
         )
     longest = model.config.get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
-    tokenizer = next((path.parent for name, path in model.source.side.items() if name.startswith("tokenizer")), None)
-    samples = load(calibration, tokenizer, size(model.facts, "vocab"))
+    named = any(name.startswith(("tokenizer", "vocab", "tekken")) for name in model.source.side)
+    with beside(model.source.side) as folder:
+        samples = load(calibration, folder if named else None, size(model.facts, "vocab"))
     v1 = request.quant in (None, "gptq")
     recipes = {name: recipe_of(choice, asked.settings, v1=v1) for name, choice in table.coded.items()}
     described = {**asked.describe(), "weights": _grouped(table.describe())}
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
     logical = to_choose(model.logical, recipes, identity)
-    notes = tuple(note for note in (cut, samples.warning, *table.notices) if note)
+    predictor = "token predictors are left as they are: no pass of the model reaches them" if inside & apart else ""
+    notes = tuple(note for note in (cut, samples.warning, predictor, *table.notices) if note)
     record = {"settings": described, "samples": samples.record}
     return replace(model, logical=logical), Calibrating(model, asked.settings, samples, recipes, record), notes
 
@@ -166,10 +178,16 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     ranks = Ranks(settings.rank, settings.world, device)
     ranks.begin()
     try:
-        rank.do(plain)
-        source = job.source
+        source, gptq = job.source, job.settings
         net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26))
-        gptq = job.settings
+        if unreached := sorted(job.recipes.keys() - net.names()):
+            raise Refused(
+                "weights to be quantised are in no layer of the model that is run, nothing was written",
+                where=group_names(unreached),
+                expected="linear layers of transformers' decoder layers",
+                do="leave them out: an override with skip in --quantization-config",
+            )
+        rank.do(plain)
         folder = rank.state / _FOLDER
         run = Calibration(
             net,
@@ -187,7 +205,9 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
             stop=settings.stop or threading.Event(),
         )
         try:
-            run.run()
+            job.lines[:] = run.run()
+            if {line["weight"] for line in job.lines} != set(job.recipes):
+                raise RuntimeError("a pass of the model did not come to all weights that were to be quantised")
         finally:
             net.close()
         ranks.wait()

@@ -286,7 +286,9 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.arch.gguf import ARCHS
     from dconv.checkpoint.detect import CONTAINERS
+    from dconv.codec.gguf import BLOCKS
     from dconv.coded.decode import METHODS
     from dconv.pipeline import FORMATS
     from dconv.quantise import VARIANTS
@@ -298,11 +300,14 @@ def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
             spellings.setdefault(engine, []).append(spelling)
     coded = {format: {name: one.words for name, one in variants.items()} for format, variants in VARIANTS.items()}
     known = {"read": sorted(CONTAINERS), "decode": sorted(METHODS), "write": spellings, "encode": coded}
+    gguf = {"architectures": sorted(ARCHS), "types": sorted(BLOCKS)}
     if args.json:
-        say(json.dumps(known))
+        say(json.dumps({**known, "gguf": gguf}))
         return 0
     say(f"reads (--from)   {', '.join(known['read'])}")
     say(f"decodes          quant_method {', '.join(known['decode'])}")
+    say(f"reads gguf of    {', '.join(gguf['architectures'])}")
+    say(f"decodes          GGUF's {', '.join(gguf['types'])}")
     for engine, names in spellings.items():
         also = [name for name in names if name != engine]
         say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))

@@ -250,7 +250,7 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
         **_container(path, source, facts),
         family=family.name if family else None,
         architecture=str(named[0] if isinstance(named, list) else named) if named else None,
-        config_from="config.json" if source.config else "Megatron's args" if source.args else "nothing",
+        config_from=_own(source) if source.config else "Megatron's args" if source.args else "nothing",
         left_out=source.left_out,
         refused=refused,
         names=tuple(source.shapes),
@@ -260,7 +260,11 @@ def _in_part(path: Path, source: Source, refused: str) -> Report:
 def _config_from(model: Described, hf_config: str | Path | None) -> str:
     if hf_config is not None:
         return f"config.json of {hf_config}"
-    return "rebuilt from Megatron's args" if model.rebuilt else "config.json"
+    return "rebuilt from Megatron's args" if model.rebuilt else _own(model.source)
+
+
+def _own(source: Source) -> str:
+    return "the GGUF's metadata" if source.format == "gguf" else "config.json"
 
 
 def _container(path: Path, source: Source, facts: Facts | None) -> dict[str, Any]:

@@ -132,6 +132,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes += said
         codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
     target = TARGETS[engine](request, model)
+    if calibrating:
+        target = replace(target, closing=calibrating.closing(target.closing))
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
     return Job(

@@ -234,9 +234,13 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         logical=replace(made.logical, left_out=left_out),
         fixed=made.fixed,
     )
+    same = "to be calibrated" if model.logical.held else "kept as the source has them"
     counts = ", ".join(
         f"{count:,} {what}"
-        for count, what in ((made.made, "encoded"), (made.kept, "kept as the source has them"))
+        for count, what in (
+            (made.made, "encoded"),
+            (made.kept, same),
+        )
         if count
     )
     what = "experts" if experts else "linear layers"

@@ -237,10 +237,20 @@ class _Ways:
             if any([i for i in theirs if i in ours] != [i for i in ours if i in theirs] for ours in runs):
                 said.append("transposed")
                 break
+        if any(itertools.starmap(_alternate, itertools.pairwise(self._plan.source.pieces.get(name, ())))):
+            said.append("rows that alternate taken apart")
         beside = {slot.tensor for i in targets for slot in self._plan.target.tensors[i].slots} - {name}
         if beside:
             said.append("in one tensor with " + ", ".join(group_names(sorted(beside)).splitlines()))
         return tuple(said)
+
+
+def _alternate(one: Piece, other: Piece) -> bool:
+    """Whether the rows of two boxes lie between each other in their file, as those of a head that are rotated together
+    do where neighbours are."""
+    if not one.strides or (one.file, one.region.start[1:]) != (other.file, other.region.start[1:]):
+        return False
+    return one.offset < other.offset < one.offset + (one.region.shape[0] - 1) * one.strides[0]
 
 
 def _stretches(places: Iterable[Place], axis: int) -> int:

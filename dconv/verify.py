@@ -288,9 +288,14 @@ def _coded(found: Mapping[str, Any]) -> str:
     """Of an output in codes: what was held to a bound, and what was measured."""
     held = found["weights"]
     near = f"at most {held['error']:.2g} of the largest that shares their scale (bound {held['bound']:.2g})"
-    return (
-        f"\n          {held['weights']:,} weights of {held['coded']} tensors decoded from the files are off by "
+    decoded = (
+        f"{held['weights']:,} weights of {held['coded']} tensors decoded from the files are off by "
         f"{near if held['bound'] else 'nothing'}"
+    )
+    if held["calibrated"]:
+        decoded = f"{held['calibrated']} calibrated weights decoded from the files are finite, all others as they were"
+    return (
+        f"\n          {decoded}"
         f"\n          logits of the codes differ from the source's by {found['difference']:.1e} at most, "
         f"{found['mean']:.1e} in the mean; next tokens diverge by {found['divergence']:.1e} nats (told, not judged)"
     )

@@ -17,7 +17,7 @@ from dconv.arch.layouts import Facts
 from dconv.checkpoint import huggingface, state_dict
 from dconv.checkpoint.pt import whole_tensor
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Source, seal, side_bytes, side_files
+from dconv.checkpoint.source import Side, Source, seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Target
@@ -107,7 +107,7 @@ def lay_out(
     specs: Mapping[str, TensorSpec],
     *,
     config: Mapping[str, object],
-    side: Mapping[str, Path],
+    side: Side,
     left_out: dict[str, str],
 ) -> Target:
     """``pytorch_model.pt`` and a config.json in BMTrain's keys, with the side files beside.

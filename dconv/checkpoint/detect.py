@@ -8,17 +8,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import huggingface, megatron, neuron, state_dict
+from dconv.checkpoint import gguf, huggingface, megatron, neuron, state_dict
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, Refused, UsageError
 
 #: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
-CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta", "neuron")
+CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta", "neuron", "gguf")
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
 #: Those whose own config may be left unread, since another one is given.
-_TRANSLATED: Final = ("meta", "bmtrain", "model_pt")
+_TRANSLATED: Final = ("meta", "bmtrain", "model_pt", "gguf")
 
 
 def open_source(
@@ -61,12 +61,12 @@ def open_source(
             expected="one of megatron, " + ", ".join((*CONTAINERS, *_SPELLINGS)),
             do=f"did you mean {close[0]}?" if close else "leave --from out: it is detected",
         )
-    if not path.is_dir() and not state_dict.is_file(path):
+    if not path.is_dir() and not state_dict.is_file(path) and not gguf.is_file(path):
         beside = path.suffix == ".safetensors" or path.name == "config.json"
         raise Refused(
-            "a checkpoint is a directory, or a state dict's file",
+            "a checkpoint is a directory, a state dict's file, or a GGUF",
             where=str(path),
-            expected=f"a directory, or a file of {', '.join(state_dict.SUFFIXES)}",
+            expected=f"a directory, or a file of {', '.join((*state_dict.SUFFIXES, gguf.SUFFIX))}",
             found="another file",
             do=f"name the directory that it lies in: {path.parent}" if beside else "",
         )
@@ -77,10 +77,10 @@ def open_source(
             "not a checkpoint that dconv reads, nothing was written",
             where=str(folder),
             expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, model.pt with metadata.json, one "
-            "state dict, or Meta's consolidated.*.pth",
+            "state dict, Meta's consolidated.*.pth, or a GGUF",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
         )
-    if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt"):
+    if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt", "gguf"):
         raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")
     if config_alone and kind == "huggingface" and not huggingface.is_huggingface(folder):
         from dconv.checkpoint import config_alone as described
@@ -106,6 +106,8 @@ def _submodel(source: Source, rename: Renaming) -> Source:
 
 def _kind(folder: Path, rename: Renaming) -> str | None:
     if folder.is_file():
+        if gguf.is_file(folder):
+            return "gguf"
         return state_dict.read(folder, rename).container
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
@@ -124,4 +126,6 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
         return "meta"
     if state_dict.find(folder) is not None:
         return state_dict.read(folder, rename).container
+    if any(folder.glob(f"*{gguf.SUFFIX}")):
+        return "gguf"
     return "huggingface" if (folder / "config.json").exists() else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,13 @@ from dconv.sharding.tensor import FileStamp
 
 #: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
 MAX_SMALL: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A file that travels along and is not there yet: ``make`` gives its content, always the same."""
+
+    make: Callable[[], bytes]
 
 
 def stamp(path: Path) -> FileStamp:

@@ -20,7 +20,7 @@ from dconv.checkpoint import safetensors, state_dict, tied
 from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Located, Source, expected_specs, seal, side_bytes, side_files
+from dconv.checkpoint.source import Located, Side, Source, expected_specs, seal, side_bytes, side_files
 from dconv.coded.beside import BESIDE, GPTQ_FILE, with_beside
 from dconv.coded.decode import KEY, decode, method_of
 from dconv.coded.decoded import Decoded
@@ -115,7 +115,7 @@ def source_of(
     try:
         with closing(Reader(folder, files, _SMALL)) as reader:
             whole = [{name: at for part in shard.values() for name, at in part.items()} for shard in shards]
-            found = [decode(shard, config, partial(_values, reader)) for shard in whole]
+            found = [decode(shard, config, partial(small_values, reader)) for shard in whole]
         shards = [_decoded(shard, made) for shard, made in zip(shards, found, strict=True)]
     except DconvError as error:
         fault = error
@@ -147,7 +147,7 @@ def source_of(
     )
 
 
-def _values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
+def small_values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
     """A small tensor."""
     extent, out = stored.extents[0], np.empty(stored.spec.shape, carrier(stored.spec.dtype))
     reader.read_box(Copy(extent.region, extent.file, extent.offset, extent.strides, stored.spec.dtype, MOVE), out)
@@ -312,7 +312,7 @@ def lay_out(
     specs: Iterable[TensorSpec],
     *,
     config: Mapping[str, object] | None,
-    side: Mapping[str, Path],
+    side: Side,
     shard_size: int,
     left_out: dict[str, str],
     twins: Mapping[str, str] | None = None,
@@ -335,7 +335,7 @@ def lay_out_slots(
     held: Iterable[tuple[TensorSpec, tuple[Slot, ...]]],
     *,
     config: Mapping[str, object] | None,
-    side: Mapping[str, Path],
+    side: Side,
     shard_size: int,
     left_out: dict[str, str],
     indexed: bool = False,

@@ -13,7 +13,7 @@ from dconv.checkpoint import pickling
 from dconv.checkpoint.files import read_json, read_small
 from dconv.checkpoint.names import head_beside
 from dconv.checkpoint.pickled import DTypeRef, Record
-from dconv.checkpoint.source import seal, side_bytes, side_files
+from dconv.checkpoint.source import Side, seal, side_bytes, side_files
 from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import TO_TORCH
@@ -116,7 +116,7 @@ class Model:
     local_spec: bool
     args: Mapping[str, object]
     config: Mapping[str, object] | None
-    side: Mapping[str, Path]
+    side: Side
     left_out: dict[str, str]
     prefix: str = ""
     teacher: Model | None = None

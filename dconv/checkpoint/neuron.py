@@ -16,7 +16,7 @@ from dconv.arch.neuron import Held, lay_out, loaded_from, scale_of
 from dconv.checkpoint import huggingface, safetensors
 from dconv.checkpoint.files import read_json, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Source, shape_error, side_files
+from dconv.checkpoint.source import Side, Source, shape_error, side_files
 from dconv.coded.fp8 import SUFFIX, block_of
 from dconv.coded.neuron import with_scales
 from dconv.errors import Damaged, DconvError, Refused
@@ -115,7 +115,7 @@ def lay_out_target(
     specs: Mapping[str, TensorSpec],
     *,
     config: Mapping[str, object] | None,
-    side: Mapping[str, Path],
+    side: Side,
     shard_size: int,
     left_out: dict[str, str],
 ) -> Target:

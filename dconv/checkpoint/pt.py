@@ -14,7 +14,7 @@ from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import huggingface, state_dict
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Source, seal, side_bytes, side_files
+from dconv.checkpoint.source import Side, Source, seal, side_bytes, side_files
 from dconv.errors import Refused
 from dconv.sharding.plan import Target, TargetTensor
 from dconv.sharding.region import Region
@@ -45,7 +45,7 @@ def lay_out(
     *,
     tp: int,
     config: Mapping[str, object] | None,
-    side: Mapping[str, Path],
+    side: Side,
     left_out: dict[str, str],
 ) -> Target:
     """One state dict, or with ``tp`` over 1 one a rank, config.json and the side files beside.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import xxhash
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint.files import read_small
+from dconv.checkpoint.files import Made, read_small
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.coords import Parallel
 from dconv.sharding.derived import Derived, real_files
@@ -28,6 +30,10 @@ SIDE_FILES: Final = (
     "vocab.*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template*", "preprocessor_config.json",
     "processor_config.json", "LICENSE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
+
+
+#: Side files by name.
+Side = Mapping[str, Path | Made]
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Source:
     root: Path
     config: dict[str, object] | None
     args: dict[str, object] | None
-    side: dict[str, Path]
+    side: Side
     files: dict[str, FileStamp]
     parallel: Parallel | None
     locate: Callable[[Family, Facts], Located]
@@ -171,7 +177,20 @@ def side_files(folder: Path) -> dict[str, Path]:
     }
 
 
-def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) -> Iterable[tuple[str, bytes]]:
+@contextmanager
+def beside(side: Side) -> Iterator[Path]:
+    """A directory, for a while, with the side files in it, config.json excepted."""
+    with TemporaryDirectory(prefix="dconv-run-") as scratch:
+        folder = Path(scratch)
+        for name, path in side.items():
+            if isinstance(path, Made):
+                (folder / name).write_bytes(path.make())
+            elif name != "config.json" and path.exists():
+                (folder / name).symlink_to(path.absolute())
+        yield folder
+
+
+def side_bytes(config: Mapping[str, object] | None, side: Side) -> Iterable[tuple[str, bytes]]:
     """config.json and the side files, as (name, bytes).
 
     Raises:
@@ -182,10 +201,11 @@ def side_bytes(config: Mapping[str, object] | None, side: Mapping[str, Path]) ->
         yield "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     for name, path in side.items():
         if name != "config.json" or config is None:
-            yield name, read_small(path, what="a file that travels along")
+            made = isinstance(path, Made)
+            yield name, path.make() if made else read_small(path, what="a file that travels along")
 
 
-def seal(config: Mapping[str, object] | None, side: Mapping[str, Path], also: str = "") -> str:
+def seal(config: Mapping[str, object] | None, side: Side, also: str = "") -> str:
     """A digest of what `side_bytes` gives, and of ``also``; see `dconv.sharding.plan.Target`."""
     digest = xxhash.xxh3_128(also.encode("utf-8", "surrogatepass"))
     for name, data in side_bytes(config, side):

@@ -78,7 +78,7 @@ class Integers:
 @dataclass(frozen=True, slots=True)
 class Product:
     """(code - zero) × scale (`dconv.codec.integer`); inputs: codes, scales; zeros where ``zero``, which is all of
-    them, is None; groups if ``listed``.
+    them, is None; groups if ``listed``. No zero is below ``least``.
     """
 
     grid: Grid
@@ -86,6 +86,7 @@ class Product:
     scale: str
     listed: bool
     zero: int | None = None
+    least: int = 0
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         (top, left), (rows, columns) = box.start, box.shape
@@ -175,7 +176,7 @@ def integers_of(name: str, dense: Array, logical: Logical) -> Integers | None:
         )
     codes, scales, *more = source.inputs
     zeros = more.pop(0) if recipe.zero is None else recipe.zero
-    least = zeros if isinstance(zeros, int) else 0
+    least = zeros if isinstance(zeros, int) else recipe.least
     return Integers((rows, columns), recipe.grid, codes, scales, zeros, more[0] if more else None, least)
 
 

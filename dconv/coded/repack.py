@@ -120,8 +120,7 @@ def _numbers(logical: Logical, words: str) -> dict[str, Integers]:
             found[name] = numbers
     if not found:
         raise Refused(
-            f"{words} from weights that are not whole numbers needs calibration, which this version does not have, "
-            "nothing was written",
+            f"{words} from weights that are not whole numbers needs calibration, nothing was written",
             where=group_names(list(logical.specs)[:1]),
             expected="a source in GPTQ, AWQ or pack-quantized, whose whole numbers are kept",
             found="plain weights, or codes of another kind",
@@ -144,6 +143,10 @@ def _met(numbers: Mapping[str, Integers], logical: Logical, asks: frozenset[Valu
     uneven: set[Grid] = set()
     with closing(open_reader(logical, _AT_ONCE, apply)) as reader:
         for name, one in numbers.items():
+            if any(piece.file in logical.held for piece in one.codes.pieces):  # chosen on the way, as the format asks
+                if isinstance(one.zeros, Array):
+                    uneven.add(one.grid)
+                continue
             if "order" in asks and one.order and _in_order(reader, one.order, one):
                 found[name] = one = replace(one, order=None)
             if "least" in asks and isinstance(one.zeros, Array):

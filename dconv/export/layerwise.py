@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.checkpoint.source import beside
 from dconv.errors import Damaged
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt, kind_of
@@ -86,11 +86,7 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     import torch
 
     _return_freed_memory()
-    with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
-        folder = Path(scratch)
-        for name, path in model.source.side.items():
-            if name != "config.json" and path.exists():
-                (folder / name).symlink_to(path.absolute())
+    with beside(model.source.side) as folder:
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
         net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)

@@ -1,7 +1,7 @@
 """The real torch and transformers as judges of state dicts: torch opens the files, transformers runs the model.
 
-transformers knows neither one file a rank, nor BMTrain's names, nor house spellings: it runs a temporary copy under its
-own.
+transformers knows neither one file a rank, nor BMTrain's names, nor house spellings, and not all that a GGUF says: it
+runs a temporary copy under its own.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def _copy(path: Path, options: dict[str, Any]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         out = Path(scratch, "model")
         job = prepare(Request(path, "huggingface", out, **options))
+        if job.source.coded:  # as exact as what it is compared with may be
+            job = prepare(Request(path, "huggingface", out, dtype="f32", **options))
         for name in job.source.files:
-            if not name.endswith(".safetensors"):
+            if not name.endswith((".safetensors", ".gguf")):
                 _open(job.source.root / name)
         run(job, Settings())
         yield out

@@ -20,6 +20,7 @@ from dconv.launch.options import to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
+from dconv.quant.report import summary
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
@@ -256,6 +257,8 @@ def _summary(
     if args.quiet:
         return
     exact = "bit-exact" if not numeric else f"{numeric} tensors rounded once, the rest bit-exact"
+    if job.calibrating:
+        exact = summary(job.calibrating.lines)
     lines = [
         f"wrote {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s ({plan.bytes_written / 1e9 / seconds:.2f} GB/s) "
         f"with {where.world} rank{'s' * (where.world > 1)}, {exact}  ->  {job.request.output}",
@@ -286,6 +289,8 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     launched = time.time()
     stop = Stop()  # before there are children, that a signal to this process must not leave behind
     code = 1
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where calibrating ranks meet
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "dconv.launch", *argv],
@@ -300,6 +305,14 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     failed = [c for c in (code, *codes) if c]
     preempted = Preempted.exit_code
     return next((c for c in failed if c != preempted), failed[0] if failed else 0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def _finish(child: Popen[bytes], *, stop: bool) -> int:

@@ -51,17 +51,17 @@ def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str) -> 
         groups = grid.groups(columns)
         scale = FROM_TORCH[recipe.numbers.stored]
         codes, scales, zeros, order = parts_of(name)
-        inputs = [
-            _array(codes, (rows, columns), "u8"),
-            _array(scales, (rows, groups), scale),
-            _array(zeros, (rows, groups), "u8"),
-        ]
+        numbers = recipe.numbers
+        inputs = [_array(codes, (rows, columns), "u8"), _array(scales, (rows, groups), scale)]
+        if not numbers.symmetric:
+            inputs.append(_array(zeros, (rows, groups), "u8"))
         if recipe.listed:
             inputs.append(_array(order, (columns,), "i32"))
         how = How(f"calibrated int{grid.bits}", exact=False, bits=0, floats=True)
         file = f"{PREFIX}{name}"
-        recipe_of = Product(grid, columns, scale, recipe.listed)
-        derived[file] = Derived(spec.shape, tuple(inputs), recipe_of, how)
+        middle = 1 << (numbers.bits - 1) if numbers.symmetric else None
+        product = Product(grid, columns, scale, recipe.listed, middle, numbers.least_zero)
+        derived[file] = Derived(spec.shape, tuple(inputs), product, how)
         pieces[name] = (derived[file].piece(name, file, spec.dtype),)
         held |= {piece.file for array in inputs for piece in array.pieces}
     replicas = {name: found for name, found in logical.replicas.items() if name not in wanted}
@@ -96,12 +96,15 @@ def tasks_of(plan: Plan) -> dict[str, list[int]]:
 def numbers_of(name: str, chosen: Chosen, recipe: Recipe) -> dict[str, NDArray[np.generic]]:
     """The virtual files of a weight that has been quantised; scales as stored, which they were rounded to before."""
     codes, scales, zeros, groups = parts_of(name)
-    found = {
+    found: dict[str, NDArray[np.generic]] = {
         codes: chosen.codes.cpu().numpy(),
         scales: chosen.scales.cpu().numpy().astype(recipe.numbers.stored),
-        zeros: chosen.zeros.cpu().numpy(),
     }
-    return {**found, groups: chosen.groups.cpu().numpy()} if recipe.listed else found
+    if not recipe.numbers.symmetric:
+        found[zeros] = chosen.zeros.cpu().numpy()
+    if recipe.listed:
+        found[groups] = chosen.groups.cpu().numpy()
+    return found
 
 
 @dataclass

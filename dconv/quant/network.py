@@ -71,6 +71,21 @@ class Network:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def names(self) -> set[str]:
+        """The checkpoint's names of all linear layers' weights in the layers, experts' among them."""
+        import torch
+
+        found: set[str] = set()
+        for name, layer in self._layers:
+            for inside, member in layer.named_modules():
+                full = f"{name}.{inside}" if inside else name
+                if is_experts(member):
+                    parts = (f"{full}.gate_up_proj", f"{full}.down_proj")
+                    found |= {source for part in parts for names in self.weights.sources(part) for source in names}
+                elif isinstance(member, torch.nn.Linear) and (source := self.weights.source(f"{full}.weight")):
+                    found.add(source)
+        return found
+
     def close(self) -> None:
         """Let the source's files go."""
         self.weights.close()

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dconv.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,9 +26,20 @@ class Ranks:
     device: str = "cpu"
 
     def begin(self) -> None:
-        """Meet the others, where the launcher's variables say (``MASTER_ADDR``, ``MASTER_PORT``)."""
+        """Meet the others, where the launcher's variables say.
+
+        Raises:
+            UsageError: they do not.
+        """
         if self.world == 1:
             return
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UsageError(
+                "ranks that calibrate talk to each other, and do not know where, nothing was written",
+                where=f"{', '.join(missing)} of the environment",
+                expected="an address that all ranks reach, as torchrun sets it",
+                do="torchrun, or export them in the batch script",
+            )
         import torch
         from torch import distributed
 
@@ -79,8 +92,3 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here."""
         self.counts([0])
-
-
-def has_address() -> bool:
-    """Whether the launcher said where ranks meet."""
-    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
