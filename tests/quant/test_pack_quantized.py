@@ -78,8 +78,19 @@ def check_decompressed(folder: Path, source: Path) -> None:
     assert [name for name, value in expected.items() if not np.array_equal(found[name].float().numpy(), value)] == []
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, -1), (8, 32), (8, -1), (3, 32), (2, 16), (4, 128)])
+GRIDS = [(4, 32), (8, 32), (4, -1), (8, -1), (3, 32), (2, 16), (4, 128)]
+
+
+def sampled() -> list[Any]:
+    """Each grid with zero points or without, in turn; with both with ``--long``."""
+    return [
+        pytest.param(*grid, even, marks=() if even == bool(number % 2) else pytest.mark.long)
+        for number, grid in enumerate(GRIDS)
+        for even in (True, False)
+    ]
+
+
+@pytest.mark.parametrize(("bits", "group", "even"), sampled())
 def test_what_compressed_tensors_writes(tmp_path: Path, bits: int, group: int, even: bool) -> None:
     """Of the same numbers, part by part; groups wider than a weight are its rows."""
     model = write_gptq(

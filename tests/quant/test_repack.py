@@ -27,7 +27,7 @@ PACKED = "pack-quantized"
 FORMS = [("gptq", "gptq"), ("gptq", "gptq_v2"), ("awq", "awq"), ("gptq", PACKED)]
 SOURCES = ["gptq", "gptq_v2", "awq", PACKED]
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-WIDE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1056, "num_hidden_layers": 2, "head_dim": 80}
+WIDE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1056, "num_hidden_layers": 1, "head_dim": 80}
 
 
 def packed(model: Model, form: str) -> dict[str, Any]:
@@ -91,12 +91,18 @@ def test_there_and_back(tmp_path: Path, form: str, target: str, quant: str) -> N
     assert [name for name in given if not same(given[name], back[name])] == []
 
 
-@pytest.mark.parametrize(("form", "target", "quant"), [
-    ("awq", "gptq", "gptq"), ("gptq", "awq", "awq"), ("gptq", "gptq", "gptq_v2"), ("gptq3", "gptq", "gptq_v2"),
-    ("gptq", "megatron", None), ("ordered", "hf", None), ("awq", "megatron", None), ("gptq3", "hf", None),
-    (PACKED, "gptq", "gptq"), (PACKED, "awq", "awq"), ("awq", "awq", PACKED), ("gptq3", "gptq", PACKED),
-    (PACKED, "megatron", None),
-])  # fmt: skip
+#: Every way to read and to pack; the other pairs with ``--long``.
+WORLDS = [
+    ("awq", "gptq", "gptq"), ("gptq", "awq", "awq"), ("gptq3", "gptq", "gptq_v2"), ("gptq", "megatron", None),
+    ("ordered", "hf", None), ("gptq3", "gptq", PACKED), (PACKED, "megatron", None),
+    *(pytest.param(*pair, marks=pytest.mark.long) for pair in (
+        ("gptq", "gptq", "gptq_v2"), ("awq", "megatron", None), ("gptq3", "hf", None), (PACKED, "gptq", "gptq"),
+        (PACKED, "awq", "awq"), ("awq", "awq", PACKED),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "target", "quant"), WORLDS)
 def test_any_world_gives_the_same_bytes(tmp_path: Path, form: str, target: str, quant: str | None) -> None:
     """Ranks one by one in any order, with threads and memory of every size; leaves that end inside of groups."""
     bits, ordered = 3 if form == "gptq3" else 4, form == "ordered"
@@ -197,13 +203,23 @@ def refused(request: Request, words: str) -> Refused:
     return found.value
 
 
-@pytest.mark.parametrize(("target", "quant"), FORMS)
-def test_plain_weights_need_calibration(tmp_path: Path, target: str, quant: str) -> None:
-    folder = write_normal(tmp_path / "source", by_name("llama"))
+@pytest.mark.parametrize("quant", [quant for target, quant in FORMS if target == "gptq"])
+def test_plain_weights_are_calibrated(tmp_path: Path, quant: str) -> None:
+    """Whatever the source, they are not rounded on the way; whole numbers that are there are not chosen again."""
+    folder = write_normal(tmp_path / "source", by_name("llama"), num_hidden_layers=1)
     convert(Request(folder, "fp8", tmp_path / "fp8", block_size=(16, 16)))
     convert(Request(folder, "megatron", tmp_path / "megatron"))
+    np.save(tmp_path / "ids.npy", np.arange(64) % 50)
+    asked: dict[str, Any] = {
+        "quant": quant, "calibration": str(tmp_path / "ids.npy"),
+        "quantization_config": json.dumps({"group_size": 32, "nsamples": 2, "seqlen": 16}),
+    }  # fmt: skip
     for model in (folder, tmp_path / "fp8", tmp_path / "megatron"):
-        refused(Request(model, target, tmp_path / "out", quant=quant), "needs calibration")
+        job = prepare(Request(model, "gptq", tmp_path / "out", **asked))
+        assert job.calibrating and set(job.calibrating.recipes) == set(filter(linear, tensors_of(folder)))
+    whole = write_gptq(tmp_path / "whole", num_hidden_layers=1).folder
+    assert prepare(Request(whole, "gptq", tmp_path / "out", quant=quant)).calibrating is None
+    refused(Request(whole, "gptq", tmp_path / "out", **asked), "in whole numbers already")
 
 
 @pytest.mark.parametrize("told", [True, False])

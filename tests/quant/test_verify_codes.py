@@ -178,7 +178,7 @@ def test_folded_weights_are_compared_with_the_fold(models: Callable[[str], Path]
 def test_whole_numbers_packed_anew_are_worth_the_same(
     tmp_path: Path, form: str, target: str, quant: str | None
 ) -> None:
-    model = write_gptq(tmp_path / "source") if form == "gptq" else write_awq(tmp_path / "source")
+    model = (write_gptq if form == "gptq" else write_awq)(tmp_path / "source", num_hidden_layers=2)
     out = tmp_path / "out"
     job = written(Request(model.folder, target, out, quant=quant))
     found: Any = logits.compare(job, out)
