@@ -203,7 +203,8 @@ def test_any_number_of_ranks(models: dict[str, Path], ids: Path, tmp_path: Path,
     run(prepare(request), Settings(threads=2))
     code, _, err = call(
         sys.executable, "-m", "dconv", "convert", str(models[name]), "gptq", "-o", str(tmp_path / "many"),
-        "--calibration", str(ids), "--quantization-config", request.quantization_config or "", "--nproc", str(world), "--quiet",
+        "--calibration", str(ids), "--quantization-config", request.quantization_config or "",
+        "--nproc", str(world), "--quiet",
     )  # fmt: skip
     assert code == 0, err
     one, many = (weights_digest(tmp_path / folder) for folder in ("one", "many"))
