@@ -29,6 +29,7 @@ class Recipe:
     Attributes:
         group: columns that share a scale; -1 for all.
         desc_act: round the columns with the largest activations first.
+        group_aware: the same for whole groups, and inside of each, so that groups stay those of neighbours.
         static_groups: scales from the weights as they are, before any error is carried over.
         search: the power of the search for scales (`Numbers.fit`), 0 for none.
         damp, damp_step: what is added to the Hessian's diagonal, as a part of its mean, and by how much more after
@@ -38,6 +39,7 @@ class Recipe:
     numbers: Numbers
     group: int = 128
     desc_act: bool = False
+    group_aware: bool = False
     static_groups: bool = False
     search: float = 0.0
     damp: float = 0.05
@@ -117,6 +119,9 @@ def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
     order = torch.arange(columns, device=hessian.device)
     if recipe.desc_act:
         order = torch.sort(importance, descending=True, stable=True)[1]
+    elif recipe.group_aware and 0 < recipe.group < columns:
+        order = _by_group(importance, recipe.group)
+    if recipe.desc_act or recipe.group_aware:
         hessian = hessian[order][:, order]
     hessian.diagonal()[importance[order] == 0] = mean
     plain = hessian.diagonal().clone()
@@ -137,6 +142,20 @@ def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
     return Factor(order, feedback, diagonal.square(), importance, damp)
 
 
+def _by_group(importance: torch.Tensor, size: int) -> torch.Tensor:
+    """Groups by their largest column, and the columns of each, the most important first.
+
+    Source: GPTQModel's ``act_group_aware``.
+    """
+    import torch
+
+    groups = [torch.arange(at, min(at + size, len(importance))) for at in range(0, len(importance), size)]
+    most = torch.stack([importance[group].max() for group in groups])
+    inside = [group[torch.sort(importance[group], descending=True, stable=True)[1].cpu()] for group in groups]
+    ordered = torch.sort(most, descending=True, stable=True)[1].tolist()
+    return torch.cat([inside[at] for at in ordered]).to(importance.device)
+
+
 def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
     """Round a weight, or some rows of one (float32 [rows, columns]): each row by itself."""
     import torch
@@ -152,7 +171,7 @@ def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
     static = recipe.static_groups or recipe.group < 0
     if static:
         _fit_all(weight, made.importance, recipe, size, scales, zeros)
-    places = owners[order] if static else owners
+    places = owners if recipe.listed else owners[order]
     importance = made.importance[order]
     turned = weight.t()[order].contiguous()  # a column is then one stretch of memory
     del weight

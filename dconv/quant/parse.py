@@ -61,6 +61,7 @@ _SETTINGS: Final[Mapping[Method, Mapping[str, _Value]]] = {
         "group_size": _GROUP,
         "sym": _FLAG,
         "desc_act": _FLAG,
+        "act_group_aware": _FLAG,
         "static_groups": _FLAG,
         "damp_percent": _Value(
             "between 0 and 1", lambda said: float(said) if _is_number(said) and 0 < said < 1 else None

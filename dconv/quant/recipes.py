@@ -20,6 +20,7 @@ def recipe_of(choice: Choice, settings: Gptq, *, v1: bool) -> Recipe:
         Numbers(choice.bits, settings.sym, least_zero=int(v1)),
         -1 if choice.group == ROW else choice.group,
         settings.desc_act,
+        settings.act_group_aware and not settings.desc_act,
         settings.static_groups,
         settings.mse,
         settings.damp_percent,

@@ -50,6 +50,8 @@ class Gptq:
         bits, group_size: of weights that the table gives whole numbers and says no more about.
         sym: whether the grid is symmetric around zero.
         desc_act: columns in the order of falling diagonal of the Hessian.
+        act_group_aware: the same for whole groups and inside of each, which needs no stored order; of no meaning
+            beside ``desc_act``.
         static_groups: scales from the weights as they were, before errors are spread.
         damp_percent: part of the diagonal's mean that is added to it; between 0 and 1.
         damp_auto_increment: what is added to that where the Hessian cannot be inverted, again and again.
@@ -63,6 +65,7 @@ class Gptq:
     group_size: int = 128
     sym: bool = True
     desc_act: bool = False
+    act_group_aware: bool = True
     static_groups: bool = False
     damp_percent: float = 0.05
     damp_auto_increment: float = 0.01

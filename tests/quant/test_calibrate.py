@@ -114,7 +114,8 @@ def plain_gptq(folder: Path, tokens: torch.Tensor, recipe: Recipe) -> dict[str, 
 def test_against_a_plain_loop(models: dict[str, Path], ids: Path, tmp_path: Path, said: dict[str, Any]) -> None:
     out = tmp_path / "out"
     run(prepare(request_for(models["llama"], ids, out, quant="gptq_v2", **said)), Settings())
-    recipe = Recipe(Numbers(4, said.get("sym", True)), 32, desc_act=said.get("desc_act", False))
+    ordered = said.get("desc_act", False)
+    recipe = Recipe(Numbers(4, said.get("sym", True)), 32, desc_act=ordered, group_aware=not ordered)
     wanted = plain_gptq(models["llama"], torch.from_numpy(np.load(ids)), recipe)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     same = []

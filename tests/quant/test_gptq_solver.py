@@ -32,6 +32,7 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
         {"symmetric": False, "group": 64, "desc_act": True},
         {"symmetric": True, "group": 64, "desc_act": True, "static_groups": True},
         {"symmetric": True, "group": 64, "search": POWER},
+        {"symmetric": False, "group": 32, "group_aware": True},
         {"symmetric": False, "group": 64, "static_groups": True, "search": 2.0},
     ],
     ids=str,

@@ -33,7 +33,7 @@ def test_nothing_said_is_all_defaults() -> None:
 
 def test_text_a_file_and_keys_say_the_same(tmp_path: Path) -> None:
     made = quantization_of(ISSUE)
-    assert made.settings == Gptq(4, 64, True, True, True, 0.05, routing_weighted=True)
+    assert made.settings == Gptq(4, 64, True, True, static_groups=True, routing_weighted=True)
     assert made.calibration == Calibration(None, 64, 512, 0)
     (tmp_path / "q.json").write_text(json.dumps(ISSUE))
     (tmp_path / "q.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in ISSUE.items()))
@@ -63,7 +63,7 @@ def test_other_tools_words(theirs: dict[str, Any], ours: Gptq | Awq) -> None:
     [
         ({"grup_size": 64}, "did you mean group_size?"),
         ({"desc-act": True}, "did you mean desc_act?"),
-        ({"act_group_aware": True}, "there is no key 'act_group_aware'"),
+        ({"rotation": "hadamard"}, "there is no key 'rotation'"),
         ({"n_grid": 20}, "there is no key 'n_grid'"),  # AWQ's
         ({"zero_point": True}, "sym says this"),
         ({"checkpoint_format": "gptq_v2"}, "--quant says the format"),

@@ -19,6 +19,10 @@ def textbook(weight: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> tup
     order = torch.arange(columns)
     if recipe.desc_act:
         order = torch.sort(importance.float(), descending=True, stable=True)[1]
+    elif recipe.group_aware and recipe.group > 0:
+        rank = sorted(range(columns), key=lambda j: (-float(importance[j // size * size :][:size].max()), j // size,
+                                                     -float(importance[j]), j))  # fmt: skip
+        order = torch.tensor(rank)
     fits = {}
     if recipe.static_groups or recipe.group < 0:
         for group in range(-(-columns // size)):
