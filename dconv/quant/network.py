@@ -171,6 +171,17 @@ class Layer:
                     found[source] = member
         return found
 
+    def tensors(self) -> dict[str, tuple[Any, str]]:
+        """Where each tensor of the checkpoint is a parameter as it is: the module, and its name for it."""
+        found: dict[str, tuple[Any, str]] = {}
+        for inside, member in self.module.named_modules():
+            full = f"{self.name}.{inside}" if inside else self.name
+            if full not in self.experts:
+                for key in own(member):
+                    if (source := self._net.weights.source(f"{full}.{key}")) is not None:
+                        found[source] = (member, key)
+        return found
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, [samples, length, hidden].
 
