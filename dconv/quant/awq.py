@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 #: Of AutoAWQ (``awq/quantize/quantizer.py``): what keeps quotients finite, and the smallest scale.
-_WEIGHT_FLOOR, _QUOTIENT_FLOOR, _LEAST: Final = 1e-6, 1e-4, 1e-4
+_WEIGHT_FLOOR: Final = 1e-6
+_QUOTIENT_FLOOR: Final = 1e-4
+_LEAST: Final = 1e-4
 #: Of the same: ranges are cut by twentieths, to no less than half.
 _CUTS: Final = tuple(1 - step / 20 for step in range(10))
 #: Rows that are rounded at once: their temporaries stay small.

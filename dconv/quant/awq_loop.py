@@ -158,7 +158,7 @@ class Layers:
         groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
         products = {}
         for group in groups:
-            rows, columns = watch.get(group[0]).shape
+            columns = watch.get(group[0]).shape[1]
             size = self.recipes[group[0]].group
             products[group] = Hessians(columns, columns if size < 0 else size, device)
         means = {at: Magnitudes(watch.get(fold.readers[0]).shape[1], device) for at, fold in enumerate(folds)}

@@ -137,7 +137,9 @@ class Watch:
         paths = []
         for name in names:
             module = next((m for m, experts in self.layer.experts.items() if name in experts.weights), "")
-            paths.append(module.removeprefix(f"{self.layer.name}.") if module else self._paths[id(self._places[name][0])])
+            paths.append(
+                module.removeprefix(f"{self.layer.name}.") if module else self._paths[id(self._places[name][0])]
+            )
         return os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
     def offset(self, norm: str) -> float:
