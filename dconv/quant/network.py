@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dconv.errors import Refused
+from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
 from dconv.net.weights import Weights
@@ -45,7 +45,10 @@ class Network:
         plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
         with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
             (Path(scratch) / "config.json").write_text(json.dumps(plain))
-            net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+            try:
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+            except ToolMissing:  # some attention is written out alone (Gemma 2 caps its scores)
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "eager")
         self._net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(self._net, self._net)
