@@ -119,21 +119,16 @@ def choose(weight: torch.Tensor, hessians: torch.Tensor, recipe: Recipe, *, cut:
     parts = in_groups(weight, recipe.group).transpose(0, 1).contiguous()  # [groups, rows, size]
     count, rows, size = parts.shape
     top = parts.abs().amax(2, keepdim=True)
-    best = scale = zero = None
+    best = torch.full((count, rows), torch.inf, device=weight.device)
+    scale, zero = torch.ones_like(best), torch.zeros_like(best)
     for part in _CUTS if cut else _CUTS[:1]:
         clipped = parts.clamp(-part * top, part * top) if part < 1 else parts
-        tried, offset = (
-            found.reshape(count, rows) for found in numbers.fit(clipped.reshape(count * rows, size))
-        )
+        tried, offset = (found.reshape(count, rows) for found in numbers.fit(clipped.reshape(count * rows, size)))
         error = numbers.rounded(parts, tried[..., None], offset[..., None]).sub_(parts)
         badness = _power(error, hessians)
-        if best is None or scale is None or zero is None:
-            best, scale, zero = badness, tried, offset
-            continue
         better = badness < best
         best = torch.where(better, badness, best)
         scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
-    assert best is not None and scale is not None and zero is not None
     codes = numbers.code(parts, scale[..., None], zero[..., None]).to(torch.uint8)
     groups = torch.arange(columns, dtype=torch.int32, device=weight.device) // size
     chosen = Chosen(

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import Refused
-from dconv.quant.awq import Search, choose, magnitudes, rounded, settled
+from dconv.quant.awq import Search, magnitudes, rounded, settled
 from dconv.quant.awq_maps import Fold, Folds
+from dconv.quant.awq_round import round_off
 from dconv.quant.awq_sums import Hessians, Magnitudes
 from dconv.quant.awq_watch import Watch
 from dconv.quant.blocks import Blocks
-from dconv.quant.gptq import Chosen, Recipe
+from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
 from dconv.quant.ranks import Ranks
 from dconv.quant.solve import Result
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 #: takes few tokens; each costs what the model costs, times the points of the grid.
 _TOKENS: Final = 2048
 _LENGTH: Final = 256
-#: Rows of a part: one thread's work.
-_ROWS: Final = 1024
 #: A token whose answer the fold changed by more than this part of it, and how many there may be: near a tie, routers
 #: decide otherwise for a last bit.
 _SAME: Final = 1e-3
@@ -126,7 +124,10 @@ class Layers:
             watch.set(values)
             self._check(watch, here[:1], seen)
             hessians = {name: _divided(sums[name][0], around.get(name)) for name in names}
-            results = self._rounded(watch, names, hessians, {name: sums[name][1] for name in names})
+            tokens = {name: sums[name][1] for name in names}
+            cut = set(names) - self.folds.uncut if self.cut else set()
+            del seen, sums
+            results = round_off(watch.get, hessians, tokens, self.recipes, cut, self.ranks, self.threads)
         finally:
             watch.close()
         whole = time.perf_counter() - began
@@ -331,52 +332,6 @@ class Layers:
                 do="FORMAT gptq folds nothing",
             )
 
-    def _rounded(
-        self,
-        watch: Watch,
-        names: Sequence[str],
-        hessians: Mapping[str, torch.Tensor],
-        counts: Mapping[str, int],
-    ) -> dict[str, Result]:
-        """Round weights, parts of their rows on every rank; each ends with all."""
-        import torch
-
-        parts = [
-            (name, start, min(start + _ROWS, len(weight)))
-            for name in names
-            for weight in (watch.get(name),)
-            for start in range(0, len(weight), _ROWS)
-        ]
-        cost = [(stop - start) * watch.get(name).shape[1] for name, start, stop in parts]
-        owners, at = [], 0
-        for part in cost:
-            owners.append(min(self.ranks.world - 1, (at + part // 2) * self.ranks.world // sum(cost)))
-            at += part
-
-        def one(part: tuple[str, int, int]) -> tuple[Chosen, torch.Tensor]:
-            torch.set_num_threads(1)
-            began = time.perf_counter()
-            name, start, stop = part
-            hessian = hessians[name]
-            if not counts[name]:
-                hessian = torch.eye(hessian.shape[1], device=hessian.device).expand_as(hessian)
-            cut = self.cut and bool(counts[name]) and name not in self.folds.uncut
-            with torch.no_grad():
-                chosen, power = choose(watch.get(name)[start:stop], hessian, self.recipes[name], cut=cut)
-            said = [float(power.sum(dtype=torch.float64)), time.perf_counter() - began]
-            return chosen, torch.tensor(said, dtype=torch.float64, device=self.net.device)
-
-        mine = [part for part, owner in zip(parts, owners, strict=True) if owner == self.ranks.rank]
-        with ThreadPoolExecutor(self.threads) as pool:
-            done = dict(zip(mine, pool.map(one, mine), strict=True))
-        found: dict[str, list[tuple[Chosen, torch.Tensor]]] = {}
-        for part, owner in zip(parts, owners, strict=True):
-            made = done.get(part) or _blank(part, hessians[part[0]].shape, self.net.device)
-            for tensor in (made[0].codes, made[0].scales, made[0].zeros, made[0].groups, made[0].error, made[1]):
-                self.ranks.tell(tensor, owner)
-            found.setdefault(part[0], []).append(made)
-        return {name: _joined(made, counts[name]) for name, made in found.items()}
-
 
 def _all(calls: Sequence[Any]) -> Any:
     def listen(x: torch.Tensor) -> None:
@@ -398,37 +353,6 @@ def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tenso
         return hessians
     parts = scales.reshape(hessians.shape[:2])
     return hessians / parts[:, :, None] / parts[:, None, :]
-
-
-def _blank(part: tuple[str, int, int], shape: Sequence[int], device: str) -> tuple[Chosen, torch.Tensor]:
-    """Room for what another rank has."""
-    import torch
-
-    rows, (groups, size) = part[2] - part[1], shape[:2]
-    return Chosen(
-        torch.empty(rows, groups * size, dtype=torch.uint8, device=device),
-        torch.empty(rows, groups, device=device),
-        torch.empty(rows, groups, dtype=torch.uint8, device=device),
-        torch.empty(groups * size, dtype=torch.int32, device=device),
-        torch.empty(rows, device=device),
-    ), torch.empty(2, dtype=torch.float64, device=device)
-
-
-def _joined(found: Sequence[tuple[Chosen, torch.Tensor]], count: int) -> Result:
-    import torch
-
-    chosen = Chosen(
-        torch.cat([one.codes for one, _ in found]),
-        torch.cat([one.scales for one, _ in found]),
-        torch.cat([one.zeros for one, _ in found]),
-        found[0][0].groups,
-        torch.cat([one.error for one, _ in found]),
-    )
-    power, seconds = torch.stack([said for _, said in found]).t()
-    rows, columns = chosen.codes.shape
-    error = float(chosen.error.sum(dtype=torch.float64))
-    relative = error / (float(power.sum()) or 1.0)
-    return Result(chosen, count, error / max(rows * (count or columns), 1), relative, 0.0, float(seconds.sum()))
 
 
 def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float) -> dict[str, Any]:

@@ -2,85 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="calibration computes with torch")
-transformers = pytest.importorskip("transformers", reason="calibration runs transformers' layers")
+pytest.importorskip("torch", reason="calibration computes with torch")
+pytest.importorskip("transformers", reason="calibration runs transformers' layers")
 
-from dconv.arch.registry import families  # noqa: E402
-from dconv.calibrate import Calibrating  # noqa: E402
-from dconv.checkpoint.source import expected_specs  # noqa: E402
-from dconv.describe import describe_model  # noqa: E402
-from dconv.errors import Refused  # noqa: E402
-from dconv.pipeline import Request, prepare, run  # noqa: E402
-from dconv.quant.awq import Search, settled  # noqa: E402
-from dconv.quant.awq_loop import Layers, probes_of  # noqa: E402
-from dconv.quant.awq_maps import folds_of  # noqa: E402
-from dconv.quant.blocks import Blocks  # noqa: E402
-from dconv.quant.gptq import Recipe, nearest  # noqa: E402
-from dconv.quant.grid import Numbers  # noqa: E402
-from dconv.quant.loop import Calibration, Options  # noqa: E402
-from dconv.quant.network import Network  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
-from dconv.sharding.tensor import Logical  # noqa: E402
-from tests.models import config_of, facts_of  # noqa: E402
-from tests.quant.models import values_of  # noqa: E402
+import torch
+import transformers
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
-    "intermediate_size": 96,
-}  # fmt: skip
-_HEADS = {"num_key_value_heads": 4}
-#: One of each kind: query groups, heads of their own (values fold into the output projection) with biases, tensors in
-#: one, norms that add one, experts, a shared one with a gate, latent attention.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": _HEADS,
-    "phi3": _HEADS,
-    "gemma2": {"head_dim": 16, "sliding_window": 64},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
-    },
-    "deepseek_v2": {
-        "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 16, **_HEADS, "n_group": 1, "topk_group": 1,
-    },
-}  # fmt: skip
-_RECIPE = Recipe(Numbers(4, symmetric=False), 32)
-
-
-def model_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A small model as transformers writes it; some channels are far larger than others, as AWQ is for."""
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(family, **(_SIZES | _FAMILIES[family]), tie_word_embeddings=False)
-    net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, value in net.named_parameters():
-            if value.ndim > 1:
-                value.normal_(0, 0.2)
-            elif "norm" in name:
-                value.copy_(torch.randn_like(value).exp() - (1 if family == "gemma2" else 0))
-            else:
-                value.normal_(0, 0.1)
-    net.to(dtype).save_pretrained(folder)
-    return folder
+from dconv.arch.registry import families
+from dconv.checkpoint.source import expected_specs
+from dconv.errors import Refused
+from dconv.pipeline import prepare, run
+from dconv.quant.awq import settled
+from dconv.quant.awq_loop import Layers, probes_of
+from dconv.quant.awq_maps import folds_of
+from dconv.quant.blocks import Blocks
+from dconv.quant.gptq import nearest
+from dconv.sharding.commit import Settings
+from dconv.sharding.tensor import Logical
+from tests.models import config_of, facts_of
+from tests.quant.awq_models import (
+    FAMILIES,
+    RECIPE,
+    Noted,
+    calibrated,
+    decoded,
+    logits,
+    model_of,
+    planned,
+    request_for,
+)
+from tests.quant.models import values_of
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: model_of(family, folder / family) for family in _FAMILIES}
+    return {family: model_of(family, folder / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -90,86 +58,10 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def request_for(model: Path, ids: Path, out: Path, **said: Any) -> Request:
-    settings = {"group_size": 32, "nsamples": 6, "seqlen": 64, "n_grid": 6, **said}
-    return Request(model, "awq", out, calibration=str(ids), quantization_config=json.dumps(settings))
-
-
-def planned(request: Request) -> Calibrating:
-    job = prepare(request).calibrating
-    assert job is not None
-    return job
-
-
-@dataclass
-class Noted:
-    """What a run of `Layers` came to."""
-
-    chosen: dict[str, Any] = field(default_factory=dict)
-    folded: dict[str, Any] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-
-def calibrated(job: Calibrating, folder: Path, ranks: Any = None, threads: int = 1) -> Noted:
-    """One rank's run; nothing is written."""
-    from dconv.quant.ranks import Ranks
-
-    ranks, noted, asked = ranks or Ranks(), Noted(), job.settings
-    assert job.folds is not None and not hasattr(asked, "desc_act")
-    net = Network(job.source.config, job.source.logical, "cpu", 1 << 26)
-    blocks = Blocks(job.samples.tokens, folder / "hidden")
-    search = Search(asked.n_grid, asked.duo_scaling)
-    layers = Layers(net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, threads)
-
-    def choose(layer: Any, index: int, mine: Sequence[int]) -> Any:
-        results, lines = layers.choose(layer, index, mine)
-        noted.chosen |= {name: result.chosen for name, result in results.items() if name in job.recipes}
-        noted.folded |= {name: value for name, value in results.items() if name not in job.recipes}
-        noted.lines += lines
-        return {}, lines
-
-    run_ = Calibration(net, job.recipes, blocks, ranks, folder, Options(), lambda _: None, method=choose)
-    try:
-        run_.run()
-    finally:
-        net.close()
-    return noted
-
-
-def logits(folder: Path, tokens: torch.Tensor, changed: dict[str, Any]) -> torch.Tensor:
-    """Of a model with some tensors replaced, by their names in the checkpoint."""
-    from dconv.net.weights import Weights
-
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
-    )
-    weights = Weights(describe_model(folder).logical, net)
-    used = set()
-    with torch.no_grad():
-        for name, value in net.state_dict().items():
-            if (source := weights.source(name)) in changed:
-                used.add(source)
-                value.copy_(torch.as_tensor(changed[source]))
-            elif value.ndim == 3 and weights.by_expert(name):
-                for expert, names in enumerate(weights.sources(name)):
-                    if names[0] in changed:
-                        used.update(names)
-                        value[expert].copy_(torch.cat([torch.as_tensor(changed[one]) for one in names]))
-        assert used == changed.keys()
-        return net(tokens).logits
-
-
-def decoded(folder: Path) -> dict[str, Any]:
-    """The tensors of an output, as dconv reads them back."""
-    dense = folder.with_name(f"{folder.name}-dense")
-    run(prepare(Request(folder, "hf", dense, dtype="f32")), Settings())
-    return values_of(dense)
-
-
 # ------------------------------------------------------------------------------------------------ what is computed
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_folding_changes_no_function(
     family: str, models: dict[str, Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +86,7 @@ def test_folding_changes_no_function(
     reference = logits(models[family], tokens, {})
     assert float((logits(models[family], tokens, whole) - reference).abs().max()) < 1e-5 * float(reference.abs().max())
     written, source = decoded(out), values_of(models[family])
-    weights = {line["weight"]: nearest(torch.from_numpy(source[line["weight"]]).float(), _RECIPE).decode() for line in
+    weights = {line["weight"]: nearest(torch.from_numpy(source[line["weight"]]).float(), RECIPE).decode() for line in
                report}  # fmt: skip
     near = float((logits(models[family], tokens, written) - reference).square().mean())
     far = float((logits(models[family], tokens, weights) - reference).square().mean())
@@ -215,7 +107,9 @@ def test_the_search_is_autoawqs(models: dict[str, Path], ids: Path, tmp_path: Pa
     job = planned(request_for(models["mixtral"], ids, tmp_path / "out"))
     noted = calibrated(job, tmp_path / "state")
     lines = {line["weight"]: line for line in noted.lines}
-    net = transformers.AutoModelForCausalLM.from_pretrained(models["mixtral"], dtype=torch.float64, experts_implementation="eager")
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        models["mixtral"], dtype=torch.float64, experts_implementation="eager"
+    )
     tokens = torch.from_numpy(job.samples.tokens.astype(np.int64))
     layer, source = net.model.layers[0], values_of(models["mixtral"])
     for norm, parent, names in (
@@ -278,9 +172,9 @@ def test_ranges_are_cut_where_that_helps() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(8, 64) ** 3, torch.randn(100, 64)
     hessians = torch.stack([part.t() @ part for part in x.split(32, 1)])
-    chosen, power = choose(weight, hessians, _RECIPE, cut=True)
-    plain, _ = choose(weight, hessians, _RECIPE, cut=False)
-    assert torch.equal(plain.decode(), nearest(weight, _RECIPE).decode())
+    chosen, power = choose(weight, hessians, RECIPE, cut=True)
+    plain, _ = choose(weight, hessians, RECIPE, cut=False)
+    assert torch.equal(plain.decode(), nearest(weight, RECIPE).decode())
     total = torch.zeros(8)
     for row in range(8):
         for group in range(2):
@@ -345,7 +239,7 @@ class _OfThread:
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             parts = self.hub.exchange(self.rank, tensor.clone())[::-1]
-            tensor.copy_(sum(parts[1:], parts[0]))
+            tensor.copy_(functools.reduce(torch.add, parts))
 
     def counts(self, numbers: list[int]) -> list[int]:
         return [sum(each) for each in zip(*self.hub.exchange(self.rank, numbers), strict=True)]
@@ -477,7 +371,7 @@ def test_an_expert_that_sees_no_token(models: dict[str, Path], ids: Path, tmp_pa
     scales = torch.from_numpy(source[norm] / stored[norm]).float()
     assert float(scales.std()) > 0.05
     for name, scale in ((f"{experts}.w3.weight", scales), (f"{experts}.w2.weight", 1.0)):
-        wanted = nearest(torch.from_numpy(source[name]).float() * scale, _RECIPE).decode().double().numpy()
+        wanted = nearest(torch.from_numpy(source[name]).float() * scale, RECIPE).decode().double().numpy()
         assert np.mean(dense[name] == wanted) > 0.99  # the norm's quotient is known to the last bit or two
 
 
