@@ -15,19 +15,20 @@ from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
-from dconv.quant.held import Held, numbers_of, tasks_of, to_choose
+from dconv.quant.awq_maps import Folds, folds_of
+from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
 from dconv.quant.parse import quantization_of
 from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
-from dconv.quant.settings import Gptq, Method
+from dconv.quant.settings import Awq, Gptq, Method
 from dconv.request import CALIBRATED, Request
 from dconv.sharding.derived import Array, open_reader
+from dconv.sharding.dtypes import TO_TORCH
 
 if TYPE_CHECKING:
     from dconv.quant.data import Samples
     from dconv.quant.gptq import Recipe
-    from dconv.quant.solve import Result
     from dconv.sharding.commit import Rank
     from dconv.sharding.plan import Task
     from dconv.sharding.tensor import Logical
@@ -43,14 +44,18 @@ class Calibrating:
         source: the model as it is, whose layers are run.
         recipes: of the weights to be quantised, by name.
         record: of settings and samples, for the receipt.
+        folds: where AWQ's scales go.
+        stored: torch's names of the dtypes of tensors that change without being quantised.
         lines: of the report; they come while it runs.
     """
 
     source: Described
-    settings: Gptq
+    settings: Gptq | Awq
     samples: Samples
     recipes: Mapping[str, Recipe]
     record: Mapping[str, Any]
+    folds: Folds | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def closing(self, files: Callable[[], Iterable[tuple[str, bytes]]]) -> Callable[[], Iterable[tuple[str, bytes]]]:
@@ -103,8 +108,6 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
 
     method: Method = "awq" if request.format == "awq" else "gptq"
     asked = quantization_of(request.quantization_config, method, request.calibration)
-    if not isinstance(asked.settings, Gptq):
-        raise Refused("AWQ's search is not in this version, nothing was written", do="FORMAT gptq")
     shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
     entries = list(model.family.entries(model.facts))
     apart = {spec.name for entry in entries if entry.row.stack != "layers" for spec in entry.fused.specs}
@@ -127,11 +130,16 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     recipes = {name: recipe_of(choice, asked.settings, v1=v1) for name, choice in table.coded.items()}
     described = {**asked.describe(), "weights": _grouped(table.describe())}
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
-    logical = to_choose(model.logical, recipes, identity)
+    folds = None if isinstance(asked.settings, Gptq) else folds_of(model.family, model.facts, model.logical, recipes)
+    logical = to_choose(model.logical, recipes, identity, folds.plain if folds else ())
     predictor = "token predictors are left as they are: no pass of the model reaches them" if inside & apart else ""
     notes = tuple(note for note in (cut, samples.warning, predictor, *table.notices) if note)
     record = {"settings": described, "samples": samples.record}
-    return replace(model, logical=logical), Calibrating(model, asked.settings, samples, recipes, record), notes
+    stored = {
+        name: TO_TORCH[request.dtype or model.logical.specs[name].dtype] for name in (folds.plain if folds else ())
+    }
+    planned = Calibrating(model, asked.settings, samples, recipes, record, folds, stored)
+    return replace(model, logical=logical), planned, notes
 
 
 def _grouped(words: Mapping[str, str]) -> dict[str, str]:
@@ -152,6 +160,8 @@ def work(job: Calibrating, device: str) -> Callable[[Rank], None]:
 
 
 def _run(job: Calibrating, rank: Rank, device: str) -> None:
+    from dconv.quant.awq import Search
+    from dconv.quant.awq_loop import Layers
     from dconv.quant.blocks import Blocks
     from dconv.quant.loop import Calibration, Options
     from dconv.quant.network import Network
@@ -166,19 +176,20 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     rank.share = sum(task.nbytes for task in (*plain, *(task for part in parts.values() for task in part)))
     rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader)
 
-    def write(results: Mapping[str, Result]) -> None:
-        held.arrays = {
-            file: array
-            for name, result in results.items()
-            for file, array in numbers_of(name, result.chosen, job.recipes[name]).items()
-        }
+    def write(results: Mapping[str, Any]) -> None:
+        held.arrays = {}
+        for name, result in results.items():
+            if name in job.recipes:
+                held.arrays |= numbers_of(name, result.chosen, job.recipes[name])
+            else:
+                held.arrays[folded_file(name)] = result.cpu().numpy()
         rank.do([task for name in results for task in parts[name]])
         held.arrays = {}
 
     ranks = Ranks(settings.rank, settings.world, device)
     ranks.begin()
     try:
-        source, gptq = job.source, job.settings
+        source, asked = job.source, job.settings
         net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26))
         if unreached := sorted(job.recipes.keys() - net.names()):
             raise Refused(
@@ -188,20 +199,27 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
                 do="leave them out: an override with skip in --quantization-config",
             )
         rank.do(plain)
-        folder = rank.state / _FOLDER
+        folder, threads = rank.state / _FOLDER, _threads(settings.threads, settings.world)
+        blocks, options = (
+            Blocks(job.samples.tokens, folder / "hidden"),
+            Options(room=settings.max_memory, threads=threads),
+        )
+        method = None
+        if isinstance(asked, Gptq):
+            options = replace(options, weigh_by_routing=asked.routing_weighted, sequential=asked.true_sequential)
+        elif job.folds is not None:
+            search = Search(asked.n_grid, asked.duo_scaling)
+            layers = Layers(net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, threads)
+            method = layers.choose
         run = Calibration(
             net,
             job.recipes,
-            Blocks(job.samples.tokens, folder / "hidden"),
+            blocks,
             ranks,
             folder,
-            Options(
-                weigh_by_routing=gptq.routing_weighted,
-                sequential=gptq.true_sequential,
-                room=settings.max_memory,
-                threads=_threads(settings.threads, settings.world),
-            ),
+            options,
             write,
+            method=method,
             stop=settings.stop or threading.Event(),
         )
         try:

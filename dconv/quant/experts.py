@@ -23,8 +23,7 @@ Listen = Callable[[int, "torch.Tensor", "torch.Tensor"], bool]
 
 def is_experts(module: Any) -> bool:
     """Whether a module of transformers holds a layer's experts, each as a slice of its parameters."""
-    return all(getattr(module, name, None) is not None and getattr(module, name).ndim == 3
-               for name in ("gate_up_proj", "down_proj"))  # fmt: skip
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
 
 
 class Experts:

@@ -7,16 +7,17 @@ journal and receipt know nothing of calibration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from numpy.lib.stride_tricks import as_strided
 
+from dconv.codec.cast import cast
 from dconv.coded.integers import Grid, Product
 from dconv.errors import Damaged
 from dconv.quant.gptq import Chosen, Recipe
-from dconv.sharding.derived import Array, Derived, real_files
+from dconv.sharding.derived import Array, Derived, Read, real_files
 from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE
 from dconv.sharding.ops import How
 from dconv.sharding.region import Index, Region, row_major
@@ -37,10 +38,26 @@ def parts_of(name: str) -> tuple[str, str, str, str]:
     return (f"{PREFIX}{name}//codes", f"{PREFIX}{name}//scales", f"{PREFIX}{name}//zeros", f"{PREFIX}{name}//groups")
 
 
-def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str) -> Logical:
+def folded_file(name: str) -> str:
+    """The virtual file of a tensor that changes without being quantised, float32."""
+    return f"{PREFIX}{name}//folded"
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A tensor with scales folded in, rounded once; input: the tensor, float32."""
+
+    def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        if factor == 1.0:
+            return read(0, box, dtype)
+        return cast(read(0, box, "f64") * factor, "f64", dtype)
+
+
+def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str, folded: Collection[str] = ()) -> Logical:
     """The checkpoint with the weights ``wanted`` made of numbers that are yet to be chosen.
 
     Args:
+        folded: tensors that change with them.
         identity: of what chooses them: settings and samples, a part of the plan's identity.
     """
     pieces, derived, held = dict(logical.pieces), dict(logical.derived), set(logical.held)
@@ -64,7 +81,13 @@ def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str) -> 
         derived[file] = Derived(spec.shape, tuple(inputs), product, how)
         pieces[name] = (derived[file].piece(name, file, spec.dtype),)
         held |= {piece.file for array in inputs for piece in array.pieces}
-    replicas = {name: found for name, found in logical.replicas.items() if name not in wanted}
+    for name in folded:
+        spec, file = logical.specs[name], f"{PREFIX}{name}"
+        how = How("scales of the layer's weights folded in", exact=False, bits=0, floats=True)
+        derived[file] = Derived(spec.shape, (_array(folded_file(name), spec.shape, "f32"),), Folded(), how)
+        pieces[name] = (derived[file].piece(name, file, spec.dtype),)
+        held.add(folded_file(name))
+    replicas = {name: found for name, found in logical.replicas.items() if name not in wanted and name not in folded}
     return replace(
         logical,
         pieces=pieces,
@@ -81,7 +104,7 @@ def _array(file: str, shape: Index, dtype: str) -> Array:
 
 
 def tasks_of(plan: Plan) -> dict[str, list[int]]:
-    """For each weight to be calibrated, the tasks that need its numbers."""
+    """For each tensor that calibration changes, the tasks that need it."""
     needs: list[set[str]] = []
     for copies in plan.copies:
         behind = real_files({copy.file for copy in copies}, plan.source.derived) & plan.source.held

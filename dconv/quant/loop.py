@@ -54,6 +54,8 @@ class Calibration:
         recipes: of the weights to be quantised, by name.
         folder: working state, shared by all ranks, that outlives a kill.
         write: called with a layer's results, on every rank; returns when they are written durably.
+        method: what is done to a layer instead of GPTQ, given its number and this rank's blocks; returns what ``write``
+            takes, and lines of the report.
         said: called with a layer's number, how many there are, and its report, on every rank.
     """
 
@@ -63,8 +65,9 @@ class Calibration:
     ranks: Ranks
     folder: Path
     options: Options
-    write: Callable[[Mapping[str, Result]], None]
+    write: Callable[[Mapping[str, Any]], None]
     said: Callable[[int, int, list[dict[str, Any]]], None] = lambda *_: None
+    method: Callable[[Layer, int, Sequence[int]], tuple[dict[str, Any], list[dict[str, Any]]]] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> list[dict[str, Any]]:
@@ -87,7 +90,7 @@ class Calibration:
         for index in range(first, len(self.net)):
             self._leave_if_told()
             layer = self.net.load(index)
-            results, lines = self._layer(layer, index, mine)
+            results, lines = (self.method or self._layer)(layer, index, mine)
             self.write(results)
             report += lines
             self.net.forget(layer)

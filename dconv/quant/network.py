@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dconv.errors import Refused
+from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
 from dconv.net.weights import Weights
@@ -45,7 +45,10 @@ class Network:
         plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
         with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
             (Path(scratch) / "config.json").write_text(json.dumps(plain))
-            net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+            try:
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+            except ToolMissing:  # some attention is written out alone (Gemma 2 caps its scores)
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "eager")
         self._net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(self._net, self._net)
@@ -169,6 +172,17 @@ class Layer:
                 source = self._net.weights.source(f"{self.name}.{inside}.weight")
                 if source is not None:
                     found[source] = member
+        return found
+
+    def tensors(self) -> dict[str, tuple[Any, str]]:
+        """Where each tensor of the checkpoint is a parameter as it is: the module, and its name for it."""
+        found: dict[str, tuple[Any, str]] = {}
+        for inside, member in self.module.named_modules():
+            full = f"{self.name}.{inside}" if inside else self.name
+            if full not in self.experts:
+                for key in own(member):
+                    if (source := self._net.weights.source(f"{full}.{key}")) is not None:
+                        found[source] = (member, key)
         return found
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,14 @@ LIMIT: Final = 2.0**42
 _AT_ONCE: Final = 1 << 15
 
 
+def add_exactly(value: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor) -> None:
+    """Add float32 numbers to a sum of two float64 parts, each on its grid."""
+    rest = value.double()
+    high = rest.add(_COARSE).sub_(_COARSE)
+    coarse += high
+    fine += rest.sub_(high).add_(_FINE).sub_(_FINE)
+
+
 class Sum:
     """Σ c x xᵀ of the inputs of one module, and how many there were. Threads may add to it at once.
 
@@ -61,10 +69,7 @@ class Sum:
             with self._lock:
                 for rows in range(0, len(product), step := max(1, _AT_ONCE // (stop - start))):
                     some = slice(rows, rows + step)
-                    rest = product[some].double()
-                    high = rest.add(_COARSE).sub_(_COARSE)
-                    coarse[some] += high
-                    fine[some] += rest.sub_(high).add_(_FINE).sub_(_FINE)
+                    add_exactly(product[some], coarse[some], fine[some])
         with self._lock:
             self.count += len(inputs)
 

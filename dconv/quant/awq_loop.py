@@ -1,0 +1,371 @@
+"""AWQ of one layer: count, search scales, fold them, search ranges, round.
+
+Unlike GPTQ's, what comes to a layer is what the model itself would give it: scales are of the weights' own inputs, and
+rounding one weight changes no other's. All samples are counted; the losses of the search are of a few, the same ones
+for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from dconv.errors import Refused
+from dconv.quant.awq import Search, magnitudes, rounded, settled
+from dconv.quant.awq_maps import Fold, Folds
+from dconv.quant.awq_round import round_off
+from dconv.quant.awq_sums import Hessians, Magnitudes
+from dconv.quant.awq_watch import Watch
+from dconv.quant.blocks import Blocks
+from dconv.quant.gptq import Recipe
+from dconv.quant.network import Layer, Network
+from dconv.quant.ranks import Ranks
+from dconv.quant.solve import Result
+
+if TYPE_CHECKING:
+    import torch
+
+#: Tokens of the search's losses, and of one of its samples at most. One number is chosen for a layer's channels, which
+#: takes few tokens; each costs what the model costs, times the points of the grid.
+_TOKENS: Final = 2048
+_LENGTH: Final = 256
+#: A token whose answer the fold changed by more than this part of it, and how many there may be: near a tie, routers
+#: decide otherwise for a last bit.
+_SAME: Final = 1e-3
+_TIES: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sample of the search.
+
+    Attributes:
+        number: among all of them.
+        block, row: where it is.
+    """
+
+    number: int
+    block: int
+    row: int
+
+
+def probes_of(blocks: Blocks) -> tuple[int, int, list[Probe]]:
+    """How many samples the search has, how many tokens of each, and which they are."""
+    samples, length = blocks.tokens.shape
+    used = min(length, _LENGTH)
+    count = min(samples, max(1, _TOKENS // used))
+    each = len(blocks.samples(0))
+    chosen = [number * samples // count for number in range(count)]
+    return count, used, [Probe(number, at // each, at % each) for number, at in enumerate(chosen)]
+
+
+@dataclass
+class _Seen:
+    """What the search needs of a layer, by probe.
+
+    Attributes:
+        inputs: of linear layers whose own answer is compared, by the weight's name.
+        calls: arguments and answers of modules, by path.
+        whole: what comes to the layer, and what leaves it.
+    """
+
+    inputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = field(default_factory=dict)
+    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """AWQ of the layers of a model, on this rank.
+
+    Attributes:
+        recipes: of the weights to be quantised, by name.
+        stored: torch's name of the dtype in which a norm is stored, by name.
+        cut: whether ranges are searched.
+        threads: blocks that are computed at once.
+    """
+
+    net: Network
+    recipes: Mapping[str, Recipe]
+    folds: Folds
+    blocks: Blocks
+    ranks: Ranks
+    search: Search
+    stored: Mapping[str, str]
+    cut: bool = True
+    threads: int = 1
+
+    def choose(
+        self, layer: Layer, index: int, mine: Sequence[int]
+    ) -> tuple[dict[str, Result | torch.Tensor], list[dict[str, Any]]]:
+        """The numbers of a layer's weights, and the tensors that change without being quantised, float32.
+
+        Args:
+            mine: the blocks of this rank, which are taken to the next layer.
+
+        Raises:
+            Refused: the layer with its scales folded computes something else.
+        """
+        began = time.perf_counter()
+        folds = [fold for fold in self.folds.folds if fold.layer == index]
+        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], self.threads)
+        names = [name for name in self.recipes if watch.has(name)]
+        try:
+            sums, counts = self._counted(watch, index, mine, folds, names)
+            count, length, probes = probes_of(self.blocks)
+            here = [probe for probe in probes if probe.block in set(mine)]
+            seen = self._seen(watch, index, here, length, folds)
+            tried = [self._scales(watch, fold, *counts[at]) for at, fold in enumerate(folds)]
+            losses = self._losses(watch, folds, tried, here, count, seen)
+            best = [line.index(min(line)) for line in losses]
+            values, around = self._folded(watch, folds, [tried[at][point] for at, point in enumerate(best)])
+            watch.set(values)
+            self._check(watch, here[:1], seen)
+            hessians = {name: _divided(sums[name][0], around.get(name)) for name in names}
+            tokens = {name: sums[name][1] for name in names}
+            cut = set(names) - self.folds.uncut if self.cut else set()
+            del seen, sums
+            results = round_off(watch.get, hessians, tokens, self.recipes, cut, self.ranks, self.threads)
+        finally:
+            watch.close()
+        whole = time.perf_counter() - began
+        by_reader = {name: (fold, at) for at, fold in enumerate(folds) for name in fold.readers}
+        lines = []
+        for name, result in results.items():
+            said: dict[str, Any] = {}
+            if name in by_reader:
+                at = by_reader[name][1]
+                none, found = losses[at][0], losses[at][best[at]]
+                said = {
+                    "scaled_from": by_reader[name][0].source,
+                    "ratio": (best[at] - 1) / self.search.points if best[at] else None,
+                    "search_loss": found / none if none else 1.0,
+                }
+            lines.append(_line(index, name, result, self.recipes[name], whole) | said)
+        plain = {name: value for name, value in values.items() if name in self.folds.plain}
+        return {**results, **plain}, lines
+
+    def _counted(
+        self, watch: Watch, index: int, mine: Sequence[int], folds: Sequence[Fold], names: Sequence[str]
+    ) -> tuple[dict[str, tuple[torch.Tensor, int]], dict[int, tuple[torch.Tensor, int]]]:
+        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold. Takes blocks to the next layer."""
+        import torch
+
+        device, last = self.net.device, index + 1 == len(self.net)
+        for block in mine:  # before there are threads
+            self.net.given(index, self.blocks.samples(block).shape)
+        groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
+        products = {}
+        for group in groups:
+            columns = watch.get(group[0]).shape[1]
+            size = self.recipes[group[0]].group
+            products[group] = Hessians(columns, columns if size < 0 else size, device)
+        means = {at: Magnitudes(watch.get(fold.readers[0]).shape[1], device) for at, fold in enumerate(folds)}
+        listening: dict[str, list[Any]] = {}
+        for group, product in products.items():
+            listening.setdefault(watch.listener(group[0]), []).append(product.add)
+        for at, fold in enumerate(folds):
+            if fold.is_norm:
+                watch.outputs[fold.source] = means[at].add
+            else:
+                listening.setdefault(watch.listener(fold.readers[0]), []).append(means[at].add)
+        watch.inputs = {name: _all(calls) for name, calls in listening.items()}
+
+        def one(block: int) -> None:
+            made = watch.layer(torch.from_numpy(self.blocks.read(index, block)).to(device))
+            if not last:
+                self.blocks.write(index + 1, block, made.float().cpu().numpy())
+
+        watch.run(mine, one)
+        watch.inputs, watch.outputs = {}, {}
+        exact = [item.sum for item in (*products.values(), *means.values())]
+        for item in exact:
+            self.ranks.sum(item.parts())
+        tokens = self.ranks.counts([item.count for item in exact])
+        by_group = dict(zip(products, tokens, strict=False))
+        by_fold = dict(zip(means, tokens[len(products) :], strict=True))
+        return (
+            {name: (product.sum.total(), by_group[group]) for group, product in products.items() for name in group},
+            {at: (mean.sum.total(), by_fold[at]) for at, mean in means.items()},
+        )
+
+    def _seen(self, watch: Watch, index: int, here: Sequence[Probe], length: int, folds: Sequence[Fold]) -> _Seen:
+        """What the search needs, of this rank's probes."""
+        import torch
+
+        seen = _Seen()
+        self.net.given(index, (1, length))
+        alone = {fold.readers[0] for fold in folds if len(fold.readers) == 1}
+        paths = {watch.parent(fold.readers) for fold in folds if len(fold.readers) > 1}
+
+        def heard(name: str) -> Any:
+            return lambda x: seen.inputs.__setitem__((name, watch.at.number), x)
+
+        def called(path: str) -> Any:
+            def keep(args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
+                seen.calls[path, watch.at.number] = args, kwargs, made[0] if isinstance(made, tuple) else made
+
+            return keep
+
+        watch.catch(paths)
+        watch.inputs = {watch.listener(name): heard(name) for name in alone}
+        watch.calls = {path: called(path) for path in paths}
+
+        def one(probe: Probe) -> None:
+            read = self.blocks.read(index, probe.block)[probe.row : probe.row + 1, :length]
+            hidden = torch.from_numpy(read.copy()).to(self.net.device)
+            seen.whole[probe.number] = hidden, watch.layer(hidden)
+
+        watch.run(here, one)
+        watch.inputs, watch.calls = {}, {}
+        return seen
+
+    def _scales(self, watch: Watch, fold: Fold, total: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+        """What is tried: scales of each point of the grid; none at all where no token came.
+
+        Args:
+            total: Σ |x| over the tokens.
+        """
+        import torch
+
+        if not tokens:
+            return [torch.ones_like(total)] * len(self.search)
+        quantised = [name for name in fold.readers if name in self.recipes]
+        weights = magnitudes([watch.get(name) for name in quantised], self.recipes[quantised[0]].group)
+        return list(self.search.scales(total / tokens, weights))
+
+    def _losses(
+        self,
+        watch: Watch,
+        folds: Sequence[Fold],
+        tried: Sequence[Sequence[torch.Tensor]],
+        here: Sequence[Probe],
+        count: int,
+        seen: _Seen,
+    ) -> list[list[float]]:
+        """Squared errors of each point of the grid, for each fold.
+
+        Every probe's is one number, of one rank; zeros are added to it elsewhere, and the sum over probes has their
+        order.
+        """
+        import torch
+
+        device = self.net.device
+        losses = torch.zeros(len(folds), len(self.search), count, dtype=torch.float64, device=device)
+        for at, fold in enumerate(folds):
+            quantised = [name for name in fold.readers if name in self.recipes]
+            alone = len(fold.readers) == 1
+            found = [probe for probe in here if (fold.readers[0], probe.number) in seen.inputs] if alone else here
+            if not found:
+                continue
+            scales = tried[at]
+            if alone:
+                name = quantised[0]
+
+                def direct(point: int, name: str = name, at: int = at, found: Sequence[Probe] = found,
+                           scales: Sequence[torch.Tensor] = scales) -> None:  # fmt: skip
+                    weight = watch.get(name)
+                    error = rounded(weight, scales[point], self.recipes[name]) - weight
+                    for probe in found:
+                        losses[at, point, probe.number] = _square(seen.inputs[name, probe.number] @ error.t())
+
+                watch.run(range(len(self.search)), direct)
+                continue
+            path = watch.parent(fold.readers)
+            for point in range(len(self.search)):
+                made = watch.run(
+                    quantised, lambda name, s=scales[point]: rounded(watch.get(name), s, self.recipes[name])
+                )
+
+                def through(probe: Probe, path: str = path, at: int = at, point: int = point) -> None:
+                    args, kwargs, answer = seen.calls[path, probe.number]
+                    losses[at, point, probe.number] = _square(watch.call(path, args, kwargs) - answer)
+
+                with watch.instead(dict(zip(quantised, made, strict=True))):
+                    watch.run(found, through)
+        self.ranks.sum([losses])
+        total = torch.zeros(len(folds), len(self.search), dtype=torch.float64, device=device)
+        for number in range(count):
+            total += losses[:, :, number]
+        return torch.where(total.isfinite(), total, torch.inf).tolist()
+
+    def _folded(
+        self, watch: Watch, folds: Sequence[Fold], scales: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Tensors as they are with the scales in them; the scales that a weight was multiplied by."""
+        touched = {name for fold in folds for name in (fold.source, fold.bias, *fold.readers) if watch.has(name)}
+        values = {name: watch.get(name).clone() for name in sorted(touched)}
+        around: dict[str, torch.Tensor] = {}
+        for fold, found in zip(folds, scales, strict=True):
+            scale, rows = found, slice(fold.start, fold.start + len(found))
+            if fold.is_norm:
+                offset = watch.offset(fold.source)
+                values[fold.source], scale = settled(values[fold.source], found, offset, self.stored[fold.source])
+            else:
+                values[fold.source][rows] /= scale[:, None]
+            if fold.bias in values:
+                values[fold.bias][rows] /= scale
+            for name in fold.readers:
+                values[name] *= scale
+                around[name] = scale
+        return values, around
+
+    def _check(self, watch: Watch, probes: Sequence[Probe], seen: _Seen) -> None:
+        """See that the layer computes what it did.
+
+        Raises:
+            Refused: it does not.
+        """
+        same = True
+        for probe in probes:
+            hidden, before = seen.whole[probe.number]
+            (after,) = watch.run([probe], lambda _, hidden=hidden: watch.layer(hidden))
+            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+            same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
+        if self.ranks.any(not same):
+            raise Refused(
+                "a layer with AWQ's scales folded computes something else, the output is not finished",
+                where=watch.layer.name,
+                expected="scales that cancel between a norm, or a linear layer, and all that reads it",
+                do="FORMAT gptq folds nothing",
+            )
+
+
+def _all(calls: Sequence[Any]) -> Any:
+    def listen(x: torch.Tensor) -> None:
+        for call in calls:
+            call(x)
+
+    return listen
+
+
+def _square(error: torch.Tensor) -> float:
+    import torch
+
+    return float(error.square().sum(dtype=torch.float64))
+
+
+def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Σ x xᵀ of inputs that are divided by scales."""
+    if scales is None:
+        return hessians
+    parts = scales.reshape(hessians.shape[:2])
+    return hessians / parts[:, :, None] / parts[:, None, :]
+
+
+def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "weight": name,
+        "bits": recipe.numbers.bits,
+        "group_size": recipe.group,
+        "tokens": result.tokens,
+        "error": result.error,
+        "relative_error": result.relative,
+        "damp": 0.0,
+        "seconds": round(result.seconds, 3),
+        "stage_seconds": round(seconds, 3),
+        **({} if result.tokens else {"rounded_to_nearest": True}),
+    }
