@@ -58,9 +58,11 @@ def model_of(family: str, folder: Path) -> Path:
     config = transformers.AutoConfig.for_model(family, **(_SIZES | _FAMILIES[family]), tie_word_embeddings=False)
     net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for value in net.parameters():
+        for name, value in net.named_parameters():
             if value.ndim > 1:
                 value.normal_(0, 0.3)
+            elif name.endswith("bias"):
+                value.zero_()
     net.save_pretrained(folder)
     return folder
 
