@@ -127,7 +127,10 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     with beside(model.source.side) as folder:
         samples = load(calibration, folder if named else None, size(model.facts, "vocab"))
     v1 = request.quant in (None, "gptq")
-    recipes = {name: recipe_of(choice, asked.settings, v1=v1) for name, choice in table.coded.items()}
+    dtypes = {name: request.dtype or spec.dtype for name, spec in model.logical.specs.items()}
+    recipes = {
+        name: recipe_of(choice, asked.settings, v1=v1, dtype=dtypes[name]) for name, choice in table.coded.items()
+    }
     described = {**asked.describe(), "weights": _grouped(table.describe())}
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
     folds = None if isinstance(asked.settings, Gptq) else folds_of(model.family, model.facts, model.logical, recipes)
@@ -135,9 +138,7 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     predictor = "token predictors are left as they are: no pass of the model reaches them" if inside & apart else ""
     notes = tuple(note for note in (cut, samples.warning, predictor, *table.notices) if note)
     record = {"settings": described, "samples": samples.record}
-    stored = {
-        name: TO_TORCH[request.dtype or model.logical.specs[name].dtype] for name in (folds.plain if folds else ())
-    }
+    stored = {name: TO_TORCH[dtypes[name]] for name in (folds.plain if folds else ())}
     planned = Calibrating(model, asked.settings, samples, recipes, record, folds, stored)
     return replace(model, logical=logical), planned, notes
 

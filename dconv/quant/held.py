@@ -25,6 +25,7 @@ from dconv.sharding.tensor import Logical, Piece
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from dconv.sharding.plan import Copy, Plan
@@ -121,13 +122,21 @@ def numbers_of(name: str, chosen: Chosen, recipe: Recipe) -> dict[str, NDArray[n
     codes, scales, zeros, groups = parts_of(name)
     found: dict[str, NDArray[np.generic]] = {
         codes: chosen.codes.cpu().numpy(),
-        scales: chosen.scales.cpu().numpy().astype(recipe.numbers.stored),
+        scales: _bits(chosen.scales, recipe.numbers.stored),
     }
     if not recipe.numbers.symmetric:
         found[zeros] = chosen.zeros.cpu().numpy()
     if recipe.listed:
         found[groups] = chosen.groups.cpu().numpy()
     return found
+
+
+def _bits(values: torch.Tensor, stored: str) -> NDArray[np.generic]:
+    """Values in a dtype (torch's name), as numpy holds it: as whole numbers where it has no such dtype."""
+    import torch
+
+    made = values.cpu().to(getattr(torch, stored))
+    return made.view(torch.int16).numpy() if stored == "bfloat16" else made.numpy()
 
 
 @dataclass
