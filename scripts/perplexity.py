@@ -93,7 +93,8 @@ def load(folder: Path) -> Any:
     def plain(place: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
-    if "quantization_config" not in json.loads((folder / "config.json").read_text()):
+    said = "quantization_config" in json.loads((folder / "config.json").read_text())
+    if not said and not (folder / "quantize_config.json").exists():
         return plain(folder)
     with tempfile.TemporaryDirectory(prefix="perplexity-") as place:
         dconv.convert(folder, "hf", Path(place) / "dense", dtype="f32")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -66,6 +67,27 @@ def test_score_is_the_definition(length: int, stride: int) -> None:
     assert found.scored == len(losses)
     assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
     assert found.perplexity > 33, "a model that errs on random tokens is worse than an even guess among 32"
+
+
+def test_codes_are_decoded(tmp_path: Path) -> None:
+    """A model in block FP8 scores as its weights decoded by hand do, and not as the plain one."""
+    import dconv
+
+    model = _llama()
+    model.save_pretrained(tmp_path / "plain")
+    dconv.convert(tmp_path / "plain", "fp8", tmp_path / "coded")
+    stored = load_file(tmp_path / "coded" / "model.safetensors")
+    by_hand = _llama()
+    with torch.no_grad():
+        for name, value in by_hand.named_parameters():
+            if f"{name}_scale_inv" in stored:
+                value.copy_(stored[name].float() * stored[f"{name}_scale_inv"].float())  # one block each
+    ids = np.random.default_rng(0).integers(0, 32, 60).tolist()
+    coded, hand, plain = (
+        perplexity.score(m, ids, 20, 20).nll for m in (perplexity.load(tmp_path / "coded"), by_hand, model)
+    )
+    assert coded == pytest.approx(hand, rel=1e-6)
+    assert coded != pytest.approx(plain, rel=1e-6)
 
 
 def test_nothing_of_the_held_out_president_is_learnt_from() -> None:
