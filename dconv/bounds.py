@@ -57,8 +57,9 @@ class Found:
         tensors: all that the model has; ``coded`` of them are in codes, of ``weights`` elements.
         error: the largest error of one of these, as a part of the largest magnitude that shares its scale.
         bound: what it had to keep.
-        calibrated: tensors whose codes calibration chose, which are not the nearest ones: of these only that they are
-            finite is asked here, and what they lose is in the calibration's report.
+        calibrated: tensors whose codes calibration chose, which are not the nearest ones, or that have their scales
+            folded in: of these only that they are finite is asked here, and what they lose is in the calibration's
+            report.
     """
 
     tensors: int
@@ -92,7 +93,7 @@ def compare(job: Job, written: Described, out: Path) -> Found:
     request = job.request
     none = {"quantization_config": None, "calibration": None, "strict": False}
     plain = prepare(replace(request, format="hf", quant=None, dtype=None, **none, **OPTIONS)).logical
-    chosen = job.calibrating.recipes.keys() if job.calibrating else frozenset()
+    chosen = job.calibrating.changed if job.calibrating else frozenset()
     worst, sides = variant_of(request).worst, (plain, written.logical)
     if odd := sorted(plain.specs.keys() ^ written.logical.specs.keys()):
         raise VerifyFailed("the output has other tensors than the source", where=f"{group_names(odd)}\nin {out}")

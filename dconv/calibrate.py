@@ -58,6 +58,11 @@ class Calibrating:
     stored: Mapping[str, str] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """The tensors that are other ones afterwards."""
+        return frozenset(self.recipes) | (self.folds.plain if self.folds else frozenset())
+
     def closing(self, files: Callable[[], Iterable[tuple[str, bytes]]]) -> Callable[[], Iterable[tuple[str, bytes]]]:
         """The small files of an output, with the report among them."""
         return lambda: (*files(), *files_of(self.lines, self.record))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
 from dconv.net.lazy import put
-from dconv.quant.network import Enough, Layer
+from dconv.quant.network import Layer
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +240,7 @@ class Watch:
         def alone(item: Any) -> Any:
             torch.set_num_threads(1)  # so that no sum depends on how many there are
             self._local.at = item
-            with torch.no_grad(), contextlib.suppress(Enough):
+            with torch.no_grad():
                 return one(item)
 
         with ThreadPoolExecutor(self._threads) as pool:

@@ -19,15 +19,17 @@ pytest.importorskip("transformers", reason="calibration runs transformers' layer
 import torch
 import transformers
 
+from dconv import verify
 from dconv.arch.registry import families
 from dconv.checkpoint.source import expected_specs
-from dconv.errors import Refused
+from dconv.errors import Preempted, Refused
 from dconv.pipeline import prepare, run
 from dconv.quant.awq import settled
 from dconv.quant.awq_loop import Layers, probes_of
 from dconv.quant.awq_maps import folds_of
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import nearest
+from dconv.quant.loop import Calibration
 from dconv.sharding.commit import Settings
 from dconv.sharding.tensor import Logical
 from tests.models import config_of, facts_of
@@ -289,6 +291,31 @@ def test_probes_are_the_same_for_all() -> None:
     assert [probe.number for probe in probes] == list(range(8))
 
 
+def test_stopped_between_layers(
+    models: dict[str, Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(prepare(request_for(models["qwen2"], ids, tmp_path / "whole")), Settings())
+    request, own = request_for(models["qwen2"], ids, tmp_path / "again"), Calibration._pass_on
+
+    def killed(self: Calibration, at: int, report: list[Any]) -> None:
+        own(self, at, report)
+        if at == 1:
+            raise Preempted("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_pass_on", killed)
+        with pytest.raises(Preempted):
+            run(prepare(request), Settings())
+    chosen, plain = [], Layers.choose
+    monkeypatch.setattr(Layers, "choose", lambda s, la, at, mine: chosen.append(at) or plain(s, la, at, mine))
+    run(prepare(request), Settings())
+    assert chosen == [1]
+    whole, again = (values_of(tmp_path / name) for name in ("whole", "again"))
+    assert all(np.array_equal(value, again[name]) for name, value in whole.items())
+    whole, again = (decoded(tmp_path / name) for name in ("whole", "again"))
+    assert all(np.array_equal(value, again[name]) for name, value in whole.items())
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 
 
@@ -327,6 +354,15 @@ def test_what_is_written_is_what_was_chosen(
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "awq"
     assert (config["bits"], config["group_size"], config["version"]) == (4, 32, "gemm")
+
+
+def test_read_back(models: dict[str, Path], ids: Path, tmp_path: Path) -> None:
+    """Folded tensors are others than the source's, and all the rest is as it was."""
+    job = prepare(request_for(models["llama"], ids, tmp_path / "out"))
+    run(job, Settings())
+    told: Any = verify.told("logits", job, tmp_path / "out")
+    assert told["logits"]["weights"]["calibrated"] == 2 * (7 + 2)
+    assert told["logits"]["divergence"] < 0.5
 
 
 def test_weights_that_are_left_out_are_scaled_all_the_same(models: dict[str, Path], ids: Path, tmp_path: Path) -> None:
