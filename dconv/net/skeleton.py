@@ -5,13 +5,18 @@ No code of a checkpoint is run, and nothing is fetched.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dconv.errors import ToolMissing
+
+#: transformers turns torch's initialisation off for the whole process, and puts back what it found: of two threads that
+#: do so at once the second puts back the first one's nothing.
+_ALONE: Final = threading.Lock()
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager") -> Any:
     from transformers.initialization import no_init_weights
 
     try:
-        with quiet():
+        with _ALONE, quiet():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
             with torch.device("meta"), no_init_weights():
