@@ -17,7 +17,7 @@ from dconv.codec import integer, packed
 from dconv.codec.kernels import apply
 from dconv.coded.encode import Coded
 from dconv.coded.integers import Grid, Integers, integers_of
-from dconv.errors import Refused, group_names
+from dconv.errors import Refused
 from dconv.sharding.derived import Array, Derived, Read, open_reader
 from dconv.sharding.ops import MOVE, How
 from dconv.sharding.plan import Copy
@@ -95,9 +95,9 @@ class Repack:
         """The same with the numbers of a source.
 
         Raises:
-            Refused: it has none, or has some in a form that cannot be packed anew.
+            Refused: some are in a form that cannot be packed anew.
         """
-        return replace(self, numbers=_met(_numbers(logical, self.words), logical, self.packer.asks))
+        return replace(self, numbers=_met(_numbers(logical), logical, self.packer.asks))
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
         """See `dconv.coded.encode.Scheme`."""
@@ -111,21 +111,13 @@ class Repack:
         return self.packer.config(plain, coded)
 
 
-def _numbers(logical: Logical, words: str) -> dict[str, Integers]:
+def _numbers(logical: Logical) -> dict[str, Integers]:
     """The weights that a source has as whole numbers."""
     found: dict[str, Integers] = {}
     for name, spec in logical.specs.items():
         dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
         if numbers := integers_of(name, dense, logical):
             found[name] = numbers
-    if not found:
-        raise Refused(
-            f"{words} from weights that are not whole numbers needs calibration, nothing was written",
-            where=group_names(list(logical.specs)[:1]),
-            expected="a source in GPTQ, AWQ or pack-quantized, whose whole numbers are kept",
-            found="plain weights, or codes of another kind",
-            do="quantise it with GPTQModel or llm-compressor, and convert what they write; FORMAT fp8 needs none",
-        )
     return found
 
 

@@ -21,8 +21,8 @@ from dconv.quant.awq_watch import Watch
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
+from dconv.quant.parts import Result
 from dconv.quant.ranks import Ranks
-from dconv.quant.solve import Result
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ class Layers:
                     "ratio": (best[at] - 1) / self.search.points if best[at] else None,
                     "search_loss": found / none if none else 1.0,
                 }
-            lines.append(_line(index, name, result, self.recipes[name], whole) | said)
+            lines.append(result.line(index, name, self.recipes[name], whole) | said)
         plain = {name: value for name, value in values.items() if name in self.folds.plain}
         return {**results, **plain}, lines
 
@@ -353,19 +353,3 @@ def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tenso
         return hessians
     parts = scales.reshape(hessians.shape[:2])
     return hessians / parts[:, :, None] / parts[:, None, :]
-
-
-def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float) -> dict[str, Any]:
-    return {
-        "layer": layer,
-        "weight": name,
-        "bits": recipe.numbers.bits,
-        "group_size": recipe.group,
-        "tokens": result.tokens,
-        "error": result.error,
-        "relative_error": result.relative,
-        "damp": 0.0,
-        "seconds": round(result.seconds, 3),
-        "stage_seconds": round(seconds, 3),
-        **({} if result.tokens else {"rounded_to_nearest": True}),
-    }

@@ -21,9 +21,10 @@ from dconv.errors import Preempted
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
+from dconv.quant.parts import Result
 from dconv.quant.passes import Group, Passes
 from dconv.quant.ranks import Ranks
-from dconv.quant.solve import Result, solve
+from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
 
 _STATE: Final = "state.json"
@@ -130,7 +131,7 @@ class Calibration:
                 found = self._stage(passes, stage, mine, read)
                 for name, result in found.items():
                     passes.set(name, result.chosen.decode())
-                    lines.append(_line(index, name, result, self.recipes[name], time.perf_counter() - began))
+                    lines.append(result.line(index, name, self.recipes[name], time.perf_counter() - began))
                 results |= found
             if not last:
                 passes.finish(mine, read, write)
@@ -183,19 +184,3 @@ class Calibration:
                 where=str(self.folder),
                 do="run the same command again (with --resume) to go on",
             )
-
-
-def _line(layer: int, name: str, result: Result, recipe: Recipe, seconds: float) -> dict[str, Any]:
-    return {
-        "layer": layer,
-        "weight": name,
-        "bits": recipe.numbers.bits,
-        "group_size": recipe.group,
-        "tokens": result.tokens,
-        "error": result.error,
-        "relative_error": result.relative,
-        "damp": result.damp,
-        "seconds": round(result.seconds, 3),
-        "stage_seconds": round(seconds, 3),
-        **({} if result.tokens else {"rounded_to_nearest": True}),
-    }

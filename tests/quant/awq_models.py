@@ -22,9 +22,9 @@ from dconv.quant.gptq import Recipe
 from dconv.quant.grid import Numbers
 from dconv.quant.loop import Calibration, Options
 from dconv.quant.network import Network
+from dconv.quant.parts import Result
 from dconv.quant.ranks import Ranks
 from dconv.quant.settings import Awq
-from dconv.quant.solve import Result
 from dconv.sharding.commit import Settings
 from tests.quant.models import values_of
 
