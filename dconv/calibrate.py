@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -27,8 +26,14 @@ from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dconv.quant.data import Samples
     from dconv.quant.gptq import Recipe
+    from dconv.quant.loop import Calibration
+    from dconv.quant.network import Network
+    from dconv.quant.peers import Peers
+    from dconv.quant.ranks import Ranks
     from dconv.sharding.commit import Rank
     from dconv.sharding.plan import Task
     from dconv.sharding.tensor import Logical
@@ -46,6 +51,7 @@ class Calibrating:
         record: of settings and samples, for the receipt.
         folds: where AWQ's scales go.
         stored: torch's names of the dtypes of tensors that change without being quantised.
+        peers: ranks that have a layer's experts between them.
         lines: of the report; they come while it runs.
     """
 
@@ -56,6 +62,7 @@ class Calibrating:
     record: Mapping[str, Any]
     folds: Folds | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
+    peers: int = 1
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -84,6 +91,7 @@ def is_asked_for(request: Request, model: Described) -> bool:
                 expected=f"FORMAT {' or '.join(CALIBRATED)}",
             )
         return False
+    given += ["--ep"] * (request.parallel.ep > 1)
     whole = [name for name in model.logical.specs if _is_whole(name, model.logical)]
     if whole and given:
         raise Refused(
@@ -111,6 +119,15 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     """
     from dconv.quant.data import load  # a plain conversion does not pay for it
 
+    experts, peers = size(model.facts, "experts"), request.parallel.ep
+    if peers > max(experts, 1):
+        raise Refused(
+            f"{model.family.name} has no experts for so many ranks, nothing was written" if experts else
+            f"{model.family.name} has no experts to divide, nothing was written",
+            where="--ep",
+            expected=f"{max(experts, 1)} at most",
+            found=str(peers),
+        )  # fmt: skip
     method: Method = "awq" if request.format == "awq" else "gptq"
     asked = quantization_of(request.quantization_config, method, request.calibration)
     shapes = {name: spec.shape for name, spec in model.logical.specs.items()}
@@ -144,7 +161,7 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     notes = tuple(note for note in (cut, samples.warning, predictor, *table.notices) if note)
     record = {"settings": described, "samples": samples.record}
     stored = {name: TO_TORCH[dtypes[name]] for name in (folds.plain if folds else ())}
-    planned = Calibrating(model, asked.settings, samples, recipes, record, folds, stored)
+    planned = Calibrating(model, asked.settings, samples, recipes, record, folds, stored, peers)
     return replace(model, logical=logical), planned, notes
 
 
@@ -156,8 +173,19 @@ def _grouped(words: Mapping[str, str]) -> dict[str, str]:
     return {said: group_names(names) for said, names in sorted(found.items())}
 
 
-def work(job: Calibrating, device: str) -> Callable[[Rank], None]:
-    """What a rank does of a calibration: to be given to `dconv.sharding.commit.run_rank`."""
+def work(job: Calibrating, device: str, world: int) -> Callable[[Rank], None]:
+    """What a rank does of a calibration: to be given to `dconv.sharding.commit.run_rank`.
+
+    Raises:
+        UsageError: the ranks are no whole groups of peers.
+    """
+    if world % job.peers:
+        raise UsageError(
+            "the experts do not divide over these ranks, nothing was written",
+            where="--ep",
+            expected=f"a number that divides {world} ranks",
+            found=str(job.peers),
+        )
 
     def do(rank: Rank) -> None:
         _run(job, rank, device)
@@ -166,20 +194,14 @@ def work(job: Calibrating, device: str) -> Callable[[Rank], None]:
 
 
 def _run(job: Calibrating, rank: Rank, device: str) -> None:
-    from dconv.quant.awq import Search
-    from dconv.quant.awq_loop import Layers
-    from dconv.quant.blocks import Blocks
-    from dconv.quant.loop import Calibration, Options
     from dconv.quant.network import Network
+    from dconv.quant.peers import Peers
     from dconv.quant.ranks import Ranks
 
     settings, plan, held = rank.settings, rank.plan, Held()
-    by_weight = tasks_of(plan)
+    by_weight, parts = tasks_of(plan), {}
     later = {index for found in by_weight.values() for index in found}
-    parts = {name: _share([plan.tasks[i] for i in found], settings.rank, settings.world) for name, found in
-             by_weight.items()}  # fmt: skip
     plain = [task for task in plan.share(settings.rank, settings.world) if task.index not in later]
-    rank.share = sum(task.nbytes for task in (*plain, *(task for part in parts.values() for task in part)))
     rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader)
 
     def write(results: Mapping[str, Any]) -> None:
@@ -192,42 +214,31 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         rank.do([task for name in results for task in parts[name]])
         held.arrays = {}
 
+    threads = _threads(settings.threads, settings.world)
     ranks = Ranks(settings.rank, settings.world, device)
     ranks.begin()
     try:
-        source, asked = job.source, job.settings
-        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26))
-        if unreached := sorted(job.recipes.keys() - net.names()):
+        source = job.source
+        peers = Peers.of(ranks, job.peers, threads)
+        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26), peers)
+        known = net.names()
+        if unreached := sorted(job.recipes.keys() - known.keys()):
             raise Refused(
                 "weights to be quantised are in no layer of the model that is run, nothing was written",
                 where=group_names(unreached),
                 expected="linear layers of transformers' decoder layers",
                 do="leave them out: an override with skip in --quantization-config",
             )
+        if peers.size > 1 and max(known.values()) < 0:
+            raise Refused("this model's experts are not divided over ranks, nothing was written", where="--ep")
+        for name, found in by_weight.items():
+            expert = known.get(name, -1)
+            if expert < 0 or peers.owns(expert):
+                parts[name] = _share([plan.tasks[i] for i in found], ranks if expert < 0 else peers.replicas)
+        rank.share = sum(task.nbytes for task in (*plain, *(task for part in parts.values() for task in part)))
         rank.do(plain)
-        folder, threads = rank.state / _FOLDER, _threads(settings.threads, settings.world)
-        blocks, options = (
-            Blocks(job.samples.tokens, folder / "hidden"),
-            Options(room=settings.max_memory, threads=threads),
-        )
-        method = None
-        if isinstance(asked, Gptq):
-            options = replace(options, weigh_by_routing=asked.routing_weighted, sequential=asked.true_sequential)
-        elif job.folds is not None:
-            search = Search(asked.n_grid, asked.duo_scaling)
-            layers = Layers(net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, threads)
-            method = layers.choose
-        run = Calibration(
-            net,
-            job.recipes,
-            blocks,
-            ranks,
-            folder,
-            options,
-            write,
-            method=method,
-            stop=settings.stop or threading.Event(),
-        )
+        run = calibration_of(job, net, ranks, peers, rank.state / _FOLDER, settings.max_memory, threads, write)
+        run.stop = settings.stop or run.stop
         try:
             job.lines[:] = run.run()
             if {line["weight"] for line in job.lines} != set(job.recipes):
@@ -239,9 +250,43 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         ranks.end()
 
 
-def _share(tasks: list[Task], rank: int, world: int) -> list[Task]:
+def calibration_of(
+    job: Calibrating,
+    net: Network,
+    ranks: Ranks,
+    peers: Peers,
+    folder: Path,
+    room: int,
+    threads: int,
+    write: Callable[[Mapping[str, Any]], None],
+) -> Calibration:
+    """One rank's calibration of a model; see `dconv.quant.loop.Calibration`.
+
+    Args:
+        folder: working state, shared by all ranks.
+        room: bytes of outputs that may be kept in memory.
+        threads: blocks that are computed at once.
+        write: called with a layer's results.
+    """
+    from dconv.quant.awq import Search
+    from dconv.quant.awq_loop import Layers
+    from dconv.quant.blocks import Blocks
+    from dconv.quant.loop import Calibration, Options
+
+    asked, blocks, method = job.settings, Blocks(job.samples.tokens, folder / "hidden"), None
+    options = Options(room=room, threads=threads)
+    if isinstance(asked, Gptq):
+        options = replace(options, weigh_by_routing=asked.routing_weighted, sequential=asked.true_sequential)
+    elif job.folds is not None:
+        search = Search(asked.n_grid, asked.duo_scaling)
+        layers = Layers(net, job.recipes, job.folds, blocks, ranks, peers, search, job.stored, asked.clip, threads)
+        method = layers.choose
+    return Calibration(net, job.recipes, blocks, ranks, peers, folder, options, write, method=method)
+
+
+def _share(tasks: list[Task], ranks: Ranks) -> list[Task]:
     """Every weight's tasks begin with another rank, so that small weights have different writers."""
-    return [task for task in tasks if task.index % world == rank]
+    return [task for task in tasks if task.index % ranks.world == ranks.rank]
 
 
 def _threads(asked: int, world: int) -> int:

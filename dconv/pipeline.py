@@ -215,7 +215,7 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    work = calibrate.work(job.calibrating, job.request.device) if job.calibrating else None
+    work = calibrate.work(job.calibrating, job.request.device, settings.world) if job.calibrating else None
     return run_rank(job.plan, out, apply, replace(settings, about=about(job)), work)
 
 

@@ -14,6 +14,7 @@ from dconv.launch.config_file import read_config
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
+from dconv.request import CALIBRATED
 from dconv.sharding.coords import Parallel
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.dtypes import OPTION
@@ -118,7 +119,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         ("tp", "tensor parallel size (of pt: files to cut it into)"),
         ("pp", "pipeline parallel size"),
         ("vpp", "virtual pipeline chunks a stage"),
-        ("ep", "expert parallel size"),
+        ("ep", "expert parallel size (of gptq and awq: ranks that divide a layer's experts while they calibrate)"),
     ):
         group.add_argument(f"--{name}", type=whole, metavar="N", help=text)
     group.add_argument("--etp", type=whole, metavar="N", help="expert tensor parallel size (as --tp)")
@@ -269,14 +270,15 @@ def to_request(args: argparse.Namespace) -> Request:
     _check_fake(args)
     engine = FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
+    known = ("ep",) if args.format in CALIBRATED else known
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
     given = [name for name in given if name not in known]
     if given:
         raise UsageError(
             f"{args.format} has no such layout, nothing was written",
             where=", ".join("--" + name.replace("_", "-") for name in given),
-            expected="these options with FORMAT megatron only (--tp also with pt): they say how the output is cut, not "
-            "the source",
+            expected="these options with FORMAT megatron only (--tp also with pt, --ep with gptq, awq): they say how "
+            "the output is cut, not the source",
             do="leave them out",
         )
     if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron"):

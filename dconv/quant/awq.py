@@ -7,7 +7,7 @@ range of each group of a row is cut where that lessens the error. All is float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -62,17 +62,18 @@ class Search:
             yield torch.where(made.isfinite() & (made > 0), made, 1.0)
 
 
-def magnitudes(weights: Sequence[torch.Tensor], group: int) -> torch.Tensor:
-    """What `Search.scales` takes of weights [rows, columns] that read the same channels."""
+def magnitudes(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """Sums over the rows of a weight [rows, columns] of each element's part in its group's largest, float64 [columns].
+
+    Those of all weights that read the same channels, over all of their rows, are what `Search.scales` takes.
+    """
     import torch
 
-    columns = weights[0].shape[1]
-    total = torch.zeros(columns, dtype=torch.float64, device=weights[0].device)
-    for weight in weights:
-        for some in weight.split(_ROWS):
-            parts = in_groups(some.abs(), group)
-            total += (parts / (parts.amax(2, keepdim=True) + _WEIGHT_FLOOR)).reshape(-1, columns).sum(0).double()
-    return (total / sum(len(weight) for weight in weights)).float()
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for some in weight.split(_ROWS):
+        parts = in_groups(some.abs(), group)
+        total += (parts / (parts.amax(2, keepdim=True) + _WEIGHT_FLOOR)).reshape(-1, len(total)).sum(0).double()
+    return total
 
 
 def in_groups(weight: torch.Tensor, group: int) -> torch.Tensor:

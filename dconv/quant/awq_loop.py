@@ -8,7 +8,7 @@ for any number of ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
 from dconv.quant.parts import Result
+from dconv.quant.peers import AWAY, Peers
 from dconv.quant.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Layers:
     folds: Folds
     blocks: Blocks
     ranks: Ranks
+    peers: Peers
     search: Search
     stored: Mapping[str, str]
     cut: bool = True
@@ -110,24 +112,28 @@ class Layers:
         """
         began = time.perf_counter()
         folds = [fold for fold in self.folds.folds if fold.layer == index]
-        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], self.threads)
+        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], self.threads, self.peers)
         names = [name for name in self.recipes if watch.has(name)]
         try:
             sums, counts = self._counted(watch, index, mine, folds, names)
             count, length, probes = probes_of(self.blocks)
-            here = [probe for probe in probes if probe.block in set(mine)]
+            here = self._here(probes, mine)
             seen = self._seen(watch, index, here, length, folds)
-            tried = [self._scales(watch, fold, *counts[at]) for at, fold in enumerate(folds)]
+            tried = {at: self._scales(watch, folds[at], *found) for at, found in counts.items()}
             losses = self._losses(watch, folds, tried, here, count, seen)
             best = [line.index(min(line)) for line in losses]
-            values, around = self._folded(watch, folds, [tried[at][point] for at, point in enumerate(best)])
+            chosen = {at: (folds[at], found[best[at]]) for at, found in tried.items()}
+            values, around = self._folded(watch, chosen.values())
             watch.set(values)
-            self._check(watch, here[:1], seen)
+            self._check(watch, index, here[:1], seen)
             hessians = {name: _divided(sums[name][0], around.get(name)) for name in names}
             tokens = {name: sums[name][1] for name in names}
             cut = set(names) - self.folds.uncut if self.cut else set()
             del seen, sums
-            results = round_off(watch.get, hessians, tokens, self.recipes, cut, self.ranks, self.threads)
+            results: dict[str, Result] = {}
+            for ranks in self._domains():
+                some = {name: found for name, found in hessians.items() if self._ranks_of(watch, name) is ranks}
+                results |= round_off(watch.get, some, tokens, self.recipes, cut, ranks, self.threads)
         finally:
             watch.close()
         whole = time.perf_counter() - began
@@ -147,43 +153,71 @@ class Layers:
         plain = {name: value for name, value in values.items() if name in self.folds.plain}
         return {**results, **plain}, lines
 
+    def _domains(self) -> Sequence[Ranks]:
+        """All ranks, and where experts are divided, those with the same ones."""
+        return (self.ranks,) if self.peers.size == 1 else (self.ranks, self.peers.replicas)
+
+    def _ranks_of(self, watch: Watch, name: str) -> Ranks:
+        """Those that have a weight."""
+        return self._domains()[-1 if watch.of_expert(name) else 0]
+
+    def _here(self, probes: Sequence[Probe], mine: Sequence[int]) -> list[Probe | int]:
+        """The probes in this rank's blocks; where experts are divided, as many as any rank has."""
+        world = self.ranks.world
+        most = max(sum(probe.block % world == rank for probe in probes) for rank in range(world))
+        return self.peers.padded([probe for probe in probes if probe.block in set(mine)], most)
+
     def _counted(
         self, watch: Watch, index: int, mine: Sequence[int], folds: Sequence[Fold], names: Sequence[str]
     ) -> tuple[dict[str, tuple[torch.Tensor, int]], dict[int, tuple[torch.Tensor, int]]]:
-        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold. Takes blocks to the next layer."""
+        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold that is of tensors here. Takes
+        blocks to the next layer.
+        """
         import torch
 
         device, last = self.net.device, index + 1 == len(self.net)
         for block in mine:  # before there are threads
-            self.net.given(index, self.blocks.samples(block).shape)
+            self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
         groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
         products = {}
         for group in groups:
             columns = watch.get(group[0]).shape[1]
             size = self.recipes[group[0]].group
             products[group] = Hessians(columns, columns if size < 0 else size, device)
-        means = {at: Magnitudes(watch.get(fold.readers[0]).shape[1], device) for at, fold in enumerate(folds)}
+        here = {at: fold for at, fold in enumerate(folds) if watch.has(fold.source)}
+        means = {
+            at: Magnitudes(len(watch.get(fold.source)) if fold.is_norm else watch.get(fold.readers[0]).shape[1], device)
+            for at, fold in here.items()
+        }
         listening: dict[str, list[Any]] = {}
         for group, product in products.items():
             listening.setdefault(watch.listener(group[0]), []).append(product.add)
-        for at, fold in enumerate(folds):
+        for at, fold in here.items():
             if fold.is_norm:
-                watch.outputs[fold.source] = means[at].add
+                watch.outputs[fold.source] = _all([means[at].add])
             else:
                 listening.setdefault(watch.listener(fold.readers[0]), []).append(means[at].add)
         watch.inputs = {name: _all(calls) for name, calls in listening.items()}
 
         def one(block: int) -> None:
-            made = watch.layer(torch.from_numpy(self.blocks.read(index, block)).to(device))
-            if not last:
+            made = watch.layer(self._read(index, block))
+            if not last and block != AWAY:
                 self.blocks.write(index + 1, block, made.float().cpu().numpy())
 
-        watch.run(mine, one)
+        watch.through(mine, one)
         watch.inputs, watch.outputs = {}, {}
+        owners = [self._ranks_of(watch, group[0]) for group in products]
+        owners += [
+            self._ranks_of(watch, fold.readers[0] if not fold.is_norm else fold.source) for fold in here.values()
+        ]
         exact = [item.sum for item in (*products.values(), *means.values())]
-        for item in exact:
-            self.ranks.sum(item.parts())
-        tokens = self.ranks.counts([item.count for item in exact])
+        tokens = [0] * len(exact)
+        for ranks in self._domains():
+            some = [i for i, owner in enumerate(owners) if owner is ranks]
+            for i in some:
+                ranks.sum(exact[i].parts())
+            for i, count in zip(some, ranks.counts([exact[i].count for i in some]), strict=True):
+                tokens[i] = count
         by_group = dict(zip(products, tokens, strict=False))
         by_fold = dict(zip(means, tokens[len(products) :], strict=True))
         return (
@@ -191,21 +225,27 @@ class Layers:
             {at: (mean.sum.total(), by_fold[at]) for at, mean in means.items()},
         )
 
-    def _seen(self, watch: Watch, index: int, here: Sequence[Probe], length: int, folds: Sequence[Fold]) -> _Seen:
-        """What the search needs, of this rank's probes."""
+    def _read(self, index: int, block: int) -> torch.Tensor:
+        """What comes to a layer; of no block something that goes through while others' tokens come to its experts."""
         import torch
 
+        found = self.blocks.read(index, 0)[:1, :1] if block == AWAY else self.blocks.read(index, block)
+        return torch.from_numpy(found).to(self.net.device)
+
+    def _seen(self, watch: Watch, index: int, here: Sequence[Probe | int], length: int, folds: Sequence[Fold]) -> _Seen:
+        """What the search needs, of this rank's probes."""
         seen = _Seen()
-        self.net.given(index, (1, length))
+        for shape in ((1, length), (1, 1)):
+            self.net.given(index, shape)
         alone = {fold.readers[0] for fold in folds if len(fold.readers) == 1}
         paths = {watch.parent(fold.readers) for fold in folds if len(fold.readers) > 1}
 
         def heard(name: str) -> Any:
-            return lambda x: seen.inputs.__setitem__((name, watch.at.number), x)
+            return lambda x, number: seen.inputs.__setitem__((name, number), x)
 
         def called(path: str) -> Any:
             def keep(args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-                seen.calls[path, watch.at.number] = args, kwargs, made[0] if isinstance(made, tuple) else made
+                seen.calls[path, watch.item] = args, kwargs, made[0] if isinstance(made, tuple) else made
 
             return keep
 
@@ -213,12 +253,17 @@ class Layers:
         watch.inputs = {watch.listener(name): heard(name) for name in alone}
         watch.calls = {path: called(path) for path in paths}
 
-        def one(probe: Probe) -> None:
-            read = self.blocks.read(index, probe.block)[probe.row : probe.row + 1, :length]
-            hidden = torch.from_numpy(read.copy()).to(self.net.device)
-            seen.whole[probe.number] = hidden, watch.layer(hidden)
+        by_number = {_number(probe): probe for probe in here}
 
-        watch.run(here, one)
+        def one(number: int) -> None:
+            probe = by_number[number]
+            if isinstance(probe, Probe):
+                hidden = self._read(index, probe.block)[probe.row : probe.row + 1, :length].clone()
+                seen.whole[number] = hidden, watch.layer(hidden)
+            else:
+                watch.layer(self._read(index, AWAY))
+
+        watch.through([_number(probe) for probe in here], one)
         watch.inputs, watch.calls = {}, {}
         return seen
 
@@ -230,18 +275,28 @@ class Layers:
         """
         import torch
 
+        quantised = [name for name in fold.readers if name in self.recipes]
+        sums = torch.zeros(len(quantised), len(total) + 1, dtype=torch.float64, device=total.device)
+        apart = self.peers.size > 1 and fold.is_norm  # what reads a norm may be on several ranks
+        for at, name in enumerate(quantised):
+            if watch.has(name) and not (apart and self._ranks_of(watch, name).rank):
+                weight = watch.get(name)
+                sums[at, :-1], sums[at, -1] = magnitudes(weight, self.recipes[quantised[0]].group), len(weight)
+        if apart:
+            self.ranks.sum([sums])
         if not tokens:
             return [torch.ones_like(total)] * len(self.search)
-        quantised = [name for name in fold.readers if name in self.recipes]
-        weights = magnitudes([watch.get(name) for name in quantised], self.recipes[quantised[0]].group)
-        return list(self.search.scales(total / tokens, weights))
+        whole = torch.zeros_like(sums[0])
+        for some in sums:
+            whole += some
+        return list(self.search.scales(total / tokens, (whole[:-1] / whole[-1]).float()))
 
     def _losses(
         self,
         watch: Watch,
         folds: Sequence[Fold],
-        tried: Sequence[Sequence[torch.Tensor]],
-        here: Sequence[Probe],
+        tried: Mapping[int, Sequence[torch.Tensor]],
+        here: Sequence[Probe | int],
         count: int,
         seen: _Seen,
     ) -> list[list[float]]:
@@ -254,37 +309,35 @@ class Layers:
 
         device = self.net.device
         losses = torch.zeros(len(folds), len(self.search), count, dtype=torch.float64, device=device)
-        for at, fold in enumerate(folds):
-            quantised = [name for name in fold.readers if name in self.recipes]
-            alone = len(fold.readers) == 1
-            found = [probe for probe in here if (fold.readers[0], probe.number) in seen.inputs] if alone else here
-            if not found:
-                continue
-            scales = tried[at]
-            if alone:
+        for at, scales in tried.items():
+            quantised = [name for name in folds[at].readers if name in self.recipes]
+            if len(folds[at].readers) == 1:
                 name = quantised[0]
+                found = [number for number in range(count) if (name, number) in seen.inputs]
 
-                def direct(point: int, name: str = name, at: int = at, found: Sequence[Probe] = found,
+                def direct(point: int, name: str = name, at: int = at, found: Sequence[int] = found,
                            scales: Sequence[torch.Tensor] = scales) -> None:  # fmt: skip
                     weight = watch.get(name)
                     error = rounded(weight, scales[point], self.recipes[name]) - weight
-                    for probe in found:
-                        losses[at, point, probe.number] = _square(seen.inputs[name, probe.number] @ error.t())
+                    for number in found:
+                        losses[at, point, number] = _square(seen.inputs[name, number] @ error.t())
 
-                watch.run(range(len(self.search)), direct)
+                watch.run(range(len(self.search)) if found else (), direct)
                 continue
-            path = watch.parent(fold.readers)
+            path, here_too = watch.parent(folds[at].readers), [name for name in quantised if watch.has(name)]
             for point in range(len(self.search)):
                 made = watch.run(
-                    quantised, lambda name, s=scales[point]: rounded(watch.get(name), s, self.recipes[name])
+                    here_too, lambda name, s=scales[point]: rounded(watch.get(name), s, self.recipes[name])
                 )
 
-                def through(probe: Probe, path: str = path, at: int = at, point: int = point) -> None:
-                    args, kwargs, answer = seen.calls[path, probe.number]
-                    losses[at, point, probe.number] = _square(watch.call(path, args, kwargs) - answer)
+                def through(number: int, path: str = path, at: int = at, point: int = point) -> None:
+                    args, kwargs, answer = seen.calls[path, number]
+                    error = watch.call(path, args, kwargs) - answer
+                    if number != AWAY:
+                        losses[at, point, number] = _square(error)
 
-                with watch.instead(dict(zip(quantised, made, strict=True))):
-                    watch.run(found, through)
+                with watch.instead(dict(zip(here_too, made, strict=True))):
+                    watch.through([_number(probe) for probe in here], through)
         self.ranks.sum([losses])
         total = torch.zeros(len(folds), len(self.search), dtype=torch.float64, device=device)
         for number in range(count):
@@ -292,13 +345,13 @@ class Layers:
         return torch.where(total.isfinite(), total, torch.inf).tolist()
 
     def _folded(
-        self, watch: Watch, folds: Sequence[Fold], scales: Sequence[torch.Tensor]
+        self, watch: Watch, chosen: Collection[tuple[Fold, torch.Tensor]]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Tensors as they are with the scales in them; the scales that a weight was multiplied by."""
-        touched = {name for fold in folds for name in (fold.source, fold.bias, *fold.readers) if watch.has(name)}
+        """Tensors that are here with the scales in them; the scales that a weight was multiplied by."""
+        touched = {name for fold, _ in chosen for name in (fold.source, fold.bias, *fold.readers) if watch.has(name)}
         values = {name: watch.get(name).clone() for name in sorted(touched)}
         around: dict[str, torch.Tensor] = {}
-        for fold, found in zip(folds, scales, strict=True):
+        for fold, found in chosen:
             scale, rows = found, slice(fold.start, fold.start + len(found))
             if fold.is_norm:
                 offset = watch.offset(fold.source)
@@ -307,23 +360,28 @@ class Layers:
                 values[fold.source][rows] /= scale[:, None]
             if fold.bias in values:
                 values[fold.bias][rows] /= scale
-            for name in fold.readers:
+            for name in values.keys() & set(fold.readers):
                 values[name] *= scale
                 around[name] = scale
         return values, around
 
-    def _check(self, watch: Watch, probes: Sequence[Probe], seen: _Seen) -> None:
+    def _check(self, watch: Watch, index: int, probes: Sequence[Probe | int], seen: _Seen) -> None:
         """See that the layer computes what it did.
 
         Raises:
             Refused: it does not.
         """
         same = True
-        for probe in probes:
-            hidden, before = seen.whole[probe.number]
-            (after,) = watch.run([probe], lambda _, hidden=hidden: watch.layer(hidden))
-            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
-            same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
+
+        def again(number: int) -> torch.Tensor:
+            return watch.layer(self._read(index, AWAY) if number == AWAY else seen.whole[number][0])
+
+        numbers = [_number(probe) for probe in probes]
+        for number, after in zip(numbers, watch.through(numbers, again), strict=True):
+            if number != AWAY:
+                hidden, before = seen.whole[number]
+                off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+                same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(
                 "a layer with AWQ's scales folded computes something else, the output is not finished",
@@ -334,11 +392,16 @@ class Layers:
 
 
 def _all(calls: Sequence[Any]) -> Any:
-    def listen(x: torch.Tensor) -> None:
+    def listen(x: torch.Tensor, item: Any) -> None:
+        del item
         for call in calls:
             call(x)
 
     return listen
+
+
+def _number(probe: Probe | int) -> int:
+    return probe.number if isinstance(probe, Probe) else probe
 
 
 def _square(error: torch.Tensor) -> float:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os.path
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
 from dconv.net.lazy import put
+from dconv.quant.experts import Listen as Hear
 from dconv.quant.network import Layer
+from dconv.quant.peers import AWAY, Peers
 
 if TYPE_CHECKING:
     import torch
 
-#: Given [tokens, channels].
-Listen = Callable[["torch.Tensor"], None]
+#: Given [tokens, channels], and the item (block, sample) that they are of.
+Listen = Callable[["torch.Tensor", Any], None]
 #: Given a module's arguments, and what it made of them.
 Call = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -32,23 +33,23 @@ class Watch:
     Args:
         norms: names of the norms' weights.
         threads: blocks that are computed at once.
+        peers: that have the layer's experts between them.
 
     Attributes:
         inputs: by a weight's name, called with what comes to it; of weights with one input only the first is asked.
         outputs: by a norm's, called with what leaves it.
         calls: by a module's path inside the layer.
-        at: the block of the calling thread.
+        item: what the calling thread is at.
     """
 
-    def __init__(self, layer: Layer, norms: Iterable[str], threads: int) -> None:
-        self.layer, self._threads = layer, threads
+    def __init__(self, layer: Layer, norms: Iterable[str], threads: int, peers: Peers) -> None:
+        self.layer, self._threads, self._peers = layer, threads, peers
         self.inputs: dict[str, Listen] = {}
         self.outputs: dict[str, Listen] = {}
         self.calls: dict[str, Call] = {}
         self._places = layer.tensors()
         self._paths = {id(module): path for path, module in layer.module.named_modules()}
         self._modules = dict(layer.module.named_modules())
-        self._local = threading.local()
         self._patched: list[Any] = []
         for name, module in layer.linears().items():
             self._patch(module, self._given(name, module))
@@ -65,8 +66,8 @@ class Watch:
             module.__dict__.pop("forward", None)
 
     @property
-    def at(self) -> Any:
-        return self._local.at
+    def item(self) -> Any:
+        return self._peers.item
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = forward
@@ -76,8 +77,8 @@ class Watch:
         own = type(module).forward.__get__(module)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if listen := self.inputs.get(name):
-                listen(x.reshape(-1, x.shape[-1]))
+            if (listen := self.inputs.get(name)) and self.item != AWAY:
+                listen(x.reshape(-1, x.shape[-1]), self.item)
             return own(x)
 
         return forward
@@ -87,22 +88,22 @@ class Watch:
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             made = own(*args, **kwargs)
-            if listen := self.outputs.get(name):
-                listen(made.reshape(-1, made.shape[-1]))
+            if (listen := self.outputs.get(name)) and self.item != AWAY:
+                listen(made.reshape(-1, made.shape[-1]), self.item)
             return made
 
         return forward
 
-    def _expert(self, names: Sequence[str]) -> Callable[[int, torch.Tensor, torch.Tensor], bool]:
-        def listen(expert: int, x: torch.Tensor, weights: torch.Tensor) -> bool:
+    def _expert(self, names: Sequence[str]) -> Hear:
+        def listen(expert: int, x: torch.Tensor, weights: torch.Tensor, item: Any) -> None:
             del weights
             if listen := self.inputs.get(names[expert]):
-                listen(x)
-            return False
+                listen(x, item)
 
         return listen
 
     def has(self, name: str) -> bool:
+        """Whether a tensor is here."""
         return name in self._places or any(name in experts.weights for experts in self.layer.experts.values())
 
     def get(self, name: str) -> torch.Tensor:
@@ -136,7 +137,7 @@ class Watch:
         """The path of the smallest module that has all of these weights."""
         paths = []
         for name in names:
-            module = next((m for m, experts in self.layer.experts.items() if name in experts.weights), "")
+            module = next((m for m, experts in self.layer.experts.items() if name in experts.names), "")
             paths.append(
                 module.removeprefix(f"{self.layer.name}.") if module else self._paths[id(self._places[name][0])]
             )
@@ -201,13 +202,13 @@ class Watch:
             Refused: the layer does not come to one of them.
         """
         seen: list[tuple[str, torch.Tensor]] = []  # kept, so that no two inputs have one address
-        wanted = [name for name in names if not self._of_expert(name)]
+        wanted = [name for name in names if not self.of_expert(name)]
 
         def noted(name: str) -> Listen:
-            return lambda x: seen.append((name, x))
+            return lambda x, _: seen.append((name, x))
 
         self.inputs = {name: noted(name) for name in wanted}
-        self.run([0], lambda _: self.layer(hidden))
+        self.through([0], lambda _: self.layer(hidden))
         self.inputs = {}
         found: dict[tuple[Any, ...], list[str]] = {}
         for name, x in seen:
@@ -218,7 +219,8 @@ class Watch:
         apart = [
             tuple(name for name in group if name in together)
             for experts in self.layer.experts.values()
-            for group in (*experts.inner, *((name,) for name in experts.outer))
+            for expert in experts.mine
+            for group in (experts.inner[expert], (experts.outer[expert],))
         ]
         return [*map(tuple, found.values()), *(group for group in apart if group)]
 
@@ -230,16 +232,20 @@ class Watch:
                     return group[0]
         return name
 
-    def _of_expert(self, name: str) -> bool:
-        return any(name in experts.weights for experts in self.layer.experts.values())
+    def of_expert(self, name: str) -> bool:
+        """Whether a weight is an expert's."""
+        return any(name in experts.names for experts in self.layer.experts.values())
+
+    def through(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
+        """Do something that takes items through experts; peers have equally many."""
+        return self._peers.run(items, one, self._threads)
 
     def run(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
-        """Do something for each block (or whatever else), so many at once as there are threads."""
+        """Do something else for each item, so many at once as there are threads."""
         import torch
 
         def alone(item: Any) -> Any:
             torch.set_num_threads(1)  # so that no sum depends on how many there are
-            self._local.at = item
             with torch.no_grad():
                 return one(item)
 

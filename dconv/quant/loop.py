@@ -23,6 +23,7 @@ from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
 from dconv.quant.parts import Result
 from dconv.quant.passes import Group, Passes
+from dconv.quant.peers import AWAY, Peers
 from dconv.quant.ranks import Ranks
 from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
@@ -64,6 +65,7 @@ class Calibration:
     recipes: Mapping[str, Recipe]
     blocks: Blocks
     ranks: Ranks
+    peers: Peers
     folder: Path
     options: Options
     write: Callable[[Mapping[str, Any]], None]
@@ -81,6 +83,7 @@ class Calibration:
 
         torch.set_num_threads(1)
         mine = self.blocks.mine(self.ranks.rank, self.ranks.world)
+        rounds = self.peers.padded(mine, len(self.blocks.mine(0, self.ranks.world)))
         first, report = self._begun()
         if first < 0:
             for block in mine:
@@ -91,8 +94,9 @@ class Calibration:
         for index in range(first, len(self.net)):
             self._leave_if_told()
             layer = self.net.load(index)
-            results, lines = (self.method or self._layer)(layer, index, mine)
+            results, lines = (self.method or self._layer)(layer, index, rounds)
             self.write(results)
+            lines = self._told(lines)
             report += lines
             self.net.forget(layer)
             self._pass_on(index + 1, report)
@@ -105,13 +109,15 @@ class Calibration:
         device, options, last = self.net.device, self.options, index + 1 == len(self.net)
 
         def read(block: int) -> torch.Tensor:
+            if block == AWAY:  # something that goes through the layer while others' tokens come to its experts
+                return torch.from_numpy(self.blocks.read(index, 0)[:1, :1]).to(device)
             return torch.from_numpy(self.blocks.read(index, block)).to(device)
 
         def write(block: int, hidden: torch.Tensor) -> None:
             self.blocks.write(index + 1, block, hidden.float().cpu().numpy())
 
         for block in mine:  # before there are threads
-            self.net.given(index, self.blocks.samples(block).shape)
+            self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
         results: dict[str, Result] = {}
         lines: list[dict[str, Any]] = []
         passes = Passes(
@@ -120,6 +126,7 @@ class Calibration:
             weigh_shared=options.weigh_by_routing,
             room=options.room,
             threads=options.threads,
+            peers=self.peers,
         )
         try:
             stages = passes.groups(read(0)[:1])
@@ -132,6 +139,7 @@ class Calibration:
                 for name, result in found.items():
                     passes.set(name, result.chosen.decode())
                     lines.append(result.line(index, name, self.recipes[name], time.perf_counter() - began))
+                passes.settle(name for group in stage for name in group.names)
                 results |= found
             if not last:
                 passes.finish(mine, read, write)
@@ -139,23 +147,39 @@ class Calibration:
             passes.close()
         return results, lines
 
+    def _told(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of all ranks, one a weight."""
+        if self.peers.size == 1:
+            return lines
+        found = {line["weight"]: line for said in reversed(self.ranks.gather(lines)) for line in said}
+        return [found[name] for name in self.recipes if name in found]
+
     def _stage(
         self, passes: Passes, stage: Sequence[Group], mine: Sequence[int], read: Callable[[int], Any]
     ) -> dict[str, Result]:
         import torch
 
-        sums = {group: Sum(group.columns, self.net.device) for group in stage}
+        here = [group for group in stage if group.expert < 0 or self.peers.owns(group.expert)]
+        sums = {group: Sum(group.columns, self.net.device) for group in here}
 
         def sink(group: Group) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
             weigh = self.options.weigh_by_routing
             return lambda x, weights: sums[group].add(x, weights if weigh else None)
 
-        passes.collect(mine, read, {group: sink(group) for group in stage}, through=not self.options.sequential)
-        for group in stage:
-            self.ranks.sum(sums[group].parts())
-        counts = self.ranks.counts([sums[group].count for group in stage])
-        hessians = [sums[group].total() for group in stage]
-        return solve(stage, hessians, counts, passes.weight, self.recipes, self.ranks, self.options.threads)
+        passes.collect(mine, read, stage, {group: sink(group) for group in here}, through=not self.options.sequential)
+        found: dict[str, Result] = {}
+        for ranks, some in (
+            (self.ranks, [group for group in here if group.expert < 0]),
+            (self.peers.replicas, [group for group in here if group.expert >= 0]),
+        ):
+            if not some:
+                continue
+            for group in some:
+                ranks.sum(sums[group].parts())
+            counts = ranks.counts([sums[group].count for group in some])
+            hessians = [sums.pop(group).total() for group in some]
+            found |= solve(some, hessians, counts, passes.weight, self.recipes, ranks, self.options.threads)
+        return found
 
     def _begun(self) -> tuple[int, list[dict[str, Any]]]:
         """The layer to go on with, -1 at the very start, and the report so far."""

@@ -13,6 +13,7 @@ from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
+from dconv.quant.peers import Peers
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class Network:
         logical: its weights.
         device: torch's name of where layers compute.
         budget: bytes that weights outside of the layers may take at a time.
+        peers: that have the experts of a layer between them.
 
     Raises:
         ToolMissing: transformers does not build the model.
@@ -39,7 +41,7 @@ class Network:
         Refused: its layers are not those of a decoder.
     """
 
-    def __init__(self, config: Mapping[str, object], logical: Logical, device: str, budget: int) -> None:
+    def __init__(self, config: Mapping[str, object], logical: Logical, device: str, budget: int, peers: Peers) -> None:
         import torch
 
         plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
@@ -52,7 +54,7 @@ class Network:
         self._net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(self._net, self._net)
-        self.device = device
+        self.device, self._peers = device, peers
         self.weights = Weights(logical, self._net)
         found = dict(layers_of(self._net))
         stacks = {name.rpartition(".")[0] for name in found}
@@ -74,19 +76,20 @@ class Network:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def names(self) -> set[str]:
-        """The checkpoint's names of all linear layers' weights in the layers, experts' among them."""
+    def names(self) -> dict[str, int]:
+        """The checkpoint's names of all linear layers' weights in the layers: which expert's they are, -1 for none."""
         import torch
 
-        found: set[str] = set()
+        found: dict[str, int] = {}
         for name, layer in self._layers:
             for inside, member in layer.named_modules():
                 full = f"{name}.{inside}" if inside else name
                 if is_experts(member):
-                    parts = (f"{full}.gate_up_proj", f"{full}.down_proj")
-                    found |= {source for part in parts for names in self.weights.sources(part) for source in names}
+                    for part in (f"{full}.gate_up_proj", f"{full}.down_proj"):
+                        each = enumerate(self.weights.sources(part))
+                        found |= {source: expert for expert, names in each for source in names}
                 elif isinstance(member, torch.nn.Linear) and (source := self.weights.source(f"{full}.weight")):
-                    found.add(source)
+                    found[source] = -1
         return found
 
     def close(self) -> None:
@@ -126,7 +129,7 @@ class Network:
         for inside, member in module.named_modules():
             full = f"{name}.{inside}" if inside else name
             if is_experts(member):
-                experts[full] = Experts(member, full, self.weights, self.device)
+                experts[full] = Experts(member, full, self.weights, self.device, self._peers)
                 continue
             for key, value in own(member).items():
                 self._empty[id(member), key] = value

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dconv.quant.experts import END, INNER, OUTER, Listen
 from dconv.quant.network import Enough, Layer
+from dconv.quant.peers import AWAY, Peers
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class _Memo:
     def put(self, block: int, name: str, value: Any) -> None:
         size = _size(value)
         with self.lock:
-            if size and size <= self.room and (block, name) not in self.held:
+            if block != AWAY and size and size <= self.room and (block, name) not in self.held:
                 self.room -= size
                 self.held[block, name] = value
 
@@ -85,12 +86,15 @@ class Passes:
         weigh_shared: weigh a shared expert's tokens by its gate.
         room: bytes of outputs that may be kept.
         threads: blocks that are computed at once.
+        peers: that have the layer's experts between them; they make the same passes in step.
     """
 
-    def __init__(self, layer: Layer, wanted: set[str], *, weigh_shared: bool, room: int, threads: int) -> None:
-        self.layer, self._weigh_shared, self._threads = layer, weigh_shared, threads
+    def __init__(
+        self, layer: Layer, wanted: set[str], *, weigh_shared: bool, room: int, threads: int, peers: Peers
+    ) -> None:
+        self.layer, self._weigh_shared, self._threads, self._peers = layer, weigh_shared, threads, peers
         self._linears = {name: module for name, module in layer.linears().items() if name in wanted}
-        self._experts = wanted & {name for experts in layer.experts.values() for name in experts.weights}
+        self._experts = wanted & {name for experts in layer.experts.values() for name in experts.names}
         self._final: set[str] = set()
         self._sinks: dict[str, Sink] = {}
         self._expert_sinks: dict[tuple[str, int, bool], Sink] = {}
@@ -107,6 +111,7 @@ class Passes:
         for module, experts in layer.experts.items():
             experts.on_inner = self._expert(module, False)
             experts.on_outer = self._expert(module, True)
+            experts.until = self._until(module)
             experts.recall = self._recalled(module, [*experts.outer, *(n for names in experts.inner for n in names)])
             experts.after = self._after(module)
         inside = {id(module): name for name, module in self._linears.items()}
@@ -153,22 +158,29 @@ class Passes:
     def _expert_groups(self, module: str) -> list[list[Group]]:
         experts = self.layer.experts[module]
         inner = [
-            Group(tuple(name for name in names if name in self._experts), experts.weights[names[0]].shape[1], i, module)
+            Group(tuple(name for name in names if name in self._experts), experts.columns(False), i, module)
             for i, names in enumerate(experts.inner)
         ]
         outer = [
-            Group((name,) if name in self._experts else (), experts.weights[name].shape[1], i, module, True)
+            Group((name,) if name in self._experts else (), experts.columns(True), i, module, True)
             for i, name in enumerate(experts.outer)
         ]
         found = [[group for group in stage if group.names] for stage in (inner, outer)]
         return [stage for stage in found if stage]
 
     def collect(
-        self, blocks: Sequence[int], read: Callable[[int], torch.Tensor], sinks: dict[Group, Sink], *, through: bool
+        self,
+        blocks: Sequence[int],
+        read: Callable[[int], torch.Tensor],
+        stage: Sequence[Group],
+        sinks: dict[Group, Sink],
+        *,
+        through: bool,
     ) -> None:
         """Run blocks and give the inputs of groups to their sinks.
 
         Args:
+            stage: all groups of the pass, the same for all ranks; those without a sink are other ranks'.
             through: the groups depend on each other (they are not quantised one after the other), so that the pass
                 goes on behind each.
         """
@@ -177,15 +189,15 @@ class Passes:
             (group.module, group.expert, group.outer): sink for group, sink in sinks.items() if group.expert >= 0
         }
         self._through = through
-        self._expert_stages = {(module, outer) for module, _, outer in self._expert_sinks}
-        left = len(self._sinks) + len({group.module for group in sinks if group.module})
+        self._expert_stages = {(group.module, group.outer) for group in stage if group.module}
+        left = len(self._sinks) + len({group.module for group in stage if group.module})
 
         def one(block: int) -> None:
             self._local.here = _Here(block, left)
             with contextlib.suppress(Enough):
                 self.layer(read(block))
 
-        self._run(blocks, one)
+        self._peers.run(blocks, one, self._threads)
         self._sinks, self._expert_sinks, self._expert_stages = {}, {}, set()
 
     def set(self, name: str, weight: torch.Tensor) -> None:
@@ -196,7 +208,10 @@ class Passes:
             self._linears[name].weight = torch.nn.Parameter(weight, requires_grad=False)
         else:
             next(e for e in self.layer.experts.values() if name in e.weights).weights[name] = weight
-        self._final.add(name)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """These weights do not change any more, on no rank."""
+        self._final.update(names)
 
     def weight(self, name: str) -> torch.Tensor:
         """A weight as it is now, [out, in]."""
@@ -212,23 +227,11 @@ class Passes:
 
         def one(block: int) -> None:
             self._local.here = _Here(block)
-            write(block, self.layer(read(block)))
+            made = self.layer(read(block))
+            if block != AWAY:
+                write(block, made)
 
-        self._run(blocks, one)
-
-    def _run(self, blocks: Sequence[int], one: Callable[[int], None]) -> None:
-        if not blocks:
-            return
-        import torch
-
-        def alone(block: int) -> None:
-            torch.set_num_threads(1)  # so that no sum depends on how many there are
-            with torch.no_grad():
-                one(block)
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            for done in [pool.submit(alone, block) for block in blocks]:
-                done.result()
+        self._peers.run(blocks, one, self._threads)
 
     def _tap(self, name: str, module: Any, gate: Any) -> Callable[..., Any]:
         from torch.nn.functional import linear
@@ -244,7 +247,8 @@ class Passes:
                     here.shared = linear(x, router.weight, router.bias).sigmoid().reshape(-1)
             if sink := self._sinks.get(name):
                 weights = here.shared if gate is not None and self._weigh_shared else None
-                sink(x.reshape(-1, x.shape[-1]), weights)
+                if here.block != AWAY:
+                    sink(x.reshape(-1, x.shape[-1]), weights)
                 self._one_less(here)
             if (kept := self._memo.held.get((here.block, name))) is not None:
                 return kept
@@ -260,16 +264,23 @@ class Passes:
         if not here.left:
             raise Enough
 
-    def _expert(self, module: str, outer: bool) -> Callable[[int, torch.Tensor, torch.Tensor], bool]:
-        def listen(expert: int, x: torch.Tensor, weights: torch.Tensor) -> bool:
-            if self._seen is not None:
-                return False
-            sink = self._expert_sinks.get((module, expert, outer))
-            if sink:
+    def _expert(self, module: str, outer: bool) -> Listen:
+        def listen(expert: int, x: torch.Tensor, weights: torch.Tensor, item: Any) -> None:
+            del item
+            if self._seen is None and (sink := self._expert_sinks.get((module, expert, outer))):
                 sink(x, weights)
-            return not self._through and (module, outer) in self._expert_stages
 
         return listen
+
+    def _until(self, module: str) -> Callable[[], int]:
+        def until() -> int:
+            if self._seen is not None or self._through:
+                return END
+            if (module, False) in self._expert_stages:
+                return INNER
+            return OUTER if (module, True) in self._expert_stages else END
+
+        return until
 
     def _after(self, module: str) -> Callable[[], None]:
         def after() -> None:
@@ -287,6 +298,8 @@ class Passes:
             if self._seen is not None or not self._final.issuperset(self._experts.intersection(names)):
                 return None
             here: _Here = self._local.here
+            if here.block == AWAY:
+                return None
             if value is not None and not self._last:
                 self._memo.put(here.block, module, value)
             return self._memo.held.get((here.block, module))

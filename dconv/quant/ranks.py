@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import UsageError
 
@@ -19,11 +19,18 @@ _PATIENCE: Final = datetime.timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among those of a run. Every method is called by all of them, in the same order."""
+    """This rank among those of a run, or of a part of them. Every method is called by all, in the same order.
+
+    Attributes:
+        members: of a part, their numbers in the whole run.
+        group: of a part, torch.distributed's.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    members: tuple[int, ...] = ()
+    group: Any = None
 
     def begin(self) -> None:
         """Meet the others, where the launcher's variables say.
@@ -52,6 +59,16 @@ class Ranks:
             timeout=_PATIENCE,
         )
 
+    def part(self, each: Sequence[Sequence[int]]) -> Ranks:
+        """This rank among those of its part, where ``each`` parts all of them."""
+        if self.world == 1:
+            return self
+        from torch import distributed
+
+        groups = [distributed.new_group(list(members)) for members in each]  # all ranks make all of them
+        members, group = next((m, g) for m, g in zip(each, groups, strict=True) if self.rank in m)
+        return Ranks(list(members).index(self.rank), len(members), self.device, tuple(members), group)
+
     def end(self) -> None:
         """Part."""
         if self.world > 1:
@@ -66,7 +83,7 @@ class Ranks:
             from torch import distributed
 
             for tensor in tensors:
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self.group)
 
     def counts(self, numbers: list[int]) -> list[int]:
         """The sums of some whole numbers."""
@@ -83,7 +100,43 @@ class Ranks:
         if self.world > 1:
             from torch import distributed
 
-            distributed.broadcast(tensor, source)
+            distributed.broadcast(tensor, self.members[source] if self.members else source, group=self.group)
+
+    def all_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Everyone's tensor of one shape, [ranks, …]."""
+        import torch
+
+        if self.world == 1:
+            return tensor[None]
+        from torch import distributed
+
+        out = torch.empty(self.world, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        distributed.all_gather(list(out.unbind()), tensor, group=self.group)
+        return out
+
+    def exchange(self, rows: torch.Tensor, sent: Sequence[int], coming: Sequence[int]) -> torch.Tensor:
+        """Send rows to each, and have theirs, in the order of ranks.
+
+        Args:
+            rows: [rows, …], ``sent`` of them for each rank.
+            coming: how many each has for this one.
+        """
+        import torch
+        from torch import distributed
+
+        out = torch.empty(sum(coming), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        distributed.all_to_all_single(out, rows, list(coming), list(sent), group=self.group)
+        return out
+
+    def gather(self, said: Any) -> list[Any]:
+        """What everyone has to say, in plain JSON."""
+        if self.world == 1:
+            return [said]
+        from torch import distributed
+
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, said, group=self.group)
+        return found
 
     def any(self, sign: bool) -> bool:
         """Whether one of them says so."""

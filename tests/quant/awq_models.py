@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,16 +13,8 @@ from dconv.calibrate import Calibrating
 from dconv.describe import describe_model
 from dconv.net.weights import Weights
 from dconv.pipeline import Request, prepare, run
-from dconv.quant.awq import Search
-from dconv.quant.awq_loop import Layers
-from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.grid import Numbers
-from dconv.quant.loop import Calibration, Options
-from dconv.quant.network import Network
-from dconv.quant.parts import Result
-from dconv.quant.ranks import Ranks
-from dconv.quant.settings import Awq
 from dconv.sharding.commit import Settings
 from tests.quant.models import values_of
 
@@ -80,40 +70,6 @@ def planned(request: Request) -> Calibrating:
     job = prepare(request).calibrating
     assert job is not None
     return job
-
-
-@dataclass
-class Noted:
-    """What a run of `Layers` came to."""
-
-    chosen: dict[str, Any] = field(default_factory=dict)
-    folded: dict[str, Any] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-
-def calibrated(job: Calibrating, folder: Path, ranks: Any = None, threads: int = 1) -> Noted:
-    """One rank's run; nothing is written."""
-    ranks, noted, asked = ranks or Ranks(), Noted(), job.settings
-    assert job.folds is not None
-    assert isinstance(asked, Awq)
-    net = Network(job.source.config, job.source.logical, "cpu", 1 << 26)
-    blocks = Blocks(job.samples.tokens, folder / "hidden")
-    search = Search(asked.n_grid, asked.duo_scaling)
-    layers = Layers(net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, threads)
-
-    def choose(layer: Any, index: int, mine: Sequence[int]) -> Any:
-        results, lines = layers.choose(layer, index, mine)
-        noted.chosen |= {name: result.chosen for name, result in results.items() if isinstance(result, Result)}
-        noted.folded |= {name: value for name, value in results.items() if isinstance(value, torch.Tensor)}
-        noted.lines += lines
-        return {}, lines
-
-    run_ = Calibration(net, job.recipes, blocks, ranks, folder, Options(), lambda _: None, method=choose)
-    try:
-        run_.run()
-    finally:
-        net.close()
-    return noted
 
 
 def logits(folder: Path, tokens: torch.Tensor, changed: dict[str, Any]) -> torch.Tensor:

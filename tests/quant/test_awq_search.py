@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,6 @@ from tests.models import config_of, facts_of
 from tests.quant.awq_models import (
     FAMILIES,
     RECIPE,
-    Noted,
-    calibrated,
     decoded,
     logits,
     model_of,
@@ -45,6 +40,7 @@ from tests.quant.awq_models import (
     request_for,
 )
 from tests.quant.models import values_of
+from tests.quant.one_process import assert_same, calibrated, calibrated_by
 
 
 @pytest.fixture(scope="module")
@@ -216,71 +212,13 @@ def test_a_rounded_norm_is_exact(stored: str, offset: float) -> None:
 # ------------------------------------------------------------------------------------------------ who computes it
 
 
-class Threads:
-    """Ranks of one process, a thread each: what they say to each other is added up last rank first."""
-
-    def __init__(self, world: int) -> None:
-        self._barrier, self._heap = threading.Barrier(world, timeout=60), [None] * world
-        self.each = [_OfThread(self, rank, world) for rank in range(world)]
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self._heap[rank] = value
-        self._barrier.wait()
-        found = list(self._heap)
-        self._barrier.wait()
-        return found
-
-
-@dataclass(frozen=True)
-class _OfThread:
-    hub: Threads
-    rank: int
-    world: int
-    device: str = "cpu"
-
-    def sum(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            parts = self.hub.exchange(self.rank, tensor.clone())[::-1]
-            tensor.copy_(functools.reduce(torch.add, parts))
-
-    def counts(self, numbers: list[int]) -> list[int]:
-        return [sum(each) for each in zip(*self.hub.exchange(self.rank, numbers), strict=True)]
-
-    def tell(self, tensor: torch.Tensor, source: int) -> None:
-        tensor.copy_(self.hub.exchange(self.rank, tensor.clone())[source])
-
-    def any(self, sign: bool) -> bool:
-        return any(self.hub.exchange(self.rank, sign))
-
-    def wait(self) -> None:
-        self.hub.exchange(self.rank, None)
-
-
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
 def test_any_number_of_ranks(family: str, models: dict[str, Path], ids: Path, tmp_path: Path) -> None:
     """The same numbers, bit for bit; 24 samples of 512 tokens are three blocks, so that one of four ranks has none."""
     job = planned(request_for(models[family], ids, tmp_path / "out", nsamples=24, seqlen=512, n_grid=3))
     one = calibrated(job, tmp_path / "1", threads=2)
     for world in (2, 4):
-        ranks = Threads(world).each
-        found: list[Noted | None] = [None] * world
-        state = tmp_path / str(world)
-
-        def work(rank: Any, found: list[Noted | None] = found, state: Path = state) -> None:
-            found[rank.rank] = calibrated(job, state, rank)
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for many in found:
-            assert many is not None
-            for name, chosen in one.chosen.items():
-                for part in ("codes", "scales", "zeros", "error"):
-                    assert torch.equal(getattr(chosen, part), getattr(many.chosen[name], part)), name
-            assert one.folded.keys() == many.folded.keys()
-            assert all(torch.equal(value, many.folded[name]) for name, value in one.folded.items())
+        assert_same(one, calibrated_by(job, tmp_path / str(world), world))
 
 
 def test_probes_are_the_same_for_all() -> None:

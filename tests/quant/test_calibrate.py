@@ -23,49 +23,15 @@ from dconv.quant.grid import Numbers  # noqa: E402
 from dconv.sharding.commit import Settings  # noqa: E402
 from tests.models import tree_digest  # noqa: E402
 from tests.processes import call  # noqa: E402
+from tests.quant.calibrated import FAMILIES, model_of, request_for  # noqa: E402
 from tests.quant.models import values_of  # noqa: E402
 from tests.quant.textbook import textbook  # noqa: E402
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-#: Of small models whose experts transformers keeps in one tensor.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 96},
-    "mixtral": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
-        "norm_topk_prob": False, "intermediate_size": 96,
-    },
-    "olmoe": {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v2": {
-        "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
-    },
-}  # fmt: skip
-
-
-def model_of(family: str, folder: Path) -> Path:
-    """A small model as transformers writes it, with enough variance that routing is uneven."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **(_SIZES | _FAMILIES[family]), tie_word_embeddings=False)
-    net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, value in net.named_parameters():
-            if value.ndim > 1:
-                value.normal_(0, 0.3)
-            elif name.endswith("bias"):
-                value.zero_()
-    net.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: model_of(family, folder / family) for family in _FAMILIES}
+    return {family: model_of(family, folder / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +39,6 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ids") / "ids.npy"
     np.save(path, np.random.default_rng(0).integers(0, 61, (12, 512)))
     return path
-
-
-def request_for(model: Path, ids: Path, out: Path, *, quant: str | None = None, **said: Any) -> Request:
-    """12 samples of 512 tokens are two blocks."""
-    settings = {"bits": 4, "group_size": 32, "nsamples": 12, "seqlen": 512, **said}
-    config = json.dumps(settings)
-    return Request(model, "gptq", out, calibration=str(ids), quantization_config=config, quant=quant)
 
 
 # ------------------------------------------------------------------------------------------------ what is computed
@@ -132,7 +91,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("family", "quant"),
-    [*((family, "gptq") for family in _FAMILIES),
+    [*((family, "gptq") for family in FAMILIES),
      *((family, quant) for family in ("llama", "qwen2_moe") for quant in ("gptq_v2", "pack-quantized"))],
 )  # fmt: skip
 def test_every_family_gets_nearer_than_rounding(
@@ -194,17 +153,25 @@ def logits(folder: Path, tokens: torch.Tensor, changed: dict[str, Any]) -> torch
 
 
 @pytest.mark.parametrize(
-    ("name", "world"),
-    [("mixtral", 2), *(pytest.param(*it, marks=pytest.mark.long) for it in (("llama", 3), ("deepseek_v2", 4)))],
+    ("name", "world", "ep"),
+    [
+        ("mixtral", 2, 2),
+        *(
+            pytest.param(*it, marks=pytest.mark.long)
+            for it in (("mixtral", 2, 1), ("llama", 3, 1), ("deepseek_v2", 4, 2))
+        ),
+    ],
 )
-def test_any_number_of_ranks(models: dict[str, Path], ids: Path, tmp_path: Path, name: str, world: int) -> None:
+def test_any_number_of_ranks(
+    models: dict[str, Path], ids: Path, tmp_path: Path, name: str, world: int, ep: int
+) -> None:
     """Same codes and scales; the samples are two blocks, so that some of three ranks have none."""
     request = request_for(models[name], ids, tmp_path / "one", desc_act=True, static_groups=True, mse=True)
     run(prepare(request), Settings(threads=2))
     code, _, err = call(
         sys.executable, "-m", "dconv", "convert", str(models[name]), "gptq", "-o", str(tmp_path / "many"),
         "--calibration", str(ids), "--quantization-config", request.quantization_config or "",
-        "--nproc", str(world), "--quiet",
+        "--nproc", str(world), "--ep", str(ep), "--quiet",
     )  # fmt: skip
     assert code == 0, err
     one, many = (weights_digest(tmp_path / folder) for folder in ("one", "many"))
@@ -290,21 +257,22 @@ def test_routing_weights(models: dict[str, Path], ids: Path) -> None:
     from dconv.quant.blocks import Blocks
     from dconv.quant.network import Network
     from dconv.quant.passes import Passes
+    from dconv.quant.peers import Peers
     from dconv.quant.sums import Sum
 
     model = describe_model(models["qwen2_moe"])
     tokens = torch.from_numpy(np.load(ids))[:2, :64]
-    net = Network(model.config, model.logical, "cpu", 1 << 26)
+    net = Network(model.config, model.logical, "cpu", 1 << 26, peers := Peers())
     hidden = net.embedded(tokens)
     layer = net.load(0)
     names = set(layer.linears()) | {name for one in layer.experts.values() for name in one.weights}
-    passes = Passes(layer, names, weigh_shared=True, room=0, threads=1)
+    passes = Passes(layer, names, weigh_shared=True, room=0, threads=1, peers=peers)
     groups = [group for stage in passes.groups(hidden[:1]) for group in stage]
     expert = next(g for g in groups if g.expert == 1 and not g.outer)
     shared = next(g for g in groups if any("shared_expert.gate_proj" in name for name in g.names))
     sums = {group: Sum(group.columns) for group in (expert, shared)}
     for group in (expert, shared):
-        passes.collect([0], lambda _: hidden, {group: sums[group].add}, through=False)
+        passes.collect([0], lambda _: hidden, [group], {group: sums[group].add}, through=False)
     passes.close()
     net.forget(layer)
     whole = transformers.AutoModelForCausalLM.from_pretrained(models["qwen2_moe"], dtype=torch.float32)

@@ -1,0 +1,95 @@
+"""Expert parallelism: which rank has which experts of a layer, and threads that go through a layer in step.
+
+Expert ``e`` is the ``e mod N``-th peer's. So N neighbouring experts are N ranks', and a token's answers come back in
+the order in which one process adds them up.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dconv.quant.ranks import Ranks
+
+#: In the place of a block, where a rank has none left and its peers do.
+AWAY: Final = -1
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This rank among those that have a layer's experts between them.
+
+    Attributes:
+        replicas: the ranks with the same experts as this one.
+        lanes: the peers, once for each thread: what two threads say at once must not be confused.
+    """
+
+    replicas: Ranks = Ranks()
+    lanes: tuple[Ranks, ...] = (Ranks(),)
+    _here: threading.local = field(default_factory=threading.local)
+
+    @classmethod
+    def of(cls, ranks: Ranks, size: int, threads: int) -> Peers:
+        """Parts all ranks, neighbours together; all of them call it.
+
+        Args:
+            size: ranks that have one model's experts between them; divides how many ranks there are.
+            threads: blocks that a rank computes at once.
+        """
+        if size == 1:
+            return cls(ranks, (Ranks(0, 1, ranks.device),))
+        firsts = range(0, ranks.world, size)
+        agreed = min(ranks.gather(1 if ranks.device.startswith("cuda") else threads))
+        replicas = ranks.part([[first + i for first in firsts] for i in range(size)])
+        return cls(replicas, tuple(ranks.part([range(i, i + size) for i in firsts]) for _ in range(agreed)))
+
+    @property
+    def size(self) -> int:
+        return self.lanes[0].world
+
+    @property
+    def lane(self) -> Ranks:
+        """That of the calling thread."""
+        return getattr(self._here, "lane", self.lanes[0])
+
+    @property
+    def item(self) -> Any:
+        """What the calling thread is at."""
+        return getattr(self._here, "item", 0)
+
+    def owns(self, expert: int) -> bool:
+        return expert % self.size == self.lanes[0].rank
+
+    def mine(self, count: int) -> range:
+        """Which of ``count`` experts are here."""
+        return range(self.lanes[0].rank, count, self.size)
+
+    def padded(self, items: Sequence[Any], most: int) -> list[Any]:
+        """Items of this rank, as many as any of its peers may have: ``most``."""
+        return [*items, *[AWAY] * (most - len(items))] if self.size > 1 else list(items)
+
+    def run(self, items: Sequence[Any], one: Callable[[Any], Any], threads: int) -> list[Any]:
+        """Do something for each item, so many at once as there are threads; where experts are divided, in step."""
+        if self.size == 1:
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(lambda item: self._alone(self.lanes[0], item, one), items))
+        found: dict[int, Any] = {}
+
+        def go(lane: int) -> None:
+            for at in range(lane, len(items), len(self.lanes)):
+                found[at] = self._alone(self.lanes[lane], items[at], one)
+
+        with ThreadPoolExecutor(len(self.lanes)) as pool:
+            list(pool.map(go, range(len(self.lanes))))
+        return [found[at] for at in range(len(items))]
+
+    def _alone(self, lane: Ranks, item: Any, one: Callable[[Any], Any]) -> Any:
+        import torch
+
+        torch.set_num_threads(1)  # so that no sum depends on how many there are
+        self._here.lane, self._here.item = lane, item
+        with torch.no_grad():
+            return one(item)
