@@ -23,6 +23,7 @@ from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
 from dconv.quant.settings import Awq, Gptq, Method
 from dconv.request import CALIBRATED, Request
+from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
 
@@ -192,6 +193,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         rank.do([task for name in results for task in parts[name]])
         held.arrays = {}
 
+    return_freed_memory()
     ranks = Ranks(settings.rank, settings.world, device)
     ranks.begin()
     try:
@@ -215,7 +217,9 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
             options = replace(options, weigh_by_routing=asked.routing_weighted, sequential=asked.true_sequential)
         elif job.folds is not None:
             search = Search(asked.n_grid, asked.duo_scaling)
-            layers = Layers(net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, threads)
+            layers = Layers(
+                net, job.recipes, job.folds, blocks, ranks, search, job.stored, asked.clip, settings.max_memory, threads
+            )
             method = layers.choose
         run = Calibration(
             net,

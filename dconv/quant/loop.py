@@ -24,6 +24,7 @@ from dconv.quant.network import Layer, Network
 from dconv.quant.parts import Result
 from dconv.quant.passes import Group, Passes
 from dconv.quant.ranks import Ranks
+from dconv.quant.room import Room, block_bytes
 from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
 
@@ -37,7 +38,7 @@ class Options:
     Attributes:
         weigh_by_routing: an expert's tokens count by their routing weights.
         sequential: within a layer each group is calibrated with those before it quantised.
-        room: bytes of outputs that this rank may keep in memory.
+        room: bytes that this rank may take beside three times a layer.
         threads: blocks that are computed at once.
     """
 
@@ -114,21 +115,21 @@ class Calibration:
             self.net.given(index, self.blocks.samples(block).shape)
         results: dict[str, Result] = {}
         lines: list[dict[str, Any]] = []
-        passes = Passes(
-            layer,
-            set(self.recipes),
-            weigh_shared=options.weigh_by_routing,
-            room=options.room,
-            threads=options.threads,
-        )
+        passes = Passes(layer, set(self.recipes), weigh_shared=options.weigh_by_routing)
         try:
             stages = passes.groups(read(0)[:1])
             if not options.sequential:
                 stages = [[group for stage in stages for group in stage]] if stages else []
+            needs = [sum(Sum.bytes_for(group.columns) for group in stage) for stage in stages]
+            block = block_bytes(self.blocks.samples(0).size, self.net.hidden, layer.widest)
+            room = Room.of(layer.nbytes, options.room, block, needs, options.threads)
+            passes.keep(room.kept)
+            passes.threads = room.threads
+            at_once = self.ranks.least(room.sums)  # of sums, so that all ranks make the same ones in one pass
             for stage in stages:
                 began = time.perf_counter()
                 self._leave_if_told()
-                found = self._stage(passes, stage, mine, read)
+                found = self._stage(passes, stage, at_once, mine, read)
                 for name, result in found.items():
                     passes.set(name, result.chosen.decode())
                     lines.append(result.line(index, name, self.recipes[name], time.perf_counter() - began))
@@ -140,22 +141,47 @@ class Calibration:
         return results, lines
 
     def _stage(
-        self, passes: Passes, stage: Sequence[Group], mine: Sequence[int], read: Callable[[int], Any]
+        self, passes: Passes, stage: Sequence[Group], room: int, mine: Sequence[int], read: Callable[[int], Any]
     ) -> dict[str, Result]:
-        import torch
+        """Quantise some groups, in as many passes as their sums take.
 
-        sums = {group: Sum(group.columns, self.net.device) for group in stage}
+        Args:
+            room: bytes for sums at a time.
+        """
+        sums: dict[Group, Sum] = {}
+        found: dict[str, Result] = {}
+        while left := [group for group in stage if group not in sums or not sums[group].is_whole]:
+            begun = self._begun_sums(left, sums, room)
+            self._pass(passes, {group: sums[group] for group in begun}, mine, read)
+            whole = [group for group in begun if sums[group].is_whole]
+            counts = self.ranks.counts([sums[group].count for group in whole])
+            hessians = [sums[group].total() for group in whole]
+            found |= solve(whole, hessians, counts, passes.weight, self.recipes, self.ranks, self.options.threads)
+        return found
+
+    def _begun_sums(self, left: Sequence[Group], sums: dict[Group, Sum], room: int) -> list[Group]:
+        """The first groups, with as much of their sums as there is room for opened; of one group at least something."""
+        begun: list[Group] = []
+        for group in left:
+            one = sums.setdefault(group, Sum(group.columns, self.net.device, room=0))
+            room -= one.closed_bytes
+            if not (taken := one.open(room, least=not begun)):
+                break
+            begun.append(group)
+            room -= taken
+        return begun
+
+    def _pass(self, passes: Passes, sums: Mapping[Group, Sum], mine: Sequence[int], read: Callable[[int], Any]) -> None:
+        import torch
 
         def sink(group: Group) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
             weigh = self.options.weigh_by_routing
             return lambda x, weights: sums[group].add(x, weights if weigh else None)
 
-        passes.collect(mine, read, {group: sink(group) for group in stage}, through=not self.options.sequential)
-        for group in stage:
-            self.ranks.sum(sums[group].parts())
-        counts = self.ranks.counts([sums[group].count for group in stage])
-        hessians = [sums[group].total() for group in stage]
-        return solve(stage, hessians, counts, passes.weight, self.recipes, self.ranks, self.options.threads)
+        passes.collect(mine, read, {group: sink(group) for group in sums}, through=not self.options.sequential)
+        for one in sums.values():
+            self.ranks.sum(one.parts())
+            one.close()
 
     def _begun(self) -> tuple[int, list[dict[str, Any]]]:
         """The layer to go on with, -1 at the very start, and the report so far."""

@@ -83,12 +83,13 @@ class Passes:
     Args:
         wanted: names of the weights to be quantised, of this layer.
         weigh_shared: weigh a shared expert's tokens by its gate.
-        room: bytes of outputs that may be kept.
+
+    Attributes:
         threads: blocks that are computed at once.
     """
 
-    def __init__(self, layer: Layer, wanted: set[str], *, weigh_shared: bool, room: int, threads: int) -> None:
-        self.layer, self._weigh_shared, self._threads = layer, weigh_shared, threads
+    def __init__(self, layer: Layer, wanted: set[str], *, weigh_shared: bool) -> None:
+        self.layer, self._weigh_shared, self.threads = layer, weigh_shared, 1
         self._linears = {name: module for name, module in layer.linears().items() if name in wanted}
         self._experts = wanted & {name for experts in layer.experts.values() for name in experts.weights}
         self._final: set[str] = set()
@@ -97,7 +98,7 @@ class Passes:
         self._expert_stages: set[tuple[str, bool]] = set()
         self._through = False
         self._seen: list[tuple[str, Any]] | None = None
-        self._memo = _Memo(room)
+        self._memo = _Memo(0)
         self._last = False
         self._local = threading.local()
         self._patched: list[Any] = []
@@ -119,6 +120,11 @@ class Passes:
         """Stop listening."""
         for module in self._patched:
             module.__dict__.pop("forward", None)
+        self._memo.held.clear()  # at once, not when cycles are collected
+
+    def keep(self, room: int) -> None:
+        """Keep so many bytes of outputs that do not change any more."""
+        self._memo.room = room
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = forward
@@ -226,7 +232,7 @@ class Passes:
             with torch.no_grad():
                 one(block)
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             for done in [pool.submit(alone, block) for block in blocks]:
                 done.result()
 

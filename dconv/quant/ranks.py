@@ -85,6 +85,17 @@ class Ranks:
 
             distributed.broadcast(tensor, source)
 
+    def least(self, number: int) -> int:
+        """The least of all."""
+        if self.world == 1:
+            return number
+        import torch
+        from torch import distributed
+
+        held = torch.tensor([number], dtype=torch.int64, device=self.device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        return int(held)
+
     def any(self, sign: bool) -> bool:
         """Whether one of them says so."""
         return self.counts([int(sign)])[0] > 0

@@ -47,10 +47,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model_of(family: str, folder: Path) -> Path:
+def model_of(family: str, folder: Path, **more: Any) -> Path:
     """A small model as transformers writes it, with enough variance that routing is uneven."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **(_SIZES | _FAMILIES[family]), tie_word_embeddings=False)
+    config = transformers.AutoConfig.for_model(family, **(_SIZES | _FAMILIES[family] | more), tie_word_embeddings=False)
     net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, value in net.named_parameters():
@@ -217,10 +217,19 @@ def weights_digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_any_memory(models: dict[str, Path], ids: Path, tmp_path: Path) -> None:
-    """Outputs that there is no room to keep are computed once more, to the same bits."""
-    for name, room in (("much", 1 << 30), ("little", 1 << 16)):
-        run(prepare(request_for(models["mixtral"], ids, tmp_path / name)), Settings(max_memory=room))
+@pytest.mark.parametrize("name", ["mixtral", "wide"])
+def test_any_memory(models: dict[str, Path], ids: Path, tmp_path: Path, name: str,
+                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Outputs that there is no room to keep are computed once more, and sums that there is no room for are made in
+    several passes, to the same bits."""
+    model = models.get(name) or model_of("llama", tmp_path / "model", intermediate_size=640, num_hidden_layers=1)
+    own, passes = loop.Calibration._pass, []
+    monkeypatch.setattr(loop.Calibration, "_pass", lambda self, *args: passes.append(1) or own(self, *args))
+    counted = []
+    for kind, room in (("much", 1 << 30), ("little", 1 << 16)):
+        run(prepare(request_for(model, ids, tmp_path / kind)), Settings(max_memory=room, threads=2))
+        counted.append(len(passes))
+    assert counted[1] - counted[0] > counted[0]
     assert weights_digest(tmp_path / "much") == weights_digest(tmp_path / "little")
 
 
@@ -298,7 +307,7 @@ def test_routing_weights(models: dict[str, Path], ids: Path) -> None:
     hidden = net.embedded(tokens)
     layer = net.load(0)
     names = set(layer.linears()) | {name for one in layer.experts.values() for name in one.weights}
-    passes = Passes(layer, names, weigh_shared=True, room=0, threads=1)
+    passes = Passes(layer, names, weigh_shared=True)
     groups = [group for stage in passes.groups(hidden[:1]) for group in stage]
     expert = next(g for g in groups if g.expert == 1 and not g.outer)
     shared = next(g for g in groups if any("shared_expert.gate_proj" in name for name in g.names))
