@@ -22,6 +22,7 @@ from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
 from dconv.quant.settings import Awq, Gptq, Method
 from dconv.request import CALIBRATED, Request
+from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
 
@@ -215,6 +216,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         held.arrays = {}
 
     threads = _threads(settings.threads, settings.world)
+    return_freed_memory()
     ranks = Ranks(settings.rank, settings.world, device)
     ranks.begin()
     try:
@@ -264,7 +266,7 @@ def calibration_of(
 
     Args:
         folder: working state, shared by all ranks.
-        room: bytes of outputs that may be kept in memory.
+        room: bytes that it may take beside three times a layer.
         threads: blocks that are computed at once.
         write: called with a layer's results.
     """
@@ -279,7 +281,9 @@ def calibration_of(
         options = replace(options, weigh_by_routing=asked.routing_weighted, sequential=asked.true_sequential)
     elif job.folds is not None:
         search = Search(asked.n_grid, asked.duo_scaling)
-        layers = Layers(net, job.recipes, job.folds, blocks, ranks, peers, search, job.stored, asked.clip, threads)
+        layers = Layers(
+            net, job.recipes, job.folds, blocks, ranks, peers, search, job.stored, asked.clip, threads, room
+        )
         method = layers.choose
     return Calibration(net, job.recipes, blocks, ranks, peers, folder, options, write, method=method)
 

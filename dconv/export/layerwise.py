@@ -9,7 +9,6 @@ architecture, and the weights may lie in any container (`dconv.net.weights`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,11 +28,10 @@ from dconv.net.lazy import hold
 from dconv.net.skeleton import built, fill_computed, layers_of
 from dconv.net.weights import Weights
 from dconv.pipeline import Described
+from dconv.sharding.allocation import return_freed_memory
 
 #: Each takes a pass over all weights.
 _NEW_TOKENS: Final = 3
-#: Of glibc's ``malloc.h``.
-_M_MMAP_THRESHOLD: Final = -3
 
 
 def obstacle(model: Described) -> str:
@@ -85,7 +83,7 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     tokenizer, and the tensors that it has no place for."""
     import torch
 
-    _return_freed_memory()
+    return_freed_memory()
     with beside(model.source.side) as folder:
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
@@ -98,12 +96,6 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
             yield net, _prepare(net, weights, budget), folder, weights.unused
         finally:
             weights.close()
-
-
-def _return_freed_memory() -> None:
-    """Let freed matrices go back to the system at once: glibc learns to keep ever larger ones, up to 32 MiB each."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such knob
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _prepare(net: Any, weights: Weights, budget: int) -> int:

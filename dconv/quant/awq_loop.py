@@ -24,6 +24,7 @@ from dconv.quant.network import Layer, Network
 from dconv.quant.parts import Result
 from dconv.quant.peers import AWAY, Peers
 from dconv.quant.ranks import Ranks
+from dconv.quant.room import Room, block_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ class Layers:
         stored: torch's name of the dtype in which a norm is stored, by name.
         cut: whether ranges are searched.
         threads: blocks that are computed at once.
+        room: bytes that this rank may take beside three times a layer.
     """
 
     net: Network
@@ -98,6 +100,7 @@ class Layers:
     stored: Mapping[str, str]
     cut: bool = True
     threads: int = 1
+    room: int = 256 << 20
 
     def choose(
         self, layer: Layer, index: int, mine: Sequence[int]
@@ -112,7 +115,11 @@ class Layers:
         """
         began = time.perf_counter()
         folds = [fold for fold in self.folds.folds if fold.layer == index]
-        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], self.threads, self.peers)
+        size = self.blocks.samples(0).size
+        room = Room.of(layer.nbytes, self.room, block_bytes(size, self.net.hidden, layer.widest), (), self.threads)
+        watch = Watch(
+            layer, [fold.source for fold in folds if fold.is_norm], self.ranks.least(room.threads), self.peers
+        )
         names = [name for name in self.recipes if watch.has(name)]
         try:
             sums, counts = self._counted(watch, index, mine, folds, names)

@@ -102,7 +102,7 @@ class Chosen:
 
 
 def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
-    """Factor a Hessian [columns, columns], float32; it is overwritten.
+    """Factor a Hessian [columns, columns], float32; it is overwritten, and one more of its size is needed.
 
     A column that no token reached is rounded to nearest: it gets a diagonal of one, and nothing is carried over.
 
@@ -121,22 +121,27 @@ def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
         order = torch.sort(importance, descending=True, stable=True)[1]
     elif recipe.group_aware and 0 < recipe.group < columns:
         order = _by_group(importance, recipe.group)
-    if recipe.desc_act or recipe.group_aware:
-        hessian = hessian[order][:, order]
-    hessian.diagonal()[importance[order] == 0] = mean
-    plain = hessian.diagonal().clone()
+    # R of H = R Rᵀ is the lower factor of H with rows and columns reversed, reversed.
+    turned = torch.empty_like(hessian)
+    back = order.flip(0)
+    for start in range(0, columns, _BLOCK):
+        turned[start : start + _BLOCK] = hessian[back[start : start + _BLOCK]][:, back]
+    turned.diagonal()[importance[back] == 0] = mean
+    plain = turned.diagonal().clone()
     damp = recipe.damp
+    lower = hessian.mT  # a large one may not be there three times: its own place takes the factor
     while True:
-        hessian.diagonal().copy_(plain + damp * mean)
-        # R of H = R Rᵀ is the lower factor of H with rows and columns reversed, reversed.
-        lower, fault = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        turned.diagonal().copy_(plain + damp * mean)
+        fault = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(turned, out=(lower, fault))
         if not int(fault):
             break
         damp += recipe.damp_step
         if not recipe.damp_step > 0 or damp >= _MOST_DAMP:
             return None
-    feedback = lower.flip(0, 1)
-    del lower
+    feedback = turned.mT  # of LAPACK's own order
+    for start in range(0, columns, _BLOCK):
+        feedback[:, start : start + _BLOCK] = lower[:, max(0, columns - start - _BLOCK) : columns - start].flip(0, 1)
     diagonal = feedback.diagonal().clone()
     feedback.div_(diagonal[None, :]).triu_(1)
     return Factor(order, feedback, diagonal.square(), importance, damp)

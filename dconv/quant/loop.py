@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from dconv.quant.parts import Result
 from dconv.quant.passes import Group, Passes
 from dconv.quant.peers import AWAY, Peers
 from dconv.quant.ranks import Ranks
+from dconv.quant.room import Room, block_bytes
 from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
 
@@ -38,7 +39,7 @@ class Options:
     Attributes:
         weigh_by_routing: an expert's tokens count by their routing weights.
         sequential: within a layer each group is calibrated with those before it quantised.
-        room: bytes of outputs that this rank may keep in memory.
+        room: bytes that this rank may take beside three times a layer.
         threads: blocks that are computed at once.
     """
 
@@ -120,22 +121,21 @@ class Calibration:
             self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
         results: dict[str, Result] = {}
         lines: list[dict[str, Any]] = []
-        passes = Passes(
-            layer,
-            set(self.recipes),
-            weigh_shared=options.weigh_by_routing,
-            room=options.room,
-            threads=options.threads,
-            peers=self.peers,
-        )
+        passes = Passes(layer, set(self.recipes), weigh_shared=options.weigh_by_routing, peers=self.peers)
         try:
             stages = passes.groups(read(0)[:1])
             if not options.sequential:
                 stages = [[group for stage in stages for group in stage]] if stages else []
+            needs = [sum(Sum.bytes_for(group.columns) for group in stage) for stage in stages]
+            block = block_bytes(self.blocks.samples(0).size, self.net.hidden, layer.widest)
+            room = Room.of(layer.nbytes, options.room, block, needs, options.threads)
+            passes.keep(room.kept)
+            passes.threads = self.ranks.least(room.threads)
+            at_once = self.ranks.least(room.sums)  # of sums, so that all ranks make the same ones in one pass
             for stage in stages:
                 began = time.perf_counter()
                 self._leave_if_told()
-                found = self._stage(passes, stage, mine, read)
+                found = self._stage(passes, stage, at_once, mine, read)
                 for name, result in found.items():
                     passes.set(name, result.chosen.decode())
                     lines.append(result.line(index, name, self.recipes[name], time.perf_counter() - began))
@@ -155,31 +155,75 @@ class Calibration:
         return [found[name] for name in self.recipes if name in found]
 
     def _stage(
-        self, passes: Passes, stage: Sequence[Group], mine: Sequence[int], read: Callable[[int], Any]
+        self, passes: Passes, stage: Sequence[Group], room: int, mine: Sequence[int], read: Callable[[int], Any]
     ) -> dict[str, Result]:
-        import torch
+        """Quantise some groups, in as many passes as their sums take.
 
+        Args:
+            room: bytes for sums at a time.
+        """
         here = [group for group in stage if group.expert < 0 or self.peers.owns(group.expert)]
-        sums = {group: Sum(group.columns, self.net.device) for group in here}
+        here.sort(key=lambda group: group.expert >= 0)  # first what all ranks have, which they must begin at once
+        sums: dict[Group, Sum] = {}
+        found: dict[str, Result] = {}
+        while True:
+            begun = self._begun_sums([g for g in here if g not in sums or not sums[g].is_whole], sums, room)
+            experts = self._agreed({(group.module, group.outer) for group in begun if group.module})
+            if not begun and not experts:
+                return found
+            self._pass(passes, {group: sums[group] for group in begun}, experts, mine, read)
+            whole = [group for group in begun if sums[group].is_whole]
+            for ranks, some in self._by_ranks(whole):
+                counts = ranks.counts([sums[group].count for group in some])
+                hessians = [sums[group].total() for group in some]
+                found |= solve(some, hessians, counts, passes.weight, self.recipes, ranks, self.options.threads)
+
+    def _agreed(self, experts: set[tuple[str, bool]]) -> set[tuple[str, bool]]:
+        """The stages of experts that some rank has sums for: its peers pass through them, too."""
+        if self.peers.size == 1:
+            return experts
+        return {(module, outer) for said in self.ranks.gather(sorted(experts)) for module, outer in said}
+
+    def _by_ranks(self, groups: Sequence[Group]) -> list[tuple[Ranks, list[Group]]]:
+        """Groups by who has their weights."""
+        each = [
+            (self.ranks, [group for group in groups if group.expert < 0]),
+            (self.peers.replicas, [group for group in groups if group.expert >= 0]),
+        ]
+        return [(ranks, some) for ranks, some in each if some]
+
+    def _begun_sums(self, left: Sequence[Group], sums: dict[Group, Sum], room: int) -> list[Group]:
+        """The first groups, with as much of their sums as there is room for opened; of one group at least something."""
+        begun: list[Group] = []
+        for group in left:
+            one = sums.setdefault(group, Sum(group.columns, self.net.device, room=0))
+            room -= one.closed_bytes
+            if not (taken := one.open(room, least=not begun)):
+                break
+            begun.append(group)
+            room -= taken
+        return begun
+
+    def _pass(
+        self,
+        passes: Passes,
+        sums: Mapping[Group, Sum],
+        experts: Collection[tuple[str, bool]],
+        mine: Sequence[int],
+        read: Callable[[int], Any],
+    ) -> None:
+        import torch
 
         def sink(group: Group) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
             weigh = self.options.weigh_by_routing
             return lambda x, weights: sums[group].add(x, weights if weigh else None)
 
-        passes.collect(mine, read, stage, {group: sink(group) for group in here}, through=not self.options.sequential)
-        found: dict[str, Result] = {}
-        for ranks, some in (
-            (self.ranks, [group for group in here if group.expert < 0]),
-            (self.peers.replicas, [group for group in here if group.expert >= 0]),
-        ):
-            if not some:
-                continue
+        sinks = {group: sink(group) for group in sums}
+        passes.collect(mine, read, sinks, experts, through=not self.options.sequential)
+        for ranks, some in self._by_ranks(list(sums)):
             for group in some:
                 ranks.sum(sums[group].parts())
-            counts = ranks.counts([sums[group].count for group in some])
-            hessians = [sums.pop(group).total() for group in some]
-            found |= solve(some, hessians, counts, passes.weight, self.recipes, ranks, self.options.threads)
-        return found
+                sums[group].close()
 
     def _begun(self) -> tuple[int, list[dict[str, Any]]]:
         """The layer to go on with, -1 at the very start, and the report so far."""

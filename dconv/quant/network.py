@@ -76,6 +76,11 @@ class Network:
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def hidden(self) -> int:
+        """Channels of the hidden states."""
+        return self._net.get_input_embeddings().weight.shape[1]
+
     def names(self) -> dict[str, int]:
         """The checkpoint's names of all linear layers' weights in the layers: which expert's they are, -1 for none."""
         import torch
@@ -176,6 +181,20 @@ class Layer:
                 if source is not None:
                     found[source] = member
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights."""
+        every = [value for member in self.module.modules() for value in own(member).values() if not value.is_meta]
+        every += [value for experts in self.experts.values() for value in experts.weights.values()]
+        return sum(value.numel() * value.element_size() for value in every)
+
+    @property
+    def widest(self) -> int:
+        """The most that one of its linear layers takes or gives of a token."""
+        shapes = [tuple(linear.weight.shape) for linear in self.linears().values()]
+        shapes += [tuple(value.shape) for experts in self.experts.values() for value in experts.weights.values()]
+        return max(max(shape) for shape in shapes)
 
     def tensors(self) -> dict[str, tuple[Any, str]]:
         """Where each tensor of the checkpoint is a parameter as it is: the module, and its name for it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +84,14 @@ class Passes:
     Args:
         wanted: names of the weights to be quantised, of this layer.
         weigh_shared: weigh a shared expert's tokens by its gate.
-        room: bytes of outputs that may be kept.
-        threads: blocks that are computed at once.
         peers: that have the layer's experts between them; they make the same passes in step.
+
+    Attributes:
+        threads: blocks that are computed at once.
     """
 
-    def __init__(
-        self, layer: Layer, wanted: set[str], *, weigh_shared: bool, room: int, threads: int, peers: Peers
-    ) -> None:
-        self.layer, self._weigh_shared, self._threads, self._peers = layer, weigh_shared, threads, peers
+    def __init__(self, layer: Layer, wanted: set[str], *, weigh_shared: bool, peers: Peers) -> None:
+        self.layer, self._weigh_shared, self._peers, self.threads = layer, weigh_shared, peers, 1
         self._linears = {name: module for name, module in layer.linears().items() if name in wanted}
         self._experts = wanted & {name for experts in layer.experts.values() for name in experts.names}
         self._final: set[str] = set()
@@ -101,7 +100,7 @@ class Passes:
         self._expert_stages: set[tuple[str, bool]] = set()
         self._through = False
         self._seen: list[tuple[str, Any]] | None = None
-        self._memo = _Memo(room)
+        self._memo = _Memo(0)
         self._last = False
         self._local = threading.local()
         self._patched: list[Any] = []
@@ -124,6 +123,11 @@ class Passes:
         """Stop listening."""
         for module in self._patched:
             module.__dict__.pop("forward", None)
+        self._memo.held.clear()  # at once, not when cycles are collected
+
+    def keep(self, room: int) -> None:
+        """Keep so many bytes of outputs that do not change any more."""
+        self._memo.room = room
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = forward
@@ -172,15 +176,15 @@ class Passes:
         self,
         blocks: Sequence[int],
         read: Callable[[int], torch.Tensor],
-        stage: Sequence[Group],
         sinks: dict[Group, Sink],
+        experts: Collection[tuple[str, bool]],
         *,
         through: bool,
     ) -> None:
         """Run blocks and give the inputs of groups to their sinks.
 
         Args:
-            stage: all groups of the pass, the same for all ranks; those without a sink are other ranks'.
+            experts: modules, and whether their outer projections are meant, that the pass is for, on whichever rank.
             through: the groups depend on each other (they are not quantised one after the other), so that the pass
                 goes on behind each.
         """
@@ -189,15 +193,15 @@ class Passes:
             (group.module, group.expert, group.outer): sink for group, sink in sinks.items() if group.expert >= 0
         }
         self._through = through
-        self._expert_stages = {(group.module, group.outer) for group in stage if group.module}
-        left = len(self._sinks) + len({group.module for group in stage if group.module})
+        self._expert_stages = set(experts)
+        left = len(self._sinks) + len({module for module, _ in experts})
 
         def one(block: int) -> None:
             self._local.here = _Here(block, left)
             with contextlib.suppress(Enough):
                 self.layer(read(block))
 
-        self._peers.run(blocks, one, self._threads)
+        self._peers.run(blocks, one, self.threads)
         self._sinks, self._expert_sinks, self._expert_stages = {}, {}, set()
 
     def set(self, name: str, weight: torch.Tensor) -> None:
@@ -231,7 +235,7 @@ class Passes:
             if block != AWAY:
                 write(block, made)
 
-        self._peers.run(blocks, one, self._threads)
+        self._peers.run(blocks, one, self.threads)
 
     def _tap(self, name: str, module: Any, gate: Any) -> Callable[..., Any]:
         from torch.nn.functional import linear

@@ -42,7 +42,7 @@ class Peers:
         if size == 1:
             return cls(ranks, (Ranks(0, 1, ranks.device),))
         firsts = range(0, ranks.world, size)
-        agreed = min(ranks.gather(1 if ranks.device.startswith("cuda") else threads))
+        agreed = ranks.least(1 if ranks.device.startswith("cuda") else threads)
         replicas = ranks.part([[first + i for first in firsts] for i in range(size)])
         return cls(replicas, tuple(ranks.part([range(i, i + size) for i in firsts]) for _ in range(agreed)))
 
@@ -72,18 +72,23 @@ class Peers:
         return [*items, *[AWAY] * (most - len(items))] if self.size > 1 else list(items)
 
     def run(self, items: Sequence[Any], one: Callable[[Any], Any], threads: int) -> list[Any]:
-        """Do something for each item, so many at once as there are threads; where experts are divided, in step."""
+        """Do something for each item, so many at once as there are threads; where experts are divided, in step.
+
+        Args:
+            threads: the same number on all peers.
+        """
         if self.size == 1:
             with ThreadPoolExecutor(threads) as pool:
                 return list(pool.map(lambda item: self._alone(self.lanes[0], item, one), items))
         found: dict[int, Any] = {}
+        lanes = self.lanes[:threads]
 
         def go(lane: int) -> None:
-            for at in range(lane, len(items), len(self.lanes)):
-                found[at] = self._alone(self.lanes[lane], items[at], one)
+            for at in range(lane, len(items), len(lanes)):
+                found[at] = self._alone(lanes[lane], items[at], one)
 
-        with ThreadPoolExecutor(len(self.lanes)) as pool:
-            list(pool.map(go, range(len(self.lanes))))
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(go, range(len(lanes))))
         return [found[at] for at in range(len(items))]
 
     def _alone(self, lane: Ranks, item: Any, one: Callable[[Any], Any]) -> Any:

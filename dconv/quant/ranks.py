@@ -138,6 +138,17 @@ class Ranks:
         distributed.all_gather_object(found, said, group=self.group)
         return found
 
+    def least(self, number: int) -> int:
+        """The least of all."""
+        if self.world == 1:
+            return number
+        import torch
+        from torch import distributed
+
+        held = torch.tensor([number], dtype=torch.int64, device=self.device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN, group=self.group)
+        return int(held)
+
     def any(self, sign: bool) -> bool:
         """Whether one of them says so."""
         return self.counts([int(sign)])[0] > 0

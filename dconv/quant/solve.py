@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def solve(
     groups: Sequence[Group],
-    hessians: Sequence[torch.Tensor],
+    hessians: list[torch.Tensor],
     counts: Sequence[int],
     weight: Callable[[str], torch.Tensor],
     recipes: Mapping[str, Recipe],
@@ -28,7 +28,7 @@ def solve(
     """Quantise the weights of some groups.
 
     Args:
-        hessians: Σ x xᵀ of each group, float32; overwritten.
+        hessians: Σ x xᵀ of each group, float32; the list is emptied, so that each goes as soon as it was of use.
         counts: tokens of each.
         weight: a weight by name.
     """
@@ -40,11 +40,13 @@ def solve(
     mine = share(parts, ranks)
     needed = list(dict.fromkeys((group_of[part.name], recipes[part.name]) for part in mine))
     recipes_of = Counter(group for group, _ in needed)
+    held = {group: hessians[group] for group in recipes_of}
+    hessians.clear()
 
     def factored(key: tuple[int, Recipe]) -> Factor | None:
         torch.set_num_threads(1)
         group, recipe = key
-        hessian = hessians[group].clone() if recipes_of[group] > 1 else hessians[group]
+        hessian = held[group].clone() if recipes_of[group] > 1 else held.pop(group)
         return factor(hessian, recipe) if counts[group] else None
 
     def make(part: Part) -> Made:

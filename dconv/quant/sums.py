@@ -34,37 +34,69 @@ def add_exactly(value: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor) -
 class Sum:
     """Σ c x xᵀ of the inputs of one module, and how many there were. Threads may add to it at once.
 
-    Only the lower triangle is kept, in stripes of columns.
+    Only the lower triangle is kept, in stripes of columns. A stripe is open while inputs are added to it; closed, it
+    takes a quarter of that. Where memory is short a few are open at a time, and the inputs come once for these.
 
     Args:
         columns: of the inputs.
         device: torch's name.
+        room: bytes for stripes to begin with; None for all of them.
+
+    Attributes:
+        count: inputs since stripes were opened.
     """
 
-    def __init__(self, columns: int, device: str = "cpu") -> None:
-        import torch
-
-        self.columns, self.count = columns, 0
-        self._stripes: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
-        for start, stop in _stripes(columns):
-            zeros = torch.zeros(columns - start, stop - start, dtype=torch.float64, device=device)
-            self._stripes.append((start, stop, zeros, zeros.clone()))
+    def __init__(self, columns: int, device: str = "cpu", room: int | None = None) -> None:
+        self.columns, self.count, self._device = columns, 0, device
+        self._left = list(_stripes(columns))
+        self._open: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
+        self._closed: list[tuple[int, int, torch.Tensor]] = []
         self._lock = threading.Lock()
+        self.open(self.bytes_for(columns) if room is None else room)
 
     @staticmethod
     def bytes_for(columns: int) -> int:
-        """What it takes, about."""
-        return 16 * sum((columns - start) * (stop - start) for start, stop in _stripes(columns))
+        """What it takes with all stripes open."""
+        return sum(_bytes(columns, *stripe) for stripe in _stripes(columns))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is summed."""
+        return not self._left and not self._open
+
+    @property
+    def closed_bytes(self) -> int:
+        """What the closed stripes take."""
+        return sum(block.numel() * block.element_size() for _, _, block in self._closed)
+
+    def open(self, room: int, *, least: bool = False) -> int:
+        """Begin with the next stripes, as many as ``room`` bytes hold; returns what they take.
+
+        Args:
+            least: with one in any case.
+        """
+        import torch
+
+        taken, self.count = 0, 0
+        while self._left:
+            size = _bytes(self.columns, *self._left[0])
+            if taken + size > room and not (least and not taken):
+                break
+            start, stop = self._left.pop(0)
+            zeros = torch.zeros(self.columns - start, stop - start, dtype=torch.float64, device=self._device)
+            self._open.append((start, stop, zeros, zeros.clone()))
+            taken += size
+        return taken
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add the inputs of a block of tokens.
+        """Add the inputs of a block of tokens to the open stripes.
 
         Args:
             inputs: float32 [tokens, columns].
             weights: of each token, float32 [tokens] and not negative; one for all without.
         """
         scaled = inputs if weights is None else inputs * weights.sqrt()[:, None]
-        for start, stop, coarse, fine in self._stripes:
+        for start, stop, coarse, fine in self._open:
             product = scaled[:, start:].t() @ scaled[:, start:stop]
             with self._lock:
                 for rows in range(0, len(product), step := max(1, _AT_ONCE // (stop - start))):
@@ -75,22 +107,31 @@ class Sum:
 
     def parts(self) -> Iterator[torch.Tensor]:
         """The tensors that ranks have to add up, always the same ones in the same order."""
-        for _, _, coarse, fine in self._stripes:
+        for _, _, coarse, fine in self._open:
             yield coarse
             yield fine
+
+    def close(self) -> None:
+        """Be done with the open stripes."""
+        while self._open:
+            start, stop, coarse, fine = self._open.pop(0)
+            self._closed.append((start, stop, coarse.add_(fine).float()))
 
     def total(self) -> torch.Tensor:
         """The sum, float32 [columns, columns]; what was kept of it is given back."""
         import torch
 
-        device = self._stripes[0][2].device if self._stripes else "cpu"
-        out = torch.empty(self.columns, self.columns, device=device)
-        while self._stripes:
-            start, stop, coarse, fine = self._stripes.pop()
-            block = coarse.add_(fine).float()
+        self.close()
+        out = torch.empty(self.columns, self.columns, device=self._device)
+        while self._closed:
+            start, stop, block = self._closed.pop()
             out[start:, start:stop] = block
             out[start:stop, stop:] = block[stop - start :].t()
         return out
+
+
+def _bytes(columns: int, start: int, stop: int) -> int:
+    return 16 * (columns - start) * (stop - start)
 
 
 def _stripes(columns: int, width: int = 256) -> Iterator[tuple[int, int]]:

@@ -32,10 +32,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model_of(family: str, folder: Path) -> Path:
+def model_of(family: str, folder: Path, **more: Any) -> Path:
     """A small model as transformers writes it, with enough variance that routing is uneven."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **(_SIZES | FAMILIES[family]), tie_word_embeddings=False)
+    config = transformers.AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | more), tie_word_embeddings=False)
     net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, value in net.named_parameters():

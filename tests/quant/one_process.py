@@ -53,6 +53,9 @@ class _OfThread:
     def tell(self, tensor: torch.Tensor, source: int) -> None:
         tensor.copy_(self.hub.exchange(self.rank, tensor.clone())[source])
 
+    def least(self, number: int) -> int:
+        return min(self.hub.exchange(self.rank, number))
+
     def any(self, sign: bool) -> bool:
         return any(self.hub.exchange(self.rank, sign))
 
@@ -85,7 +88,9 @@ class Noted:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def calibrated(job: Calibrating, folder: Path, ranks: Any = None, threads: int = 1, ep: int = 1) -> Noted:
+def calibrated(
+    job: Calibrating, folder: Path, ranks: Any = None, threads: int = 1, ep: int = 1, room: int = 1 << 28
+) -> Noted:
     """One rank's run; of the experts it has those that are its own."""
     ranks, noted = ranks or Ranks(), Noted()
     peers = Peers.of(ranks, ep, threads)
@@ -96,16 +101,18 @@ def calibrated(job: Calibrating, folder: Path, ranks: Any = None, threads: int =
         noted.folded |= {name: value for name, value in results.items() if isinstance(value, torch.Tensor)}
 
     try:
-        noted.lines = calibration_of(job, net, ranks, peers, folder, 1 << 28, threads, keep).run()
+        noted.lines = calibration_of(job, net, ranks, peers, folder, room, threads, keep).run()
     finally:
         net.close()
     return noted
 
 
-def calibrated_by(job: Calibrating, folder: Path, world: int, threads: int = 1, ep: int = 1) -> list[Noted]:
+def calibrated_by(
+    job: Calibrating, folder: Path, world: int, threads: int = 1, ep: int = 1, room: int = 1 << 28
+) -> list[Noted]:
     """The runs of ``world`` ranks."""
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(lambda rank: calibrated(job, folder, rank, threads, ep), Threads(world).each))
+        return list(pool.map(lambda rank: calibrated(job, folder, rank, threads, ep, room), Threads(world).each))
 
 
 def assert_same(one: Noted, ranks: Sequence[Noted], ep: int = 1) -> None:

@@ -184,10 +184,19 @@ def weights_digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_any_memory(models: dict[str, Path], ids: Path, tmp_path: Path) -> None:
-    """Outputs that there is no room to keep are computed once more, to the same bits."""
-    for name, room in (("much", 1 << 30), ("little", 1 << 16)):
-        run(prepare(request_for(models["mixtral"], ids, tmp_path / name)), Settings(max_memory=room))
+@pytest.mark.parametrize("name", ["mixtral", "wide"])
+def test_any_memory(models: dict[str, Path], ids: Path, tmp_path: Path, name: str,
+                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Outputs that there is no room to keep are computed once more, and sums that there is no room for are made in
+    several passes, to the same bits."""
+    model = models.get(name) or model_of("llama", tmp_path / "model", intermediate_size=640, num_hidden_layers=1)
+    own, passes = loop.Calibration._pass, []
+    monkeypatch.setattr(loop.Calibration, "_pass", lambda self, *args: passes.append(1) or own(self, *args))
+    counted = []
+    for kind, room in (("much", 1 << 30), ("little", 1 << 16)):
+        run(prepare(request_for(model, ids, tmp_path / kind)), Settings(max_memory=room, threads=2))
+        counted.append(len(passes))
+    assert counted[1] - counted[0] > counted[0]
     assert weights_digest(tmp_path / "much") == weights_digest(tmp_path / "little")
 
 
@@ -266,13 +275,14 @@ def test_routing_weights(models: dict[str, Path], ids: Path) -> None:
     hidden = net.embedded(tokens)
     layer = net.load(0)
     names = set(layer.linears()) | {name for one in layer.experts.values() for name in one.weights}
-    passes = Passes(layer, names, weigh_shared=True, room=0, threads=1, peers=peers)
+    passes = Passes(layer, names, weigh_shared=True, peers=peers)
     groups = [group for stage in passes.groups(hidden[:1]) for group in stage]
     expert = next(g for g in groups if g.expert == 1 and not g.outer)
     shared = next(g for g in groups if any("shared_expert.gate_proj" in name for name in g.names))
     sums = {group: Sum(group.columns) for group in (expert, shared)}
     for group in (expert, shared):
-        passes.collect([0], lambda _: hidden, [group], {group: sums[group].add}, through=False)
+        experts = {(group.module, group.outer)} if group.module else set()
+        passes.collect([0], lambda _: hidden, {group: sums[group].add}, experts, through=False)
     passes.close()
     net.forget(layer)
     whole = transformers.AutoModelForCausalLM.from_pretrained(models["qwen2_moe"], dtype=torch.float32)

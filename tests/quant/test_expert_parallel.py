@@ -50,6 +50,17 @@ def test_gptq(family: str, said: dict[str, Any], world: int, ep: int, ids: Path,
     assert_same(one, calibrated_by(job, tmp_path / "many", world, threads=2, ep=ep), ep)
 
 
+def test_little_memory(ids: Path, tmp_path: Path) -> None:
+    """Sums in several passes, of which a rank with fewer experts needs fewer."""
+    wide = {"intermediate_size": 384, "num_local_experts": 3, "num_hidden_layers": 1}
+    model = calibrated.model_of("mixtral", tmp_path / "model", **wide)
+    asked = calibrated.request_for(model, ids, tmp_path / "out", nsamples=20, true_sequential=False)
+    job = prepare(asked).calibrating
+    assert job is not None
+    one = calibrated_alone(job, tmp_path / "one")
+    assert_same(one, calibrated_by(job, tmp_path / "many", 2, ep=2, room=1 << 16), 2)
+
+
 @pytest.mark.parametrize(("family", "world", "ep"), [("mixtral", 2, 2), ("qwen2_moe", 4, 2), ("deepseek_v2", 3, 3)])
 def test_awq(family: str, world: int, ep: int, ids: Path, tmp_path: Path) -> None:
     model = awq_models.model_of(family, tmp_path / "model")

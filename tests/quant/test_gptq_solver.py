@@ -127,7 +127,15 @@ def test_sums_do_not_depend_on_who_adds(
         for other in others:
             first += other
     expected = sum((block.double().T @ block.double() for block in blocks), torch.zeros(columns, columns).double())
+    some = Sum(columns, room=0)
+    while some.open(0, least=True):
+        for block in blocks:
+            some.add(block)
+        assert some.count == sum(tokens)
+        some.close()
+    assert some.is_whole
     total = alone.total()
+    assert torch.equal(total, some.total())
     assert torch.equal(total, ranks[0].total())
     assert torch.equal(total, total.T)
     assert torch.allclose(total.double(), expected, rtol=1e-5, atol=1e-5 * magnitude**2 * max(sum(tokens), 1) / 4)
