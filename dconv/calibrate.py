@@ -15,6 +15,7 @@ from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
+from dconv.net.own import refuse_sparse
 from dconv.quant.awq_maps import Folds, folds_of
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
@@ -128,6 +129,7 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
         )
     longest = model.config.get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
+    refuse_sparse(model.config, calibration.seqlen)
     named = any(name.startswith(("tokenizer", "vocab", "tekken")) for name in model.source.side)
     with beside(model.source.side) as folder:
         samples = load(calibration, folder if named else None, size(model.facts, "vocab"))
@@ -196,7 +198,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     ranks.begin()
     try:
         source, asked = job.source, job.settings
-        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26))
+        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26), source.family)
         if unreached := sorted(job.recipes.keys() - net.names()):
             raise Refused(
                 "weights to be quantised are in no layer of the model that is run, nothing was written",

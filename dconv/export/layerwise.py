@@ -89,7 +89,7 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     with beside(model.source.side) as folder:
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
-        net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)
+        net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root, family=model.family)
         net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(net, net)
