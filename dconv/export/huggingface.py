@@ -18,7 +18,7 @@ from dconv.describe import describe_model
 from dconv.errors import Damaged, DconvError, ToolMissing, group_names
 from dconv.export.prompt import Answers, Kind, Prompt
 from dconv.net.lazy import fill
-from dconv.net.own import is_ours
+from dconv.net.own import is_ours, is_theirs
 from dconv.net.skeleton import built, config_of, fill_computed, quiet
 from dconv.net.weights import Weights
 
@@ -120,10 +120,9 @@ def _load(path: Path, hf_config: Path | None, kind: Kind, model_type: str | None
 def _ours(path: Path, hf_config: Path | None, kind: Kind, model_type: str | None) -> Any:
     """A model of `dconv.net.own` with its weights; None where transformers has its own or there is none."""
     import torch
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     folder = hf_config or path
-    if read_json(folder / "config.json", what="config.json").get("model_type") in CONFIG_MAPPING_NAMES:
+    if is_theirs(read_json(folder / "config.json", what="config.json")):
         return None
     model = describe_model(path, hf_config=hf_config, model_type=model_type)
     if not is_ours(model.family, model.config):

@@ -25,14 +25,48 @@ _NAMED_AS: Final = {"minicpm": "", "minicpm_moe": "mixtral", "deepseek": "qwen2_
 _DENSE_LENGTH: Final = 8192
 
 
+def is_theirs(config: Mapping[str, object]) -> bool:
+    """Whether transformers knows a config's ``model_type``."""
+    from transformers import CONFIG_MAPPING
+
+    return str(config.get("model_type")) in CONFIG_MAPPING
+
+
 def is_ours(family: Family, config: Mapping[str, object]) -> bool:
-    """Whether a model is built here: its family is one of these, and transformers does not know its ``model_type``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return family.name in _NAMED_AS and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    """Whether a model is built here: its family is one of these, and transformers has none of that ``model_type``."""
+    return family.name in _NAMED_AS and not is_theirs(config)
 
 
-def longest(config: Mapping[str, object]) -> int | None:
+def obstacle(family: Family, config: Mapping[str, object]) -> str:
+    """What of a config, of a family that `is_ours`, is not computed here; empty where all of it is."""
+    return "\n".join(family.config.unsayable(config))
+
+
+def require(family: Family, config: Mapping[str, object], length: int) -> None:
+    """Refuse, before the first byte is written, what `model` would refuse.
+
+    Args:
+        length: tokens of the longest sequence that will be asked.
+
+    Raises:
+        Refused: the config says more than these layers compute, or its attention is sparse at this length.
+    """
+    if is_ours(family, config):
+        _refuse(family, config)
+        _refuse_sparse(config, length)
+
+
+def _refuse(family: Family, config: Mapping[str, object]) -> None:
+    if found := obstacle(family, config):
+        raise Refused(
+            f"a {family.name} with this config is not computed here, nothing was written",
+            where=CONFIG,
+            found=found,
+            expected=f"what all models of {family.name} have",
+        )
+
+
+def _longest(config: Mapping[str, object]) -> int | None:
     """The tokens up to which InfLLM-v2 attends to all that came before, as is computed here; None without it."""
     sparse = config.get("sparse_config")
     if not isinstance(sparse, Mapping):
@@ -41,16 +75,16 @@ def longest(config: Mapping[str, object]) -> int | None:
     return said - 1 if isinstance(said, int) else 0
 
 
-def refuse_sparse(config: Mapping[str, object], length: int) -> None:
+def _refuse_sparse(config: Mapping[str, object], length: int) -> None:
     """Raises Refused where a sequence is so long that attention leaves out blocks of it."""
-    most = longest(config)
+    most = _longest(config)
     if most is not None and length > most:
         raise Refused(
             "sparse attention (InfLLM-v2) is not computed here, nothing was written",
             where=f"{CONFIG}: sparse_config",
             expected=f"at most {most:,} tokens, of which all are attended to (dense_len)",
             found=f"{length:,} tokens",
-            do='shorter samples: --quantization-config \'{"seqlen": …}\'',
+            do="shorter samples: --quantization-config '{\"seqlen\": …}'",
         )
 
 
@@ -73,36 +107,27 @@ def model(family: Family, config: Mapping[str, object], attention: str) -> Any:
     import transformers
 
     declared = family.config
-    assert isinstance(declared, DecoderConfig)
-    if lost := declared.unsayable(config):
-        raise Refused(
-            f"a {family.name} with this config is not computed here, nothing was written",
-            where=CONFIG,
-            found="\n".join(lost),
-            expected="what the family's other models have",
-        )
-    facts, said = declared.facts(config), _without_stretch({**declared.defaults, **config})
-    if family.mup is not None:
-        host, settled = transformers.GraniteForCausalLM, _as_granite(family.mup, said, facts)
-    else:
-        host, settled = transformers.LlamaForCausalLM, mup.llama(said, facts)
-    settled |= {"tie_word_embeddings": facts["tied"]}
+    _refuse(family, config)
+    defaults = declared.defaults if isinstance(declared, DecoderConfig) else {}
+    facts, said = declared.facts(config), _without_stretch({**defaults, **config})
+    kin, settled = (
+        ("Granite", _as_granite(family.mup, said, facts)) if family.mup else ("Llama", mup.llama(said, facts))
+    )
     named = config.get("architectures")
     kind: Any = type(
         str(named[0]) if isinstance(named, list) and named else declared.architecture,
-        (host,),
+        (getattr(transformers, f"{kin}ForCausalLM"),),
         {"__module__": __name__, "names_as": _NAMED_AS[family.name]},
     )
-    net = kind._from_config(
-        host.config_class.from_dict(settled), dtype=torch.float32, attn_implementation=attention
-    )
+    plain = getattr(transformers, f"{kin}Config").from_dict({**settled, "tie_word_embeddings": facts["tied"]})
+    net = kind._from_config(plain, dtype=torch.float32, attn_implementation=attention)
     if "moe" in facts:
         from dconv.net.experts import put_experts
 
         put_experts(net, facts, declared.to_args(config))
-    if longest(config) is not None:
+    if _longest(config) is not None:
         net.register_forward_pre_hook(
-            lambda _, _args, given: refuse_sparse(config, given["input_ids"].shape[1]), with_kwargs=True
+            lambda _, _args, given: _refuse_sparse(config, given["input_ids"].shape[1]), with_kwargs=True
         )
     return net
 

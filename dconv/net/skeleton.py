@@ -89,7 +89,7 @@ def config_of(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if "head_dim" in vars(config) and config.head_dim is None:
         del config.head_dim
     return config

@@ -134,7 +134,7 @@ class Weights:
 
         rules = get_model_conversion_mapping(self._model) or []
         if kin := getattr(self._model, "names_as", ""):  # a model of `dconv.net.own`
-            rules += get_checkpoint_conversion_mapping(kin)
+            rules += get_checkpoint_conversion_mapping(kin) or []
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
