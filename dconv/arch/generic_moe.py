@@ -1,8 +1,8 @@
 """A mixture of experts that no family here is called by, taken for what its config.json says: Llama with experts.
 
 Names of tensors are DeepSeek-MoE's (and Qwen's), the router is a softmax over all experts. Nothing is guessed: how
-many experts a token has and whether their weights sum to 1 has to be said, and a key that is not known here, which could
-change what is computed, is refused. It is in no list of families, being none.
+many experts a token has and whether their weights sum to 1 has to be said, and a key that is not known here is refused:
+it could change what is computed. It is in no list of families, being none.
 """
 
 from __future__ import annotations
