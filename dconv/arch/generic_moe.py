@@ -43,6 +43,11 @@ _FREE: Final = frozenset({
     "seq_aux", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "output_router_logits",
 })  # fmt: skip
 _KNOWN: Final = _FREE.union(*_NEEDED.values())
+#: Keys that change something with another value.
+_IDLE: Final[Mapping[str, object]] = {
+    **moe_configs.DEEPSEEK.only, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+    "decoder_sparse_step": 1, "partial_rotary_factor": 1.0,
+}  # fmt: skip
 
 
 def has_experts(config: Mapping[str, object]) -> bool:
@@ -77,7 +82,7 @@ def _filled(said: Mapping[str, object]) -> dict[str, object]:
 def _is_known(key: str, value: object) -> bool:
     if key == "layer_types":
         return isinstance(value, list) and set(map(str, value)) == {"full_attention"}
-    return key in _KNOWN or (key in moe_configs.DEEPSEEK.only and value == moe_configs.DEEPSEEK.only[key])
+    return key in _KNOWN or (key in _IDLE and value == _IDLE[key])
 
 
 GENERIC_MOE: Final = replace(

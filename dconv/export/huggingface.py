@@ -52,14 +52,20 @@ def can_infer(
         ToolMissing: transformers is not installed, or fails to load the directory.
     """
     model = _load(path, hf_config, prompt.kind, model_type)
-    import transformers
-
     shown: dict[str, object] = {
-        "runtime": f"transformers {transformers.__version__}",
+        "runtime": runtime_of(model),
         "model": type(model).__name__,
         "largest_logit": largest(forward(model, prompt), path),
     }
     return shown | continuation(hf_config or path, prompt, partial(_generated, model, prompt))
+
+
+def runtime_of(model: Any) -> str:
+    """What computes a model, for a person."""
+    import transformers
+
+    theirs = f"transformers {transformers.__version__}"
+    return f"dconv's layers on {theirs}" if hasattr(model, "names_as") else theirs
 
 
 def largest(answers: Answers, path: Path) -> float:

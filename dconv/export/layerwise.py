@@ -59,12 +59,10 @@ def can_infer(model: Described, prompt: Prompt, budget: int) -> dict[str, object
         Refused: the budget is too small for the largest thing that is needed at once.
         ToolMissing: transformers cannot build the model.
     """
-    import transformers
-
     with opened(model, budget) as (net, layers, folder, unread):
         answers = huggingface.forward(net, prompt)
         return {
-            "runtime": f"transformers {transformers.__version__}, layer by layer in {budget / 1e6:,.0f} MB",
+            "runtime": f"{huggingface.runtime_of(net)}, layer by layer in {budget / 1e6:,.0f} MB",
             "model": type(net).__name__,
             "layers": layers,
             "unread": list(unread),

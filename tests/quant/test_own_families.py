@@ -23,7 +23,7 @@ from dconv.coded.encode import linears
 from dconv.describe import describe_model
 from dconv.errors import Refused, ToolMissing
 from dconv.export import huggingface, layerwise
-from dconv.export.prompt import Prompt
+from dconv.export.prompt import Prompt, prompt_for
 from dconv.net.skeleton import built
 from dconv.pipeline import Request, prepare, run
 from dconv.quant.awq_loop import Layers
@@ -197,6 +197,30 @@ def test_verify_logits(models: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert 0 < json.loads(capsys.readouterr().out)["verified"]["logits"]["difference"] < 0.05
 
 
+def test_megatron_core_is_not_asked_what_it_lacks(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would compute the layers without their scalars, and answer."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    out = tmp_path / "out"
+    words = ["convert", str(models["minicpm4"]), "megatron", "-o", str(out)]
+    assert main([*words, "--verify", "logits"]) == 3
+    said = capsys.readouterr().err
+    assert "scale_emb" in said and "rope_scaling" in said
+    assert main([*words, "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["check", str(out), "--json"]) == 0
+    ran = json.loads(capsys.readouterr().out)["run"]
+    tokens = torch.from_numpy(prompt_for(*_asked(models["minicpm4"])).tokens)
+    assert ran["largest_logit"] == pytest.approx(float(reference(models["minicpm4"], tokens).abs().max()), rel=1e-5)
+    assert "dconv's layers" in ran["runtime"]
+
+
+def _asked(folder: Path) -> tuple[Any, Any, Any]:
+    model = describe_model(folder)
+    return model.family, model.facts, model.config
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -239,7 +263,7 @@ def test_a_config_that_says_more_is_refused(
      ({"moe_top_k": 3}, "moe_top_k 3"),
      ({"norm_topk_prob": None}, "norm_topk_prob"),
      ({"rms_norm_eps": None}, "rms_norm_eps"),
-     ({"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5"),
+     ({"routed_scaling_factor": 2.5, "n_group": 1}, "routed_scaling_factor 2.5"),
      ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
