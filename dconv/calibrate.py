@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
+from dconv.net import own
 from dconv.quant.awq_maps import Folds, folds_of
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
@@ -146,6 +148,8 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
         )
     longest = model.config.get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
+    if importlib.util.find_spec("transformers"):  # without it nothing is run, and no plan needs it
+        own.require(model.family, model.config, calibration.seqlen)
     named = any(name.startswith(("tokenizer", "vocab", "tekken")) for name in model.source.side)
     with beside(model.source.side) as folder:
         samples = load(calibration, folder if named else None, size(model.facts, "vocab"))
@@ -222,7 +226,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     try:
         source = job.source
         peers = Peers.of(ranks, job.peers, threads)
-        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26), peers)
+        net = Network(source.config, source.logical, device, max(settings.max_memory, 1 << 26), peers, source.family)
         known = net.names()
         if unreached := sorted(job.recipes.keys() - known.keys()):
             raise Refused(

@@ -171,7 +171,8 @@ def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
     try:
         where = side.path if side.path.is_file() else model.source.root
         references = runtime_of(side.container).answers_of(where, prompt, **side.options)
-        results = runtime_of(as_run(target, *side.within)).answers_of(out, prompt, **side.within)
+        named = {"model_type": job.family.name} if side.options.get("model_type") else {}
+        results = runtime_of(as_run(target, *side.within)).answers_of(out, prompt, **named, **side.within)
     except (Refused, Damaged) as error:
         raise VerifyFailed("the logits could not be compared", where=str(out), found=str(error)) from error
     found: list[tuple[float, float]] = []

@@ -45,7 +45,7 @@ ABOUT: Final[dict[str, About]] = {
     "olmoe": About("OLMoE", "full-width query and key norms, which Megatron-LM lacks"),
     "minimax_m2": About("MiniMax-M2", "full-width query and key norms; block FP8 as released"),
     "gpt_oss": About("gpt-oss", "sinks, biases, alternating gate and up; MXFP4 as released", LOGITS),
-    "deepseek": About("DeepSeek-MoE 16B", "dense first layers, shared experts", LAWS),
+    "deepseek": About("DeepSeek-MoE 16B", "dense first layers, shared experts", REFERENCE),
     "deepseek_v2": About("DeepSeek-V2, V2-Lite", "latent attention", LOGITS),
     "deepseek_v3": About("DeepSeek-V3, R1, Moonlight", "token predictor; block FP8 as released", LOGITS),
     "mamba2": About("Mamba-2", "", LOGITS),

@@ -155,14 +155,19 @@ def _refuse_stretch(said: Said) -> None:
         )
 
 
-def _llama(said: Said, facts: Facts) -> dict[str, object]:
+def llama(said: Said, facts: Facts) -> dict[str, object]:
+    """A Llama's config.json of these sizes, with the keys that a run has.
+
+    Raises:
+        Refused: a key that changes what is computed and that no scalar of muP is.
+    """
     biases = {"attention_bias": facts["qkv_bias"], "mlp_bias": facts["mlp_bias"]}
     return {**_plain("LlamaForCausalLM", "llama", said, facts), **biases}
 
 
 def _minicpm_llama(said: Said, facts: Facts) -> dict[str, object]:
     _refuse_stretch(said)
-    return _llama(said, facts)
+    return llama(said, facts)
 
 
 def _minicpm_mixtral(said: Said, facts: Facts) -> dict[str, object]:
@@ -211,4 +216,4 @@ MINICPM: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "llama", _minicpm_llama, _
 MINICPM_MOE: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "mixtral", _minicpm_mixtral)
 #: Of those that no LLaMA computes: latent attention, block-sparse layers.
 MINICPM_ITSELF: Final = Mup(_MINICPM_KEYS, _MINICPM_FACTORS, "", _idle)
-GRANITE: Final = Mup(KEYS[3:], _GRANITE_FACTORS, "llama", _llama)
+GRANITE: Final = Mup(KEYS[3:], _GRANITE_FACTORS, "llama", llama)

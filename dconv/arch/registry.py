@@ -26,6 +26,7 @@ from dconv.arch import (
 )
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
+from dconv.arch.generic_moe import GENERIC_MOE, has_experts
 from dconv.errors import Refused, group_names
 
 _MODULES: Final = (
@@ -53,7 +54,7 @@ def by_name(name: str) -> Family:
     Raises:
         Refused: there is none; the nearest is named.
     """
-    family = _BUILT_IN.get(name) or families().get(name)
+    family = {**_BUILT_IN, GENERIC_MOE.name: GENERIC_MOE}.get(name) or families().get(name)
     if family is None:
         raise _unknown(name)
     return family
@@ -91,6 +92,8 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
                     return family
                 if named in family.classes:
                     return _whole(family, str(named), names)
+        if has_experts(config):
+            return GENERIC_MOE
         raise _unknown(str(named or model_type))
     if args is not None:
         blocks = _blocks(names)

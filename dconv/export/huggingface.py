@@ -13,9 +13,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.checkpoint.files import read_json
+from dconv.describe import describe_model
 from dconv.errors import Damaged, DconvError, ToolMissing, group_names
 from dconv.export.prompt import Answers, Kind, Prompt
-from dconv.net.skeleton import quiet
+from dconv.net.lazy import fill
+from dconv.net.own import is_ours, is_theirs
+from dconv.net.skeleton import built, config_of, fill_computed, quiet
+from dconv.net.weights import Weights
 
 _PROMPT: Final = "The capital of France is"
 _NEW_TOKENS: Final = 12
@@ -30,11 +35,14 @@ AUTO: Final[dict[Kind, str]] = {
 }
 
 
-def can_infer(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_: Any) -> dict[str, object]:
+def can_infer(
+    path: Path, prompt: Prompt, *, hf_config: Path | None = None, model_type: str | None = None, **_: Any
+) -> dict[str, object]:
     """Run a few tokens, and continue a sentence greedily where there is a tokenizer.
 
     Args:
         hf_config: directory of config.json, when it is not in ``path``.
+        model_type: the family, where it is not the one that the config says.
 
     Returns:
         runtime, model, largest_logit, and continuation (text) or no_text (why there is none).
@@ -43,15 +51,21 @@ def can_infer(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_:
         Damaged: weights are missing or of another shape, or the logits are not finite.
         ToolMissing: transformers is not installed, or fails to load the directory.
     """
-    model = _load(path, hf_config, prompt.kind)
-    import transformers
-
+    model = _load(path, hf_config, prompt.kind, model_type)
     shown: dict[str, object] = {
-        "runtime": f"transformers {transformers.__version__}",
+        "runtime": runtime_of(model),
         "model": type(model).__name__,
         "largest_logit": largest(forward(model, prompt), path),
     }
     return shown | continuation(hf_config or path, prompt, partial(_generated, model, prompt))
+
+
+def runtime_of(model: Any) -> str:
+    """What computes a model, for a person."""
+    import transformers
+
+    theirs = f"transformers {transformers.__version__}"
+    return f"dconv's layers on {theirs}" if hasattr(model, "names_as") else theirs
 
 
 def largest(answers: Answers, path: Path) -> float:
@@ -65,12 +79,14 @@ def largest(answers: Answers, path: Path) -> float:
     return float(np.abs(answers[0]).max())
 
 
-def answers_of(path: Path, prompt: Prompt, *, hf_config: Path | None = None, **_: Any) -> Answers:
+def answers_of(
+    path: Path, prompt: Prompt, *, hf_config: Path | None = None, model_type: str | None = None, **_: Any
+) -> Answers:
     """What the model answers; arguments and errors as for `can_infer`."""
-    return forward(_load(path, hf_config, prompt.kind), prompt)
+    return forward(_load(path, hf_config, prompt.kind, model_type), prompt)
 
 
-def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:
+def _load(path: Path, hf_config: Path | None, kind: Kind, model_type: str | None) -> Any:
     try:
         import torch
         import transformers
@@ -80,10 +96,12 @@ def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:
             found=str(error),
             do="pip install 'dconv[megatron]'",
         ) from error
+    if (ours := _ours(path, hf_config, kind, model_type)) is not None:
+        return ours
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(hf_config or path, **local)
+            config = config_of(hf_config or path)
             loaded: Any = getattr(transformers, AUTO[kind]).from_pretrained(
                 path,
                 config=config,
@@ -103,6 +121,27 @@ def _load(path: Path, hf_config: Path | None, kind: Kind) -> Any:
     if lacking:
         raise Damaged("weights that the model needs are missing", where=f"{group_names(lacking)}\nin {path}")
     return model.float().eval()  # of a quantised one transformers leaves what is plain in the file's dtype
+
+
+def _ours(path: Path, hf_config: Path | None, kind: Kind, model_type: str | None) -> Any:
+    """A model of `dconv.net.own` with its weights; None where transformers has its own or there is none."""
+    import torch
+
+    folder = hf_config or path
+    if is_theirs(read_json(folder / "config.json", what="config.json")):
+        return None
+    model = describe_model(path, hf_config=hf_config, model_type=model_type)
+    if not is_ours(model.family, model.config):
+        return None
+    net = built(folder, AUTO[kind], path, family=model.family).eval().requires_grad_(False)
+    with torch.no_grad():
+        fill_computed(net, net)
+    weights = Weights(model.logical, net)
+    try:
+        fill(net, weights)
+    finally:
+        weights.close()
+    return net
 
 
 def forward(model: Any, prompt: Prompt) -> Answers:

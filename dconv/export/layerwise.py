@@ -57,12 +57,10 @@ def can_infer(model: Described, prompt: Prompt, budget: int) -> dict[str, object
         Refused: the budget is too small for the largest thing that is needed at once.
         ToolMissing: transformers cannot build the model.
     """
-    import transformers
-
     with opened(model, budget) as (net, layers, folder, unread):
         answers = huggingface.forward(net, prompt)
         return {
-            "runtime": f"transformers {transformers.__version__}, layer by layer in {budget / 1e6:,.0f} MB",
+            "runtime": f"{huggingface.runtime_of(net)}, layer by layer in {budget / 1e6:,.0f} MB",
             "model": type(net).__name__,
             "layers": layers,
             "unread": list(unread),
@@ -87,7 +85,7 @@ def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tupl
     with beside(model.source.side) as folder:
         config = {key: value for key, value in model.config.items() if key != "auto_map"}  # no code is run
         (folder / "config.json").write_text(json.dumps(config))
-        net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root)
+        net = built(folder, huggingface.AUTO[kind_of(model.family)], model.source.root, family=model.family)
         net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(net, net)

@@ -64,6 +64,7 @@ _UNSUPPORTED = (
     "post_self_attn_layernorm", "post_mlp_layernorm", "no_pre_layernorm", "qk_layernorm_full_width", "embedding_scale",
     "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
     "apply_residual_connection_post_layernorm", "scale_decoder_outputs",
+    "scale_emb", "scale_depth", "dim_model_base", "rope_scaling", "latent_rotary_halves", "block_ffn",
 )  # fmt: skip
 
 # the same, but for this number

@@ -12,6 +12,7 @@ from typing import Any, Final
 from dconv.arch.family import Family
 from dconv.export.megatron_config import not_computed
 from dconv.export.prompt import Kind, kind_of
+from dconv.net import own
 
 #: How transformers calls its lists of models.
 _MAPPINGS: Final[dict[Kind, str]] = {
@@ -78,6 +79,8 @@ def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Ma
     named = config.get("model_type")
     from transformers import __version__
 
+    if own.is_ours(family, config):
+        return own.obstacle(family, config)
     return "" if named in known else f"transformers {__version__} has no model of type {named} ({family.name})"
 
 

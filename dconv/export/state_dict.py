@@ -33,13 +33,13 @@ def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
         ToolMissing: torch or transformers is not installed, or fails.
     """
     with _copy(path, options) as folder:
-        return huggingface.can_infer(folder, prompt)
+        return huggingface.can_infer(folder, prompt, model_type=options.get("model_type"))
 
 
 def answers_of(path: Path, prompt: Prompt, **options: Any) -> Answers:
     """What the model answers; arguments and errors as for `can_infer`."""
     with _copy(path, options) as folder:
-        return huggingface.answers_of(folder, prompt)
+        return huggingface.answers_of(folder, prompt, model_type=options.get("model_type"))
 
 
 @contextmanager

@@ -61,6 +61,13 @@ def hold(module: Any, name: str, weights: Weights, budget: int, alone: bool = Fa
     module.register_forward_hook(forget)
 
 
+def fill(net: Any, weights: Weights) -> None:
+    """Read all parameters of a model, for good."""
+    for name, module in net.named_modules():
+        for key in own(module):
+            put(module, key, weights.whole(f"{name}.{key}" if name else key))
+
+
 def own(module: Any) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers that are a module's own, by name."""
     saved = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}

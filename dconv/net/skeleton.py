@@ -5,6 +5,7 @@ No code of a checkpoint is run, and nothing is fetched.
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.errors import ToolMissing
+from dconv.arch.family import Family
+from dconv.errors import DconvError, ToolMissing
+from dconv.net import own
 
 #: transformers turns torch's initialisation off for the whole process, and puts back what it found: of two threads that
 #: do so at once the second puts back the first one's nothing.
@@ -37,16 +40,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def built(folder: Path, auto: str, root: Path, attention: str = "eager") -> Any:
+def built(folder: Path, auto: str, root: Path, attention: str = "eager", family: Family | None = None) -> Any:
     """The model that a directory's config.json describes, without storage.
 
     Args:
         auto: transformers' class that picks a model by its config.
         root: the source, for an error.
         attention: transformers' name of the implementation.
+        family: of the model, for one that transformers lacks (`dconv.net.own`).
 
     Raises:
         ToolMissing: transformers does not build it.
+        Refused: see `dconv.net.own.model`.
     """
     import torch
     import transformers
@@ -54,7 +59,13 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager") -> Any:
 
     try:
         with _ALONE, quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            said = json.loads((folder / "config.json").read_text())
+            if family is not None and own.is_ours(family, said):
+                with torch.device("meta"), no_init_weights():
+                    net = own.model(family, said, attention)
+                net.tie_weights()
+                return net
+            config = config_of(folder)
             config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
             with torch.device("meta"), no_init_weights():
                 net = getattr(transformers, auto).from_config(
@@ -62,10 +73,26 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager") -> Any:
                 )
             net.tie_weights()
             return net
+    except DconvError:
+        raise
     except Exception as error:  # whatever a framework raises about one config
         raise ToolMissing(
             "transformers cannot build this model", where=str(root), found=f"{type(error).__name__}: {error}"[:600]
         ) from error
+
+
+def config_of(folder: Path) -> Any:
+    """transformers' config of a directory.
+
+    ``head_dim: null`` means the width of all heads divided by their number, as a missing key does: some classes of
+    transformers compute that of the missing key alone. It is the only key that their code asks for in this way.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if "head_dim" in vars(config) and config.head_dim is None:
+        del config.head_dim
+    return config
 
 
 def fill_computed(module: Any, owner: Any) -> None:

@@ -129,10 +129,12 @@ class Weights:
 
     def _map(self) -> list[str]:
         """Give each logical tensor its place in the model, in transformers' order; returns those that have none."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         rules = get_model_conversion_mapping(self._model) or []
+        if kin := getattr(self._model, "names_as", ""):  # a model of `dconv.net.own`
+            rules += get_checkpoint_conversion_mapping(kin) or []
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}

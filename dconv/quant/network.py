@@ -18,6 +18,7 @@ from dconv.quant.peers import Peers
 if TYPE_CHECKING:
     import torch
 
+    from dconv.arch.family import Family
     from dconv.sharding.tensor import Logical
 
 
@@ -34,6 +35,7 @@ class Network:
         device: torch's name of where layers compute.
         budget: bytes that weights outside of the layers may take at a time.
         peers: that have the experts of a layer between them.
+        family: of the model, for one that transformers lacks (`dconv.net.own`).
 
     Raises:
         ToolMissing: transformers does not build the model.
@@ -41,16 +43,24 @@ class Network:
         Refused: its layers are not those of a decoder.
     """
 
-    def __init__(self, config: Mapping[str, object], logical: Logical, device: str, budget: int, peers: Peers) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        logical: Logical,
+        device: str,
+        budget: int,
+        peers: Peers,
+        family: Family | None = None,
+    ) -> None:
         import torch
 
         plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
         with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
             (Path(scratch) / "config.json").write_text(json.dumps(plain))
             try:
-                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa")
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa", family)
             except ToolMissing:  # some attention is written out alone (Gemma 2 caps its scores)
-                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "eager")
+                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "eager", family)
         self._net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(self._net, self._net)

@@ -27,10 +27,10 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights |= {name: value.float() for name, value in load_file(file).items()}
-    return _Model(config, weights).logits(tokens)
+    return Model(config, weights).logits(tokens)
 
 
-class _Model:
+class Model:
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         self.c, self.w = config, weights
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]

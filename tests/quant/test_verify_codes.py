@@ -220,7 +220,7 @@ def test_what_no_runtime_computes_is_refused_before_a_byte(tmp_path: Path) -> No
     from dconv.arch.registry import by_name
     from tests.models import config_of
 
-    family = by_name("minicpm")
+    family = by_name("minicpm_blockffn")
     source = write_random(tmp_path / "source", family, config_of(family))
     with pytest.raises(Refused, match="could not be compared"):
         logits.require(prepare(Request(source, "fp8", tmp_path / "out")))

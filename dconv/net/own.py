@@ -1,0 +1,156 @@
+"""Models of families that transformers lacks, from config.json alone: code of a checkpoint is never run.
+
+MiniCPM (1B, 2B, 4) is Granite with other names for its scalars, and DeepSeek-MoE a Llama; so transformers' layers of
+those two families compute them, with experts of our own (`dconv.net.experts`) in the place of feed-forward layers.
+Sources: OpenBMB's ``modeling_minicpm.py``, DeepSeek's ``modeling_deepseek.py``; how the scalars are read is
+`dconv.arch.mup`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dconv.arch import mup
+from dconv.arch.decoder import DecoderConfig
+from dconv.arch.family import Family
+from dconv.arch.rope import LONGROPE, rope_parameters
+from dconv.arch.translate import CONFIG
+from dconv.errors import Refused
+
+#: By the family's name, the ``model_type`` by whose rules transformers joins experts that are named so.
+_NAMED_AS: Final = {"minicpm": "", "minicpm_moe": "mixtral", "deepseek": "qwen2_moe", "generic_moe": "qwen2_moe"}
+#: Of a ``sparse_config`` that does not say it: ``MiniCPMInfLLMv2Attention`` of MiniCPM4's ``modeling_minicpm.py``.
+_DENSE_LENGTH: Final = 8192
+
+
+def is_theirs(config: Mapping[str, object]) -> bool:
+    """Whether transformers knows a config's ``model_type``."""
+    from transformers import CONFIG_MAPPING
+
+    return str(config.get("model_type")) in CONFIG_MAPPING
+
+
+def is_ours(family: Family, config: Mapping[str, object]) -> bool:
+    """Whether a model is built here: its family is one of these, and transformers has none of that ``model_type``."""
+    return family.name in _NAMED_AS and not is_theirs(config)
+
+
+def obstacle(family: Family, config: Mapping[str, object]) -> str:
+    """What of a config, of a family that `is_ours`, is not computed here; empty where all of it is."""
+    return "\n".join(family.config.unsayable(config))
+
+
+def require(family: Family, config: Mapping[str, object], length: int) -> None:
+    """Refuse, before the first byte is written, what `model` would refuse.
+
+    Args:
+        length: tokens of the longest sequence that will be asked.
+
+    Raises:
+        Refused: the config says more than these layers compute, or its attention is sparse at this length.
+    """
+    if is_ours(family, config):
+        _refuse(family, config)
+        _refuse_sparse(config, length)
+
+
+def _refuse(family: Family, config: Mapping[str, object]) -> None:
+    if found := obstacle(family, config):
+        raise Refused(
+            f"a {family.name} with this config is not computed here, nothing was written",
+            where=CONFIG,
+            found=found,
+            expected=f"what all models of {family.name} have",
+        )
+
+
+def _longest(config: Mapping[str, object]) -> int | None:
+    """The tokens up to which InfLLM-v2 attends to all that came before, as is computed here; None without it."""
+    sparse = config.get("sparse_config")
+    if not isinstance(sparse, Mapping):
+        return None
+    said = sparse.get("dense_len", _DENSE_LENGTH)
+    return said - 1 if isinstance(said, int) else 0
+
+
+def _refuse_sparse(config: Mapping[str, object], length: int) -> None:
+    """Raises Refused where a sequence is so long that attention leaves out blocks of it."""
+    most = _longest(config)
+    if most is not None and length > most:
+        raise Refused(
+            "sparse attention (InfLLM-v2) is not computed here, nothing was written",
+            where=f"{CONFIG}: sparse_config",
+            expected=f"at most {most:,} tokens, of which all are attended to (dense_len)",
+            found=f"{length:,} tokens",
+            do="shorter samples: --quantization-config '{\"seqlen\": …}'",
+        )
+
+
+def model(family: Family, config: Mapping[str, object], attention: str) -> Any:
+    """A model with random weights on torch's current device.
+
+    Args:
+        family: one that `is_ours`.
+        config: config.json.
+        attention: transformers' name of the implementation.
+
+    Returns:
+        A model of transformers; ``names_as`` is the ``model_type`` whose experts are named and joined as its own.
+
+    Raises:
+        Damaged: see `dconv.arch.translate.Config.facts`.
+        Refused: the config says more than these layers compute.
+    """
+    import torch
+    import transformers
+
+    declared = family.config
+    _refuse(family, config)
+    defaults = declared.defaults if isinstance(declared, DecoderConfig) else {}
+    facts, said = declared.facts(config), _without_stretch({**defaults, **config})
+    kin, settled = (
+        ("Granite", _as_granite(family.mup, said, facts)) if family.mup else ("Llama", mup.llama(said, facts))
+    )
+    named = config.get("architectures")
+    kind: Any = type(
+        str(named[0]) if isinstance(named, list) and named else declared.architecture,
+        (getattr(transformers, f"{kin}ForCausalLM"),),
+        {"__module__": __name__, "names_as": _NAMED_AS[family.name]},
+    )
+    plain = getattr(transformers, f"{kin}Config").from_dict({**settled, "tie_word_embeddings": facts["tied"]})
+    net = kind._from_config(plain, dtype=torch.float32, attn_implementation=attention)
+    if "moe" in facts:
+        from dconv.net.experts import put_experts
+
+        put_experts(net, facts, declared.to_args(config))
+    if _longest(config) is not None:
+        net.register_forward_pre_hook(
+            lambda _, _args, given: _refuse_sparse(config, given["input_ids"].shape[1]), with_kwargs=True
+        )
+    return net
+
+
+def _as_granite(scalars: mup.Mup, said: Mapping[str, object], facts: Mapping[str, Any]) -> dict[str, object]:
+    factors = {part: factor.value(said, facts) for part, factor in scalars.factors.items()}
+    return {
+        **scalars.config(said, facts),
+        "model_type": "granite",
+        "embedding_multiplier": factors["embedding"],
+        "residual_multiplier": factors["residual"],
+        "logits_scaling": 1 / factors["head"],
+        "attention_multiplier": 1 / math.sqrt(facts["head_dim"]),
+    }
+
+
+def _without_stretch(said: dict[str, object]) -> dict[str, object]:
+    """MiniCPM's own code takes a longrope's stretch from the two context lengths and reads no other key."""
+    if rope_parameters(said)["rope_type"] != LONGROPE:
+        return said
+    ropes = {key: said.get(key) for key in ("rope_scaling", "rope_parameters")}
+    return said | {
+        key: {name: value for name, value in rope.items() if name not in ("factor", "attention_factor")}
+        for key, rope in ropes.items()
+        if isinstance(rope, Mapping)
+    }
