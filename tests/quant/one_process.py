@@ -94,7 +94,7 @@ def calibrated(
     """One rank's run; of the experts it has those that are its own."""
     ranks, noted = ranks or Ranks(), Noted()
     peers = Peers.of(ranks, ep, threads)
-    net = Network(job.source.config, job.source.logical, "cpu", 1 << 26, peers)
+    net = Network(job.source.config, job.source.logical, "cpu", 1 << 26, peers, job.source.family)
 
     def keep(results: Mapping[str, Any]) -> None:
         noted.chosen |= {name: result.chosen for name, result in results.items() if isinstance(result, Result)}

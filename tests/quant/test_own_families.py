@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ from dconv.quant.gptq import Recipe, nearest
 from dconv.quant.grid import Numbers
 from dconv.sharding.commit import Settings
 from tests.arch.test_minicpm import longrope, write_model
-from tests.models import tree_digest
 from tests.oracles import deepseek, hf, minicpm
-from tests.processes import call
 from tests.quant.models import values_of
+from tests.quant.one_process import assert_same, calibrated, calibrated_by
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 _UNKNOWN = {"architectures": ["NobodysForCausalLM"], "model_type": "nobodys"}
@@ -150,22 +148,14 @@ def test_calibrated(name: str, models: dict[str, Path], ids: Path, tmp_path: Pat
 
 
 def test_any_number_of_ranks(models: dict[str, Path], tmp_path: Path) -> None:
-    """Two blocks of samples, one for each of two ranks."""
+    """Two blocks of samples, one for each of two ranks, which have two experts each."""
     ids = tmp_path / "ids.npy"
     np.save(ids, np.random.default_rng(1).integers(0, 61, (48, 128)))
     request = request_for(models["minicpm_moe"], ids, tmp_path / "one", routing_weighted=True, nsamples=48, seqlen=128)
-    run(prepare(request), Settings())
-    code, _, err = call(
-        sys.executable, "-m", "dconv", "convert", str(models["minicpm_moe"]), "gptq", "-o", str(tmp_path / "two"),
-        "--calibration", str(ids), "--quantization-config", request.quantization_config or "", "--nproc", "2",
-        "--quiet",
-    )  # fmt: skip
-    assert code == 0, err
-    one, two = (
-        {name: digest for name, digest in tree_digest(tmp_path / out).items() if name.endswith(".safetensors")}
-        for out in ("one", "two")
-    )
-    assert one == two
+    job = prepare(request).calibrating
+    assert job is not None
+    one = calibrated(job, tmp_path / "alone")
+    assert_same(one, calibrated_by(job, tmp_path / "two", 2, ep=2), 2)
 
 
 @pytest.mark.parametrize("name", ["minicpm", "minicpm_moe", "deepseek"])
