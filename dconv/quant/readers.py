@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dconv.coded.compressed_config import METHOD, MIXED
-from dconv.coded.places import loaded_as
+from dconv.coded.places import experts_of, loaded_as
 from dconv.quant.kinds import PLAIN, ROW
 from dconv.quant.mixed import Choice
 from dconv.quant.names import some
@@ -21,6 +21,8 @@ from dconv.quant.names import some
 _GPTQ_BITS: Final = (2, 3, 4, 8)
 #: Widths that vLLM's kernels for ``pack-quantized`` have.
 _VLLM_BITS: Final = (4, 8)
+#: Floating types in which transformers loads experts.
+_TRANSFORMERS: Final = ("mxfp4", "mxfp6")
 #: What vLLM and others load as one matrix, which must be in codes of one kind.
 _FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -145,6 +147,22 @@ def _fine_grained(kinds: set[Choice], symmetric: bool) -> Reader | None:
 _READERS: Final[tuple[Callable[[set[Choice], bool], Reader | None], ...]] = (
     _gptq, _awq, _fine_grained, _compressed, _quark,
 )  # fmt: skip
+
+
+def limits(choices: Mapping[str, Choice]) -> list[str]:
+    """What of a table some loader that reads its types does not load after all; a line for a person each.
+
+    Source: transformers 5.23 with compressed-tensors 0.20, run; see also `torn`.
+    """
+    experts = {_stored(choice) for name, choice in choices.items() if experts_of(name) and not choice.plain}
+    plain = [choice.words for choice in _sorted(experts) if not choice.integer and choice.wq not in _TRANSFORMERS]
+    found = torn(choices)
+    if len(experts) > 1:
+        words = ", ".join(choice.words for choice in _sorted(experts))
+        found.append(f"transformers 5.23 decodes the experts of all layers alike: not as {words}")
+    elif plain:
+        found.append(f"transformers 5.23 does not load experts in {', '.join(plain)}")
+    return found
 
 
 def torn(choices: Mapping[str, Choice]) -> list[str]:
