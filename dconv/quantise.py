@@ -240,13 +240,20 @@ def schemes_of(choices: Mapping[str, Choice], request: Request, *, symmetric: bo
     asked = {"gptq": "gptq", "gptq_v2": "gptq", PACK_QUANTIZED: METHOD}.get(request.quant or "")
     reader = next((it for it in known.found if it.name == asked or (asked is None and it.name != "awq")), None)
     if reader is None:
-        there = (f"{it.name} ({it.format}): {it.loads}" for it in known.found)
+        if not known.found:
+            first, _, each = known.missing.partition("\n")
+            raise Refused(
+                f"{first}, nothing was written",
+                where="--quantization-config",
+                found=each,
+                expected="types that have a reader in common, bf16 among them",
+            )
         raise Refused(
-            "a table of types that are not stored in one checkpoint, nothing was written",
-            where=f"--quantization-config beside --quant {request.quant}" if asked else "--quantization-config",
-            expected=f"what --quant {request.quant} stores" if known.found else "types that one public loader reads",
-            found="\n".join(there) if known.found else known.missing,
-            do="without --quant it is stored as its readers read it" if known.found else "other types, or bf16",
+            f"--quant {request.quant} does not store what the table says, nothing was written",
+            where="--quantization-config",
+            expected="\n".join(f"{it.name} ({it.format}), read by {it.loads}" for it in known.found),
+            found=", ".join(sorted({choice.words for choice in coded.values()})),
+            do=f"--quant {PACK_QUANTIZED}" if any(it.name == METHOD for it in known.found) else "leave --quant out",
         )
     by_kind: dict[Choice, set[str]] = {}
     for name, choice in coded.items():

@@ -1,8 +1,8 @@
-"""Weights in codes of several kinds in one checkpoint of compressed-tensors (``mixed-precision``), and what such a
-checkpoint is worth before it is written.
+"""Weights in codes of several kinds in one checkpoint, and what such a checkpoint is worth before it is written.
 
-Each kind has its own scheme, which says what a weight becomes and what the config has of it. Source of how the config
-puts them together: compressed-tensors 0.20.0, ``config/base.py`` and ``quantization/quant_config.py``.
+Each kind has its own scheme, which says what a weight becomes and what the config has of it. Sources of how a config
+puts them together: compressed-tensors 0.20.0 (``mixed-precision``), ``config/base.py`` and
+``quantization/quant_config.py``; for quark vLLM's ``quark.py``, which takes names in ``layer_quant_config``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dconv.coded.compressed_config import MIXED
 from dconv.coded.compressed_encode import config, targets_of
 from dconv.coded.decode import KEY, decode
 from dconv.coded.encode import Coded, Scheme, encode
+from dconv.coded.quark_encode import Quark
 from dconv.coded.repack import Repack
 from dconv.sharding.tensor import Extent, Logical, Piece, Stored
 
@@ -33,7 +34,7 @@ class Mixed:
     """A `dconv.coded.encode.Scheme` of several.
 
     Attributes:
-        kinds: schemes of compressed-tensors, each with the names of its weights.
+        kinds: schemes of compressed-tensors, or of quark, each with the names of its weights.
     """
 
     kinds: Sequence[tuple[Scheme, frozenset[str]]]
@@ -43,7 +44,11 @@ class Mixed:
     @property
     def words(self) -> str:
         """For a person."""
-        return f"codes of several kinds ({MIXED}), for compressed-tensors"
+        return "codes of several kinds, as quark" if self._quark else f"codes of several kinds ({MIXED})"
+
+    @property
+    def _quark(self) -> bool:
+        return isinstance(self.kinds[0][0], Quark)
 
     def of(self, logical: Logical) -> Mixed:
         """The same with the whole numbers that a source has, or will have.
@@ -69,7 +74,9 @@ class Mixed:
         return scheme.code(spec, dense, own)
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`; every group names its modules."""
+        """See `dconv.coded.encode.Scheme`; every group names its modules, in quark all but that of the most weights."""
+        if self._quark:
+            return self._quark_config(plain)
         groups: list[dict[str, Any]] = []
         for scheme, names in self.kinds:
             own = {name: one for name, one in coded.items() if name in names}
@@ -81,6 +88,16 @@ class Mixed:
                     group = {**group, "targets": targets_of(modules, of_others)}
                 groups.append(group)
         return config(groups, plain)
+
+    def _quark_config(self, plain: list[str]) -> dict[str, Any]:
+        first, *others = sorted(self.kinds, key=lambda kind: -len(kind[1]))
+        said: dict[str, Any] = first[0].config(plain, {})
+        layers = {
+            name.removesuffix(".weight"): scheme.config(plain, {})["global_quant_config"]
+            for scheme, names in others
+            for name in sorted(names)
+        }
+        return {**said, "layer_quant_config": layers}
 
     def note(self, said: Mapping[str, Any]) -> str:
         """What a person should know of an output with this config; "" where there is nothing."""

@@ -21,8 +21,6 @@ from dconv.quant.names import some
 _GPTQ_BITS: Final = (2, 3, 4, 8)
 #: Widths that vLLM's kernels for ``pack-quantized`` have.
 _VLLM_BITS: Final = (4, 8)
-#: Floating types in which transformers loads experts.
-_TRANSFORMERS: Final = ("mxfp4", "mxfp6")
 #: What vLLM and others load as one matrix, which must be in codes of one kind.
 _FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -155,14 +153,19 @@ def limits(choices: Mapping[str, Choice]) -> list[str]:
     Source: transformers 5.23 with compressed-tensors 0.20, run; see also `torn`.
     """
     experts = {_stored(choice) for name, choice in choices.items() if experts_of(name) and not choice.plain}
-    plain = [choice.words for choice in _sorted(experts) if not choice.integer and choice.wq not in _TRANSFORMERS]
+    plain = [choice.words for choice in _sorted(experts) if not choice.integer and not _has_experts(choice)]
     found = torn(choices)
     if len(experts) > 1:
         words = ", ".join(choice.words for choice in _sorted(experts))
         found.append(f"transformers 5.23 decodes the experts of all layers alike: not as {words}")
     elif plain:
-        found.append(f"transformers 5.23 does not load experts in {', '.join(plain)}")
+        found.append(f"transformers 5.23 does not load experts in {', '.join(plain)} as they are")
     return found
+
+
+def _has_experts(choice: Choice) -> bool:
+    """Whether transformers loads experts in floating codes rightly: not in FP8 blocks, and without a global scale."""
+    return choice.wq in ("mxfp4", "mxfp6") or (choice.wq == "fp8" and choice.group == ROW)
 
 
 def torn(choices: Mapping[str, Choice]) -> list[str]:
