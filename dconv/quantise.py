@@ -247,6 +247,7 @@ def schemes_of(choices: Mapping[str, Choice], request: Request, *, symmetric: bo
                 where="--quantization-config",
                 found=each,
                 expected="types that have a reader in common, bf16 among them",
+                do="mxfp6 with the element e2m3 is compressed-tensors', as whole numbers are" if "e3m2" in each else "",
             )
         raise Refused(
             f"--quant {request.quant} does not store what the table says, nothing was written",

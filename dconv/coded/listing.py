@@ -123,6 +123,8 @@ def right_list(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> 
         loaded = list(dict.fromkeys(loaded_as(module) for module in modules))
         out = {loaded_as(module) for module in modules if any(_leaves_out(entry, module) for entry in right)}
         left = [module for module in loaded if module not in others and module not in out]
+        # experts beside others in codes: to readers that have each by itself
+        right += [Entry(module) for module in modules if loaded_as(module) in others]
         if not left:
             continue
         kind = re.sub(r"\.\*.*", "", kind)
