@@ -183,7 +183,7 @@ class MxPart:
         weights = weights_of(read, region, self.rounded)
         if self.part == "scale":
             return mx.scales(weights, fmt, self.rule)
-        codes, _ = mx.encode(weights, fmt, self.rule, positive_zeros=True)
+        codes, _ = mx.encode(weights, fmt, self.rule, positive_zeros=self.bits != 6)  # whose packing keeps the sign
         return codes[:, columns]
 
 
