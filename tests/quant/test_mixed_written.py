@@ -25,7 +25,8 @@ from dconv.pipeline import Request, prepare, run  # noqa: E402
 from dconv.quant import loop  # noqa: E402
 from dconv.sharding.commit import Settings  # noqa: E402
 from tests.processes import call  # noqa: E402
-from tests.quant.test_calibrate import _FAMILIES, model_of, weights_digest  # noqa: E402
+from tests.quant.calibrated import FAMILIES, model_of  # noqa: E402
+from tests.quant.test_calibrate import weights_digest  # noqa: E402
 
 TOKENS = torch.arange(3, 35)[None]
 INT4 = {"wq": "int4", "aq": "bf16", "group_size": 32}
@@ -254,7 +255,7 @@ def test_experts_that_are_not_calibrated_are_asked_anew(
     ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What came to them before a layer was quantised is not kept, however much memory there is for it."""
-    monkeypatch.setitem(_FAMILIES["deepseek_v2"], "first_k_dense_replace", 0)  # its shared experts come last
+    monkeypatch.setitem(FAMILIES["deepseek_v2"], "first_k_dense_replace", 0)  # its shared experts come last
     model = model_of("deepseek_v2", tmp_path / "model")
     for name, room in (("much", 1 << 30), ("little", 1 << 14)):
         request = request_for(model, ids, tmp_path / name, {**ISSUE, "true_sequential": False})
