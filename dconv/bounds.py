@@ -95,6 +95,7 @@ def compare(job: Job, written: Described, out: Path) -> Found:
     plain = prepare(replace(request, format="hf", quant=None, dtype=None, **none, **OPTIONS)).logical
     chosen = job.calibrating.changed if job.calibrating else frozenset()
     worst, sides = variant_of(request).worst, (plain, written.logical)
+    bounds = {name: job.worst.get(name, worst) for name in plain.specs}
     if odd := sorted(plain.specs.keys() ^ written.logical.specs.keys()):
         raise VerifyFailed("the output has other tensors than the source", where=f"{group_names(odd)}\nin {out}")
     error, coded, weights = 0.0, 0, 0
@@ -119,11 +120,11 @@ def compare(job: Job, written: Described, out: Path) -> Found:
                 elif name in chosen:
                     share = 0.0 if np.isfinite(after).all() else np.inf
                 elif made:
-                    share = _share(before, after, block, worst, _spacing(made, readers[1]))
+                    share = _share(before, after, block, bounds[name], _spacing(made, readers[1]))
                 else:
                     share = _rounding(before, after, *_allowed(plain, spec, other))
                 most = max(most, share)
-            if most > (worst if made else 1.0) * _SLACK:
+            if most > (bounds[name] if made else 1.0) * _SLACK:
                 far[name] = most
             if made and name not in chosen:
                 error, coded, weights = max(error, most), coded + 1, weights + prod(spec.shape)
@@ -131,12 +132,14 @@ def compare(job: Job, written: Described, out: Path) -> Found:
         for reader in readers:
             reader.close()
     if far:
-        raise _too_far(far, worst, job, written, out)
+        raise _too_far(far, bounds, job, written, out)
+    worst = max((worst, *job.worst.values()))
     return Found(len(plain.specs), coded, weights, error, worst, len(chosen))
 
 
-def _too_far(far: dict[str, float], worst: float, job: Job, written: Described, out: Path) -> VerifyFailed:
+def _too_far(far: dict[str, float], bounds: dict[str, float], job: Job, written: Described, out: Path) -> VerifyFailed:
     name = max(far, key=lambda name: far[name])
+    worst = bounds.get(name, 0.0)
     of = f"{worst:.3g} of the largest magnitude that shares its scale ({job.scheme})" if worst else "no change at all"
     return VerifyFailed(
         f"{len(far)} tensor{' is' if len(far) == 1 else 's are'} farther from the source's than these codes move any",

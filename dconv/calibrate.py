@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dconv.arch.layouts import size
 from dconv.checkpoint.source import beside
+from dconv.coded.compressed_config import METHOD
 from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
+from dconv.coded.mixed_encode import Mixed, as_coded
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError, group_names
 from dconv.net import own
 from dconv.quant.awq_maps import Folds, folds_of
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
-from dconv.quant.mixed import resolve
+from dconv.quant.listing import lines_of
+from dconv.quant.mixed import Resolved, resolve
 from dconv.quant.parse import quantization_of
+from dconv.quant.readers import limits
 from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
-from dconv.quant.settings import Awq, Gptq, Method
+from dconv.quant.settings import Awq, Gptq, Method, Quantization
+from dconv.quantise import Schemes, schemes_of
 from dconv.request import CALIBRATED, Request
 from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
@@ -49,7 +54,8 @@ class Calibrating:
     """A calibration that is planned.
 
     Attributes:
-        source: the model as it is, whose layers are run.
+        source: the model whose layers are run: as it is, but for weights in floating codes, which are worth already
+            what their codes are worth.
         recipes: of the weights to be quantised, by name.
         record: of settings and samples, for the receipt.
         folds: where AWQ's scales go.
@@ -112,13 +118,29 @@ def _is_whole(name: str, logical: Logical) -> bool:
     return integers_of(name, dense, logical) is not None
 
 
-def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tuple[str, ...]]:
-    """The model as it will be, the calibration that makes it so, and what to say of it.
+@dataclass(frozen=True)
+class Planned:
+    """What a request for calibration comes to.
 
-    Reads the samples, and no weight.
+    Attributes:
+        model: as it will be.
+        calibrating: what makes it so; None where a table has no whole numbers, so that nothing is chosen.
+        schemes: of its codes, where a table says them.
+        notes: what to say of it.
+    """
+
+    model: Described
+    calibrating: Calibrating | None
+    schemes: Schemes | None
+    notes: tuple[str, ...]
+
+
+def plan(request: Request, model: Described) -> Planned:
+    """Lay a request's table over a model; reads the samples, and no weight.
 
     Raises:
-        DconvError: see `dconv.quant.parse.quantization_of`, `dconv.quant.mixed.resolve` and `dconv.quant.data.load`.
+        DconvError: see `dconv.quant.parse.quantization_of`, `dconv.quant.mixed.resolve`, `dconv.quantise.schemes_of`
+            and `dconv.quant.data.load`.
     """
     from dconv.quant.data import load  # a plain conversion does not pay for it
 
@@ -138,14 +160,13 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     apart = {spec.name for entry in entries if entry.row.stack != "layers" for spec in entry.fused.specs}
     inside = linears(model.family, model.facts, model.logical)
     table = resolve(asked, shapes, inside - apart, strict=request.strict)
-    others = {name: choice.words for name, choice in table.coded.items() if not choice.integer}
-    if others:
-        raise Refused(
-            "a checkpoint of several kinds of codes is not written by this version, nothing was written",
-            where=group_names(list(others)),
-            found=", ".join(sorted(set(others.values()))),
-            expected="whole numbers (int2 to int8) for all that is quantised",
-        )
+    schemes = schemes_of(table.choices, request, symmetric=asked.symmetric) if method == "gptq" else None
+    said = (*_said(table, schemes, asked, request.quant), *table.notices)
+    predictor = "token predictors are left as they are: no pass of the model reaches them" if inside & apart else ""
+    chosen = {name: choice for name, choice in table.coded.items() if choice.integer}
+    if not chosen:
+        none = "no type of the table is of whole numbers: nothing is calibrated, and no samples are read"
+        return Planned(model, None, schemes, tuple(filter(None, (none, predictor, *said))))
     longest = model.config.get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
     if importlib.util.find_spec("transformers"):  # without it nothing is run, and no plan needs it
@@ -153,21 +174,50 @@ def plan(request: Request, model: Described) -> tuple[Described, Calibrating, tu
     named = any(name.startswith(("tokenizer", "vocab", "tekken")) for name in model.source.side)
     with beside(model.source.side) as folder:
         samples = load(calibration, folder if named else None, size(model.facts, "vocab"))
-    v1 = request.quant in (None, "gptq")
+    v1 = request.quant != "gptq_v2" and bool(schemes and schemes.reader and schemes.reader.name == "gptq")
     dtypes = {name: request.dtype or spec.dtype for name, spec in model.logical.specs.items()}
-    recipes = {
-        name: recipe_of(choice, asked.settings, v1=v1, dtype=dtypes[name]) for name, choice in table.coded.items()
-    }
+    recipes = {name: recipe_of(choice, asked.settings, v1=v1, dtype=dtypes[name]) for name, choice in chosen.items()}
     described = {**asked.describe(), "weights": _grouped(table.describe())}
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
     folds = None if isinstance(asked.settings, Gptq) else folds_of(model.family, model.facts, model.logical, recipes)
     logical = to_choose(model.logical, recipes, identity, folds.plain if folds else ())
-    predictor = "token predictors are left as they are: no pass of the model reaches them" if inside & apart else ""
-    notes = tuple(note for note in (cut, samples.warning, predictor, *table.notices) if note)
+    notes = tuple(note for note in (cut, samples.warning, predictor, *said) if note)
     record = {"settings": described, "samples": samples.record}
     stored = {name: TO_TORCH[dtypes[name]] for name in (folds.plain if folds else ())}
-    planned = Calibrating(model, asked.settings, samples, recipes, record, folds, stored, peers)
-    return replace(model, logical=logical), planned, notes
+    calibrating = Calibrating(_seen(model, schemes), asked.settings, samples, recipes, record, folds, stored, peers)
+    return Planned(replace(model, logical=logical), calibrating, schemes, notes)
+
+
+def _seen(model: Described, schemes: Schemes | None) -> Described:
+    """The model whose layers are run: weights that no calibration chooses are what their codes will be worth."""
+    if schemes is None or not schemes.worst or not isinstance(schemes.linears, Mixed):
+        return model
+    floating = frozenset(schemes.worst)
+    kinds = [(scheme, names) for scheme, names in schemes.linears.kinds if names <= floating]
+    of = model.family, model.facts, model.logical
+    return replace(model, logical=as_coded(*of, Mixed(kinds).of(model.logical), set(floating)))
+
+
+def _said(table: Resolved, schemes: Schemes | None, asked: Quantization, quant: str | None) -> list[str]:
+    """What each module gets, where that is not the same for all, and who reads it.
+
+    Raises:
+        Refused: groups in the order of activations, for a reader that has none.
+    """
+    if schemes is None or schemes.reader is None:
+        return []
+    settings, reader = asked.settings, schemes.reader
+    if reader.name == METHOD and isinstance(settings, Gptq) and settings.desc_act and not settings.static_groups:
+        raise Refused(
+            "groups of columns in the order of activations are not stored by compressed-tensors, nothing was written",
+            where="desc_act in --quantization-config",
+            expected='"static_groups": true beside it, which keeps the order and needs nothing stored',
+        )
+    kinds = {choice.words for choice in table.coded.values()}
+    if len(kinds) == 1 and not schemes.worst and (quant or reader.name == "gptq"):
+        return []
+    lines = lines_of(table.choices)
+    return [*lines, f"{reader.name} ({reader.format}), read by {reader.loads}", *limits(table.choices)]
 
 
 def _grouped(words: Mapping[str, str]) -> dict[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dconv import verify
 from dconv.checkpoint.drop import check_used
 from dconv.codec.kernels import apply
+from dconv.coded.decode import method_of
 from dconv.errors import Damaged, Refused, group_names
 from dconv.examine import MANY, Report, lines_of, report_of, said
 from dconv.export.prompt import prompt_for
@@ -18,6 +19,9 @@ from dconv.pipeline import Described, describe_model
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.region import Region
 from dconv.sharding.torn import torn
+
+#: ``quant_method`` of codes that transformers decodes itself.
+_OWN: Final = ("fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,9 @@ def _why_not(model: Described, container: str, with_eagle: bool, force: bool, ma
         return "no runtime runs an EAGLE head"
     if not missing(container) and (why := obstacle(container, model.family, model.config, model.source.args)):
         return why
+    method = method_of(model.source.config or {})
+    if container == "huggingface" and method and method not in _OWN:
+        return f"transformers runs codes of {method} with other packages, and not in fp32"
     parameters = sum(Region.whole(spec.shape).volume for spec in model.logical.specs.values())
     if max_memory is not None and parameters * 4 > max_memory:
         return f"fp32 needs about {parameters * 4 / 1e6:,.1f} MB of memory, {max_memory / 1e6:,.1f} MB are allowed"

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Job:
         trace: the ways of single tensors, where they were asked for.
         scales: how many of an FP8 source's scales went where, for the receipt (FORMAT neuron).
         calibrating: what chooses the codes while the job runs.
+        worst: of weights in floating codes beside whole numbers, the largest error (`dconv.quantise.Variant.worst`).
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Job:
     trace: tuple[Trace, ...] = ()
     scales: Mapping[str, Any] | None = None
     calibrating: Calibrating | None = None
+    worst: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
@@ -121,10 +123,12 @@ def prepare_described(request: Request, model: Described) -> Job:
     parameters = _count(model.logical)
     codes, scales = "", None
     calibrating = None
+    schemes = scheme_of(request)
     if calibrate.is_asked_for(request, model):
-        model, calibrating, said = calibrate.plan(request, model)
-        notes += said
-    if schemes := scheme_of(request):
+        planned = calibrate.plan(request, model)
+        model, calibrating, schemes = planned.model, planned.calibrating, planned.schemes or schemes
+        notes += planned.notes
+    if schemes:
         model, said, codes = quantised(model, schemes)
         notes += said
     if coding := coding_of(request):
@@ -151,6 +155,7 @@ def prepare_described(request: Request, model: Described) -> Job:
         codes,
         scales=scales,
         calibrating=calibrating,
+        worst=schemes.worst if schemes else {},
     )
 
 

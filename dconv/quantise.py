@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from dconv.codec.minifloat import E2M1, E2M3, E3M2
+from dconv.codec.minifloat import E2M1, E2M3, E3M2, Minifloat
 from dconv.coded.awq_encode import AWQ
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.compressed_encode import CompressedFP8
@@ -18,10 +18,14 @@ from dconv.coded.fp8_encode import BlockFP8
 from dconv.coded.gpt_oss import GptOss
 from dconv.coded.gptq_encode import GPTQ
 from dconv.coded.micro_encode import MicroMX, MicroNV
+from dconv.coded.mixed_encode import Mixed
 from dconv.coded.quark_encode import Quark
 from dconv.coded.repack import Packer, Repack
 from dconv.describe import Described
-from dconv.errors import UsageError
+from dconv.errors import Refused, UsageError
+from dconv.quant.kinds import PLAIN, ROW
+from dconv.quant.mixed import Choice
+from dconv.quant.readers import Reader, readers
 from dconv.request import Request, spelled
 
 
@@ -51,10 +55,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Schemes:
-    """What a request asks for: the scheme of linear layers, and that of experts that are one tensor for all."""
+    """What a request asks for: the scheme of linear layers, and that of experts that are one tensor for all.
+
+    Attributes:
+        wanted: the weights that a table names; None for all linear layers.
+        worst: of these weights, those in floating codes, by name (`Variant.worst`).
+        reader: who reads what a table makes.
+    """
 
     linears: Scheme
-    stacked: Scheme | None
+    stacked: Scheme | None = None
+    wanted: frozenset[str] | None = None
+    worst: Mapping[str, float] = field(default_factory=dict)
+    reader: Reader | None = None
 
 
 def _repacked(words: str, packer: Packer) -> Variant:
@@ -88,10 +101,10 @@ def _fp8(strategy: str, request: Request) -> Scheme:
     return BlockFP8(block if strategy == "block" else None, request.scale_format == "ue8m0")
 
 
-def _mxfp4(request: Request) -> Scheme:
+def _mx(fmt: Minifloat, request: Request) -> Scheme:
     if request.quant_config == METHOD:
-        return MicroMX(4, request.scale_rule or "even")
-    return Quark(E2M1, request.scale_rule or "floor")
+        return MicroMX(fmt.bits, request.scale_rule or "even")
+    return Quark(fmt, request.scale_rule or "floor")
 
 
 #: FORMAT -> its variants by ``--quant``, the default first.
@@ -124,7 +137,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             "e2m1, 32 with a power of two; as gpt-oss for itself, else as quark",
             2**-2,
             _RULE,
-            _mxfp4,
+            lambda request: _mx(E2M1, request),
             lambda request: GptOss(request.scale_rule or "floor"),
             readers=("quark", METHOD),
         ),
@@ -132,13 +145,14 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
             "e2m3, 32 with a power of two, as quark",
             2**-4,
             _RULE,
-            lambda request: Quark(E2M3, request.scale_rule or "floor"),
+            lambda request: _mx(E2M3, request),
+            readers=("quark", METHOD),
         ),
         "mxfp6_e3m2": Variant(
             "e3m2, 32 with a power of two, as quark",
             2**-3,
             _RULE,
-            lambda request: Quark(E3M2, request.scale_rule or "floor"),
+            lambda request: _mx(E3M2, request),
         ),
         "mxfp8": Variant(
             "e4m3, 32 with a power of two, as compressed-tensors",
@@ -211,6 +225,70 @@ def scheme_of(request: Request) -> Schemes | None:
     return Schemes(variant.scheme(request), variant.stacked(request) if variant.stacked and own else None)
 
 
+def schemes_of(choices: Mapping[str, Choice], request: Request, *, symmetric: bool) -> Schemes:
+    """How what a table gives each weight is stored: as ``--quant`` says, else as its plainest reader reads it.
+
+    Args:
+        choices: by the weight's name; at least one is not left as it is.
+        symmetric: whether whole numbers have no zeros of their own.
+
+    Raises:
+        Refused: no public loader reads all of it in one checkpoint, or not in the format that was asked for.
+    """
+    coded = {name: choice for name, choice in choices.items() if not choice.plain}
+    known = readers(coded, symmetric=symmetric)
+    asked = {"gptq": "gptq", "gptq_v2": "gptq", PACK_QUANTIZED: METHOD}.get(request.quant or "")
+    reader = next((it for it in known.found if it.name == asked or (asked is None and it.name != "awq")), None)
+    if reader is None:
+        if not known.found:
+            first, _, each = known.missing.partition("\n")
+            raise Refused(
+                f"{first}, nothing was written",
+                where="--quantization-config",
+                found=each,
+                expected="types that have a reader in common, bf16 among them",
+                do="mxfp6 with the element e2m3 is compressed-tensors', as whole numbers are" if "e3m2" in each else "",
+            )
+        raise Refused(
+            f"--quant {request.quant} does not store what the table says, nothing was written",
+            where="--quantization-config",
+            expected="\n".join(f"{it.name} ({it.format}), read by {it.loads}" for it in known.found),
+            found=", ".join(sorted({choice.words for choice in coded.values()})),
+            do=f"--quant {PACK_QUANTIZED}" if any(it.name == METHOD for it in known.found) else "leave --quant out",
+        )
+    by_kind: dict[Choice, set[str]] = {}
+    for name, choice in coded.items():
+        by_kind.setdefault(replace(choice, why=""), set()).add(name)
+    kinds = [(_scheme(choice, request, reader), frozenset(names)) for choice, names in by_kind.items()]
+    first, _ = kinds[0]
+    one = first if all(scheme == first for scheme, _ in kinds) else Mixed(kinds)
+    worst: dict[str, float] = {}
+    for choice, names in by_kind.items():
+        if not choice.integer:
+            form, quant = _variant(choice)
+            worst |= dict.fromkeys(names, VARIANTS[form][quant].worst)
+    return Schemes(one, wanted=frozenset(coded), worst=worst, reader=reader)
+
+
+def _variant(choice: Choice) -> tuple[str, str]:
+    """The FORMAT, and its variant, that stores a type of floating codes alone."""
+    if choice.wq == "fp8":
+        return "fp8", "fp8_channel" if choice.group == ROW else "fp8_block"
+    return "mx", {"fp4": "nvfp4", "mxfp6": f"mxfp6_{choice.element}"}.get(choice.wq, choice.wq)
+
+
+def _scheme(choice: Choice, request: Request, reader: Reader) -> Scheme:
+    """How one of a table's types is stored for a reader."""
+    rounded = choice.aq != PLAIN
+    if choice.integer:
+        gptq = GPTQ("v2" if request.quant == "gptq_v2" else "v1")
+        return Repack(Packed(rounded) if reader.name == METHOD else gptq)
+    form, quant = _variant(choice)
+    for_whom = METHOD if reader.name == METHOD else None
+    scheme = VARIANTS[form][quant].scheme(replace(request, format=form, quant=quant, quant_config=for_whom))
+    return replace(scheme, activations=rounded) if isinstance(scheme, CompressedFP8 | MicroMX) else scheme
+
+
 def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str, ...], str]:
     """The model with its linear layers in a scheme's codes, what to say of it, and the scheme in words.
 
@@ -224,7 +302,8 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         scheme = scheme.of(model.logical)
         made = encode(*of, scheme, set(scheme.numbers))
     else:
-        made = encode(*of, scheme, experts or linears(*of))
+        scheme = scheme.of(model.logical) if isinstance(scheme, Mixed) else scheme
+        made = encode(*of, scheme, set(schemes.wanted or experts or linears(*of)))
     side = {name: path for name, path in model.source.side.items() if name != "config.json"}
     left_out = {what: "written anew" if what.startswith(KEY) else why for what, why in made.logical.left_out.items()}
     new = replace(
@@ -234,15 +313,17 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         logical=replace(made.logical, left_out=left_out),
         fixed=made.fixed,
     )
-    same = "to be calibrated" if model.logical.held else "kept as the source has them"
+    same = "kept as the source has them"
     counts = ", ".join(
         f"{count:,} {what}"
         for count, what in (
             (made.made, "encoded"),
             (made.kept, same),
+            (made.whole, "to be calibrated" if model.logical.held else same),
         )
         if count
     )
     what = "experts" if experts else "linear layers"
-    note = scheme.packer.note(made.config) if isinstance(scheme, Repack) else ""
+    packer = scheme.packer if isinstance(scheme, Repack) else scheme if isinstance(scheme, Mixed) else None
+    note = packer.note(made.config) if packer else ""
     return new, (f"{what} in {scheme.words}: {counts}", *([note] if note else [])), scheme.words

@@ -293,7 +293,8 @@ def _coded(found: Mapping[str, Any]) -> str:
         f"{near if held['bound'] else 'nothing'}"
     )
     if held["calibrated"]:
-        decoded = f"{held['calibrated']} calibrated tensors decoded from the files are finite, all others as they were"
+        chosen = f"{held['calibrated']} calibrated tensors decoded from the files are finite"
+        decoded = f"{chosen}, {decoded}" if held["coded"] else f"{chosen}, all others as they were"
     return (
         f"\n          {decoded}"
         f"\n          logits of the codes differ from the source's by {found['difference']:.1e} at most, "

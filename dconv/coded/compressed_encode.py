@@ -7,7 +7,8 @@ llm-compressor's scale, and with it all that shares it, becomes NaN or zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
@@ -17,10 +18,11 @@ import numpy as np
 from dconv.codec import qparams
 from dconv.codec.cast import cast
 from dconv.codec.minifloat import E4M3, nearest
-from dconv.coded.compressed_config import METHOD
+from dconv.coded.compressed_config import METHOD, MIXED
 from dconv.coded.encode import Coded, kept
 from dconv.coded.fp8 import FP8, Decode, scales_shape
 from dconv.coded.fp8_encode import Amax, weights_of
+from dconv.coded.places import experts_of
 from dconv.sharding.derived import Array, Derived, Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ARGS: Final = {"num_bits": 8, "type": "float", "symmetric": True}
-#: What vLLM's kernels need activations to share a scale with, by what weights share one with.
-_BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": True}
+#: Activations in FP8 with a scale for each token. It is what vLLM's kernels need but for weights in blocks.
+BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": True}
 
 
 def group_of(
@@ -48,15 +50,34 @@ def group_of(
     }
 
 
+def targets_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets that mean these modules, and none of ``others``, to all that read them.
+
+    Each is named, since vLLM takes the class of a fused layer (qkv_proj) for a target before it looks at the names of
+    what was fused. Experts have an expression: transformers 5.23 knows their group by one that says ``experts``
+    (``get_experts_scheme``), and vLLM asks for names of its own, whatever the projections are called in files.
+    """
+    modules = list(modules)
+    layers = dict.fromkeys(filter(None, map(experts_of, modules)))
+    torn = set(map(experts_of, others))
+    if layers and torn <= {""}:
+        experts = ["re:.*[.]experts[.]"]
+    else:
+        experts = [f"re:{re.escape(layer).replace(chr(92) + '.', '[.]')}[.]" for layer in layers if layer not in torn]
+    whole = {layer for layer in layers if layer not in torn}
+    return [*experts, *(module for module in modules if experts_of(module) not in whole)]
+
+
 def config(groups: Sequence[Mapping[str, Any]], plain: list[str]) -> dict[str, Any]:
-    """``quantization_config`` of groups, all of one format, that have every linear layer but ``plain``.
+    """``quantization_config`` of groups that have every linear layer but ``plain``.
 
     Args:
         plain: whole parts of modules' names, which leave out what is inside of these modules, too.
     """
+    forms = {str(group["format"]) for group in groups}
     return {
         "quant_method": METHOD,
-        "format": groups[0]["format"],
+        "format": MIXED if len(forms) > 1 else forms.pop(),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -72,10 +93,12 @@ class CompressedFP8:
     Attributes:
         strategy: ``tensor``, ``channel`` or ``block``.
         block: rows and columns of a block, where that is the strategy.
+        activations: whether they are rounded, too, as they come.
     """
 
     strategy: str
     block: tuple[int, int] = (128, 128)
+    activations: bool = True
     columns: int = field(default=1, init=False)
 
     @property
@@ -106,14 +129,14 @@ class CompressedFP8:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`; activations are rounded as they come, with a scale for each token."""
+        """See `dconv.coded.encode.Scheme`; activations have a scale for each token, or for each block's columns."""
         del coded
         weights: dict[str, Any] = {**_ARGS, "group_size": None, "strategy": self.strategy}
-        if self.strategy != "block":
-            return config([group_of("float-quantized", weights, _BY_TOKEN)], plain)
-        weights["block_structure"] = list(self.block)
-        by_group = {**_BY_TOKEN, "strategy": "group", "group_size": self.block[1]}
-        return config([group_of("float-quantized", weights, by_group)], plain)
+        rounded = BY_TOKEN
+        if self.strategy == "block":
+            weights["block_structure"] = list(self.block)
+            rounded = {**BY_TOKEN, "strategy": "group", "group_size": self.block[1]}
+        return config([group_of("float-quantized", weights, rounded if self.activations else None)], plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.codec import bitpack, packed
-from dconv.coded.compressed_encode import config, group_of
+from dconv.coded.compressed_encode import BY_TOKEN, config, group_of, targets_of
 from dconv.coded.compressed_packed import Codes, Zeros
 from dconv.coded.encode import Coded
 from dconv.coded.integers import Grid, Integers, around
@@ -34,7 +34,13 @@ FORMAT: Final = "pack-quantized"
 
 @dataclass(frozen=True)
 class Packed:
-    """See `dconv.coded.repack.Packer`."""
+    """See `dconv.coded.repack.Packer`.
+
+    Attributes:
+        activations: whether they are rounded to FP8 as they come.
+    """
+
+    activations: bool = False
 
     @property
     def asks(self) -> frozenset[Value]:
@@ -71,16 +77,14 @@ class Packed:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`.
-
-        Where weights have several grids every group names its modules: vLLM takes the class of a fused layer (qkv_proj)
-        for a group's target before it looks at the names of what was fused.
-        """
+        """See `dconv.coded.encode.Scheme`; where weights have several grids every group names its modules."""
         grids = grids_of(coded)
         counted = [grid for grid, _ in Counter(grids.values()).most_common()]
         named = [[module for module, its in grids.items() if its == grid] for grid in counted]
-        targets = named if len(counted) > 1 else [["Linear"]]
-        groups = [group_of(FORMAT, _said(grid), None, names) for grid, names in zip(counted, targets, strict=True)]
+        others = ((module for module, its in grids.items() if its != grid) for grid in counted)
+        targets = list(map(targets_of, named, others)) if len(counted) > 1 else [["Linear"]]
+        rounded = BY_TOKEN if self.activations else None
+        groups = [group_of(FORMAT, _said(grid), rounded, names) for grid, names in zip(counted, targets, strict=True)]
         return config(groups, plain)
 
     def note(self, config: Mapping[str, Any]) -> str:

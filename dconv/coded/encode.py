@@ -112,13 +112,15 @@ class Encoded:
 
     Attributes:
         fixed: tensors that ``--dtype`` has no say in.
-        kept, made: how many weights' codes are the source's own, and are computed.
+        kept, whole, made: how many weights' codes are the source's own, whole numbers that are there or will be, and
+            computed.
     """
 
     logical: Logical
     config: dict[str, object]
     fixed: frozenset[str]
     kept: int
+    whole: int
     made: int
 
 
@@ -166,8 +168,9 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
         derived=derived,
     )
     config = scheme.config(_left_out(family, facts, logical, wanted), made)
-    kept = sum(coded.kept for coded in made.values())
-    return Encoded(new, config, frozenset(fixed), kept, len(made) - kept)
+    whole = sum(coded.grid is not None for coded in made.values())
+    kept = sum(coded.kept for coded in made.values()) - whole
+    return Encoded(new, config, frozenset(fixed), kept, whole, len(made) - kept - whole)
 
 
 def _whole_groups(wanted: set[str], logical: Logical, columns: int) -> set[str]:

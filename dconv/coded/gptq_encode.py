@@ -16,7 +16,7 @@ from dconv.codec import gptq, integer
 from dconv.coded.encode import Coded
 from dconv.coded.gptq import Codes
 from dconv.coded.integers import Grid, Integers, around
-from dconv.coded.places import place_of
+from dconv.coded.places import FUSED, experts_of, place_of
 from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
 from dconv.errors import Refused
 from dconv.sharding.derived import Derived, Read
@@ -96,8 +96,8 @@ class GPTQ:
         """See `dconv.coded.encode.Scheme`; most weights' grid is the model's, others are in ``dynamic``."""
         grids = grids_of(coded)
         base = Counter(grids.values()).most_common(1)[0][0]
-        dynamic = {f"+:^{re.escape(name)}$": _said(grid) for name, grid in grids.items() if grid != base}
-        dynamic |= {rf"-:(.*\.)?{re.escape(entry)}($|\.)": {} for entry in plain}
+        dynamic: dict[str, Any] = {rf"-:(.*\.)?{re.escape(entry)}($|\.)": {} for entry in plain}  # the first counts
+        dynamic |= {rule: _said(grid) for rule, grid in _rules(grids).items() if grid != base}
         return {
             **_said(base),
             "lm_head": any(place_of(name, (1, 1)).role == "head" for name in coded),
@@ -122,6 +122,29 @@ class GPTQ:
             "GPTQModel, and transformers through it, load zero points in GPTQ's first format from its own writer only: "
             "--quant gptq_v2 is for them"
         )
+
+
+def _rules(grids: Mapping[str, Grid]) -> dict[str, Grid]:
+    """Expressions for modules, each with its grid.
+
+    vLLM asks for its own names (``override_config`` in ``gptq_utils.py``): of a layer's experts for their module, of
+    what it fuses for the whole. Where the parts are of one grid these names have a rule, too; GPTQModel has no module
+    that they fit.
+    """
+    experts: dict[str, set[Grid]] = {}
+    for name, grid in grids.items():
+        experts.setdefault(experts_of(name), set()).add(grid)
+    found: dict[str, Grid] = {}
+    for name, grid in grids.items():
+        layer, (before, _, last) = experts_of(name), name.rpartition(".")
+        if layer and len(experts[layer]) == 1:
+            found[f"+:^{re.escape(layer)}(\\.|$)"] = grid
+            continue
+        found[f"+:^{re.escape(name)}$"] = grid
+        for fused, parts in FUSED.items():
+            if last == parts[0] and {grids.get(f"{before}.{part}") for part in parts} == {grid}:
+                found[f"+:^{re.escape(f'{before}.{fused}')}$"] = grid
+    return found
 
 
 def _said(grid: Grid) -> dict[str, Any]:

@@ -121,7 +121,10 @@ def right_list(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> 
     right: list[Entry] = []
     for kind, modules in plain.items():
         loaded = list(dict.fromkeys(loaded_as(module) for module in modules))
-        left = [m for m in loaded if m not in others and not any(entry.excludes(m) for entry in right)]
+        out = {loaded_as(module) for module in modules if any(_leaves_out(entry, module) for entry in right)}
+        left = [module for module in loaded if module not in others and module not in out]
+        # experts beside others in codes: to readers that have each by itself
+        right += [Entry(module) for module in modules if loaded_as(module) in others]
         if not left:
             continue
         kind = re.sub(r"\.\*.*", "", kind)
@@ -130,6 +133,12 @@ def right_list(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> 
         found = next(fits, None)
         right += [found] if found else [Entry(module) for module in left]
     return [entry.text for entry in right]
+
+
+def _leaves_out(entry: Entry, module: str) -> bool:
+    """Whether all readers leave a stored module out: ``gate`` does not do that to ``shared_expert_gate``."""
+    loaded = loaded_as(module)
+    return entry.excludes(loaded) and (entry.is_inside(module) or entry.is_inside(loaded))
 
 
 def _tells_apart(entry: Entry, plain: Iterable[str], others: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers in MXFP4, MXFP8 and NVFP4 as compressed-tensors stores them, for vLLM and for compressed-tensors.
+"""Linear layers in MXFP4, MXFP6, MXFP8 and NVFP4 as compressed-tensors stores them, for it and for vLLM.
 
 Codes and scales equal those of llm-compressor's data-free recipes MXFP4A16, MXFP8 and NVFP4A16 bit by bit where the
 weight is finite and in fp32 or bf16. A block with a NaN or an infinity has scale NaN here, and leaves others as they
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.codec import mx, nvfp4, qparams
-from dconv.codec.minifloat import E2M1, E4M3
+from dconv.codec.minifloat import E2M1, E2M3, E4M3
 from dconv.coded.compressed_encode import config, group_of
 from dconv.coded.compressed_floats import Mx, Nv, groups_in
 from dconv.coded.encode import Coded, kept
@@ -46,17 +46,23 @@ _MX_ARGS: Final = {
 }
 
 
+_FORMATS: Final = {4: E2M1, 6: E2M3, 8: E4M3}
+_NAMES: Final = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
+
+
 @dataclass(frozen=True)
 class MicroMX:
-    """MXFP4 or MXFP8.
+    """MXFP4, MXFP6 (e2m3) or MXFP8.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 4, 6 or 8.
         rule: how a block's power of two is found (`dconv.codec.mx.encode`); compressed-tensors' is ``even``.
+        activations: whether those of MXFP8 are rounded alike as they come.
     """
 
     bits: int
     rule: mx.Rule = "even"
+    activations: bool = True
     columns: int = field(default=mx.BLOCK, init=False)
 
     @property
@@ -67,14 +73,15 @@ class MicroMX:
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
         """See `dconv.coded.encode.Scheme`."""
         rows, columns = spec.shape
-        packed = self.bits == 4
-        codes = TensorSpec(f"{spec.name}_packed", (rows, columns // 2), "u8") if packed else spec_as(spec, FP8)
+        packed = self.bits < 8
+        bytes_ = columns * self.bits // 8
+        codes = TensorSpec(f"{spec.name}_packed", (rows, bytes_), "u8") if packed else spec_as(spec, FP8)
         scale = TensorSpec(f"{spec.name}_scale", (rows, columns // mx.BLOCK), "u8")
-        if found := kept(dense, logical, Mx(4) if packed else Decode((1, mx.BLOCK), FP8), [codes, scale]):
+        if found := kept(dense, logical, Mx(self.bits) if packed else Decode((1, mx.BLOCK), FP8), [codes, scale]):
             return found
         made = Coded()
         dtype, bits = qparams.own(dense.dtype), 8 * ITEMSIZE[dense.dtype]
-        fmt = E2M1 if packed else E4M3
+        fmt = _FORMATS[self.bits]
         words = f"rounded once to {fmt.name}, a power of two by rule {self.rule} for its scale"
         recipe = MxPart(self.bits, self.rule, dtype, "codes")
         made.make(codes, Derived(codes.shape, (dense,), recipe, How(words, False, bits * 8 / self.bits)))
@@ -84,12 +91,11 @@ class MicroMX:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`: FP4 weights alone; FP8 with activations rounded alike as they come."""
+        """See `dconv.coded.encode.Scheme`: FP4 and FP6 weights alone; FP8 with activations rounded alike, or alone."""
         del coded
         weights = {"num_bits": self.bits, **_MX_ARGS}
-        if self.bits == 4:
-            return config([group_of("mxfp4-pack-quantized", weights, None)], plain)
-        return config([group_of("mxfp8-quantized", weights, {**weights, "dynamic": True})], plain)
+        rounded = {**weights, "dynamic": True} if self.bits == 8 and self.activations else None
+        return config([group_of(_NAMES[self.bits], weights, rounded)], plain)
 
 
 @dataclass(frozen=True)
@@ -172,12 +178,12 @@ class MxPart:
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         del dtype, factor
-        fmt = E2M1 if self.bits == 4 else E4M3
-        region, columns = _elements(box, mx.BLOCK, 8 // self.bits if self.part == "codes" else mx.BLOCK)
+        fmt = _FORMATS[self.bits]
+        region, columns = _elements(box, mx.BLOCK, mx.BLOCK * self.bits // 8 if self.part == "codes" else 1)
         weights = weights_of(read, region, self.rounded)
         if self.part == "scale":
             return mx.scales(weights, fmt, self.rule)
-        codes, _ = mx.encode(weights, fmt, self.rule, positive_zeros=True)
+        codes, _ = mx.encode(weights, fmt, self.rule, positive_zeros=self.bits != 6)  # whose packing keeps the sign
         return codes[:, columns]
 
 
@@ -191,7 +197,7 @@ class NvPart:
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
         del dtype, factor
-        region, columns = _elements(box, nvfp4.BLOCK, 2 if self.part == "codes" else nvfp4.BLOCK)
+        region, columns = _elements(box, nvfp4.BLOCK, nvfp4.BLOCK // 2 if self.part == "codes" else 1)
         whole = nvfp4.global_scale(_largest(read, 1, self.fused), self.rounded)
         weights = weights_of(read, region, self.rounded)
         if self.part == "scale":
@@ -216,13 +222,12 @@ def _largest(read: Read, first: int, count: int) -> float:
     return max(float(read(number, Region((0, 0), (1, 1)), "")[0, 0]) for number in range(first, first + count))
 
 
-def _elements(box: Region, block: int, each: int) -> tuple[Region, slice]:
+def _elements(box: Region, block: int, width: int) -> tuple[Region, slice]:
     """The whole groups of a weight that a box of its codes or scales touches, and where the box's columns are in them.
 
     Args:
-        each: elements of the weight for each column of the box.
+        block: columns of the weight that are a group.
+        width: columns of the box that a group takes.
     """
-    wide = Region((box.start[0], box.start[1] * each), (box.shape[0], box.shape[1] * each))
-    first, number, inside = groups_in(wide, block)
-    region = Region((box.start[0], first * block), (box.shape[0], number * block))
-    return region, slice(inside.start // each, inside.stop // each)
+    first, number, inside = groups_in(box, width)
+    return Region((box.start[0], first * block), (box.shape[0], number * block)), inside

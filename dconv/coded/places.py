@@ -14,6 +14,14 @@ _HEADS: Final = ("lm_head", "output_layer", "head", "output")
 _PREDICTOR: Final = ("eh_proj",)
 
 
+#: What vLLM holds as one matrix under a name of its own, from parts that must be in codes of one kind.
+FUSED: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tensor's place.
@@ -68,6 +76,12 @@ def _role(parts: list[str], shape: tuple[int, ...]) -> str:
         return "router"
     matrix = len(shape) == 2 or (len(shape) == 3 and any("expert" in part for part in parts))
     return "linear" if matrix and module not in _PREDICTOR else "other"
+
+
+def experts_of(module: str) -> str:
+    """The module of a layer's experts that a stored module is inside of, by its stored name; "" for none."""
+    found = _EXPERTS.match(module)
+    return found[1] if found and found[1] != module else ""
 
 
 def loaded_as(module: str) -> str:

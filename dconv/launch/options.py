@@ -159,7 +159,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization-config",
         metavar="JSON",
-        help="settings of a calibrated quantisation: JSON, a JSON or YAML file, or a preset's name",
+        help="settings of a calibrated quantisation, and a table of what each weight gets (default, and overrides by "
+        "pattern; of several kinds for FORMAT gptq): JSON, a JSON or YAML file, or a preset's name",
     )
     group.add_argument(
         "--calibration", metavar="DATA", help="text, JSONL, a dataset's folder, or token ids to calibrate on"

@@ -299,7 +299,7 @@ class Passes:
         """What keeps and finds the experts' answer once all of them are quantised."""
 
         def recall(value: Any) -> Any:
-            if self._seen is not None or not self._final.issuperset(self._experts.intersection(names)):
+            if self._seen is not None or self._through or not self._final.issuperset(self._experts.intersection(names)):
                 return None
             here: _Here = self._local.here
             if here.block == AWAY:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dconv.coded.compressed_config import METHOD, MIXED
-from dconv.coded.places import loaded_as
+from dconv.coded.places import experts_of, loaded_as
 from dconv.quant.kinds import PLAIN, ROW
 from dconv.quant.mixed import Choice
 from dconv.quant.names import some
@@ -145,6 +145,27 @@ def _fine_grained(kinds: set[Choice], symmetric: bool) -> Reader | None:
 _READERS: Final[tuple[Callable[[set[Choice], bool], Reader | None], ...]] = (
     _gptq, _awq, _fine_grained, _compressed, _quark,
 )  # fmt: skip
+
+
+def limits(choices: Mapping[str, Choice]) -> list[str]:
+    """What of a table some loader that reads its types does not load after all; a line for a person each.
+
+    Source: transformers 5.23 with compressed-tensors 0.20, run; see also `torn`.
+    """
+    experts = {_stored(choice) for name, choice in choices.items() if experts_of(name) and not choice.plain}
+    plain = [choice.words for choice in _sorted(experts) if not choice.integer and not _has_experts(choice)]
+    found = torn(choices)
+    if len(experts) > 1:
+        words = ", ".join(choice.words for choice in _sorted(experts))
+        found.append(f"transformers 5.23 decodes the experts of all layers alike: not as {words}")
+    elif plain:
+        found.append(f"transformers 5.23 does not load experts in {', '.join(plain)} as they are")
+    return found
+
+
+def _has_experts(choice: Choice) -> bool:
+    """Whether transformers loads experts in floating codes rightly: not in FP8 blocks, and without a global scale."""
+    return choice.wq in ("mxfp4", "mxfp6") or (choice.wq == "fp8" and choice.group == ROW)
 
 
 def torn(choices: Mapping[str, Choice]) -> list[str]:

@@ -308,7 +308,7 @@ def test_refused_before_the_first_byte(models: dict[str, Path], ids: Path, tmp_p
     request = request_for(models["llama"], ids, tmp_path / "out")
     for wrong, error in (
         ({"format": "hf"}, UsageError),
-        ({"quantization_config": '{"overrides": [{"pattern": "*.q_proj", "wq": "mxfp4"}]}'}, Refused),
+        ({"quantization_config": '{"group_size": 32, "overrides": [{"pattern": "*", "wq": "fp6"}]}'}, Refused),
         ({"quantization_config": '{"nsamples": 4096, "seqlen": 512}'}, Refused),
         ({"quantization_config": '{"bits": 5}'}, UsageError),
         ({"quantization_config": '{"group_sise": 32}'}, UsageError),

@@ -92,6 +92,7 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "mxfp4": ("mx", FOR, MICRO["mxfp4"]),
+    "mxfp6": ("mx", {"quant": "mxfp6_e2m3", **FOR}, MICRO["mxfp6"]),
     "mxfp8": (
         "mx",
         {"quant": "mxfp8"},
