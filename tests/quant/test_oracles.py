@@ -47,7 +47,7 @@ def logits(folder: Path, **more: Any) -> Any:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_decodes_what_was_calibrated_as_we_do(model: Path, tmp_path: Path, symmetric: bool) -> None:
     settings = {"bits": 4, "group_size": 32, "sym": symmetric, "nsamples": 8, "seqlen": 64}
-    told = {"quantization_config": json.dumps(settings), "calibration": str(model.parent / "ids.npy")}
+    told: dict[str, Any] = {"quantization_config": json.dumps(settings), "calibration": str(model.parent / "ids.npy")}
     convert(Request(model, "gptq", tmp_path / "coded", quant="pack-quantized", **told))
     convert(Request(tmp_path / "coded", "hf", tmp_path / "dense", dtype="f16"))
     ours = logits(tmp_path / "dense")
