@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from dconv.arch.layouts import check_heads, size
+from dconv.arch.rope import for_older_loaders
 from dconv.checkpoint import huggingface, megatron
 from dconv.describe import Described
 from dconv.errors import Refused
@@ -57,9 +58,11 @@ def _keeps(model: Described) -> frozenset[str]:
 
 
 def _huggingface(request: Request, model: Described) -> Target:
+    config = _new_config(request, model)
+    older = for_older_loaders(said := config or model.config)
     return huggingface.lay_out(
         _specs(request, model).values(),
-        config=_new_config(request, model),
+        config=config if older == said else older,
         side=model.source.side,
         shard_size=request.shard_size,
         left_out=model.logical.left_out,

@@ -110,6 +110,27 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in rope.items() if value is not None}
 
 
+def for_older_loaders(hf: Mapping[str, object]) -> dict[str, object]:
+    """A config whose ``rope_parameters`` are said in 4.x's keys, too: who reads those takes the defaults of a class
+    where they are missing, silently. In ``text_config`` as well.
+
+    transformers 5 makes the same config of both. A table for each kind of layer has no older spelling and stays alone.
+    """
+    said = dict(hf)
+    if isinstance(inner := said.get("text_config"), Mapping):
+        said["text_config"] = for_older_loaders(inner)
+    rope = said.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not rope or any(isinstance(value, Mapping) for value in rope.values()):
+        return said
+    if said.get(TABLE):  # which wins over rope_parameters
+        return said
+    given = {key: value for key, value in rope.items() if value is not None}
+    said |= {key: given.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in given}
+    # a class may have a scaling by default: that there is none is said, too
+    said[TABLE] = None if given in ({}, {"rope_type": "default"}) else given
+    return said
+
+
 def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, object]:
     """The table of a longrope as a config.json says it, under ``rope_scaling`` and without ``rope_theta``.
 
