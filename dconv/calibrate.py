@@ -14,7 +14,7 @@ from dconv.checkpoint.source import beside
 from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.describe import Described
-from dconv.errors import Refused, UsageError, group_names
+from dconv.errors import Preempted, Refused, UsageError, group_names
 from dconv.quant.awq_maps import Folds, folds_of
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.mixed import resolve
@@ -194,7 +194,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         held.arrays = {}
 
     return_freed_memory()
-    ranks = Ranks(settings.rank, settings.world, device)
+    ranks = Ranks(settings.rank, settings.world, device, settings.stop or threading.Event())
     ranks.begin()
     try:
         source, asked = job.source, job.settings
@@ -206,7 +206,8 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
                 expected="linear layers of transformers' decoder layers",
                 do="leave them out: an override with skip in --quantization-config",
             )
-        rank.do(plain)
+        with ranks.leaving_together():
+            rank.do(plain)
         folder, threads = rank.state / _FOLDER, _threads(settings.threads, settings.world)
         blocks, options = (
             Blocks(job.samples.tokens, folder / "hidden"),
@@ -230,7 +231,6 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
             options,
             write,
             method=method,
-            stop=settings.stop or threading.Event(),
         )
         try:
             job.lines[:] = run.run()
@@ -239,6 +239,9 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         finally:
             net.close()
         ranks.wait()
+    except Preempted as error:
+        error.where = error.where or str(rank.partial)
+        raise
     finally:
         ranks.end()
 

@@ -115,15 +115,17 @@ class Layers:
         folds = [fold for fold in self.folds.folds if fold.layer == index]
         size = self.blocks.samples(0).size
         room = Room.of(layer.nbytes, self.room, block_bytes(size, self.net.hidden, layer.widest), (), self.threads)
-        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], room.threads)
+        watch = Watch(layer, [fold.source for fold in folds if fold.is_norm], room.threads, self.ranks.hear)
         names = [name for name in self.recipes if watch.has(name)]
         try:
             sums, counts = self._counted(watch, index, mine, folds, names)
             count, length, probes = probes_of(self.blocks)
             here = [probe for probe in probes if probe.block in set(mine)]
-            seen = self._seen(watch, index, here, length, folds)
-            tried = [self._scales(watch, fold, *counts[at]) for at, fold in enumerate(folds)]
-            losses = self._losses(watch, folds, tried, here, count, seen)
+            with self.ranks.leaving_together():
+                seen = self._seen(watch, index, here, length, folds)
+                tried = [self._scales(watch, fold, *counts[at]) for at, fold in enumerate(folds)]
+                own = self._losses(watch, folds, tried, here, count, seen)
+            losses = self._summed(own)
             best = [line.index(min(line)) for line in losses]
             values, around = self._folded(watch, folds, [tried[at][point] for at, point in enumerate(best)])
             watch.set(values)
@@ -161,7 +163,8 @@ class Layers:
         device, last = self.net.device, index + 1 == len(self.net)
         for block in mine:  # before there are threads
             self.net.given(index, self.blocks.samples(block).shape)
-        groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
+        with self.ranks.leaving_together():
+            groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
         products = {}
         for group in groups:
             columns = watch.get(group[0]).shape[1]
@@ -183,7 +186,8 @@ class Layers:
             if not last:
                 self.blocks.write(index + 1, block, made.float().cpu().numpy())
 
-        watch.run(mine, one)
+        with self.ranks.leaving_together():
+            watch.run(mine, one)
         watch.inputs, watch.outputs = {}, {}
         exact = [item.sum for item in (*products.values(), *means.values())]
         for item in exact:
@@ -249,12 +253,8 @@ class Layers:
         here: Sequence[Probe],
         count: int,
         seen: _Seen,
-    ) -> list[list[float]]:
-        """Squared errors of each point of the grid, for each fold.
-
-        Every probe's is one number, of one rank; zeros are added to it elsewhere, and the sum over probes has their
-        order.
-        """
+    ) -> torch.Tensor:
+        """Squared errors of each point of the grid, for each fold: float64 [folds, points, probes], this rank's own."""
         import torch
 
         device = self.net.device
@@ -290,9 +290,18 @@ class Layers:
 
                 with watch.instead(dict(zip(quantised, made, strict=True))):
                     watch.run(found, through)
+        return losses
+
+    def _summed(self, losses: torch.Tensor) -> list[list[float]]:
+        """The sum over probes, of all ranks, in their order.
+
+        Every probe's is one number, of one rank; zeros are added to it elsewhere.
+        """
+        import torch
+
         self.ranks.sum([losses])
-        total = torch.zeros(len(folds), len(self.search), dtype=torch.float64, device=device)
-        for number in range(count):
+        total = torch.zeros_like(losses[:, :, 0])
+        for number in range(losses.shape[2]):
             total += losses[:, :, number]
         return torch.where(total.isfinite(), total, torch.inf).tolist()
 
@@ -324,11 +333,12 @@ class Layers:
             Refused: it does not.
         """
         same = True
-        for probe in probes:
-            hidden, before = seen.whole[probe.number]
-            (after,) = watch.run([probe], lambda _, hidden=hidden: watch.layer(hidden))
-            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
-            same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
+        with self.ranks.leaving_together():
+            for probe in probes:
+                hidden, before = seen.whole[probe.number]
+                (after,) = watch.run([probe], lambda _, hidden=hidden: watch.layer(hidden))
+                off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+                same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(
                 "a layer with AWQ's scales folded computes something else, the output is not finished",

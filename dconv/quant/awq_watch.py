@@ -32,6 +32,7 @@ class Watch:
     Args:
         norms: names of the norms' weights.
         threads: blocks that are computed at once.
+        hear: called now and then; raises what ends the work before its time.
 
     Attributes:
         inputs: by a weight's name, called with what comes to it; of weights with one input only the first is asked.
@@ -40,8 +41,10 @@ class Watch:
         at: the block of the calling thread.
     """
 
-    def __init__(self, layer: Layer, norms: Iterable[str], threads: int) -> None:
-        self.layer, self._threads = layer, threads
+    def __init__(
+        self, layer: Layer, norms: Iterable[str], threads: int, hear: Callable[[], None] = lambda: None
+    ) -> None:
+        self.layer, self._threads, self._hear = layer, threads, hear
         self.inputs: dict[str, Listen] = {}
         self.outputs: dict[str, Listen] = {}
         self.calls: dict[str, Call] = {}
@@ -76,6 +79,7 @@ class Watch:
         own = type(module).forward.__get__(module)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
+            self._hear()
             if listen := self.inputs.get(name):
                 listen(x.reshape(-1, x.shape[-1]))
             return own(x)
@@ -238,6 +242,7 @@ class Watch:
         import torch
 
         def alone(item: Any) -> Any:
+            self._hear()
             torch.set_num_threads(1)  # so that no sum depends on how many there are
             self._local.at = item
             with torch.no_grad():

@@ -84,12 +84,16 @@ class Passes:
         wanted: names of the weights to be quantised, of this layer.
         weigh_shared: weigh a shared expert's tokens by its gate.
 
+        hear: called now and then; raises what ends a pass before its time.
+
     Attributes:
         threads: blocks that are computed at once.
     """
 
-    def __init__(self, layer: Layer, wanted: set[str], *, weigh_shared: bool) -> None:
-        self.layer, self._weigh_shared, self.threads = layer, weigh_shared, 1
+    def __init__(
+        self, layer: Layer, wanted: set[str], *, weigh_shared: bool, hear: Callable[[], None] = lambda: None
+    ) -> None:
+        self.layer, self._weigh_shared, self._hear, self.threads = layer, weigh_shared, hear, 1
         self._linears = {name: module for name, module in layer.linears().items() if name in wanted}
         self._experts = wanted & {name for experts in layer.experts.values() for name in experts.weights}
         self._final: set[str] = set()
@@ -243,6 +247,7 @@ class Passes:
             if self._seen is not None:
                 self._seen.append((name, x))
                 return linear(x, module.weight, module.bias)
+            self._hear()
             here: _Here = self._local.here
             if gate is not None and self._weigh_shared:
                 inner, router = gate
@@ -270,6 +275,7 @@ class Passes:
         def listen(expert: int, x: torch.Tensor, weights: torch.Tensor) -> bool:
             if self._seen is not None:
                 return False
+            self._hear()
             sink = self._expert_sinks.get((module, expert, outer))
             if sink:
                 sink(x, weights)

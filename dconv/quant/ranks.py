@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from dconv.errors import UsageError
+from dconv.errors import Preempted, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 #: One rank may have to read and compute much longer than another, and storage may stall.
 _PATIENCE: Final = datetime.timedelta(hours=2)
+#: Until all have come; they are started together, and have only planned so far.
+_MEETING: Final = datetime.timedelta(minutes=15)
+
+
+class Told(Exception):
+    """This rank was told to stop, in the midst of something that it need not finish."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among those of a run. Every method is called by all of them, in the same order."""
+    """This rank among those of a run. Every method is called by all of them, in the same order.
+
+    Any of them raises `Preempted` where another rank has gone: what is finished is kept, and a new run goes on.
+
+    Attributes:
+        stop: set when this rank is to leave. It may be heard at any time, and is agreed upon with `leaving_together`.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> None:
         """Meet the others, where the launcher's variables say.
@@ -42,15 +57,19 @@ class Ranks:
             )
         import torch
         from torch import distributed
+        from torch.distributed.rendezvous import rendezvous
 
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
-        distributed.init_process_group(
-            "nccl" if self.device.startswith("cuda") else "gloo",
-            rank=self.rank,
-            world_size=self.world,
-            timeout=_PATIENCE,
-        )
+        with _met():
+            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=_MEETING))
+            distributed.init_process_group(
+                "nccl" if self.device.startswith("cuda") else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=_PATIENCE,
+            )
 
     def end(self) -> None:
         """Part."""
@@ -65,8 +84,9 @@ class Ranks:
         if self.world > 1:
             from torch import distributed
 
-            for tensor in tensors:
-                distributed.all_reduce(tensor)
+            with _met():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor)
 
     def counts(self, numbers: list[int]) -> list[int]:
         """The sums of some whole numbers."""
@@ -83,7 +103,8 @@ class Ranks:
         if self.world > 1:
             from torch import distributed
 
-            distributed.broadcast(tensor, source)
+            with _met():
+                distributed.broadcast(tensor, source)
 
     def least(self, number: int) -> int:
         """The least of all."""
@@ -93,7 +114,8 @@ class Ranks:
         from torch import distributed
 
         held = torch.tensor([number], dtype=torch.int64, device=self.device)
-        distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        with _met():
+            distributed.all_reduce(held, distributed.ReduceOp.MIN)
         return int(held)
 
     def any(self, sign: bool) -> bool:
@@ -103,3 +125,44 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here."""
         self.counts([0])
+
+    def hear(self) -> None:
+        """Raises Told if this rank was told to stop."""
+        if self.stop.is_set():
+            raise Told
+
+    @contextlib.contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Do something in which this rank may be told to stop; at its end all ranks go on, or all leave.
+
+        What a rank that was told has not done is of no use, so that nothing of it may be told to others or kept before
+        this ends.
+
+        Raises:
+            Preempted: some rank was told.
+        """
+        try:
+            yield
+        except Told:
+            pass
+        except Preempted:
+            if not self.stop.is_set():  # no sign of this rank's own
+                raise
+        if self.any(self.stop.is_set()):
+            raise Preempted(
+                "stopped by a signal; the layers that are finished are kept",
+                do="run the same command again (with --resume) to go on",
+            )
+
+
+@contextlib.contextmanager
+def _met() -> Iterator[None]:
+    """What torch raises where ranks do not come together is one of them gone, or kept from the others."""
+    try:
+        yield
+    except RuntimeError as fault:
+        raise Preempted(
+            "another rank has ended, or cannot be reached any more; the layers that are finished are kept",
+            found=str(fault).strip().partition("\n")[0][:300],
+            do="see what the other ranks say; run the same command again (with --resume) to go on",
+        ) from fault
