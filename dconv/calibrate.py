@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +17,7 @@ from dconv.coded.encode import linears
 from dconv.coded.integers import integers_of
 from dconv.coded.mixed_encode import Mixed, as_coded
 from dconv.describe import Described
-from dconv.errors import Refused, UsageError, group_names
+from dconv.errors import Preempted, Refused, UsageError, group_names
 from dconv.net import own
 from dconv.quant.awq_maps import Folds, folds_of
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
@@ -271,7 +272,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
 
     threads = _threads(settings.threads, settings.world)
     return_freed_memory()
-    ranks = Ranks(settings.rank, settings.world, device)
+    ranks = Ranks(settings.rank, settings.world, device, settings.stop or threading.Event())
     ranks.begin()
     try:
         source = job.source
@@ -292,9 +293,9 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
             if expert < 0 or peers.owns(expert):
                 parts[name] = _share([plan.tasks[i] for i in found], ranks if expert < 0 else peers.replicas)
         rank.share = sum(task.nbytes for task in (*plain, *(task for part in parts.values() for task in part)))
-        rank.do(plain)
+        with ranks.leaving_together():
+            rank.do(plain)
         run = calibration_of(job, net, ranks, peers, rank.state / _FOLDER, settings.max_memory, threads, write)
-        run.stop = settings.stop or run.stop
         try:
             job.lines[:] = run.run()
             if {line["weight"] for line in job.lines} != set(job.recipes):
@@ -302,6 +303,9 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         finally:
             net.close()
         ranks.wait()
+    except Preempted as error:
+        error.where = error.where or str(rank.partial)
+        raise
     finally:
         ranks.end()
 

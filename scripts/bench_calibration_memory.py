@@ -56,13 +56,12 @@ class Case:
 
 CASES: Final = (
     Case("llama-3b", "gptq", 1, 8),
-    Case("llama-3b", "gptq", 1, 48),
+    Case("llama-3b", "gptq", 1, 24),
     Case("llama-3b", "gptq", 2, 16),
-    Case("llama-3b", "awq", 1, 16),
-    Case("llama-3b", "awq", 2, 16),
+    Case("llama-3b", "awq", 1, 8),
     Case("qwen2-moe-a2.7b", "gptq", 1, 16),
     Case("qwen2-moe-a2.7b", "gptq", 2, 16),
-    Case("qwen2-moe-a2.7b", "awq", 1, 16),
+    Case("qwen2-moe-a2.7b", "awq", 1, 8),
 )
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _GRACE: Final = 10.0
 #: Seconds that a rank with nothing to report waits before it ends: its end makes a launcher stop the one that reports,
 #: which may hardly have started.
 _POLITE: Final = 5.0
+#: Seconds that a rank of ours has to leave once another one has failed; launchers wait as long.
+_PATIENCE: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +301,7 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
         )
         for rank in range(1, count)
     ]
+    threading.Thread(target=_tell, args=(stop, children), daemon=True).start()
     try:
         code = main(args, Place(0, count, 0, launched), stop)
     finally:
@@ -305,6 +309,14 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     failed = [c for c in (code, *codes) if c]
     preempted = Preempted.exit_code
     return next((c for c in failed if c != preempted), failed[0] if failed else 0)
+
+
+def _tell(stop: Stop, children: Sequence[Popen[bytes]]) -> None:
+    """Pass a signal on, as launchers do: ranks that work together leave together."""
+    stop.wait()
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
 
 
 def _free_port() -> int:
@@ -316,9 +328,15 @@ def _free_port() -> int:
 
 
 def _finish(child: Popen[bytes], *, stop: bool) -> int:
+    import subprocess
+
     if stop and child.poll() is None:
         child.terminate()
-    code = child.wait()
+    try:
+        code = child.wait(_PATIENCE if stop else None)
+    except subprocess.TimeoutExpired:  # it waits for a rank that is not there; what it has finished is kept
+        child.kill()
+        return Preempted.exit_code if child.wait() else 0
     if stop and code == -signal.SIGTERM:  # it had not begun to listen
         return Preempted.exit_code
     return code if code >= 0 else 128 - code

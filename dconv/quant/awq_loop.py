@@ -125,9 +125,12 @@ class Layers:
             sums, counts = self._counted(watch, index, mine, folds, names)
             count, length, probes = probes_of(self.blocks)
             here = self._here(probes, mine)
-            seen = self._seen(watch, index, here, length, folds)
+            with self.ranks.leaving_together():
+                seen = self._seen(watch, index, here, length, folds)
             tried = {at: self._scales(watch, folds[at], *found) for at, found in counts.items()}
-            losses = self._losses(watch, folds, tried, here, count, seen)
+            with self.ranks.leaving_together():
+                own = self._losses(watch, folds, tried, here, count, seen)
+            losses = self._summed(own)
             best = [line.index(min(line)) for line in losses]
             chosen = {at: (folds[at], found[best[at]]) for at, found in tried.items()}
             values, around = self._folded(watch, chosen.values())
@@ -185,7 +188,8 @@ class Layers:
         device, last = self.net.device, index + 1 == len(self.net)
         for block in mine:  # before there are threads
             self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
-        groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
+        with self.ranks.leaving_together():
+            groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
         products = {}
         for group in groups:
             columns = watch.get(group[0]).shape[1]
@@ -211,7 +215,8 @@ class Layers:
             if not last and block != AWAY:
                 self.blocks.write(index + 1, block, made.float().cpu().numpy())
 
-        watch.through(mine, one)
+        with self.ranks.leaving_together():
+            watch.through(mine, one)
         watch.inputs, watch.outputs = {}, {}
         owners = [self._ranks_of(watch, group[0]) for group in products]
         owners += [
@@ -306,12 +311,8 @@ class Layers:
         here: Sequence[Probe | int],
         count: int,
         seen: _Seen,
-    ) -> list[list[float]]:
-        """Squared errors of each point of the grid, for each fold.
-
-        Every probe's is one number, of one rank; zeros are added to it elsewhere, and the sum over probes has their
-        order.
-        """
+    ) -> torch.Tensor:
+        """Squared errors of each point of the grid, for each fold: float64 [folds, points, probes], this rank's own."""
         import torch
 
         device = self.net.device
@@ -345,9 +346,18 @@ class Layers:
 
                 with watch.instead(dict(zip(here_too, made, strict=True))):
                     watch.through([_number(probe) for probe in here], through)
+        return losses
+
+    def _summed(self, losses: torch.Tensor) -> list[list[float]]:
+        """The sum over probes, of all ranks, in their order.
+
+        Every probe's is one number, of one rank; zeros are added to it elsewhere.
+        """
+        import torch
+
         self.ranks.sum([losses])
-        total = torch.zeros(len(folds), len(self.search), dtype=torch.float64, device=device)
-        for number in range(count):
+        total = torch.zeros_like(losses[:, :, 0])
+        for number in range(losses.shape[2]):
             total += losses[:, :, number]
         return torch.where(total.isfinite(), total, torch.inf).tolist()
 
@@ -384,7 +394,9 @@ class Layers:
             return watch.layer(self._read(index, AWAY) if number == AWAY else seen.whole[number][0])
 
         numbers = [_number(probe) for probe in probes]
-        for number, after in zip(numbers, watch.through(numbers, again), strict=True):
+        with self.ranks.leaving_together():
+            after_all = watch.through(numbers, again)
+        for number, after in zip(numbers, after_all, strict=True):
             if number != AWAY:
                 hidden, before = seen.whole[number]
                 off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)

@@ -77,6 +77,7 @@ class Watch:
         own = type(module).forward.__get__(module)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
+            self._peers.hear()
             if (listen := self.inputs.get(name)) and self.item != AWAY:
                 listen(x.reshape(-1, x.shape[-1]), self.item)
             return own(x)
@@ -245,6 +246,7 @@ class Watch:
         import torch
 
         def alone(item: Any) -> Any:
+            self._peers.hear()
             torch.set_num_threads(1)  # so that no sum depends on how many there are
             with torch.no_grad():
                 return one(item)

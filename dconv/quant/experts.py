@@ -120,9 +120,9 @@ class Experts:
 
         lane, count, size = self._peers.lane, len(self.inner), self._peers.size
         routed = [torch.where(index == (AWAY if idle else expert)) for expert in range(count)]
-        item = self._peers.item
-        said = torch.tensor([len(tokens) for tokens, _ in routed] + [item], dtype=torch.int64, device=hidden.device)
-        table = lane.all_of(said).tolist()
+        said = [*(len(tokens) for tokens, _ in routed), int(self._peers.stop.is_set()), self._peers.item]
+        table = lane.all_of(torch.tensor(said, device=hidden.device)).tolist()
+        self._peers.hear(told=any(row[-2] for row in table))
         for first in range(0, count, size):
             some = range(first, min(first + size, count))
             sent = [table[lane.rank][expert] for expert in some] + [0] * (size - len(some))

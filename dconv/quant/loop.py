@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from dconv.errors import Preempted
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
@@ -72,13 +70,12 @@ class Calibration:
     write: Callable[[Mapping[str, Any]], None]
     said: Callable[[int, int, list[dict[str, Any]]], None] = lambda *_: None
     method: Callable[[Layer, int, Sequence[int]], tuple[dict[str, Any], list[dict[str, Any]]]] | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> list[dict[str, Any]]:
         """Calibrate all layers that are not yet; the report has a line for each weight.
 
         Raises:
-            Preempted: ``stop`` was set on some rank; what is finished is kept.
+            Preempted: some rank was told to stop, or has gone; what is finished is kept.
         """
         import torch
 
@@ -93,10 +90,10 @@ class Calibration:
             first = 0
             self._pass_on(0, report)
         for index in range(first, len(self.net)):
-            self._leave_if_told()
             layer = self.net.load(index)
             results, lines = (self.method or self._layer)(layer, index, rounds)
-            self.write(results)
+            with self.ranks.leaving_together():
+                self.write(results)
             lines = self._told(lines)
             report += lines
             self.net.forget(layer)
@@ -134,7 +131,6 @@ class Calibration:
             at_once = self.ranks.least(room.sums)  # of sums, so that all ranks make the same ones in one pass
             for stage in stages:
                 began = time.perf_counter()
-                self._leave_if_told()
                 found = self._stage(passes, stage, at_once, mine, read)
                 for name, result in found.items():
                     passes.set(name, result.chosen.decode())
@@ -142,7 +138,8 @@ class Calibration:
                 passes.settle(name for group in stage for name in group.names)
                 results |= found
             if not last:
-                passes.finish(mine, read, write)
+                with self.ranks.leaving_together():
+                    passes.finish(mine, read, write)
         finally:
             passes.close()
         return results, lines
@@ -219,7 +216,8 @@ class Calibration:
             return lambda x, weights: sums[group].add(x, weights if weigh else None)
 
         sinks = {group: sink(group) for group in sums}
-        passes.collect(mine, read, sinks, experts, through=not self.options.sequential)
+        with self.ranks.leaving_together():
+            passes.collect(mine, read, sinks, experts, through=not self.options.sequential)
         for ranks, some in self._by_ranks(list(sums)):
             for group in some:
                 ranks.sum(sums[group].parts())
@@ -244,11 +242,3 @@ class Calibration:
             if layer:
                 self.blocks.forget(layer - 1)
         self.ranks.wait()
-
-    def _leave_if_told(self) -> None:
-        if self.ranks.any(self.stop.is_set()):
-            raise Preempted(
-                "stopped by a signal; the layers that are finished are kept",
-                where=str(self.folder),
-                do="run the same command again (with --resume) to go on",
-            )

@@ -122,6 +122,7 @@ def together(
     import torch
 
     def alone(part: Part) -> tuple[Chosen, torch.Tensor]:
+        ranks.hear()
         torch.set_num_threads(1)
         began = time.perf_counter()
         with torch.no_grad():
@@ -129,7 +130,9 @@ def together(
         said = [made.power, -1.0 if made.damp is None else made.damp, time.perf_counter() - began]
         return made.chosen, torch.tensor(said, dtype=torch.float64, device=ranks.device)
 
-    done = dict(zip(mine, pool.map(alone, mine), strict=True))
+    done: dict[Part, tuple[Chosen, torch.Tensor]] = {}
+    with ranks.leaving_together():
+        done |= zip(mine, pool.map(alone, mine), strict=True)
     found: dict[str, list[tuple[Chosen, torch.Tensor]]] = {}
     for part, owner in zip(parts, _owners(parts, ranks.world), strict=True):
         one = done.get(part) or _blank(part, shapes[part.name][1], recipes[part.name], ranks.device)

@@ -244,6 +244,7 @@ class Passes:
             if self._seen is not None:
                 self._seen.append((name, x))
                 return linear(x, module.weight, module.bias)
+            self._peers.hear()
             here: _Here = self._local.here
             if gate is not None and self._weigh_shared:
                 inner, router = gate
@@ -271,6 +272,7 @@ class Passes:
     def _expert(self, module: str, outer: bool) -> Listen:
         def listen(expert: int, x: torch.Tensor, weights: torch.Tensor, item: Any) -> None:
             del item
+            self._peers.hear()
             if self._seen is None and (sink := self._expert_sinks.get((module, expert, outer))):
                 sink(x, weights)
 

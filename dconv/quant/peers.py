@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dconv.quant.ranks import Ranks
+from dconv.quant.ranks import Ranks, Told
 
 #: In the place of a block, where a rank has none left and its peers do.
 AWAY: Final = -1
@@ -25,10 +25,12 @@ class Peers:
     Attributes:
         replicas: the ranks with the same experts as this one.
         lanes: the peers, once for each thread: what two threads say at once must not be confused.
+        stop: set when this rank is to leave.
     """
 
     replicas: Ranks = Ranks()
     lanes: tuple[Ranks, ...] = (Ranks(),)
+    stop: threading.Event = field(default_factory=threading.Event)
     _here: threading.local = field(default_factory=threading.local)
 
     @classmethod
@@ -40,11 +42,12 @@ class Peers:
             threads: blocks that a rank computes at once.
         """
         if size == 1:
-            return cls(ranks, (Ranks(0, 1, ranks.device),))
+            return cls(ranks, (Ranks(0, 1, ranks.device),), ranks.stop)
         firsts = range(0, ranks.world, size)
         agreed = ranks.least(1 if ranks.device.startswith("cuda") else threads)
         replicas = ranks.part([[first + i for first in firsts] for i in range(size)])
-        return cls(replicas, tuple(ranks.part([range(i, i + size) for i in firsts]) for _ in range(agreed)))
+        lanes = tuple(ranks.part([range(i, i + size) for i in firsts]) for _ in range(agreed))
+        return cls(replicas, lanes, ranks.stop)
 
     @property
     def size(self) -> int:
@@ -59,6 +62,15 @@ class Peers:
     def item(self) -> Any:
         """What the calling thread is at."""
         return getattr(self._here, "item", 0)
+
+    def hear(self, *, told: bool = False) -> None:
+        """Raises Told if this rank was told to stop and may leave where it is: peers do so where they all meet.
+
+        Args:
+            told: they meet here, and one of them was.
+        """
+        if told or (self.size == 1 and self.stop.is_set()):
+            raise Told
 
     def owns(self, expert: int) -> bool:
         return expert % self.size == self.lanes[0].rank

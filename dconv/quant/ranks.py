@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from dconv.errors import UsageError
+from dconv.errors import Preempted, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 #: One rank may have to read and compute much longer than another, and storage may stall.
 _PATIENCE: Final = datetime.timedelta(hours=2)
+#: Until all have come; they are started together, and have only planned so far.
+_MEETING: Final = datetime.timedelta(minutes=15)
+
+
+class Told(Exception):
+    """This rank was told to stop, in the midst of something that it need not finish."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This rank among those of a run, or of a part of them. Every method is called by all, in the same order.
 
+    Any of them raises `Preempted` where another rank has gone: what is finished is kept, and a new run goes on.
+
     Attributes:
+        stop: set when this rank is to leave. It may be heard at any time, and is agreed upon with `leaving_together`;
+            a part alone agrees on nothing.
         members: of a part, their numbers in the whole run.
         group: of a part, torch.distributed's.
     """
@@ -29,6 +41,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    stop: threading.Event = field(default_factory=threading.Event)
     members: tuple[int, ...] = ()
     group: Any = None
 
@@ -49,15 +62,19 @@ class Ranks:
             )
         import torch
         from torch import distributed
+        from torch.distributed.rendezvous import rendezvous
 
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
-        distributed.init_process_group(
-            "nccl" if self.device.startswith("cuda") else "gloo",
-            rank=self.rank,
-            world_size=self.world,
-            timeout=_PATIENCE,
-        )
+        with _met():
+            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=_MEETING))
+            distributed.init_process_group(
+                "nccl" if self.device.startswith("cuda") else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=_PATIENCE,
+            )
 
     def part(self, each: Sequence[Sequence[int]]) -> Ranks:
         """This rank among those of its part, where ``each`` parts all of them."""
@@ -65,9 +82,10 @@ class Ranks:
             return self
         from torch import distributed
 
-        groups = [distributed.new_group(list(members)) for members in each]  # all ranks make all of them
-        members, group = next((m, g) for m, g in zip(each, groups, strict=True) if self.rank in m)
-        return Ranks(list(members).index(self.rank), len(members), self.device, tuple(members), group)
+        with _met():
+            groups = [distributed.new_group(list(members)) for members in each]  # all ranks make all of them
+        members, group = next((tuple(m), g) for m, g in zip(each, groups, strict=True) if self.rank in m)
+        return Ranks(members.index(self.rank), len(members), self.device, members=members, group=group)
 
     def end(self) -> None:
         """Part."""
@@ -82,8 +100,9 @@ class Ranks:
         if self.world > 1:
             from torch import distributed
 
-            for tensor in tensors:
-                distributed.all_reduce(tensor, group=self.group)
+            with _met():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor, group=self.group)
 
     def counts(self, numbers: list[int]) -> list[int]:
         """The sums of some whole numbers."""
@@ -100,7 +119,8 @@ class Ranks:
         if self.world > 1:
             from torch import distributed
 
-            distributed.broadcast(tensor, self.members[source] if self.members else source, group=self.group)
+            with _met():
+                distributed.broadcast(tensor, self.members[source] if self.members else source, group=self.group)
 
     def all_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Everyone's tensor of one shape, [ranks, …]."""
@@ -111,7 +131,8 @@ class Ranks:
         from torch import distributed
 
         out = torch.empty(self.world, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        distributed.all_gather(list(out.unbind()), tensor, group=self.group)
+        with _met():
+            distributed.all_gather(list(out.unbind()), tensor, group=self.group)
         return out
 
     def exchange(self, rows: torch.Tensor, sent: Sequence[int], coming: Sequence[int]) -> torch.Tensor:
@@ -125,7 +146,8 @@ class Ranks:
         from torch import distributed
 
         out = torch.empty(sum(coming), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-        distributed.all_to_all_single(out, rows, list(coming), list(sent), group=self.group)
+        with _met():
+            distributed.all_to_all_single(out, rows, list(coming), list(sent), group=self.group)
         return out
 
     def gather(self, said: Any) -> list[Any]:
@@ -135,7 +157,8 @@ class Ranks:
         from torch import distributed
 
         found: list[Any] = [None] * self.world
-        distributed.all_gather_object(found, said, group=self.group)
+        with _met():
+            distributed.all_gather_object(found, said, group=self.group)
         return found
 
     def least(self, number: int) -> int:
@@ -146,7 +169,8 @@ class Ranks:
         from torch import distributed
 
         held = torch.tensor([number], dtype=torch.int64, device=self.device)
-        distributed.all_reduce(held, distributed.ReduceOp.MIN, group=self.group)
+        with _met():
+            distributed.all_reduce(held, distributed.ReduceOp.MIN, group=self.group)
         return int(held)
 
     def any(self, sign: bool) -> bool:
@@ -156,3 +180,44 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here."""
         self.counts([0])
+
+    def hear(self) -> None:
+        """Raises Told if this rank was told to stop."""
+        if self.stop.is_set():
+            raise Told
+
+    @contextlib.contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Do something in which this rank may be told to stop; at its end all ranks go on, or all leave.
+
+        What a rank that was told has not done is of no use, so that nothing of it may be told to others or kept before
+        this ends.
+
+        Raises:
+            Preempted: some rank was told.
+        """
+        try:
+            yield
+        except Told:
+            pass
+        except Preempted:
+            if not self.stop.is_set():  # no sign of this rank's own
+                raise
+        if self.any(self.stop.is_set()):
+            raise Preempted(
+                "stopped by a signal; the layers that are finished are kept",
+                do="run the same command again (with --resume) to go on",
+            )
+
+
+@contextlib.contextmanager
+def _met() -> Iterator[None]:
+    """What torch raises where ranks do not come together is one of them gone, or kept from the others."""
+    try:
+        yield
+    except RuntimeError as fault:
+        raise Preempted(
+            "another rank has ended, or cannot be reached any more; the layers that are finished are kept",
+            found=str(fault).strip().partition("\n")[0][:300],
+            do="see what the other ranks say; run the same command again (with --resume) to go on",
+        ) from fault

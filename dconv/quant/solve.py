@@ -44,6 +44,7 @@ def solve(
     hessians.clear()
 
     def factored(key: tuple[int, Recipe]) -> Factor | None:
+        ranks.hear()
         torch.set_num_threads(1)
         group, recipe = key
         hessian = held[group].clone() if recipes_of[group] > 1 else held.pop(group)
@@ -58,6 +59,8 @@ def solve(
         return Made(quantise(rows, found, recipe), found.power(rows), found.damp)
 
     with ThreadPoolExecutor(threads) as pool:
-        made = dict(zip(needed, pool.map(factored, needed), strict=True))
+        made: dict[tuple[int, Recipe], Factor | None] = {}
+        with ranks.leaving_together():
+            made |= zip(needed, pool.map(factored, needed), strict=True)
         tokens = {name: counts[group] for name, group in group_of.items()}
         return together(parts, mine, make, pool, tokens, shapes, recipes, ranks)

@@ -17,7 +17,7 @@ from dconv.calibrate import Calibrating, calibration_of
 from dconv.quant.network import Network
 from dconv.quant.parts import Result
 from dconv.quant.peers import Peers
-from dconv.quant.ranks import Ranks
+from dconv.quant.ranks import Ranks, Told
 
 
 class Threads:
@@ -41,6 +41,7 @@ class _OfThread:
     rank: int
     world: int
     device: str = "cpu"
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -58,6 +59,13 @@ class _OfThread:
 
     def any(self, sign: bool) -> bool:
         return any(self.hub.exchange(self.rank, sign))
+
+    def hear(self) -> None:
+        if self.stop.is_set():
+            raise Told
+
+    def leaving_together(self) -> Any:
+        return Ranks.leaving_together(self)  # type: ignore[arg-type]
 
     def wait(self) -> None:
         self.hub.exchange(self.rank, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import pytest
 pytest.importorskip("torch", reason="calibration computes with torch")
 pytest.importorskip("transformers", reason="calibration runs transformers' layers")
 
-from dconv.errors import Refused, UsageError
+from dconv.errors import Preempted, Refused, UsageError
 from dconv.pipeline import prepare, run
+from dconv.quant.experts import Experts
 from dconv.quant.network import Network
 from dconv.quant.peers import Peers
 from dconv.quant.ranks import Ranks
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from tests.quant import awq_models, calibrated
-from tests.quant.one_process import assert_same, calibrated_by
+from tests.quant.one_process import Threads, assert_same, calibrated_by
 from tests.quant.one_process import calibrated as calibrated_alone
 
 
@@ -68,6 +70,34 @@ def test_awq(family: str, world: int, ep: int, ids: Path, tmp_path: Path) -> Non
     job = awq_models.planned(asked)
     one = calibrated_alone(job, tmp_path / "one")
     assert_same(one, calibrated_by(job, tmp_path / "many", world, ep=ep), ep)
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+@pytest.mark.parametrize("told", [0, 3])
+def test_told_in_the_midst_of_a_pass(form: str, told: int, ids: Path, tmp_path: Path) -> None:
+    """One of four ranks is told to stop, and all leave: its peers where they meet, the others after the pass."""
+    source = calibrated if form == "gptq" else awq_models
+    model = source.model_of("mixtral", tmp_path / "model")
+    job = prepare(source.request_for(model, ids, tmp_path / "out", nsamples=20, seqlen=512)).calibrating
+    assert job is not None
+    ranks = Threads(4).each
+    own, calls = Experts._expert, []
+
+    def expert(self: Experts, *args: Any) -> Any:
+        calls.append(ranks[told].stop.is_set())
+        if len(calls) == 30:
+            ranks[told].stop.set()
+        return own(self, *args)
+
+    left = []
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(Experts, "_expert", expert)
+        for one in [pool.submit(calibrated_alone, job, tmp_path / "state", rank, ep=2) for rank in ranks]:
+            with pytest.raises(Preempted, match="stopped by a signal"):
+                one.result(timeout=60)
+            left.append(True)
+    assert len(left) == 4
+    assert calls.count(True) < 60  # a block's at most, of each rank
 
 
 def test_a_rank_has_its_experts_alone(ids: Path, tmp_path: Path) -> None:
