@@ -50,29 +50,39 @@ def ended(process: subprocess.Popen[str]) -> None:
 
 
 def layer_of(out: Path) -> str:
-    """The layer that an interrupted run will go on with."""
+    """How far an interrupted run had come: the layer that the next one goes on with."""
     states = list(out.parent.glob(f"{out.name}.partial-*/.dconv/calibration/state.json"))
-    return str(json.loads(states[0].read_text())["layer"]) if states else "start"
+    return f"layer {json.loads(states[0].read_text())['layer']}" if states else "the start"
 
 
-def killed(words: list[str], out: Path, whole: float, times: int, moments: random.Random) -> int:
-    """Kill a run so many times and let it finish; returns how many kills came in time."""
-    hits = 0
-    for number in range(times):
-        ranks, moment = WORLDS[number % len(WORLDS)], moments.uniform(0, whole)
+def killed(words: list[str], out: Path, whole: Path, seconds: float, times: int, moments: random.Random) -> bool:
+    """Kill a run so many times and let it finish; whether it then has the files of ``whole``.
+
+    Where a run was done before its moment came, its files are compared, too, and what follows starts over.
+    """
+    same, kills, number = True, 0, 0
+    while kills < times or not out.exists():
+        ranks, moment = WORLDS[number % len(WORLDS)], moments.uniform(0, seconds) if kills < times else float("inf")
+        number += 1
         process, began = begun(words, out, ranks), time.monotonic()
         while process.poll() is None and time.monotonic() - began < moment:
             time.sleep(0.01)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            hits += 1
             process.communicate()
-            print(f"| {out.name} | {ranks} | {moment:.1f} s | {layer_of(out)} |", flush=True)
+            kills += 1
+            what = f"{moment:.1f} s, at {'the very end' if out.exists() else layer_of(out)}"
         else:
             ended(process)
-            print(f"| {out.name} | {ranks} | not killed: done before {moment:.1f} s | |", flush=True)
-            break
-    return hits
+            what = "not killed"
+        if out.exists():
+            alike = digests(out) == digests(whole) and not list(out.parent.glob(f"{out.name}.partial*"))
+            what += ", the same files" if alike else ", OTHER FILES"
+            same &= alike
+            if kills < times:
+                shutil.rmtree(out)
+        print(f"| {out.name} | {ranks} | {what} |", flush=True)
+    return same
 
 
 def main() -> None:
@@ -93,7 +103,7 @@ def main() -> None:
     samples = args.work / "samples.npy"
     np.save(samples, np.random.default_rng(args.seed).integers(0, vocabulary, (args.samples, args.length)))
     said = {"bits": 4, "group_size": args.group_size, "nsamples": args.samples, "seqlen": args.length}
-    print("| FORMAT | ranks | killed after | layer that was gone on with |\n|---|---|---|---|", flush=True)
+    print("| FORMAT | ranks | killed after |\n|---|---|---|", flush=True)
     wrong = []
     for form in args.formats:
         words = [str(args.model), form, "--calibration", str(samples), "--quantization-config", json.dumps(said)]
@@ -103,14 +113,10 @@ def main() -> None:
         began = time.monotonic()
         ended(begun(words, whole, 2))
         seconds = time.monotonic() - began
-        hits = killed(words, out, seconds, args.times, random.Random(f"{form} {args.seed}"))  # noqa: S311
-        if not out.exists():
-            ended(begun(words, out, WORLDS[args.times % len(WORLDS)]))
-        left = [path.name for path in args.work.glob(f"{form}.*")]
-        same = digests(out) == digests(whole) and not left
-        wrong += [] if same else [form]
-        verdict = f"{len(digests(whole))} files the same" if same else f"NOT the same, or left behind: {left}"
-        print(f"| {form} | {hits} kills, uninterrupted {seconds:.1f} s | | {verdict} |", flush=True)
+        print(f"| {form} | 2 | never, {seconds:.1f} s |", flush=True)
+        moments = random.Random(f"{form} {args.seed}")  # noqa: S311
+        if not killed(words, out, whole, seconds, args.times, moments):
+            wrong.append(form)
     if wrong:
         raise SystemExit(f"other files after kills: {', '.join(wrong)}")
 

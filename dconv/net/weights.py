@@ -6,7 +6,6 @@ transformers renames and joins them (experts of one tensor each into one of thre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Final
 
@@ -138,10 +137,10 @@ class Weights:
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        place: Mapping[str, Any] = {"base_model_prefix": self._model.base_model_prefix, "meta_state_dict": self._wanted}
+        place: tuple[str, Any] = (self._model.base_model_prefix, self._wanted)  # transformers 5.0 names them otherwise
         unused = []
         for source in sorted(self._logical.specs, key=dot_natural_key):
-            name, pattern = rename_source_key(source, renamings, converters, **place)
+            name, pattern = rename_source_key(source, renamings, converters, *place)
             if name not in self._wanted and source in self._wanted:
                 name, pattern = source, None
             if name not in self._wanted:
@@ -155,7 +154,8 @@ class Weights:
         rule = deepcopy(how)
         for pattern, source in sources:
             rule.add_tensor(name, source, pattern, self._read(source))
-        made = rule.convert(name, model=self._model, config=self._model.config)[name]
+        made = rule.convert(name, model=self._model, config=self._model.config)
+        made = (made[0] if isinstance(made, tuple) else made)[name]  # with errors beside it up to transformers 5.0
         return made[0] if isinstance(made, list) else made
 
     def _read(self, source: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
