@@ -3,10 +3,10 @@
     python scripts/bench_calibration_memory.py                       every case of `CASES`
     python scripts/bench_calibration_memory.py --case llama-3b       one; may be given several times
 
-What is promised: 3 x one decoder layer + --max-memory. A layer counts as it is computed with, in float32; what counts
-is what comes on top of an interpreter that has imported torch and transformers (``VmHWM``, both of them). Models have
-random weights, two layers and a small vocabulary: what layers take does not depend on either. Prints a table in
-Markdown.
+What is promised: 3 x what a rank has of one decoder layer + --max-memory. That is all of it, and with ``--ep N`` what
+is no expert and the N-th part of the experts. A layer counts as it is computed with, in float32; what counts is what
+comes on top of an interpreter that has imported torch and transformers (``VmHWM``, both of them). Models have random
+weights, two layers and a small vocabulary: what layers take does not depend on either. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Case:
     format: str
     ranks: int
     samples: int
+    ep: int = 1
 
 
 CASES: Final = (
@@ -61,12 +62,16 @@ CASES: Final = (
     Case("llama-3b", "awq", 1, 8),
     Case("qwen2-moe-a2.7b", "gptq", 1, 16),
     Case("qwen2-moe-a2.7b", "gptq", 2, 16),
+    Case("qwen2-moe-a2.7b", "gptq", 2, 16, ep=2),
+    Case("qwen2-moe-a2.7b", "gptq", 4, 32, ep=4),
     Case("qwen2-moe-a2.7b", "awq", 1, 8),
+    Case("qwen2-moe-a2.7b", "awq", 2, 16, ep=2),
 )
 
 
-def made(folder: Path, settings: Mapping[str, Any]) -> int:
-    """Write a model of random weights in bf16, unless it is there; the elements of one of its layers."""
+def made(folder: Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Write a model of random weights in bf16, unless it is there; the elements of one of its layers, those of its
+    experts apart."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -77,7 +82,8 @@ def made(folder: Path, settings: Mapping[str, Any]) -> int:
             name: value.shape
             for name, value in transformers.AutoModelForCausalLM.from_config(config).named_parameters()
         }
-    layer = sum(shape.numel() for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    inside = [shape for name, shape in shapes.items() if name.startswith("model.layers.0.")]
+    layer = sum(shape.numel() for shape in inside if len(shape) < 3), sum(s.numel() for s in inside if len(s) == 3)
     if (folder / "config.json").exists():
         return layer
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,11 +172,11 @@ def interpreter() -> int:
 
 
 def measured(case: Case, work: Path) -> tuple[int, list[int]]:
-    """Elements of a layer, and the peak of each rank."""
+    """Elements of a layer that a rank has, and the peak of each rank."""
     import numpy as np
 
     model = work / case.model
-    layer = made(model, MODELS[case.model])
+    dense, experts = made(model, MODELS[case.model])
     samples = work / f"samples-{case.samples}.npy"
     np.save(samples, np.random.default_rng(0).integers(0, VOCABULARY, (case.samples, LENGTH)))
     out = work / "out"
@@ -179,10 +185,10 @@ def measured(case: Case, work: Path) -> tuple[int, list[int]]:
     found = peaks([
         sys.executable, "-m", "dconv", "convert", str(model), case.format, "-o", str(out), "--quiet",
         "--calibration", str(samples), "--quantization-config", json.dumps(settings),
-        "--max-memory", str(BUDGET), "--nproc", str(case.ranks),
+        "--max-memory", str(BUDGET), "--nproc", str(case.ranks), "--ep", str(case.ep),
     ])  # fmt: skip
     shutil.rmtree(out)
-    return layer, sorted(found.values())[-case.ranks :]
+    return dense + experts // case.ep, sorted(found.values())[-case.ranks :]
 
 
 def main() -> None:
@@ -191,12 +197,13 @@ def main() -> None:
     parser.add_argument("--format", choices=("gptq", "awq"))
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--samples", type=int)
+    parser.add_argument("--ep", type=int)
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "bench_memory")
     args = parser.parse_args()
     base = interpreter()
     print(f"the interpreter with torch and transformers: {base / 1e6:,.0f} MB; --max-memory {BUDGET / 1e6:,.0f} MB\n")
-    print("| model | FORMAT | ranks | samples | layer, fp32 | promised | a rank took | with the interpreter |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | FORMAT | ranks | --ep | samples | layer, fp32 | promised | a rank took | with the interpreter |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     kept = True
     for case in CASES:
         asked = (
@@ -204,6 +211,7 @@ def main() -> None:
             args.format in (None, case.format),
             args.ranks in (None, case.ranks),
             args.samples in (None, case.samples),
+            args.ep in (None, case.ep),
         )
         if not all(asked):
             continue
@@ -211,7 +219,7 @@ def main() -> None:
         promised, most = 3 * 4 * elements + BUDGET, max(found)
         kept &= most - base <= promised
         numbers = (4 * elements, promised, most - base, most)
-        cells = [case.model, case.format, str(case.ranks), f"{case.samples} x {LENGTH}"]
+        cells = [case.model, case.format, str(case.ranks), str(case.ep), f"{case.samples} x {LENGTH}"]
         print(f"| {' | '.join([*cells, *(f'{number / 1e6:,.0f} MB' for number in numbers)])} |", flush=True)
     if not kept:
         raise SystemExit("a rank took more than was promised")
