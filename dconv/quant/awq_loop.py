@@ -1,20 +1,21 @@
 """AWQ of one layer: count, search scales, fold them, search ranges, round.
 
 Unlike GPTQ's, what comes to a layer is what the model itself would give it: scales are of the weights' own inputs, and
-rounding one weight changes no other's. All samples are counted; the losses of the search are of a few, the same ones
-for any number of ranks.
+rounding one weight changes no other's. All samples are counted; the losses of the search (`dconv.quant.awq_probes`) are
+of a few.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import Refused
-from dconv.quant.awq import Search, magnitudes, rounded, settled
+from dconv.quant.awq import Search, magnitudes, settled
 from dconv.quant.awq_maps import Fold, Folds
+from dconv.quant.awq_probes import Probe, Probing, Seen, probes_of
 from dconv.quant.awq_round import round_off
 from dconv.quant.awq_sums import Hessians, Magnitudes
 from dconv.quant.awq_watch import Watch
@@ -29,53 +30,10 @@ from dconv.quant.room import Room, block_bytes
 if TYPE_CHECKING:
     import torch
 
-#: Tokens of the search's losses, and of one of its samples at most. One number is chosen for a layer's channels, which
-#: takes few tokens; each costs what the model costs, times the points of the grid.
-_TOKENS: Final = 2048
-_LENGTH: Final = 256
 #: A token whose answer the fold changed by more than this part of it, and how many there may be: near a tie, routers
 #: decide otherwise for a last bit.
 _SAME: Final = 1e-3
 _TIES: Final = 0.05
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A sample of the search.
-
-    Attributes:
-        number: among all of them.
-        block, row: where it is.
-    """
-
-    number: int
-    block: int
-    row: int
-
-
-def probes_of(blocks: Blocks) -> tuple[int, int, list[Probe]]:
-    """How many samples the search has, how many tokens of each, and which they are."""
-    samples, length = blocks.tokens.shape
-    used = min(length, _LENGTH)
-    count = min(samples, max(1, _TOKENS // used))
-    each = len(blocks.samples(0))
-    chosen = [number * samples // count for number in range(count)]
-    return count, used, [Probe(number, at // each, at % each) for number, at in enumerate(chosen)]
-
-
-@dataclass
-class _Seen:
-    """What the search needs of a layer, by probe.
-
-    Attributes:
-        inputs: of linear layers whose own answer is compared, by the weight's name.
-        calls: arguments and answers of modules, by path.
-        whole: what comes to the layer, and what leaves it.
-    """
-
-    inputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = field(default_factory=dict)
-    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,14 +81,15 @@ class Layers:
         names = [name for name in self.recipes if watch.has(name)]
         try:
             sums, counts = self._counted(watch, index, mine, folds, names)
+            probing = self.probing
             count, length, probes = probes_of(self.blocks)
-            here = self._here(probes, mine)
+            here = probing.here(probes, mine)
             with self.ranks.leaving_together():
-                seen = self._seen(watch, index, here, length, folds)
+                seen = probing.seen(watch, index, here, length, folds)
             tried = {at: self._scales(watch, folds[at], *found) for at, found in counts.items()}
             with self.ranks.leaving_together():
-                own = self._losses(watch, folds, tried, here, count, seen)
-            losses = self._summed(own)
+                own = probing.losses(watch, folds, tried, here, count, seen)
+            losses = probing.summed(own)
             best = [line.index(min(line)) for line in losses]
             chosen = {at: (folds[at], found[best[at]]) for at, found in tried.items()}
             values, around = self._folded(watch, chosen.values())
@@ -163,6 +122,10 @@ class Layers:
         plain = {name: value for name, value in values.items() if name in self.folds.plain}
         return {**results, **plain}, lines
 
+    @property
+    def probing(self) -> Probing:
+        return Probing(self.net, self.recipes, self.blocks, self.ranks, self.peers, self.search)
+
     def _domains(self) -> Sequence[Ranks]:
         """All ranks, and where experts are divided, those with the same ones."""
         return (self.ranks,) if self.peers.size == 1 else (self.ranks, self.peers.replicas)
@@ -170,12 +133,6 @@ class Layers:
     def _ranks_of(self, watch: Watch, name: str) -> Ranks:
         """Those that have a weight."""
         return self._domains()[-1 if watch.of_expert(name) else 0]
-
-    def _here(self, probes: Sequence[Probe], mine: Sequence[int]) -> list[Probe | int]:
-        """The probes in this rank's blocks; where experts are divided, as many as any rank has."""
-        world = self.ranks.world
-        most = max(sum(probe.block % world == rank for probe in probes) for rank in range(world))
-        return self.peers.padded([probe for probe in probes if probe.block in set(mine)], most)
 
     def _counted(
         self, watch: Watch, index: int, mine: Sequence[int], folds: Sequence[Fold], names: Sequence[str]
@@ -211,7 +168,7 @@ class Layers:
         watch.inputs = {name: _all(calls) for name, calls in listening.items()}
 
         def one(block: int) -> None:
-            made = watch.layer(self._read(index, block))
+            made = watch.layer(self.probing.read(index, block))
             if not last and block != AWAY:
                 self.blocks.write(index + 1, block, made.float().cpu().numpy())
 
@@ -237,48 +194,6 @@ class Layers:
             {at: (mean.sum.total(), by_fold[at]) for at, mean in means.items()},
         )
 
-    def _read(self, index: int, block: int) -> torch.Tensor:
-        """What comes to a layer; of no block something that goes through while others' tokens come to its experts."""
-        import torch
-
-        found = self.blocks.read(index, 0)[:1, :1] if block == AWAY else self.blocks.read(index, block)
-        return torch.from_numpy(found).to(self.net.device)
-
-    def _seen(self, watch: Watch, index: int, here: Sequence[Probe | int], length: int, folds: Sequence[Fold]) -> _Seen:
-        """What the search needs, of this rank's probes."""
-        seen = _Seen()
-        for shape in ((1, length), (1, 1)):
-            self.net.given(index, shape)
-        alone = {fold.readers[0] for fold in folds if len(fold.readers) == 1}
-        paths = {watch.parent(fold.readers) for fold in folds if len(fold.readers) > 1}
-
-        def heard(name: str) -> Any:
-            return lambda x, number: seen.inputs.__setitem__((name, number), x)
-
-        def called(path: str) -> Any:
-            def keep(args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-                seen.calls[path, watch.item] = args, kwargs, made[0] if isinstance(made, tuple) else made
-
-            return keep
-
-        watch.catch(paths)
-        watch.inputs = {watch.listener(name): heard(name) for name in alone}
-        watch.calls = {path: called(path) for path in paths}
-
-        by_number = {_number(probe): probe for probe in here}
-
-        def one(number: int) -> None:
-            probe = by_number[number]
-            if isinstance(probe, Probe):
-                hidden = self._read(index, probe.block)[probe.row : probe.row + 1, :length].clone()
-                seen.whole[number] = hidden, watch.layer(hidden)
-            else:
-                watch.layer(self._read(index, AWAY))
-
-        watch.through([_number(probe) for probe in here], one)
-        watch.inputs, watch.calls = {}, {}
-        return seen
-
     def _scales(self, watch: Watch, fold: Fold, total: torch.Tensor, tokens: int) -> list[torch.Tensor]:
         """What is tried: scales of each point of the grid; none at all where no token came.
 
@@ -303,64 +218,6 @@ class Layers:
             whole += some
         return list(self.search.scales(total / tokens, (whole[:-1] / whole[-1]).float()))
 
-    def _losses(
-        self,
-        watch: Watch,
-        folds: Sequence[Fold],
-        tried: Mapping[int, Sequence[torch.Tensor]],
-        here: Sequence[Probe | int],
-        count: int,
-        seen: _Seen,
-    ) -> torch.Tensor:
-        """Squared errors of each point of the grid, for each fold: float64 [folds, points, probes], this rank's own."""
-        import torch
-
-        device = self.net.device
-        losses = torch.zeros(len(folds), len(self.search), count, dtype=torch.float64, device=device)
-        for at, scales in tried.items():
-            quantised = [name for name in folds[at].readers if name in self.recipes]
-            if len(folds[at].readers) == 1:
-                name = quantised[0]
-                found = [number for number in range(count) if (name, number) in seen.inputs]
-
-                def direct(point: int, name: str = name, at: int = at, found: Sequence[int] = found,
-                           scales: Sequence[torch.Tensor] = scales) -> None:  # fmt: skip
-                    weight = watch.get(name)
-                    error = rounded(weight, scales[point], self.recipes[name]) - weight
-                    for number in found:
-                        losses[at, point, number] = _square(seen.inputs[name, number] @ error.t())
-
-                watch.run(range(len(self.search)) if found else (), direct)
-                continue
-            path, here_too = watch.parent(folds[at].readers), [name for name in quantised if watch.has(name)]
-            for point in range(len(self.search)):
-                made = watch.run(
-                    here_too, lambda name, s=scales[point]: rounded(watch.get(name), s, self.recipes[name])
-                )
-
-                def through(number: int, path: str = path, at: int = at, point: int = point) -> None:
-                    args, kwargs, answer = seen.calls[path, number]
-                    error = watch.call(path, args, kwargs) - answer
-                    if number != AWAY:
-                        losses[at, point, number] = _square(error)
-
-                with watch.instead(dict(zip(here_too, made, strict=True))):
-                    watch.through([_number(probe) for probe in here], through)
-        return losses
-
-    def _summed(self, losses: torch.Tensor) -> list[list[float]]:
-        """The sum over probes, of all ranks, in their order.
-
-        Every probe's is one number, of one rank; zeros are added to it elsewhere.
-        """
-        import torch
-
-        self.ranks.sum([losses])
-        total = torch.zeros_like(losses[:, :, 0])
-        for number in range(losses.shape[2]):
-            total += losses[:, :, number]
-        return torch.where(total.isfinite(), total, torch.inf).tolist()
-
     def _folded(
         self, watch: Watch, chosen: Collection[tuple[Fold, torch.Tensor]]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -382,25 +239,18 @@ class Layers:
                 around[name] = scale
         return values, around
 
-    def _check(self, watch: Watch, index: int, probes: Sequence[Probe | int], seen: _Seen) -> None:
+    def _check(self, watch: Watch, index: int, probes: Sequence[Probe | int], seen: Seen) -> None:
         """See that the layer computes what it did.
 
         Raises:
             Refused: it does not.
         """
         same = True
-
-        def again(number: int) -> torch.Tensor:
-            return watch.layer(self._read(index, AWAY) if number == AWAY else seen.whole[number][0])
-
-        numbers = [_number(probe) for probe in probes]
         with self.ranks.leaving_together():
-            after_all = watch.through(numbers, again)
-        for number, after in zip(numbers, after_all, strict=True):
-            if number != AWAY:
-                hidden, before = seen.whole[number]
-                off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
-                same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
+            found = self.probing.again(watch, index, probes, seen)
+        for hidden, before, after in found:
+            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+            same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(
                 "a layer with AWQ's scales folded computes something else, the output is not finished",
@@ -417,16 +267,6 @@ def _all(calls: Sequence[Any]) -> Any:
             call(x)
 
     return listen
-
-
-def _number(probe: Probe | int) -> int:
-    return probe.number if isinstance(probe, Probe) else probe
-
-
-def _square(error: torch.Tensor) -> float:
-    import torch
-
-    return float(error.square().sum(dtype=torch.float64))
 
 
 def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

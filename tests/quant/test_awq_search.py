@@ -22,8 +22,9 @@ from dconv.checkpoint.source import expected_specs
 from dconv.errors import Preempted, Refused
 from dconv.pipeline import prepare, run
 from dconv.quant.awq import settled
-from dconv.quant.awq_loop import Layers, probes_of
+from dconv.quant.awq_loop import Layers
 from dconv.quant.awq_maps import folds_of
+from dconv.quant.awq_probes import probes_of
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import nearest
 from dconv.quant.loop import Calibration
