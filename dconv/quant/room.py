@@ -17,7 +17,7 @@ _LAYERS: Final = 3
 #: Of a block under way there are at once so many tensors as wide as the hidden states, and so many of the widest.
 _HIDDEN, _WIDEST = 4, 3
 #: Libraries' own buffers and code, messages between ranks, the source's bytes on their way into float32.
-_OTHER: Final = 64 << 20
+_OTHER: Final = 96 << 20
 #: Passes for one stage at most, if it came to that: each computes most of the layer once more.
 _PASSES: Final = 8
 
