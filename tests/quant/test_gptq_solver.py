@@ -137,7 +137,6 @@ def test_sums_do_not_depend_on_who_adds(
     total = alone.total()
     assert torch.equal(total, some.total())
     assert torch.equal(total, ranks[0].total())
-    assert torch.equal(total, total.T)
     assert torch.allclose(total.double(), expected, rtol=1e-5, atol=1e-5 * magnitude**2 * max(sum(tokens), 1) / 4)
 
 
