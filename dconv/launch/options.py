@@ -97,7 +97,10 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory, or one .pt/.bin file"
     )
     parser.add_argument(
-        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, fp8, megatron, neuron, pt, bmtrain"
+        "format",
+        nargs="?",
+        metavar="FORMAT",
+        help="huggingface (hf), safetensors, fp8, mlx, megatron, neuron, pt, bmtrain",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -282,11 +285,11 @@ def to_request(args: argparse.Namespace) -> Request:
             "the output is cut, not the source",
             do="leave them out",
         )
-    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron"):
+    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron", "mlx"):
         raise UsageError(
             f"{args.format} has no files of a size that one chooses, nothing was written",
             where="--shard-size",
-            expected="this option with FORMAT huggingface or neuron only",
+            expected="this option with FORMAT huggingface, neuron or mlx only",
             do="leave it out",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
