@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from dconv.coded import mlx
 from dconv.coded.decode import KEY
 from dconv.coded.decoded import Decoded
 from dconv.errors import DconvError, Refused
+from dconv.sharding.derived import Derived, steps
 from dconv.sharding.layout import pieces
 from dconv.sharding.plan import Target
 from dconv.sharding.region import Region
@@ -152,10 +154,29 @@ def as_held(held: Iterable[Held], logical: Logical) -> Logical:
         if not dtypes:  # left out by --drop: building the plan names it
             continue
         specs[one.name] = TensorSpec(one.name, one.shape, dtypes.pop())
-        where[one.name] = _through(one, logical.pieces)
+        where[one.name] = _joined(one, _through(one, logical.pieces), logical.derived)
         if again := _through(one, logical.replicas):
             twins[one.name] = again
     return replace(logical, specs=specs, pieces=where, replicas=twins)
+
+
+def _joined(one: Held, boxes: tuple[Piece, ...], derived: Mapping[str, Derived]) -> tuple[Piece, ...]:
+    """The boxes as one where all are of a computed tensor that is this very one: then its codes may be kept."""
+    if not boxes:  # a config alone has none
+        return boxes
+    first = boxes[0]
+    made = derived.get(first.file)
+    if made is None or made.shape != one.shape or sum(box.region.volume for box in boxes) != prod(one.shape):
+        return boxes
+    apart = steps(one.shape)
+    for box in boxes:
+        along = zip(box.strides, apart, box.region.shape, strict=True)
+        straight = all(n == 1 or stride == step for stride, step, n in along)
+        here = sum(at * step for at, step in zip(box.region.start, apart, strict=True))
+        same = (box.file, box.dtype, box.factor) == (first.file, first.dtype, 1.0)
+        if not (straight and same and box.offset == here):
+            return boxes
+    return (made.piece(one.name, first.file, first.dtype),)
 
 
 def _through(one: Held, pieces_of: Mapping[str, tuple[Piece, ...]]) -> tuple[Piece, ...]:

@@ -94,13 +94,21 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
+_ONE: Final = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
+#: What mlx_lm.convert's output is recorded of: family, bits and group, and what its config says.
+SMALL: Final[dict[tuple[str, int, int], dict[str, Any]]] = {
+    ("llama", 4, 64): _ONE,
+    ("qwen2", 3, 32): _ONE,
+    ("qwen3_moe", 6, 32): {**_ONE, "mlp_only_layers": [], "decoder_sparse_step": 1},
+}
+
 
 def write_model(folder: Path, name: str, dtype: str = "bf16", **more: Any) -> Path:
     """A HuggingFace directory; what balances a router is fp32, as in released models."""
     folder.mkdir(parents=True)
     family = by_name(name)
     config = config_of(family, **{**_SIZES, **MODELS[name], **more})
-    config["hidden_size"] = _SIZES["hidden_size"]
+    config["hidden_size"] = more.get("hidden_size", _SIZES["hidden_size"])
     if config.get("head_dim") is None:
         del config["head_dim"]
     config["torch_dtype"] = {"bf16": "bfloat16", "f32": "float32"}[dtype]
