@@ -22,7 +22,9 @@ from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.tensor import Logical, Piece, TensorSpec
 
 FORMAT: Final = "mlx"
-_QUANT: Final = re.compile(r"([234568])bit(?:_g(32|64|128))?")
+#: ``--quant`` of groups of 64 columns.
+VARIANTS: Final = tuple(f"{bits}bit" for bits in affine.BITS)
+_QUANT: Final = re.compile(rf"({'|'.join(map(str, affine.BITS))})bit(?:_g({'|'.join(map(str, affine.GROUPS))}))?")
 _USUAL_GROUP: Final = 64
 #: What mlx-lm's predicates hold some layers in.
 _EIGHT: Final = Grid(8, 64)
@@ -54,7 +56,7 @@ def grid_of(request: Request) -> Grid | None:
         raise UsageError(
             "mlx has no such variant, nothing was written",
             where=f"--quant {request.quant}",
-            expected="2bit, 3bit, 4bit, 5bit, 6bit or 8bit, with groups of 64 columns; 4bit_g32, 4bit_g128 for others",
+            expected=", ".join(VARIANTS) + ", with groups of 64 columns; 4bit_g32, 4bit_g128 for others",
         )
     return Grid(int(found[1]), int(found[2] or _USUAL_GROUP))
 
@@ -69,7 +71,8 @@ def as_mlx(model: Described, request: Request) -> Written:
     grid = grid_of(request)
     held = lay_out(model.family, model.facts)
     config, notes = config_of(model.family, model.facts, model.config)
-    gone = {name: why for name, why in left_out(model.family, model.facts).items() if name in model.logical.specs}
+    predicted = {name: why for name, why in left_out(model.family, model.facts).items() if name in model.logical.specs}
+    gone = {".".join(name.split(".")[:3]) + ".*": why for name, why in predicted.items()}
     logical = as_held(held, model.logical)
     logical = replace(logical, left_out={**logical.left_out, **gone})
     fixed, scheme = model.fixed, ""

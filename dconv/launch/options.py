@@ -11,6 +11,7 @@ from typing import Any, Final
 from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
+from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
@@ -203,7 +204,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _variants() -> str:
-    return "; ".join(f"{format} {', '.join(known)}" for format, known in VARIANTS.items())
+    known = [f"{format} {', '.join(known)}" for format, known in VARIANTS.items()]
+    return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)"])
 
 
 def block_size(text: str) -> tuple[int, int]:
