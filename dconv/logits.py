@@ -43,6 +43,8 @@ def require(job: Job) -> None:
     request, target = job.request, FORMATS[job.request.format]
     if request.with_eagle:
         raise _refused("no runtime here runs an EAGLE head")
+    if request.format == "mlx" and request.quant:
+        raise _refused("weights in MLX's codes are not held to a bound")
     if request.format in QUANTISED:
         _require_transformers(request)
         return

@@ -135,6 +135,12 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, said, scales = as_neuron(model, coding)
         notes += said
         codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
+    if engine == "mlx":
+        from dconv.mlx import as_mlx
+
+        written = as_mlx(model, request)
+        model, codes = written.model, written.scheme
+        notes += written.notes
     target = TARGETS[engine](request, model)
     if calibrating:
         target = replace(target, closing=calibrating.closing(target.closing))

@@ -179,6 +179,8 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
         PACK_QUANTIZED: _PACKED,
     },
 }
+#: FORMATs whose ``--quant`` is read elsewhere: their tensors are not HuggingFace's.
+BY_ITSELF: Final = ("mlx",)
 #: Options that only variants have, with what stands for them where they are not given.
 OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None}
 
@@ -192,7 +194,8 @@ def scheme_of(request: Request) -> Schemes | None:
     variants = VARIANTS.get(request.format, {})
     given = {name for name, otherwise in OPTIONS.items() if getattr(request, name) != otherwise}
     if not variants:
-        named = [*(["--quant"] if request.quant else []), *map(spelled, sorted(given))]
+        own = request.quant is not None and request.format not in BY_ITSELF
+        named = [*(["--quant"] if own else []), *map(spelled, sorted(given))]
         if named:
             raise UsageError(
                 f"{request.format} is not quantised, nothing was written",

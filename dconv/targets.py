@@ -84,6 +84,18 @@ def _neuron(request: Request, model: Described) -> Target:
     )
 
 
+def _mlx(request: Request, model: Described) -> Target:
+    from dconv.checkpoint import mlx
+
+    return mlx.lay_out_target(
+        _specs(request, model).values(),
+        config=model.config,
+        side=model.source.side,
+        shard_size=request.shard_size,
+        left_out=model.logical.left_out,
+    )
+
+
 def _pt(request: Request, model: Described) -> Target:
     from dconv.checkpoint import pt
 
@@ -200,4 +212,5 @@ TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {
     "pt": _pt,
     "bmtrain": _bmtrain,
     "neuron": _neuron,
+    "mlx": _mlx,
 }

@@ -8,14 +8,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, huggingface, megatron, neuron, state_dict
+from dconv.checkpoint import gguf, huggingface, megatron, mlx, neuron, state_dict
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
 from dconv.errors import Damaged, Refused, UsageError
 
 #: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
-CONTAINERS: Final = ("huggingface", "torch_dist", "legacy", "model_pt", "pt", "bmtrain", "meta", "neuron", "gguf")
+CONTAINERS: Final = (
+    "huggingface",
+    "torch_dist",
+    "legacy",
+    "model_pt",
+    "pt",
+    "bmtrain",
+    "meta",
+    "neuron",
+    "mlx",
+    "gguf",
+)
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
 #: Those whose own config may be left unread, since another one is given.
 _TRANSLATED: Final = ("meta", "bmtrain", "model_pt", "gguf")
@@ -121,7 +132,7 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
             expected="metadata.json, which Megatron writes last",
         )
     if huggingface.is_huggingface(folder):
-        return "neuron" if neuron.is_neuron(folder) else "huggingface"
+        return "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
     if any(folder.glob("consolidated.*.pth")):
         return "meta"
     if state_dict.find(folder) is not None:

@@ -339,12 +339,14 @@ def lay_out_slots(
     shard_size: int,
     left_out: dict[str, str],
     indexed: bool = False,
+    framework: str = "pt",
 ) -> Target:
     """The same for tensors that are made of several; see `lay_out`.
 
     Args:
         held: tensors under their names in the files, and where their elements come from.
         indexed: write an index of a single file, too.
+        framework: see `dconv.checkpoint.safetensors.lay_out`.
     """
     held = list(held)
     places = {spec.name: slots for spec, slots in held}
@@ -353,7 +355,7 @@ def lay_out_slots(
     tensors: list[TargetTensor] = []
     for number, part in enumerate(parts, 1):
         name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        size, first, offsets = safetensors.lay_out(part)
+        size, first, offsets = safetensors.lay_out(part, framework)
         files.append(TargetFile(name, size, ((0, first),)))
         for spec, offset in zip(part, offsets, strict=True):
             tensors.append(TargetTensor(spec.name, name, offset, spec, places[spec.name]))

@@ -58,6 +58,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     return {tensor.spec.name: tensor for _, _, tensor in stored}
 
 
+def framework(path: Path) -> str:
+    """Whose tensors a file says that it holds (``pt``, ``mlx``); "" where it does not.
+
+    Raises:
+        Damaged: see `read_header`.
+    """
+    header = parse_json(_header_bytes(path, stamp(path).size), where=str(path), what="the safetensors header")
+    said = header.get("__metadata__")
+    return str(said.get("format", "")) if isinstance(said, dict) else ""
+
+
 def _header_bytes(path: Path, size: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,9 +116,13 @@ def _bad(path: Path, name: str, expected: str, found: str) -> Damaged:
     return Damaged("a safetensors header is broken", where=f"{name[:200]} in {path}", expected=expected, found=found)
 
 
-def lay_out(specs: Sequence[TensorSpec]) -> tuple[int, bytes, list[int]]:
-    """Lay out one file: (file size, its first bytes, byte offset of each tensor)."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+def lay_out(specs: Sequence[TensorSpec], framework: str = "pt") -> tuple[int, bytes, list[int]]:
+    """Lay out one file: (file size, its first bytes, byte offset of each tensor).
+
+    Args:
+        framework: whose tensors they are; without it transformers refuses the file.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": framework}}
     at, offsets = 0, []
     for spec in specs:
         header[spec.name] = {

@@ -11,6 +11,7 @@ from typing import Any, Final
 from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
 from dconv.launch.config_file import read_config
+from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
@@ -97,7 +98,10 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="checkpoint directory, or one .pt/.bin file"
     )
     parser.add_argument(
-        "format", nargs="?", metavar="FORMAT", help="huggingface (hf), safetensors, fp8, megatron, neuron, pt, bmtrain"
+        "format",
+        nargs="?",
+        metavar="FORMAT",
+        help="huggingface (hf), safetensors, fp8, mlx, megatron, neuron, pt, bmtrain",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -200,7 +204,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _variants() -> str:
-    return "; ".join(f"{format} {', '.join(known)}" for format, known in VARIANTS.items())
+    known = [f"{format} {', '.join(known)}" for format, known in VARIANTS.items()]
+    return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)"])
 
 
 def block_size(text: str) -> tuple[int, int]:
@@ -282,11 +287,11 @@ def to_request(args: argparse.Namespace) -> Request:
             "the output is cut, not the source",
             do="leave them out",
         )
-    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron"):
+    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron", "mlx"):
         raise UsageError(
             f"{args.format} has no files of a size that one chooses, nothing was written",
             where="--shard-size",
-            expected="this option with FORMAT huggingface or neuron only",
+            expected="this option with FORMAT huggingface, neuron or mlx only",
             do="leave it out",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
