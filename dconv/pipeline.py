@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dconv import __version__, calibrate
+from dconv import __version__, calibrate, gguf
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.calibrate import Calibrating
@@ -135,7 +135,12 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, said, scales = as_neuron(model, coding)
         notes += said
         codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
-    target = TARGETS[engine](request, model)
+    if engine == "gguf":
+        made = gguf.export(request, model)
+        model, target, codes = made.model, made.target, made.words
+        notes += made.notes
+    else:
+        target = TARGETS[engine](request, model)
     if calibrating:
         target = replace(target, closing=calibrating.closing(target.closing))
     plan = build_plan(model.logical, target)

@@ -26,7 +26,7 @@ from dconv.errors import Refused, UsageError
 from dconv.quant.kinds import PLAIN, ROW
 from dconv.quant.mixed import Choice
 from dconv.quant.readers import Reader, readers
-from dconv.request import Request, spelled
+from dconv.request import FORMATS, Request, spelled
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def scheme_of(request: Request) -> Schemes | None:
     variants = VARIANTS.get(request.format, {})
     given = {name for name, otherwise in OPTIONS.items() if getattr(request, name) != otherwise}
     if not variants:
-        named = [*(["--quant"] if request.quant else []), *map(spelled, sorted(given))]
+        own = FORMATS.get(request.format) == "gguf"  # it has types of its own
+        named = [*(["--quant"] if request.quant and not own else []), *map(spelled, sorted(given))]
         if named:
             raise UsageError(
                 f"{request.format} is not quantised, nothing was written",
