@@ -155,8 +155,11 @@ def _kinds(asked: str | None, held: Sequence[Tensor], model: Described) -> tuple
     kinds = {tensor.name: kind_of(tensor.name, tensor.shape, asked or own, tied=tied) for tensor in held}
     if asked is not None:
         return asked, kinds
+    if model.source.format != "gguf":
+        return own, kinds
     blocks = {tensor.name: kind for tensor in held if (kind := source_blocks(tensor, model.logical))}
-    return (None if blocks else own), {**kinds, **blocks}
+    plain = {tensor.name: TYPES[tensor.spec.dtype][0] for tensor in held if tensor.spec.dtype in TYPES}
+    return (None if blocks else own), {**kinds, **plain, **blocks}
 
 
 def kind_of(name: str, shape: tuple[int, ...], asked: str, *, tied: bool) -> str:
@@ -183,8 +186,9 @@ def _of_kinds(kind: str | None, packed: Sequence[Stored]) -> tuple[str, ...]:
     notes = [f"tensors: {listed}" + (f"; of {kept:,} the blocks are the source's own" if kept else "")]
     if kind in _RAISED and counts["Q8_0"]:
         notes.append("the output layer is Q8_0: llama-quantize makes it Q6_K, which nothing here encodes")
-    if kind not in (None, "F16") and not str(kind).startswith("TQ") and counts["F16"]:
-        notes.append(f"{counts['F16']:,} tensors are F16: their rows are not whole blocks")
+    size = BLOCKS[kind or "F16"][0]
+    if odd := sum(tensor.kind == "F16" and tensor.shape[-1] % size > 0 for tensor in packed):
+        notes.append(f"{odd:,} tensors are F16: their rows are not whole blocks of {size}")
     return tuple(notes)
 
 

@@ -82,9 +82,13 @@ def lay_out(
         begin = padded(len(header), ALIGNMENT)
         literals = [(0, header + bytes(begin - len(header)))]
         for index, offset in zip(part, offsets, strict=True):
+            end = offset + sizes[index]
+            gap = padded(end, ALIGNMENT) - end
             if index < len(data):
-                literals.append((begin + offset, data[index]))
+                literals.append((begin + offset, data[index] + bytes(gap)))
                 continue
+            if gap:
+                literals.append((begin + end, bytes(gap)))
             spec = tensors[index - len(data)].spec
             axes = tuple(range(len(spec.shape)))
             slot = Slot(spec.name, Region.whole(spec.shape), (0,) * len(axes), axes)
