@@ -107,8 +107,13 @@ def check(family: Family, config: Hf, made: Written, shapes: Mapping[str, Index]
         raise _unsaid(family, made.arch, "\n".join(odd))
 
 
-def _same(a: object, b: object) -> bool:
-    """Equal, as far as fp32 tells."""
+def _same(a: Any, b: Any) -> bool:
+    """Equal, as far as fp32 tells; of rotary tables by the newer name of their kind."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        a, b = ({**one, "type": None, "rope_type": one.get("rope_type") or one.get("type")} for one in (a, b))
+        return all(_same(a.get(key), b.get(key)) for key in a.keys() | b.keys())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
         return a == b or fp32(float(a)) == fp32(float(b))
     return a == b
