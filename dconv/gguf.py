@@ -21,6 +21,7 @@ from dconv.checkpoint.gguf_header import raw_values, read_header
 from dconv.checkpoint.gguf_target import Raw, lay_out
 from dconv.checkpoint.gguf_vocabulary import vocabulary
 from dconv.codec.gguf import BLOCKS
+from dconv.coded.gguf import PLAIN
 from dconv.coded.gguf_encode import Stored, Tensor, file_of, source_blocks, stored, tensors
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError
@@ -44,6 +45,11 @@ _QUANTISATION_VERSION: Final = 2
 _ANEW: Final = ("general.architecture", "general.file_type", "general.alignment", "general.quantization_version")
 #: What a file's name ends with that says how it is stored.
 _SUFFIX: Final = re.compile(r"(?i)([-._](F32|F16|BF16|T?I?Q\d\w*|MXFP4))?(-\d{5}-of-\d{5})?(\.gguf)?$")
+
+
+def is_rounded(quant: str | None) -> bool:
+    """Whether a type has blocks."""
+    return quant is not None and TYPES.get(quant.lower(), ("F32", 0))[0] not in PLAIN
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def export(request: Request, model: Described) -> Export:
         split=request.split_size,
         left_out={**logical.left_out, **left_out},
     )
-    said = "" if kind in (None, "F32", "F16", "BF16") else f"GGUF {kind}"
+    said = "" if kind is None or kind in PLAIN else f"GGUF {kind}"
     more = (f"{len(left_out):,} tensors left out: {next(iter(left_out.values()))}",) if left_out else ()
     return Export(replace(model, logical=logical), target, (*_of_kinds(kind, packed), *more, *notes), said)
 

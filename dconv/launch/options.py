@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
-from dconv.gguf import TYPES
+from dconv.gguf import TYPES, is_rounded
 from dconv.launch.config_file import read_config
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
@@ -294,6 +294,13 @@ def to_request(args: argparse.Namespace) -> Request:
             where="--shard-size",
             expected="this option with FORMAT huggingface, neuron or gguf only",
             do="leave it out",
+        )
+    if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
+        raise UsageError(
+            "weights in blocks have no bound that logits keep, nothing was written",
+            where=f"--verify logits beside --quant {args.quant}",
+            expected="f32, f16 or bf16",
+            do="--verify digest reads the output back",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
     parallel = Parallel(

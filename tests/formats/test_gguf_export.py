@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from gguf.quants import dequantize, quantize
 from dconv.arch.registry import by_name
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import expected_specs
-from dconv.errors import Refused, UsageError
+from dconv.cli import main as cli
+from dconv.errors import Refused, UsageError, VerifyFailed
 from dconv.gguf import TYPES
+from dconv.logits import compare
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from dconv.verify import reread
-from tests.formats.gguf_files import in_blocks, recorded, rewrite
+from tests.formats.gguf_files import Tensor, in_blocks, recorded, rewrite
 from tests.formats.gguf_models import MODELS, write_model
 from tests.formats.gguf_tokenizers import byte_pairs
 from tests.models import config_of, facts_of, tensors, tree_digest, write_random
@@ -192,19 +195,19 @@ def test_split(tmp_path: Path) -> None:
     assert tensors(tmp_path / "back") == tensors(before)
 
 
+def _any_bytes(name: str, values: np.ndarray[Any, Any]) -> Iterable[Tensor]:
+    """IQ4_NL, which the package gguf does not encode: any bytes will do."""
+    if values.ndim < 2 or values.shape[-1] % 32 or "norm" in name:
+        yield name, values, None
+    else:
+        raw = np.random.default_rng(0).integers(0, 256, (*values.shape[:-1], values.shape[-1] // 32 * 18), np.uint8)
+        yield name, raw, GGMLQuantizationType.IQ4_NL
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "MXFP4", "IQ4_NL"])
 def test_blocks_that_are_there_stay(tmp_path: Path, kind: str) -> None:
     """To merge or split a GGUF rounds nothing, whatever it is made of."""
-    if kind == "IQ4_NL":  # which the package gguf does not encode: any bytes will do
-
-        def change(name: str, values: np.ndarray[Any, Any]) -> Any:
-            if values.ndim < 2 or values.shape[-1] % 32 or "norm" in name:
-                return [(name, values, None)]
-            raw = np.random.default_rng(0).integers(0, 256, (*values.shape[:-1], values.shape[-1] // 32 * 18), np.uint8)
-            return [(name, raw, GGMLQuantizationType.IQ4_NL)]
-
-    else:
-        change = in_blocks(kind)
+    change = _any_bytes if kind == "IQ4_NL" else in_blocks(kind)
     before = rewrite(recorded(tmp_path, "qwen3_moe"), tmp_path / "before.gguf", change, values={"general.file_type": 2})
     convert(Request(before, "gguf", tmp_path / "out"))
     assert only(tmp_path / "out").name == "before.gguf"
@@ -240,6 +243,24 @@ def test_transformers_computes_the_same(tmp_path: Path, name: str) -> None:
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+
+
+def test_verified(tmp_path: Path) -> None:
+    """By its logits where its weights are plain; of blocks nothing is claimed."""
+    before = source(tmp_path / "before", "qwen2")
+    for quant, bound in (("bf16", 1e-4), ("f16", 1e-2)):
+        job = prepare(Request(before, "gguf", tmp_path / quant, quant=quant))
+        run(job, Settings())
+        found = compare(job, tmp_path / quant)
+        assert found["difference"] <= found["bound"] <= bound
+    job = prepare(Request(before, "gguf", tmp_path / "q8_0", quant="q8_0"))
+    run(job, Settings())
+    with pytest.raises(VerifyFailed, match="no bound"):
+        compare(job, tmp_path / "q8_0")
+    assert (
+        cli(["convert", str(before), "gguf", "-o", str(tmp_path / "x"), "--quant", "q8_0", "--verify", "logits"]) == 2
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_scalars_are_said_once(tmp_path: Path) -> None:
