@@ -244,5 +244,11 @@ def _bound(job: Job) -> tuple[float, str]:
     }
     if not rounded:
         return BOUND, "the same weights"
+    if codes := rounded - _UNIT_ROUNDOFF.keys():
+        raise VerifyFailed(
+            "the logits were not compared",
+            found=f"weights rounded to blocks ({', '.join(sorted(codes))}), of which no bound of logits is known",
+            do="--verify digest reads the output back",
+        )
     worst = max(rounded, key=lambda dtype: _UNIT_ROUNDOFF[dtype])
     return max(BOUND, _ROUNDOFFS * _UNIT_ROUNDOFF[worst]), f"weights rounded to {worst}, {_ROUNDOFFS} unit roundoffs"

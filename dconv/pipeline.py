@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dconv import __version__, calibrate
+from dconv import __version__, calibrate, gguf
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.calibrate import Calibrating
@@ -141,7 +141,12 @@ def prepare_described(request: Request, model: Described) -> Job:
         written = as_mlx(model, request)
         model, codes = written.model, written.scheme
         notes += written.notes
-    target = TARGETS[engine](request, model)
+    if engine == "gguf":
+        made = gguf.export(request, model)
+        model, target, codes = made.model, made.target, made.words
+        notes += made.notes
+    else:
+        target = TARGETS[engine](request, model)
     if calibrating:
         target = replace(target, closing=calibrating.closing(target.closing))
     plan = build_plan(model.logical, target)

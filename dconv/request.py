@@ -17,8 +17,7 @@ FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
-    "mlx": "mlx",
-    "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
@@ -39,7 +38,7 @@ class Request:
         out: output path; None is ``./<model>-<format>``.
         parallel: the target's layout (Megatron; of ``pt`` the tensor parallel size alone).
         dtype: dconv's short name, or None to keep every tensor's own.
-        shard_size: bytes of one HuggingFace file.
+        shard_size: bytes of one file of weights, at most; None as the FORMAT has it (`file_size`, `split_size`).
         divisor: the vocabulary is padded to a multiple of this times tp (Megatron).
         drop: patterns of tensors to leave out; one may stand without a tuple around it.
         rename: a file of patterns for the source's tensor names.
@@ -62,6 +61,7 @@ class Request:
         calibration: a file or folder of samples; None for the text that ships.
         strict: a pattern of that config that matches nothing is an error.
         device: torch's name of where calibration computes.
+        gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -76,7 +76,7 @@ class Request:
     transformer_impl: str = "transformer_engine"
     divisor: int = 128
     dtype: str | None = None
-    shard_size: int = 5_000_000_000
+    shard_size: int | None = None
     drop: str | Sequence[str] = ()
     replicas: str = "equal"
     rename: Path | None = None
@@ -96,8 +96,19 @@ class Request:
     calibration: str | None = None
     strict: bool = False
     device: str = "cpu"
+    gguf_pretokenizer: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of one HuggingFace file."""
+        return self.shard_size or 5_000_000_000
+
+    @property
+    def split_size(self) -> int | None:
+        """Bytes of one file of a GGUF; None writes one file."""
+        return self.shard_size
 
     @property
     def output(self) -> Path:
@@ -108,7 +119,9 @@ class Request:
         if self.fake_weight and model.name == "config.json":
             model = model.parent
         name = self.format if self.quant is None else self.quant
-        return Path(f"{model.name}-{name if self.format in QUANTISED else FORMATS.get(self.format, name)}")
+        return Path(
+            f"{model.name.removesuffix('.gguf')}-{name if self.format in QUANTISED else FORMATS.get(self.format, name)}"
+        )
 
 
 def spelled(option: str) -> str:

@@ -64,7 +64,7 @@ def _huggingface(request: Request, model: Described) -> Target:
         _specs(request, model).values(),
         config=config if older == said else older,
         side=model.source.side,
-        shard_size=request.shard_size,
+        shard_size=request.file_size,
         left_out=model.logical.left_out,
         twins=model.family.twin_names(model.facts),
     )
@@ -79,7 +79,7 @@ def _neuron(request: Request, model: Described) -> Target:
         _specs(request, model),
         config=_new_config(request, model),
         side=model.source.side,
-        shard_size=request.shard_size,
+        shard_size=request.file_size,
         left_out=model.logical.left_out,
     )
 

@@ -26,31 +26,50 @@ class Arch:
 
     Attributes:
         config: its config.json.
+        families: those that it is written for (`dconv.arch.gguf_written`).
         neighbours: whether the rows of queries and keys are in another order: llama.cpp rotates neighbours, not halves.
         raised: whether norms are stored 1 higher.
+        absorbed: whether kv_b of latent attention is parted into what attention absorbs.
     """
 
     config: Callable[[Metadata], Hf]
+    families: tuple[str, ...]
     neighbours: bool = False
     raised: bool = False
+    absorbed: bool = False
+
+
+#: Sizes under their two names.
+SIZES: Final = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+}
+#: Granite's scalars under their two names.
+SCALES: Final = {
+    "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale", "logits_scaling": "logit_scale",
+}  # fmt: skip
+#: ``expert_gating_func``.
+SOFTMAX, SIGMOID = 1, 2
 
 
 def _decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
     """What all have."""
-    heads, layers = m.whole("attention.head_count"), m.whole("block_count")
+    heads = m.whole("attention.head_count")
+    sizes = {key: m.whole(ours, heads if key == "num_key_value_heads" else None) for key, ours in SIZES.items()}
     m.fixed("attention.causal", True)
-    if layers > len(m.shapes):
-        raise m.damaged("block_count", f"at most one for each of {len(m.shapes)} tensors", layers)
+    if sizes["num_hidden_layers"] > len(m.shapes):
+        most = f"at most one for each of {len(m.shapes)} tensors"
+        raise m.damaged("block_count", most, sizes["num_hidden_layers"])
     return {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": m.rows("token_embd.weight"),
-        "hidden_size": m.whole("embedding_length"),
         "intermediate_size": m.whole(ffn),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": m.whole("attention.head_count_kv", heads),
-        "max_position_embeddings": m.whole("context_length"),
+        **sizes,
         "rms_norm_eps": m.real("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": not m.has("output.weight"),
         **{f"{name}_token_id": m.token(ggml) for name, ggml in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))},
@@ -90,7 +109,7 @@ def _llama(m: Metadata) -> Hf:
     hf |= {"hidden_act": "silu", **_whole_heads(m, hf)}
     if routed:
         m.fixed("expert_feed_forward_length", hf["intermediate_size"])
-        m.fixed("expert_gating_func", 1)
+        m.fixed("expert_gating_func", SOFTMAX)
         return {**hf, **_experts(m, "num_local_experts"), "sliding_window": None}
     m.fixed("expert_used_count", 0)
     return {**hf, "attention_bias": m.has("blk.0.attn_q.bias"), "mlp_bias": m.has("blk.0.ffn_gate.bias")}
@@ -98,12 +117,8 @@ def _llama(m: Metadata) -> Hf:
 
 def _granite(m: Metadata) -> Hf:
     hf = _decoder(m, "granite", "GraniteForCausalLM")
-    scales = {
-        "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
-        "attention_multiplier": "attention.scale", "logits_scaling": "logit_scale",
-    }  # fmt: skip
     return {
-        **hf, **_whole_heads(m, hf), "hidden_act": "silu", **{ours: m.real(key) for ours, key in scales.items()},
+        **hf, **_whole_heads(m, hf), "hidden_act": "silu", **{ours: m.real(key) for ours, key in SCALES.items()},
         "attention_bias": m.has("blk.0.attn_q.bias"), "mlp_bias": m.has("blk.0.ffn_gate.bias"),
     }  # fmt: skip
 
@@ -173,7 +188,7 @@ _QWEN_PLAIN: Final = {
 
 def _qwen2_moe(m: Metadata) -> Hf:
     hf = _decoder(m, "qwen2_moe", "Qwen2MoeForCausalLM")
-    m.fixed("expert_gating_func", 1)
+    m.fixed("expert_gating_func", SOFTMAX)
     m.fixed("rope.dimension_count", _head_dim(m, hf))
     shared = m.rows("blk.0.ffn_down_shexp.weight", 1)
     return {
@@ -186,7 +201,7 @@ def _qwen2_moe(m: Metadata) -> Hf:
 
 def _qwen3_moe(m: Metadata) -> Hf:
     hf = _decoder(m, "qwen3_moe", "Qwen3MoeForCausalLM")
-    m.fixed("expert_gating_func", 1)
+    m.fixed("expert_gating_func", SOFTMAX)
     return {
         **hf, **_whole_heads(m, hf), **_experts(m, "num_experts", "moe_intermediate_size"), **_dense_layers(m, hf),
         **_QWEN_PLAIN, "norm_topk_prob": True,
@@ -207,7 +222,7 @@ def _olmo2(m: Metadata) -> Hf:
 def _olmoe(m: Metadata) -> Hf:
     hf = _decoder(m, "olmoe", "OlmoeForCausalLM")
     m.fixed("expert_feed_forward_length", hf["intermediate_size"])
-    m.fixed("expert_gating_func", 1)
+    m.fixed("expert_gating_func", SOFTMAX)
     head = _whole_heads(m, hf)
     del head["head_dim"]
     return {
@@ -219,7 +234,7 @@ def _olmoe(m: Metadata) -> Hf:
 def _minimax_m2(m: Metadata) -> Hf:
     hf = _decoder(m, "minimax_m2", "MiniMaxM2ForCausalLM", ffn="expert_feed_forward_length")
     m.fixed("feed_forward_length", hf["intermediate_size"])
-    if m.get("expert_gating_func") != 2:
+    if m.get("expert_gating_func") != SIGMOID:
         raise m.refused("minimax-m2.expert_gating_func", "2, sigmoid", repr(m.get("expert_gating_func")))
     return {
         **hf, **rope(m), **_experts(m, "num_local_experts"), "head_dim": _head_dim(m, hf),
@@ -232,7 +247,7 @@ def _minimax_m2(m: Metadata) -> Hf:
 def _gpt_oss(m: Metadata) -> Hf:
     hf = _decoder(m, "gpt_oss", "GptOssForCausalLM", ffn="expert_feed_forward_length")
     m.get("feed_forward_length")  # an expert's too, or 0
-    m.fixed("expert_gating_func", 1)
+    m.fixed("expert_gating_func", SOFTMAX)
     head = _whole_heads(m, hf)
     if isinstance(scaling := head["rope_scaling"], dict) and scaling["rope_type"] == "yarn":
         scaling["truncate"] = False  # as all that were released; no key says so
@@ -314,7 +329,7 @@ def _deepseek(m: Metadata) -> Hf:
     hf = _decoder(m, "deepseek", "DeepseekForCausalLM")
     m.fixed("expert_weights_scale", 1.0)
     m.fixed("expert_weights_norm", False)
-    m.fixed("expert_gating_func", 1)
+    m.fixed("expert_gating_func", SOFTMAX)
     head = _whole_heads(m, hf)
     del head["head_dim"]
     return {**hf, **head, **_late(m), "norm_topk_prob": False, "scoring_func": "softmax"}
@@ -332,8 +347,8 @@ def _late(m: Metadata) -> Hf:
 
 
 def _deepseek2(m: Metadata) -> Hf:
-    sigmoid = m.whole("expert_gating_func", 1) == 2
-    m.fixed("expert_gating_func", 1, 2)
+    sigmoid = m.whole("expert_gating_func", SOFTMAX) == SIGMOID
+    m.fixed("expert_gating_func", SOFTMAX, SIGMOID)
     named = ("deepseek_v3", "DeepseekV3ForCausalLM") if sigmoid else ("deepseek_v2", "DeepseekV2ForCausalLM")
     hf = _decoder(m, *named)
     absorbed = m.get("attention.key_length_mla") is not None  # else as it was before attention absorbed kv_b
@@ -358,25 +373,25 @@ def _deepseek2(m: Metadata) -> Hf:
 
 
 ARCHS: Final[dict[str, Arch]] = {
-    "llama": Arch(_llama, neighbours=True),
-    "granite": Arch(_granite, neighbours=True),
-    "minicpm": Arch(_minicpm, neighbours=True),
-    "minicpm3": Arch(_minicpm3),
-    "qwen2": Arch(_qwen2),
-    "qwen3": Arch(_qwen3),
-    "qwen2moe": Arch(_qwen2_moe),
-    "qwen3moe": Arch(_qwen3_moe),
-    "olmo2": Arch(_olmo2),
-    "olmoe": Arch(_olmoe),
-    "minimax-m2": Arch(_minimax_m2),
-    "gpt-oss": Arch(_gpt_oss),
-    "gemma": Arch(_gemma, raised=True),
-    "gemma2": Arch(_gemma2, raised=True),
-    "gemma3": Arch(_gemma3, raised=True),
-    "glm4": Arch(_glm4),
-    "phi3": Arch(_phi3),
-    "deepseek": Arch(_deepseek, neighbours=True),
-    "deepseek2": Arch(_deepseek2),
+    "llama": Arch(_llama, ("llama", "mistral", "mixtral"), neighbours=True),
+    "granite": Arch(_granite, ("granite",), neighbours=True),
+    "minicpm": Arch(_minicpm, ("minicpm",), neighbours=True),
+    "minicpm3": Arch(_minicpm3, ("minicpm3",)),
+    "qwen2": Arch(_qwen2, ("qwen2",)),
+    "qwen3": Arch(_qwen3, ("qwen3",)),
+    "qwen2moe": Arch(_qwen2_moe, ("qwen2_moe",)),
+    "qwen3moe": Arch(_qwen3_moe, ("qwen3_moe",)),
+    "olmo2": Arch(_olmo2, ("olmo2",)),
+    "olmoe": Arch(_olmoe, ("olmoe",)),
+    "minimax-m2": Arch(_minimax_m2, ("minimax_m2",)),
+    "gpt-oss": Arch(_gpt_oss, ("gpt_oss",)),
+    "gemma": Arch(_gemma, ("gemma",), raised=True),
+    "gemma2": Arch(_gemma2, ("gemma2",), raised=True),
+    "gemma3": Arch(_gemma3, ("gemma3_text",), raised=True),
+    "glm4": Arch(_glm4, ("glm4",)),
+    "phi3": Arch(_phi3, ("phi3",)),
+    "deepseek": Arch(_deepseek, ("deepseek",), neighbours=True),
+    "deepseek2": Arch(_deepseek2, ("deepseek_v2", "deepseek_v3"), absorbed=True),
 }
 
 

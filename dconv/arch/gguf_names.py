@@ -98,6 +98,19 @@ def boxes_of(
                 yield spec, box
 
 
+def boxes_to_write(arch: str, specs: Iterable[TensorSpec], facts: Facts) -> Iterator[tuple[TensorSpec, list[Box]]]:
+    """The boxes that every tensor of a family is written to, in the form that llama.cpp's converter gives it today.
+
+    A tensor that GGUF has no name for has none.
+
+    Raises:
+        ToolMissing: see `names_of`.
+    """
+    names = names_of(arch, size(facts, "layers"))
+    for spec in specs:
+        yield spec, list(_boxes(arch, spec, facts, {}, names))
+
+
 def _boxes(arch: str, spec: TensorSpec, facts: Facts, shapes: Mapping[str, Index], names: Names) -> Iterable[Box]:
     if match := _EXPERT.fullmatch(spec.name):
         return _expert(spec, match[1], int(match[2]), match[3], size(facts, "experts"), shapes, names)
@@ -109,7 +122,7 @@ def _boxes(arch: str, spec: TensorSpec, facts: Facts, shapes: Mapping[str, Index
     if match := _ROWS.fullmatch(spec.name):
         neighbours = ARCHS[arch].neighbours and match[2] != "v"
         return _rows(spec, name, match[2], neighbours, facts, shapes)
-    if (match := _LATENT.fullmatch(name)) and name not in shapes:
+    if (match := _LATENT.fullmatch(name)) and name not in shapes and ARCHS[arch].absorbed:
         return _latent(match[1], facts)
     if spec.shape[:1] == (1,) and shapes.get(name) == spec.shape[1:]:  # ggml drops an axis of length 1
         return (Box(Region.whole(spec.shape), name, spec.shape[1:], (0,) * (len(spec.shape) - 1), (-1, 0)),)

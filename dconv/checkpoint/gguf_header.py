@@ -23,15 +23,17 @@ from dconv.sharding.region import Index
 #: How a file begins.
 MAGIC: Final = b"GGUF"
 #: Type numbers. Source: ``enum ggml_type`` in ggml.h; those that are left out were removed, or are no storage types.
-_TYPES: Final = {
+TYPES: Final = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 #: Formats of values that are one number. Source: ``enum gguf_type``.
-_NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
+FORMS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT, ARRAY = 8, 9
 _ALIGNMENT: Final = "general.alignment"
+#: Where it is not said.
+ALIGNMENT: Final = 32
 #: ggml's limit (``GGML_MAX_DIMS``).
 _MOST_AXES: Final = 4
 #: The largest vocabularies make headers of some 20 MB.
@@ -100,6 +102,32 @@ def read_header(path: Path) -> Header:
         raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
 
 
+def raw_values(path: Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
+    """The values of keys that begin so, as the file has them: their types first.
+
+    Raises:
+        Damaged, Refused: see `read_header`, which is to have read the file.
+    """
+    size = stamp(path).size
+    found: dict[str, bytes] = {}
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            cursor = _Cursor(path, fd, size)
+            cursor.take(len(MAGIC) + struct.calcsize("<IQ"))
+            for _ in range(cursor.number("Q")):
+                key = cursor.text("a key", _MAX_NAME)
+                start = cursor.at
+                _value(cursor, key)
+                if key.startswith(prefixes):
+                    found[key] = os.pread(fd, cursor.at - start, start)
+        finally:
+            os.close(fd)
+    except OSError as fault:
+        raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
+    return found
+
+
 class _Cursor:
     """Reads a header from its beginning; never past the file's end, nor more than a header may have."""
 
@@ -160,7 +188,7 @@ def _read(cursor: _Cursor) -> Header:
         if key in values:
             raise cursor.bad("a key stands there twice", found=repr(key)[:120])
         values[key] = _value(cursor, key)
-    alignment = values.get(_ALIGNMENT, 32)
+    alignment = values.get(_ALIGNMENT, ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.bad("an alignment that none is", "a power of two", f"{_ALIGNMENT} {alignment!r:.40}")
     return Header(values, _tensors(cursor, tensors, alignment))
@@ -168,28 +196,28 @@ def _read(cursor: _Cursor) -> Header:
 
 def _value(cursor: _Cursor, key: str) -> Any:
     kind = cursor.number("I")
-    if kind != _ARRAY:
+    if kind != ARRAY:
         return _one(cursor, key, kind)
     kind, count = cursor.number("I"), cursor.number("Q")
-    if kind == _TEXT:
+    if kind == TEXT:
         if count <= _KEPT:
             return [cursor.text(key) for _ in range(count)]
         for _ in range(count):
             cursor.take(cursor.number("Q"))
         return Long(count)
-    if kind not in _NUMBERS:
+    if kind not in FORMS:
         raise cursor.bad("an array of what no array has", "numbers or texts", f"type {kind} of {key[:120]!r}")
-    form = _NUMBERS[kind]
+    form = FORMS[kind]
     data = cursor.take(count * struct.calcsize(form)) if count <= _MAX_HEADER else cursor.take(_MAX_HEADER + 1)
     return list(struct.unpack(f"<{count}{form}", data)) if count <= _KEPT else Long(count)
 
 
 def _one(cursor: _Cursor, key: str, kind: int) -> Any:
-    if kind == _TEXT:
+    if kind == TEXT:
         return cursor.text(f"the value of {key[:120]!r}")
-    if kind not in _NUMBERS:
+    if kind not in FORMS:
         raise cursor.bad("a value of no known type", "0 to 12", f"type {kind} of {key[:120]!r}")
-    return cursor.number(_NUMBERS[kind])
+    return cursor.number(FORMS[kind])
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
@@ -210,21 +238,21 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
             raise cursor.bad(f"{name[:120]!r} has too many axes", f"at most {_MOST_AXES}", str(axes))
         shape = tuple(reversed([cursor.number("Q") for _ in range(axes)]))
         kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind not in _TYPES:
+        if kind not in TYPES:
             raise Refused(
                 "a GGUF type that this version does not decode, nothing was written",
                 where=f"{name[:120]} in {cursor.path}",
-                expected=", ".join(_TYPES.values()),
+                expected=", ".join(TYPES.values()),
                 found=f"type {kind}",
             )
-        if (shape or (1,))[-1] % BLOCKS[_TYPES[kind]][0] or math.prod(shape) >= 2**60:
+        if (shape or (1,))[-1] % BLOCKS[TYPES[kind]][0] or math.prod(shape) >= 2**60:
             raise cursor.bad(
                 f"{name[:120]!r} has a shape that none has",
-                f"rows of whole blocks of {BLOCKS[_TYPES[kind]][0]}",
-                f"{list(shape)} of {_TYPES[kind]}",
+                f"rows of whole blocks of {BLOCKS[TYPES[kind]][0]}",
+                f"{list(shape)} of {TYPES[kind]}",
             )
-        listed.append((name, shape, _TYPES[kind], offset))
-    begin = _padded(cursor.at, alignment)
+        listed.append((name, shape, TYPES[kind], offset))
+    begin = padded(cursor.at, alignment)
     found: dict[str, Tensor] = {}
     at = 0
     for name, shape, kind, offset in listed:
@@ -239,9 +267,10 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
                 do="the download or copy was cut off: fetch it again",
             )
         found[name] = tensor
-        at = _padded(offset + tensor.nbytes, alignment)
+        at = padded(offset + tensor.nbytes, alignment)
     return found
 
 
-def _padded(at: int, alignment: int) -> int:
+def padded(at: int, alignment: int) -> int:
+    """The next offset that is aligned."""
     return -(-at // alignment) * alignment

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dconv.checkpoint.rename import SUBMODELS
 from dconv.errors import UsageError
+from dconv.gguf import TYPES, is_rounded
 from dconv.launch.config_file import read_config
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.neuron import RESCALES, SCALES
@@ -101,7 +102,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, mlx, megatron, neuron, pt, bmtrain",
+        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -145,7 +146,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="fold muP scalars (MiniCPM, Granite) into the weights, so that a plain LLaMA computes the "
                             "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
-                       help="largest HuggingFace file (5GB)")  # fmt: skip
+                       help="largest HuggingFace file (5GB), or largest file of a GGUF (all in one)")  # fmt: skip
     group.add_argument("--quant", metavar="TYPE", help=f"variant of FORMAT: {_variants()}")
     group.add_argument(
         "--block-size", type=block_size, metavar="RxC", help="rows x columns that share a scale (128x128)"
@@ -156,6 +157,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="divide FP8 codes by 2 (default), or by the ratio of the ranges")  # fmt: skip
     group.add_argument("--neuron-scale", choices=SCALES,
                        help="scales as what multiplies (default), or as its reciprocal")  # fmt: skip
+    group.add_argument("--gguf-pretokenizer", metavar="NAME",
+                       help="how the tokenizer splits text, as llama.cpp calls it (default: found out)")  # fmt: skip
     group.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
                        help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
                             "specification's), up so that nothing is cut off, or after half a step (default for "
@@ -204,7 +207,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _variants() -> str:
-    known = [f"{format} {', '.join(known)}" for format, known in VARIANTS.items()]
+    known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
     return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)"])
 
 
@@ -287,12 +290,20 @@ def to_request(args: argparse.Namespace) -> Request:
             "the output is cut, not the source",
             do="leave them out",
         )
-    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in ("huggingface", "neuron", "mlx"):
+    sized = ("huggingface", "neuron", "gguf", "mlx")
+    if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in sized:
         raise UsageError(
             f"{args.format} has no files of a size that one chooses, nothing was written",
             where="--shard-size",
-            expected="this option with FORMAT huggingface, neuron or mlx only",
+            expected=f"this option with FORMAT {', '.join(sized)} only",
             do="leave it out",
+        )
+    if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
+        raise UsageError(
+            "weights in blocks have no bound that logits keep, nothing was written",
+            where=f"--verify logits beside --quant {args.quant}",
+            expected="f32, f16 or bf16",
+            do="--verify digest reads the output back",
         )
     said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
     parallel = Parallel(
@@ -317,7 +328,7 @@ def to_request(args: argparse.Namespace) -> Request:
         transformer_impl=said["transformer_impl"],
         divisor=said["make_vocab_size_divisible_by"],
         dtype=args.dtype,
-        shard_size=args.shard_size or byte_count("5GB"),
+        shard_size=args.shard_size,
         drop=tuple(args.drop),
         replicas=args.replicas,
         rename=args.rename,
@@ -337,6 +348,7 @@ def to_request(args: argparse.Namespace) -> Request:
         calibration=args.calibration,
         strict=args.strict,
         device=args.device,
+        gguf_pretokenizer=args.gguf_pretokenizer,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
