@@ -59,10 +59,9 @@ def _keeps(model: Described) -> frozenset[str]:
 
 def _huggingface(request: Request, model: Described) -> Target:
     config = _new_config(request, model)
-    older = for_older_loaders(said := config or model.config)
     return huggingface.lay_out(
         _specs(request, model).values(),
-        config=config if older == said else older,
+        config=None if config is None else for_older_loaders(config),
         side=model.source.side,
         shard_size=request.file_size,
         left_out=model.logical.left_out,

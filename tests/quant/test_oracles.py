@@ -59,11 +59,13 @@ def test_transformers_decodes_what_was_calibrated_as_we_do(model: Path, tmp_path
 def test_an_output_says_its_rotary_base_to_older_loaders(model: Path, tmp_path: Path) -> None:
     before = json.loads((model / "config.json").read_text())
     assert "rope_theta" not in before and "rope_scaling" not in before
-    convert(Request(model, "hf", tmp_path / "out"))
+    convert(Request(model, "hf", tmp_path / "out", dtype="f32"))
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     scaling = {key: value for key, value in _LLAMA3.items() if key != "rope_theta"}
-    assert said == {**before, "rope_theta": 500.0, "rope_scaling": scaling}
+    assert said == {**before, "dtype": "float32", "rope_theta": 500.0, "rope_scaling": scaling}
     assert torch.equal(logits(tmp_path / "out"), logits(model))
+    convert(Request(model, "hf", tmp_path / "same"))  # where nothing of it changes, it is the source's own file
+    assert (tmp_path / "same" / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "gemma2", "gpt_oss"])
