@@ -90,7 +90,7 @@ def _mlx(request: Request, model: Described) -> Target:
         _specs(request, model).values(),
         config=model.config,
         side=model.source.side,
-        shard_size=request.shard_size,
+        shard_size=request.file_size,
         left_out=model.logical.left_out,
     )
 
