@@ -148,7 +148,7 @@ def fails(rank: int, world: int, init_method: str, root: str) -> dict[str, tuple
         hand("other replicas", replicas="first" if rank == 3 else "equal")
         hand("a bad option", **({"tp": 2} if rank == 3 else {}))
         hand("of a checkpoint", rename="names.json")
-        hand("another format", to="gguf")
+        hand("another format", to="npz")
         hand("no model", given=[])
 
         state = models[0].state_dict()
@@ -195,7 +195,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "other replicas": ("Refused", "the ranks do not have one set of options"),
     "a bad option": ("UsageError", "--tp"),
     "of a checkpoint": ("UsageError", "rename"),
-    "another format": ("Refused", "no format is called gguf"),
+    "another format": ("Refused", "no format is called npz"),
     "no model": ("UsageError", "no model"),
     "unknown tensor": ("Refused", "surprise"),
     "a number for a tensor": ("Refused", "surprise"),
