@@ -88,13 +88,14 @@ def _refuse_sparse(config: Mapping[str, object], length: int) -> None:
         )
 
 
-def model(family: Family, config: Mapping[str, object], attention: str) -> Any:
+def model(family: Family, config: Mapping[str, object], attention: str, dtype: str = "float32") -> Any:
     """A model with random weights on torch's current device.
 
     Args:
         family: one that `is_ours`.
         config: config.json.
         attention: transformers' name of the implementation.
+        dtype: torch's name of the parameters' dtype.
 
     Returns:
         A model of transformers; ``names_as`` is the ``model_type`` whose experts are named and joined as its own.
@@ -120,7 +121,7 @@ def model(family: Family, config: Mapping[str, object], attention: str) -> Any:
         {"__module__": __name__, "names_as": _NAMED_AS[family.name]},
     )
     plain = getattr(transformers, f"{kin}Config").from_dict({**settled, "tie_word_embeddings": facts["tied"]})
-    net = kind._from_config(plain, dtype=torch.float32, attn_implementation=attention)
+    net = kind._from_config(plain, dtype=getattr(torch, dtype), attn_implementation=attention)
     if "moe" in facts:
         from dconv.net.experts import put_experts
 

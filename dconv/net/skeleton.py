@@ -6,6 +6,7 @@ No code of a checkpoint is run, and nothing is fetched.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -40,7 +41,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def built(folder: Path, auto: str, root: Path, attention: str = "eager", family: Family | None = None) -> Any:
+def built(
+    folder: Path,
+    auto: str,
+    root: Path,
+    attention: str = "eager",
+    family: Family | None = None,
+    dtype: str = "float32",
+    experts: str = "eager",
+) -> Any:
     """The model that a directory's config.json describes, without storage.
 
     Args:
@@ -48,6 +57,8 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager", family:
         root: the source, for an error.
         attention: transformers' name of the implementation.
         family: of the model, for one that transformers lacks (`dconv.net.own`).
+        dtype: torch's name of the parameters' dtype.
+        experts: transformers' name of how fused experts are computed; ``eager`` takes an expert's matrix at a time.
 
     Raises:
         ToolMissing: transformers does not build it.
@@ -62,16 +73,17 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager", family:
             said = json.loads((folder / "config.json").read_text())
             if family is not None and own.is_ours(family, said):
                 with torch.device("meta"), no_init_weights():
-                    net = own.model(family, said, attention)
+                    net = own.model(family, said, attention, dtype)
                 net.tie_weights()
                 return net
             config = config_of(folder)
-            config._experts_implementation = "eager"  # the one that takes an expert's matrix at a time
+            config._experts_implementation = experts
             with torch.device("meta"), no_init_weights():
                 net = getattr(transformers, auto).from_config(
-                    config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+                    config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
                 )
             net.tie_weights()
+            _keep_wide(net, getattr(torch, dtype))
             return net
     except DconvError:
         raise
@@ -79,6 +91,21 @@ def built(folder: Path, auto: str, root: Path, attention: str = "eager", family:
         raise ToolMissing(
             "transformers cannot build this model", where=str(root), found=f"{type(error).__name__}: {error}"[:600]
         ) from error
+
+
+def _keep_wide(net: Any, dtype: Any) -> None:
+    """fp32 for the parameters that transformers keeps in it where it loads a model in a narrower dtype."""
+    import torch
+
+    named = set(net._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        named |= set(net._keep_in_fp32_modules or ())
+    if not named:
+        return
+    wide = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in sorted(named)))
+    for name, value in net.state_dict(keep_vars=True).items():
+        if wide.search(name):
+            value.data = value.data.to(torch.float32)
 
 
 def config_of(folder: Path) -> Any:

@@ -25,6 +25,52 @@ if TYPE_CHECKING:
 
 #: Bytes read at once, beside what they become.
 _TILE: Final = 4 << 20
+#: How the sources of a parameter are joined (transformers' rule; None: it is the one), and them with the pattern that
+#: each matched.
+Recipe = tuple[Any, list[tuple[str, str]]]
+
+
+def recipes(logical: Logical, model: Any) -> tuple[dict[str, Recipe], tuple[str, ...]]:
+    """Where each parameter of a model comes from, in transformers' order, and the tensors that have no place in it.
+
+    Raises:
+        Damaged: the source lacks a parameter of the model.
+    """
+    wanted: dict[str, Any] = model.state_dict(keep_vars=True)
+    found: dict[str, Recipe] = {}
+    unused = tuple(_map(logical, model, wanted, found))
+    tied = {id(value): name for name, value in wanted.items() if name in found}
+    for name, value in wanted.items():
+        if name not in found and id(value) in tied:
+            found[name] = found[tied[id(value)]]
+    if lacking := sorted(wanted.keys() - found.keys()):
+        raise Damaged("weights that the model needs are missing", where=f"{group_names(lacking)}\nin {logical.root}")
+    return found, unused
+
+
+def _map(logical: Logical, model: Any, wanted: dict[str, Any], found: dict[str, Recipe]) -> list[str]:
+    """Give each logical tensor its place in the model; returns those that have none."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model) or []
+    if kin := getattr(model, "names_as", ""):  # a model of `dconv.net.own`
+        rules += get_checkpoint_conversion_mapping(kin) or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    place: tuple[str, Any] = (model.base_model_prefix, wanted)  # transformers 5.0 names them otherwise
+    unused = []
+    for source in sorted(logical.specs, key=dot_natural_key):
+        name, pattern = rename_source_key(source, renamings, converters, *place)
+        if name not in wanted and source in wanted:
+            name, pattern = source, None
+        if name not in wanted:
+            unused.append(source)
+            continue
+        how = None if pattern is None else by_pattern[pattern]
+        found.setdefault(name, (how, []))[1].append((pattern or source, source))
+    return unused
 
 
 class Weights:
@@ -42,17 +88,7 @@ class Weights:
         self._logical, self._model = logical, model
         self._reader = open_reader(logical, _TILE, apply)
         self._wanted: dict[str, Any] = model.state_dict(keep_vars=True)
-        #: model's name -> how its sources are joined (None: it is the one), and them with the pattern each matched
-        self._recipes: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        self.unused = tuple(self._map())
-        tied = {id(value): name for name, value in self._wanted.items() if name in self._recipes}
-        for name, value in self._wanted.items():
-            if name not in self._recipes and id(value) in tied:
-                self._recipes[name] = self._recipes[tied[id(value)]]
-        if lacking := sorted(self._wanted.keys() - self._recipes.keys()):
-            raise Damaged(
-                "weights that the model needs are missing", where=f"{group_names(lacking)}\nin {logical.root}"
-            )
+        self._recipes, self.unused = recipes(logical, model)
 
     def close(self) -> None:
         self._reader.close()
@@ -125,30 +161,6 @@ class Weights:
             raise Damaged("a weight has another shape than the model's", where=name, expected=f"{list(shape)}",
                           found=f"{list(value.shape)}")  # fmt: skip
         return value
-
-    def _map(self) -> list[str]:
-        """Give each logical tensor its place in the model, in transformers' order; returns those that have none."""
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        rules = get_model_conversion_mapping(self._model) or []
-        if kin := getattr(self._model, "names_as", ""):  # a model of `dconv.net.own`
-            rules += get_checkpoint_conversion_mapping(kin) or []
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        place: tuple[str, Any] = (self._model.base_model_prefix, self._wanted)  # transformers 5.0 names them otherwise
-        unused = []
-        for source in sorted(self._logical.specs, key=dot_natural_key):
-            name, pattern = rename_source_key(source, renamings, converters, *place)
-            if name not in self._wanted and source in self._wanted:
-                name, pattern = source, None
-            if name not in self._wanted:
-                unused.append(source)
-                continue
-            how = None if pattern is None else by_pattern[pattern]
-            self._recipes.setdefault(name, (how, []))[1].append((pattern or source, source))
-        return unused
 
     def _join(self, name: str, how: Any, sources: list[tuple[str, str]]) -> torch.Tensor:
         rule = deepcopy(how)

@@ -1,0 +1,150 @@
+"""A model of transformers as a graph has it: plain tensors in, plain tensors out, and which axes may be of any length.
+
+Names are those that onnxruntime-genai and optimum give them. A decoder's keys and values go in and come out, layer by
+layer; where there is no cache that is no list of such tensors (state-space layers), the whole sequence is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dconv.errors import Refused
+from dconv.export.prompt import Kind
+
+#: Lengths that stand for axes of any length while a model is traced: none is 0 or 1, and no two are alike, so that
+#: nothing of a graph can depend on them unseen.
+LENGTHS: Final = {"batch": 2, "sequence": 3, "past": 5, "total": 8, "replies": 7}
+BATCH, SEQUENCE, PAST, TOTAL, REPLIES = LENGTHS
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A tensor that a graph takes or gives.
+
+    Attributes:
+        axes: lengths; a name of `LENGTHS` for one that is any.
+        whole: int64; else of the model's own dtype.
+    """
+
+    name: str
+    axes: tuple[int | str, ...]
+    whole: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample."""
+        return tuple(LENGTHS[axis] if isinstance(axis, str) else axis for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is traced.
+
+    Attributes:
+        module: takes tensors in the order of ``inputs`` and gives a tuple in that of ``outputs``; its parameters are
+            the model's, with ``model.`` before their names.
+        cached: inputs from here on are keys and values.
+    """
+
+    module: Any
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    cached: int | None = None
+
+
+def graph_of(model: Any, kind: Kind) -> Graph:
+    """The graph of a model that `dconv.net.skeleton.built` made.
+
+    Raises:
+        Refused: a model that sees.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = Port("input_ids", (BATCH, SEQUENCE), True)
+    if kind == "encoder":
+        inputs = (
+            tokens,
+            Port("attention_mask", (BATCH, SEQUENCE), True),
+            Port("token_type_ids", (BATCH, SEQUENCE), True),
+        )
+        outputs = (Port("logits", (BATCH, SEQUENCE, vocabulary)), Port("seq_relationship_logits", (BATCH, 2)))
+        return Graph(_module(model, _encode), inputs, outputs)
+    if kind == "encoder-decoder":
+        inputs = (
+            tokens,
+            Port("attention_mask", (BATCH, SEQUENCE), True),
+            Port("decoder_input_ids", (BATCH, REPLIES), True),
+        )
+        return Graph(_module(model, _answer), inputs, (Port("logits", (BATCH, REPLIES, vocabulary)),))
+    if kind == "sighted":
+        raise Refused(
+            "models that see are not traced, nothing was written",
+            found=type(model).__name__,
+            expected="a text model",
+            do="FORMAT hf, megatron or pt",
+        )
+    logits = Port("logits", (BATCH, SEQUENCE, vocabulary))
+    if kind == "hybrid":
+        return Graph(_module(model, _read), (tokens, Port("attention_mask", (BATCH, SEQUENCE), True)), (logits,))
+    masks = (Port("attention_mask", (BATCH, TOTAL), True), Port("position_ids", (BATCH, SEQUENCE), True))
+    past, present = [], []
+    for layer, (key, value) in enumerate(_cache_shapes(model)):
+        for name, (heads, width) in (("key", key), ("value", value)):
+            past.append(Port(f"past_key_values.{layer}.{name}", (BATCH, heads, PAST, width)))
+            present.append(Port(f"present.{layer}.{name}", (BATCH, heads, TOTAL, width)))
+    return Graph(_module(model, _continue), (tokens, *masks, *past), (logits, *present), 3)
+
+
+def sample(port: Port, dtype: Any, device: str) -> Any:
+    """A tensor for a port: zeros, and ones for a mask."""
+    import torch
+
+    fill = torch.ones if port.name == "attention_mask" else torch.zeros
+    return fill(port.shape, dtype=torch.long if port.whole else dtype, device=device)
+
+
+def _module(model: Any, forward: Any) -> Any:
+    import torch
+
+    class Traced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return forward(self.model, *inputs)
+
+    return Traced().eval().requires_grad_(False)
+
+
+def _continue(model: Any, tokens: Any, mask: Any, positions: Any, *past: Any) -> tuple[Any, ...]:
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    said = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return said.logits, *(held for layer in said.past_key_values.layers for held in (layer.keys, layer.values))
+
+
+def _read(model: Any, tokens: Any, mask: Any) -> tuple[Any, ...]:
+    return (model(input_ids=tokens, attention_mask=mask, use_cache=False).logits,)
+
+
+def _encode(model: Any, tokens: Any, mask: Any, types: Any) -> tuple[Any, ...]:
+    said = model(input_ids=tokens, attention_mask=mask, token_type_ids=types)
+    return said.prediction_logits, said.seq_relationship_logits
+
+
+def _answer(model: Any, tokens: Any, mask: Any, replies: Any) -> tuple[Any, ...]:
+    return (model(input_ids=tokens, attention_mask=mask, decoder_input_ids=replies, use_cache=False).logits,)
+
+
+def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Heads and width of each layer's keys and of its values."""
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    return [tuple((t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[return-value]
