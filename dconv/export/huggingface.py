@@ -65,7 +65,7 @@ def runtime_of(model: Any) -> str:
     import transformers
 
     theirs = f"transformers {transformers.__version__}"
-    return f"dconv's layers on {theirs}" if hasattr(model, "names_as") else theirs
+    return f"dconv's layers on {theirs}" if hasattr(model, "expert_parts") else theirs
 
 
 def largest(answers: Answers, path: Path) -> float:

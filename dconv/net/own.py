@@ -19,8 +19,11 @@ from dconv.arch.rope import LONGROPE, rope_parameters
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
 
-#: By the family's name, the ``model_type`` by whose rules transformers joins experts that are named so.
-_NAMED_AS: Final = {"minicpm": "", "minicpm_moe": "mixtral", "deepseek": "qwen2_moe", "generic_moe": "qwen2_moe"}
+#: By the family's name, what an expert's gate, up and down are called in its checkpoints.
+_USUAL: Final = ("gate_proj", "up_proj", "down_proj")
+_EXPERT_PARTS: Final[dict[str, tuple[str, ...]]] = {
+    "minicpm": (), "minicpm_moe": ("w1", "w3", "w2"), "deepseek": _USUAL, "generic_moe": _USUAL,
+}  # fmt: skip
 #: Of a ``sparse_config`` that does not say it: ``MiniCPMInfLLMv2Attention`` of MiniCPM4's ``modeling_minicpm.py``.
 _DENSE_LENGTH: Final = 8192
 
@@ -34,7 +37,7 @@ def is_theirs(config: Mapping[str, object]) -> bool:
 
 def is_ours(family: Family, config: Mapping[str, object]) -> bool:
     """Whether a model is built here: its family is one of these, and transformers has none of that ``model_type``."""
-    return family.name in _NAMED_AS and not is_theirs(config)
+    return family.name in _EXPERT_PARTS and not is_theirs(config)
 
 
 def obstacle(family: Family, config: Mapping[str, object]) -> str:
@@ -98,7 +101,7 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
         dtype: torch's name of the parameters' dtype.
 
     Returns:
-        A model of transformers; ``names_as`` is the ``model_type`` whose experts are named and joined as its own.
+        A model of transformers; ``expert_parts`` is what an expert's gate, up and down are called in its checkpoint.
 
     Raises:
         Damaged: see `dconv.arch.translate.Config.facts`.
@@ -118,7 +121,7 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
     kind: Any = type(
         str(named[0]) if isinstance(named, list) and named else declared.architecture,
         (getattr(transformers, f"{kin}ForCausalLM"),),
-        {"__module__": __name__, "names_as": _NAMED_AS[family.name]},
+        {"__module__": __name__, "expert_parts": _EXPERT_PARTS[family.name]},
     )
     plain = getattr(transformers, f"{kin}Config").from_dict({**settled, "tie_word_embeddings": facts["tied"]})
     net = kind._from_config(plain, dtype=getattr(torch, dtype), attn_implementation=attention)

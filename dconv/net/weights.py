@@ -50,12 +50,10 @@ def recipes(logical: Logical, model: Any) -> tuple[dict[str, Recipe], tuple[str,
 
 def _map(logical: Logical, model: Any, wanted: dict[str, Any], found: dict[str, Recipe]) -> list[str]:
     """Give each logical tensor its place in the model; returns those that have none."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    rules = get_model_conversion_mapping(model) or []
-    if kin := getattr(model, "names_as", ""):  # a model of `dconv.net.own`
-        rules += get_checkpoint_conversion_mapping(kin) or []
+    rules = (get_model_conversion_mapping(model) or []) + _rules_of_ours(getattr(model, "expert_parts", ()))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -71,6 +69,21 @@ def _map(logical: Logical, model: Any, wanted: dict[str, Any], found: dict[str, 
         how = None if pattern is None else by_pattern[pattern]
         found.setdefault(name, (how, []))[1].append((pattern or source, source))
     return unused
+
+
+def _rules_of_ours(parts: tuple[str, ...]) -> list[Any]:
+    """How experts of a model of `dconv.net.own` are joined, by what their gate, up and down are called."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    if not parts:
+        return []
+    gate, up, down = (f"mlp.experts.*.{part}.weight" for part in parts)
+    return [
+        WeightConverter(
+            [gate, up], "mlp.experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]
+        ),
+        WeightConverter([down], "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
 
 
 class Weights:
