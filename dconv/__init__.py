@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from dconv.api import handoff as handoff
     from dconv.api import inspect as inspect
     from dconv.api import plan as plan
+    from dconv.formats import engine as engine
+    from dconv.formats import engines as engines
 
 __version__ = "0.1.0"
 
 _PUBLIC = ("check", "convert", "diff", "handoff", "inspect", "plan")
+_ENGINES = ("engine", "engines")
 
 
 def __getattr__(name: str) -> Any:
@@ -23,8 +26,12 @@ def __getattr__(name: str) -> Any:
         from dconv import api
 
         return getattr(api, name)
+    if name in _ENGINES:
+        from dconv import formats
+
+        return getattr(formats, name)
     raise AttributeError(f"module 'dconv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC]
+    return [*globals(), *_PUBLIC, *_ENGINES]

@@ -67,6 +67,9 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.launch.options import add_launch_options, parse
 
     args = parse(parser, words)
+    code = _by_an_engine_from_outside(parser, args)
+    if code is not None:
+        return code
     here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_launch_options(here)
     others = here.parse_known_args(words)[1]  # the started ranks know the other options only
@@ -81,6 +84,27 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
             do="leave --nproc out: the launcher's ranks are used",
         )
     return worker.local(others, args, args.nproc)
+
+
+def _by_an_engine_from_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int | None:
+    """Convert by an entry point's engine, told the options that were given; None where FORMAT is one of ours."""
+    from dconv.request import FORMATS
+
+    if args.format in FORMATS:
+        return None
+    from dconv.formats import outside
+
+    engine = outside(args.format)
+    if engine is None:
+        return None
+    ours = ("model", "format", "out", "config", "json", "quiet", "debug")
+    given = {
+        name: value for name, value in vars(args).items() if name not in ours and value != parser.get_default(name)
+    }
+    went, said = engine.convert(args.model, args.out or f"{args.model.resolve().name}-{args.format}", **given)
+    shown = said or {}
+    say(json.dumps(shown) if args.json else str(shown.get("error") or f"{args.format}: {'done' if went else 'failed'}"))
+    return 0 if went else int(shown.get("exit_code", ToolMissing.exit_code))
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -286,34 +310,16 @@ def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from dconv.arch.gguf import ARCHS
-    from dconv.checkpoint.detect import CONTAINERS
-    from dconv.codec.gguf import BLOCKS
-    from dconv.coded.decode import METHODS
-    from dconv.pipeline import FORMATS
-    from dconv.quantise import VARIANTS
+    from dconv import matrix
+    from dconv.report.formats import known, lines
 
     args = parser.parse_args(words)
-    spellings: dict[str, list[str]] = {}
-    for spelling, engine in FORMATS.items():
-        if spelling not in VARIANTS:
-            spellings.setdefault(engine, []).append(spelling)
-    coded = {format: {name: one.words for name, one in variants.items()} for format, variants in VARIANTS.items()}
-    known = {"read": sorted(CONTAINERS), "decode": sorted(METHODS), "write": spellings, "encode": coded}
-    gguf = {"architectures": sorted(ARCHS), "types": sorted(BLOCKS)}
     if args.json:
-        say(json.dumps({**known, "gguf": gguf}))
-        return 0
-    say(f"reads (--from)   {', '.join(known['read'])}")
-    say(f"decodes          quant_method {', '.join(known['decode'])}")
-    say(f"reads gguf of    {', '.join(gguf['architectures'])}")
-    say(f"decodes          GGUF's {', '.join(gguf['types'])}")
-    for engine, names in spellings.items():
-        also = [name for name in names if name != engine]
-        say(f"writes (FORMAT)  {engine}" + (f", also spelled {', '.join(also)}" if also else ""))
-    for format, variants in coded.items():
-        for name, words in variants.items():
-            say(f"encodes          {format} --quant {name}  {words}")
+        say(json.dumps(known()))
+    elif args.markdown:
+        say(matrix.markdown())
+    else:
+        say("\n".join(lines()))
     return 0
 
 
@@ -376,7 +382,7 @@ COMMANDS: Final[dict[str, Command]] = {
         _check,
     ),
     "archs": Command("list the model families", "", "  dconv archs", _arch_options, _archs),
-    "formats": Command("list the formats that are read and written", "", "  dconv formats", _list_options, _formats),
+    "formats": Command("list the formats that are read and written", "", "  dconv formats", _arch_options, _formats),
 }
 
 

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from dconv.export import megatron_cpu
 from tests import processes
+
+# what tests hand to ranks lies in modules that import these
+megatron_cpu.PRELOADED += ["pytest", "hypothesis", "transformers.modeling_utils", "tests.oracles.function"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -34,6 +34,9 @@ from dconv.errors import DconvError, Refused, ToolMissing
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _GRACE = 3.0  # seconds that the other ranks get to report after a first failure: it is often not the cause
 _LEAVE = 0.5  # seconds that ranks which delivered their result get to leave by themselves
+#: What a server process imports once, of which all ranks are then forks: each would need seconds for it. A module that
+#: is not there is left out. Read when this process starts its first rank.
+PRELOADED = ["torch.distributed", "megatron.core.models.gpt", "megatron.core.dist_checkpointing"]
 _patched = False
 _worlds: Counter[tuple[str, int]] = Counter()
 
@@ -202,8 +205,8 @@ def parallel_world(
             torch.distributed.destroy_process_group()
 
 
-def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0) -> list[Any]:
-    """Run ``fn(rank, world, init_method, *args)`` in ``world`` fresh processes of one thread each.
+def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0, imported: bool = True) -> list[Any]:
+    """Run ``fn(rank, world, init_method, *args)`` in ``world`` new processes of one thread each.
 
     The processes see no GPU, talk over loopback only, and end with this call (or with this process, however it
     ends). What they print goes to a scratch file, of which a crash report shows the end.
@@ -212,6 +215,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
         fn: a function that its module's importer finds (pickled by name), as its arguments and result are pickled.
         world: number of processes.
         timeout: seconds for the whole run.
+        imported: the processes begin with `PRELOADED`; False, with nothing.
 
     Returns:
         The results, by rank.
@@ -220,7 +224,9 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
         DconvError: the one that a rank raised, its traceback in a note.
         ToolMissing: (exit code 7) any other exception, a crash or the time-out, with the tracebacks of the ranks.
     """
-    context = multiprocessing.get_context("spawn")
+    if imported:
+        multiprocessing.set_forkserver_preload([*PRELOADED])
+    context: Any = multiprocessing.get_context("forkserver" if imported else "spawn")
     processes: list[Any] = []
     receivers: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="dconv-ranks-") as scratch:

@@ -299,6 +299,7 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
         assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
 
 
+@pytest.mark.long  # `scripts/bench.py` does it, too
 def test_a_model_of_the_size_of_deepseek_v3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """600 B parameters and more in less than 1 GB of memory and 100 MB of disk; inspected, and planned for Megatron."""
     (tmp_path / "model").mkdir()

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: From the ground up; each may import those before it.
 ROOMS = (
-    "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "quantise",
-    "calibrate", "neuron", "gguf", "mlx", "targets", "trace", "pipeline", "live", "export", "hw", "compare", "bounds",
-    "logits", "verify", "report", "examine", "checking", "launch", "api", "cli", "__main__",
+    "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "matrix",
+    "quantise", "calibrate", "neuron", "gguf", "mlx", "targets", "trace", "pipeline", "live", "export", "hw",
+    "compare", "bounds", "logits", "verify", "report", "examine", "checking", "launch", "api", "formats", "cli",
+    "__main__",
 )  # fmt: skip
 
 
