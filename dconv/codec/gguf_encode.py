@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     Blocks = NDArray[np.uint8]
     Values = NDArray[np.float32]
 
-#: Weights taken at a time: they and their temporaries stay in a core's second cache, and a call of numpy is short
+#: Weights taken at a time: they and their temporaries stay in a processor's caches, and a call of numpy is short
 #: against its work.
-_AT_ONCE: Final = 1 << 17
+_AT_ONCE: Final = 1 << 18
 #: Weights turned at a time.
 _TURNED: Final = 1 << 13
 #: The least number that rounds to an infinity of fp16.
@@ -34,9 +34,9 @@ _PAST_F16: Final = 65520.0
 #: over 1.
 _HALF: Final = np.nextafter(np.float32(0.5), np.float32(0)).view(np.uint32)
 _SIGN: Final = np.uint32(1 << 31)
-#: What numpy moves sixteen bytes at a time as: four weights, or the codes of half a block.
+#: What numpy moves sixteen bytes at a time as: four weights.
 _SIXTEEN: Final = np.complex128
-_ONES: Final = np.uint64(0x0101010101010101)
+_ONES: Final = np.uint32(0x01010101)
 #: Halfway between neighbouring magnitudes of E2M1, doubled; a weight in the middle goes to the smaller.
 _E2M1_BETWEEN: Final = tuple(np.array([0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0], np.float32))
 #: Five digits of base 3 as a fraction of 256, rounded up.
@@ -103,12 +103,6 @@ def _of_blocks(choose: np.ufunc, beside: Values) -> Values:
     return choose(choose(a, b), choose(c, d))
 
 
-def _extremes(tile: _Tile) -> tuple[Values, Values]:
-    """The largest and the least weight of each block."""
-    beside = _beside(tile)
-    return _of_blocks(np.maximum, beside), _of_blocks(np.minimum, beside)
-
-
 def _largest(tile: _Tile) -> Values:
     """The magnitude of the largest weight of each block."""
     beside = _beside(tile)
@@ -129,9 +123,6 @@ def _put(tile: _Tile, out: Blocks, *parts: Blocks | Values) -> None:
                 raise Refused("weights are too large for the fp16 scale of their block", found=f"scale {most:g}")
             out[:, at : at + 2].view(np.float16)[:, 0] = part
             at += 2
-        elif part.shape[1] == 16:
-            out[:, at : at + 16].view(_SIXTEEN)[:] = part.view(_SIXTEEN)
-            at += 16
         else:
             out[:, at : at + part.shape[1]] = part
             at += part.shape[1]
@@ -148,16 +139,33 @@ def _inverse(scale: Values) -> Values:
     return found
 
 
-def _halves(codes: Blocks) -> Blocks:
-    """Two codes of 4 bits a byte: the first half of the block of 32 below, the second above."""
-    low, high = (np.ascontiguousarray(codes.view(_SIXTEEN)[:, half]).view(np.uint64) for half in (0, 1))
-    high <<= np.uint64(4)
-    low |= high
-    return low.view(np.uint8).reshape(len(codes), 16)
+def _each(numbers: Values, beside: Values) -> Values:
+    """[blocks] → for each weight of blocks side by side."""
+    return np.repeat(numbers, 4).reshape(len(beside), 1, -1)
 
 
-def _fifth_bits(codes: Blocks) -> Blocks:
-    return np.packbits(codes >> np.uint8(4), axis=1, bitorder="little")
+def _halves(codes: Blocks, out: Blocks) -> None:
+    """Two codes of 4 bits a byte: the first half of the block of 32 below, the second above.
+
+    Args:
+        codes: of blocks side by side.
+        out: [blocks, 16].
+    """
+    words = codes.view(np.uint32)
+    packed = words[:, 4:] << np.uint32(4)
+    packed |= words[:, :4]
+    out.view(np.uint32).reshape(len(codes), -1, 4)[:] = packed.transpose(0, 2, 1)
+
+
+def _halves_and_fifths(codes: Blocks, out: Blocks) -> None:
+    """The fifth bits of all, then as `_halves`."""
+    words = codes.view(np.uint32).transpose(0, 2, 1).copy()
+    words >>= np.uint32(4)
+    fifths = words.view(np.uint8).reshape(-1, 32)
+    fifths &= np.uint8(1)
+    out[:, :4] = np.packbits(fifths, axis=1, bitorder="little")
+    codes &= np.uint8(15)
+    _halves(codes, out[:, 4:])
 
 
 def _scaled(tile: _Tile, scale: Values) -> Values:
@@ -165,42 +173,52 @@ def _scaled(tile: _Tile, scale: Values) -> Values:
     return np.multiply(tile.weights, _inverse(scale)[:, None], out=tile.values)
 
 
-def _cut(tile: _Tile) -> Blocks:
-    """Whole parts of the values, none of which is negative, in the scratch for bits."""
-    codes = tile.bits.reshape(-1).view(np.uint8)[: tile.values.size].reshape(tile.values.shape)
-    np.copyto(codes, tile.values, casting="unsafe")
+def _cut(tile: _Tile, beside: Values) -> Blocks:
+    """Whole parts of values, none of which is negative, in the scratch for values."""
+    codes = tile.values.reshape(-1).view(np.uint8)[: beside.size].reshape(beside.shape)
+    np.copyto(codes, beside, casting="unsafe")
     return codes
 
 
 def _signed(tile: _Tile, bits: int) -> tuple[Values, Blocks]:
-    """The weight of the largest magnitude, the first of several, becomes the lowest code."""
+    """The weight of the largest magnitude, the first of several, becomes the lowest code.
+
+    Returns:
+        Scales; codes of blocks side by side.
+    """
     middle = 1 << (bits - 1)
-    high, low = _extremes(tile)
+    beside = _beside(tile)
+    high, low = _of_blocks(np.maximum, beside), _of_blocks(np.minimum, beside)
     balance = high + low
     largest: Values = np.copysign(np.maximum(high, -low), balance)
     if len(both := np.flatnonzero(balance == 0)):
         part = tile.weights[both]
         largest[both] = np.take_along_axis(part, np.abs(part).argmax(axis=1, keepdims=True), axis=1)[:, 0]
     scale = np.divide(largest, -middle, dtype=np.float32)
-    values = _scaled(tile, scale)
-    values += np.float32(middle + 0.5)
-    codes = _cut(tile)
-    words = codes.view(np.uint64)
-    words -= words >> np.uint64(bits) & _ONES  # one past the last code is the last
+    beside *= _each(_inverse(scale), beside)
+    beside += np.float32(middle + 0.5)
+    codes = _cut(tile, beside)
+    words = codes.view(np.uint32)
+    words -= words >> np.uint32(bits) & _ONES  # one past the last code is the last
     return scale, codes
 
 
 def _from_minimum(tile: _Tile, bits: int) -> tuple[Values, Values, Blocks]:
+    """
+    Returns:
+        Scales; the least weights; codes of blocks side by side.
+    """
     top = (1 << bits) - 1
-    high, least = _extremes(tile)
+    beside = _beside(tile)
+    high, least = _of_blocks(np.maximum, beside), _of_blocks(np.minimum, beside)
     if len(zero := np.flatnonzero(least == 0)):  # which of two zeros is the least, its order of comparing decides
         part = tile.weights[zero]
         high[zero], least[zero] = part.max(axis=1), part.min(axis=1)
     scale = (high - least) / np.float32(top)
-    values = np.subtract(tile.weights, least[:, None], out=tile.values)
-    values *= _inverse(scale)[:, None]
-    values += np.float32(0.5)
-    return scale, least, _cut(tile)
+    beside -= _each(least, beside)
+    beside *= _each(_inverse(scale), beside)
+    beside += np.float32(0.5)
+    return scale, least, _cut(tile, beside)
 
 
 def _rounded(tile: _Tile, scale: Values) -> Values:
@@ -214,22 +232,26 @@ def _rounded(tile: _Tile, scale: Values) -> Values:
 
 def _q4_0(tile: _Tile, out: Blocks) -> None:
     scale, codes = _signed(tile, 4)
-    _put(tile, out, scale, _halves(codes))
+    _put(tile, out, scale)
+    _halves(codes, out[:, 2:])
 
 
 def _q4_1(tile: _Tile, out: Blocks) -> None:
     scale, least, codes = _from_minimum(tile, 4)
-    _put(tile, out, scale, least, _halves(codes))
+    _put(tile, out, scale, least)
+    _halves(codes, out[:, 4:])
 
 
 def _q5_0(tile: _Tile, out: Blocks) -> None:
     scale, codes = _signed(tile, 5)
-    _put(tile, out, scale, _fifth_bits(codes), _halves(codes & np.uint8(15)))
+    _put(tile, out, scale)
+    _halves_and_fifths(codes, out[:, 2:])
 
 
 def _q5_1(tile: _Tile, out: Blocks) -> None:
     scale, least, codes = _from_minimum(tile, 5)
-    _put(tile, out, scale, least, _fifth_bits(codes), _halves(codes & np.uint8(15)))
+    _put(tile, out, scale, least)
+    _halves_and_fifths(codes, out[:, 4:])
 
 
 def _q8_0(tile: _Tile, out: Blocks) -> None:
@@ -272,20 +294,22 @@ def _tq2_0(tile: _Tile, out: Blocks) -> None:
 
 def _mxfp4(tile: _Tile, out: Blocks) -> None:
     """The floor rule, by a base-2 logarithm in fp32, as the sources have it: just below a power of two it rounds up."""
-    largest = _largest(tile)
+    beside = _beside(tile)
+    largest = np.maximum(_of_blocks(np.maximum, beside), -_of_blocks(np.minimum, beside))
     if not np.isfinite(largest).all():
         _check_finite(tile)
     power = np.floor(np.log2(largest.astype(np.float64)).astype(np.float32))
     exponent = np.where(largest > 0, np.maximum(power + 125, 0), 0).astype(np.uint8)
-    doubled = np.abs(tile.weights, out=tile.values)
-    doubled /= half_e8m0(exponent)[:, None]  # a power of two: exact, but where the code is 0 anyway
-    codes = np.zeros(tile.weights.shape, np.uint8)
+    doubled = np.abs(beside, out=tile.values.reshape(beside.shape))
+    doubled /= _each(half_e8m0(exponent), beside)  # a power of two: exact, but where the code is 0 anyway
+    codes = np.zeros(beside.shape, np.uint8)
     for between in _E2M1_BETWEEN:
         codes += (doubled > between).view(np.uint8)
-    minus = ((tile.weights < 0) & (codes > 0)).view(np.uint8)
+    minus = ((beside < 0) & (codes > 0)).view(np.uint8)
     minus <<= np.uint8(3)
     codes |= minus
-    _put(tile, out, exponent[:, None], _halves(codes))
+    out[:, 0] = exponent
+    _halves(codes, out[:, 1:])
 
 
 _ENCODE: Final[dict[str, Callable[[Any, Any], None]]] = {
