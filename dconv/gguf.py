@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from dconv.arch.gguf import ARCHS
 from dconv.arch.gguf_mixes import ALIASES, MIXES, types
 from dconv.arch.gguf_written import Written, check, without_predictors, written
 from dconv.arch.layouts import size
@@ -46,7 +47,8 @@ _FP32: Final = re.compile(r".*_norm\.weight|.*\.ffn_gate_inp(_shexp)?\.weight|.*
 _QUANTISATION_VERSION: Final = 2
 #: Of a GGUF's own metadata what is written anew.
 _ANEW: Final = ("general.architecture", "general.file_type", "general.alignment", "general.quantization_version")
-#: What a file's name ends with that says how it is stored.
+#: What a file's name ends with that says which of a set it is, and what else it says of how it is stored.
+_SET: Final = re.compile(r"(-\d{5}-of-\d{5})?(\.gguf)?$")
 _SUFFIX: Final = re.compile(r"(?i)([-._](F32|F16|BF16|T?I?Q\d\w*|MXFP4))?(-\d{5}-of-\d{5})?(\.gguf)?$")
 
 
@@ -87,14 +89,14 @@ def export(request: Request, model: Described) -> Export:
     of_gguf = model.source.format == "gguf" and request.hf_config is None
     kind, kinds = _kinds(asked, held, model, made.values)
     packed = [stored(tensor, kinds[tensor.name], model.logical, made.arch) for tensor in held]
-    general, words, notes = _vocabulary(request, model, made, of_gguf)
+    kept, words, notes = _vocabulary(request, model, made, of_gguf)
     file_type = _FILE_TYPE[kind] if kind else _file_type(model)
     values = {
         "general.architecture": made.arch,
         "general.type": "model",
         "general.name": _stem(request).replace("-", " "),
         "general.size_label": _size_label(packed, made),
-        **general,
+        **kept,
         **{key: value for key, value in made.values.items() if key != "general.architecture"},
         "general.file_type": file_type,
         "general.quantization_version": _QUANTISATION_VERSION,
@@ -102,7 +104,7 @@ def export(request: Request, model: Described) -> Export:
     }
     logical = _logical(model, packed)
     target = lay_out(
-        _stem(request) if kind is None else f"{_stem(request)}-{kind}",
+        _SET.sub("", next(iter(model.source.files))) if kind is None else f"{_stem(request)}-{kind}",
         packed,
         made.tables,
         values,
@@ -236,17 +238,18 @@ def _logical(model: Described, packed: Sequence[Stored]) -> Any:
 def _vocabulary(
     request: Request, model: Described, made: Written, of_gguf: bool
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """What is said of the model in general, the vocabulary, and notes; of a GGUF both as it has them."""
+    """What else is said of the model, the vocabulary, and notes; of a GGUF all of it as it has it."""
     if not of_gguf:
         where, rows = str(model.source.root), size(model.facts, "vocab")
         words, notes = vocabulary(model.source.side, model.config, rows, made.arch, request.gguf_pretokenizer, where)
         return {}, words, notes
-    raw = raw_values(model.source.root / next(iter(model.source.files)), ("general.", "tokenizer."))
-    general = {key: Raw(data) for key, data in raw.items() if key.startswith("general.") and key not in _ANEW}
-    words: dict[str, Any] = {key: Raw(data) for key, data in raw.items() if key.startswith("tokenizer.")}
+    held = raw_values(model.source.root / next(iter(model.source.files)))
+    others = (ARCHS.keys() - {made.arch}) | {"split"}  # what is not the model's, and what a set says of itself
+    kept = {key: Raw(data) for key, data in held.items() if key not in _ANEW and key.partition(".")[0] not in others}
+    words: dict[str, Any] = {key: kept.pop(key) for key in list(kept) if key.startswith("tokenizer.")}
     if request.gguf_pretokenizer is not None:
         words["tokenizer.ggml.pre"] = request.gguf_pretokenizer
-    return general, words, ()
+    return kept, words, ()
 
 
 def _file_type(model: Described) -> int:
