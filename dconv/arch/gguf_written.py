@@ -15,8 +15,9 @@ from typing import Any, Final
 from dconv.arch import predictors, registry
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
-from dconv.arch.gguf import ARCHS, SCALES, SIGMOID, SIZES, SOFTMAX, config_of
+from dconv.arch.gguf import ARCHS, config_of
 from dconv.arch.gguf_metadata import Metadata, fp32
+from dconv.arch.gguf_parts import SCALES, SIGMOID, SIZES, SOFTMAX
 from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT, llama3_factors
 from dconv.arch.layouts import Facts, size
 from dconv.arch.rope import rope_parameters

@@ -26,7 +26,7 @@ from dconv.checkpoint.gguf_tokens import (
     looks_special,
     other,
     too_many,
-)  # fmt: skip
+)
 from dconv.checkpoint.source import Side
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError
 

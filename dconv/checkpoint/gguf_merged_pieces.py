@@ -28,7 +28,7 @@ from dconv.checkpoint.gguf_tokens import (
     halves_of,
     looks_special,
     too_many,
-)  # fmt: skip
+)
 from dconv.errors import Refused
 
 _SPACE: Final = "\u2581"

@@ -22,7 +22,7 @@ from dconv.checkpoint.gguf_tokens import (
     looks_special,
     read,
     too_many,
-)  # fmt: skip
+)
 from dconv.checkpoint.source import Side
 from dconv.errors import Damaged
 
