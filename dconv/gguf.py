@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from dconv.arch.gguf import ARCHS
 from dconv.arch.gguf_mixes import ALIASES, MIXES, types
-from dconv.arch.gguf_written import Written, check, without_predictors, written
+from dconv.arch.gguf_written import Written, check, not_loaded, without_predictors, written
 from dconv.arch.layouts import size
 from dconv.checkpoint.gguf_header import raw_values, read_header
 from dconv.checkpoint.gguf_target import Raw, lay_out
@@ -112,8 +112,10 @@ def export(request: Request, model: Described) -> Export:
         left_out={**logical.left_out, **left_out},
     )
     said = "" if kind is None or kind in PLAIN else f"GGUF {kind}"
+    why = not_loaded(made)
+    loads = (f"llama.cpp of 2026-10 does not load this file: {why}",) if why else ()
     more = (f"{len(left_out):,} tensors left out: {next(iter(left_out.values()))}",) if left_out else ()
-    return Export(replace(model, logical=logical), target, (*_of_kinds(kind, packed), *more, *notes), said)
+    return Export(replace(model, logical=logical), target, (*loads, *_of_kinds(kind, packed), *more, *notes), said)
 
 
 def _asked(request: Request) -> str | None:

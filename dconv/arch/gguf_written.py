@@ -129,6 +129,22 @@ def _unsaid(family: Family, arch: str, found: str) -> Refused:
     )
 
 
+def not_loaded(made: Written) -> str:
+    """Why llama.cpp's own loader does not take what its converter writes; "" where it does.
+
+    Source: ``src/models/deepseek2.cpp`` and ``olmoe.cpp`` of 2026-10.
+    """
+
+    def said(key: str) -> Any:
+        return made.values.get(f"{made.arch}.{key}")
+
+    if made.arch == "deepseek2" and said("attention.q_lora_rank") is None and said("block_count") not in (26, 27, 48):
+        return "queries of full rank, which it has in DeepSeek-V2-Lite's 27 layers alone"
+    if made.arch == "olmoe" and said("attention.head_count") != said("attention.head_count_kv"):
+        return "fewer heads of keys than of queries, whose norms it takes to be alike"
+    return ""
+
+
 def without_predictors(config: Hf, facts: Facts) -> Hf:
     """The config of what a GGUF holds: llama.cpp's converter leaves token predictors out."""
     return predictors.without(config) if size(facts, "mtp") else config
