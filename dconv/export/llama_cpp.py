@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -54,10 +55,9 @@ def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:
 
 def _load(path: Path) -> tuple[Any, Any]:
     try:
-        import llama_cpp
-
+        package: Any = import_module("llama_cpp")
         wanted: dict[str, Any] = {"n_ctx": _CONTEXT, "n_gpu_layers": 0, "logits_all": True, "verbose": False}
-        return llama_cpp.Llama(model_path=str(path), **wanted), llama_cpp
+        return package.Llama(model_path=str(path), **wanted), package
     except Exception as fault:  # whatever a library raises of one file
         raise ToolMissing(
             "llama.cpp does not load this GGUF", where=str(path), found=f"{type(fault).__name__}: {fault}"[:300]

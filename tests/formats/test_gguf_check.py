@@ -64,7 +64,8 @@ def test_run_in_it(tmp_path: Path, installed: type[Llama], shard_size: int | Non
     path = sorted((tmp_path / "out").glob("*.gguf"))[-1]
     found = check(path)
     assert found.run == {
-        "runtime": "llama-cpp-python 0.3.36", "model": "qwen2", "largest_logit": 2.5, "continuation": "The capital of France is end",
+        "runtime": "llama-cpp-python 0.3.36", "model": "qwen2", "largest_logit": 2.5,
+        "continuation": "The capital of France is end",
     }  # fmt: skip
 
 
