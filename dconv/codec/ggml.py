@@ -83,7 +83,7 @@ def library() -> Library:
         where="\n".join(tried),
         expected=f"the package xllamacpp or llama-cpp-python, or the path of libggml-base.so in {VARIABLE}",
         found="none",
-        do="pip install xllamacpp",
+        do="pip install 'dconv[kquants]'",
     )
 
 

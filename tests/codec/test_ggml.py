@@ -83,7 +83,7 @@ def test_no_library(none_kept: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "find_spec", lambda name: None)
     monkeypatch.setattr(ggml, "find_library", lambda name: None)
     monkeypatch.delenv(ggml.VARIABLE, raising=False)
-    with pytest.raises(ToolMissing, match="pip install xllamacpp"):
+    with pytest.raises(ToolMissing, match="dconv\\[kquants\\]"):
         ggml.encode(np.zeros((1, 256), np.float32), "Q4_K")
 
 

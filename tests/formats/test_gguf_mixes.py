@@ -133,5 +133,5 @@ def test_without_a_library(
     monkeypatch.delenv(ggml.VARIABLE, raising=False)
     before = llama(tmp_path / "before")
     assert cli(["convert", str(before), "gguf", "-o", str(tmp_path / "out"), "--quant", "q4_k_m"]) == 7
-    assert "pip install xllamacpp" in "".join(capsys.readouterr())
+    assert "dconv[kquants]" in "".join(capsys.readouterr())
     assert not (tmp_path / "out").exists()
