@@ -18,6 +18,7 @@ FORMATS: Final = {
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
     "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.

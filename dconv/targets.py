@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 from dconv.arch.layouts import check_heads, size
 from dconv.arch.rope import for_older_loaders
@@ -122,6 +123,12 @@ def _bmtrain(request: Request, model: Described) -> Target:
     )
 
 
+def _engine(request: Request, model: Described) -> Target:
+    """A graph: the engine that writes it, traces it, and runs it stands above, among those that run what is written."""
+    engine: Any = import_module(f"dconv.export.{engine_of(request.format)}")
+    return engine.lay_out(request, model)
+
+
 def _megatron(request: Request, model: Described) -> Target:
     return lay_out_megatron(request, megatron_model(request, model))
 
@@ -212,4 +219,6 @@ TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {
     "bmtrain": _bmtrain,
     "neuron": _neuron,
     "mlx": _mlx,
+    "torch_export": _engine,
+    "torchscript": _engine,
 }

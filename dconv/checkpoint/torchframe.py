@@ -86,7 +86,7 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     sizes = dict(storages)
     if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, [root, *sizes])):
         raise ValueError("storage keys must be plain and unique")
-    writer = _ZipWriter(base, root)
+    writer = ZipWriter(base, root)
     writer.add("data.pkl", dumps(tree, lambda node: _lower(node, sizes)))
     writer.add("version", b"3\n")
     writer.add("byteorder", b"little")
@@ -112,7 +112,7 @@ def _lower(node: object, sizes: Mapping[str, int]) -> object:
     return Reduce(Global("torch._utils", "_rebuild_tensor_v3"), (*common, dtype(node.dtype)))
 
 
-class _ZipWriter:
+class ZipWriter:
     """Zip records one after the other, the directory last. Positions count from the container's start."""
 
     def __init__(self, base: int, root: str) -> None:
