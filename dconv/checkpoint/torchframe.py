@@ -87,14 +87,22 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, [root, *sizes])):
         raise ValueError("storage keys must be plain and unique")
     writer = ZipWriter(base, root)
-    writer.add("data.pkl", dumps(tree, lambda node: _lower(node, sizes)))
+    writer.add("data.pkl", dumps(tree, lambda node: lower(node, sizes)))
     writer.add("version", b"3\n")
     writer.add("byteorder", b"little")
     data = {key: writer.reserve(f"data/{key}", nbytes) for key, nbytes in storages}
     return Frame(writer.finish(), tuple(writer.literals), data)
 
 
-def _lower(node: object, sizes: Mapping[str, int]) -> object:
+def lower(node: object, sizes: Mapping[str, int]) -> object:
+    """The pickle form of a node of `tensor` or a `DTypeRef`, for `dconv.checkpoint.pickling.dumps`.
+
+    Args:
+        sizes: bytes of each storage.
+
+    Raises:
+        ValueError: a tensor that is not inside its storage.
+    """
     if isinstance(node, DTypeRef):
         return dtype(node.name)
     if not isinstance(node, Tensor):

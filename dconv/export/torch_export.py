@@ -21,7 +21,7 @@ from dconv.checkpoint.source import seal, side_bytes
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described
 from dconv.errors import ToolMissing
-from dconv.export.traced import Weightless, exported, weightless
+from dconv.export.traced import PORTS, Weightless, exported, ports_json, weightless
 from dconv.net.places import Parameter
 from dconv.request import Request
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
@@ -100,8 +100,13 @@ def _framed(found: Weightless, records: dict[str, bytes], model: Described) -> T
     for name, entry in config["config"].items():
         entry["path_name"] = f"weight_{homes[name]}"
         _check(entry, found.held[homes[name]])
+    made = {
+        _WEIGHTS: json.dumps(config).encode(),
+        f"extra/{PORTS}": ports_json(found.graph, found.dtype),
+        "byteorder": b"little",
+    }
     writer = ZipWriter(0, _ROOT)
-    for name, content in {**records, _WEIGHTS: json.dumps(config).encode(), "byteorder": b"little"}.items():
+    for name, content in {**records, **made}.items():
         writer.add(name, content)
     tensors = []
     for number, one in enumerate(found.held):

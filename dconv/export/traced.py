@@ -30,6 +30,8 @@ from dconv.sharding.dtypes import TO_TORCH
 
 #: What weights are computed in; the most common one of a model that has several is taken.
 _FLOATING: Final = ("f32", "bf16", "f16")
+#: The file inside an archive that names inputs and outputs (``extra_files`` of torch's loaders).
+PORTS: Final = "ports.json"
 #: Lengths at which what torch found out of a graph's must hold. 0 and 1 are not asked: at these torch goes the way of
 #: longer ones, and the operations are the same.
 _TRIED: Final = (2, 3, 16, 100, 70_000)
@@ -129,10 +131,10 @@ def exported(model: Weightless) -> Any:
     lengths = tuple(
         {i: Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)} for port in graph.inputs
     )
+    dtype = getattr(torch, TO_TORCH[model.dtype])
     try:
         with quiet(), _silent(), torch.no_grad():
             with _fakes(model.net):
-                dtype = getattr(torch, TO_TORCH[model.dtype])
                 inputs = tuple(sample(port, dtype, "cpu") for port in graph.inputs)
             with _config.patch(backed_size_oblivious=True):  # lengths of 0 and 1 are lengths as others are
                 program: Any = torch.export.export(graph.module, inputs, dynamic_shapes=(lengths,), strict=False)
@@ -146,7 +148,17 @@ def exported(model: Weightless) -> Any:
     _require_any_length(program, model)
     _forget_tracer(program)
     _say_lengths(program, graph)
+    program._example_inputs = (tuple(sample(port, dtype, "cpu") for port in graph.inputs), {})
     return program
+
+
+def ports_json(graph: Graph, dtype: str) -> bytes:
+    """A graph's inputs and outputs: name, axes (a name where it may be of any length) and torch's dtype of each."""
+    said = {
+        side: [{"name": port.name, "axes": port.axes, "dtype": "int64" if port.whole else TO_TORCH[dtype]} for port in of]
+        for side, of in (("inputs", graph.inputs), ("outputs", graph.outputs))
+    }
+    return json.dumps(said).encode()
 
 
 @contextmanager
@@ -184,7 +196,8 @@ def _silent() -> Iterator[None]:
 def _require_any_length(program: Any, model: Weightless) -> None:
     """Refuse a graph that holds for some lengths alone.
 
-    What torch decided by while it traced are comparisons of its symbols. They must hold at all of `_TRIED`.
+    What was decided while it was traced are comparisons of torch's symbols. Those of the model's code chose operations:
+    they must hold at all of `_TRIED`. Those of torch's own chose how it computed shapes, of which the graph has nothing.
     """
     names: dict[Any, str] = {}
     shapes: Any = None
@@ -201,12 +214,30 @@ def _require_any_length(program: Any, model: Weightless) -> None:
     symbols = {symbol: axis for expression, axis in names.items() for symbol in expression.free_symbols}
     free = [axis for axis in LENGTHS if axis in symbols.values() and axis != "total"]
     for guard in shapes.guards:
+        if _is_torchs(guard) or _is_padding(guard.expr):
+            continue
         for tried in product(_TRIED, repeat=len(free)):
             lengths = dict(zip(free, tried, strict=True))
             lengths["total"] = lengths.get("past", 0) + lengths.get("sequence", 0)
             held = guard.expr.xreplace({symbol: lengths[axis] for symbol, axis in symbols.items()})
             if not held.free_symbols and not held:
                 raise _some_lengths(model, f"{guard.expr} does not hold at {lengths}")
+
+
+def _is_torchs(guard: Any) -> bool:
+    """Whether torch's code decided, and none that computes operations from others."""
+    import torch
+
+    here, root = getattr(guard.sloc.framework_loc, "filename", ""), Path(torch.__file__).parent
+    return here.startswith(f"{root}/") and not here.startswith(f"{root}/nn/")
+
+
+def _is_padding(expression: Any) -> bool:
+    """Whether it asks if there is padding up to a whole number of chunks: where there is none, none is cut off."""
+    import sympy
+    from torch.utils._sympy.functions import Mod
+
+    return isinstance(expression, sympy.StrictGreaterThan) and isinstance(expression.lhs, Mod) and expression.rhs == 0
 
 
 def _some_lengths(model: Weightless, found: str) -> Refused:
@@ -227,11 +258,10 @@ def _forget_tracer(program: Any) -> None:
             for node in inner.graph.nodes:
                 for key in ("stack_trace", "source_fn_stack", "custom", "from_node"):
                     node.meta.pop(key, None)
-    program._example_inputs = None
 
 
 def _say_lengths(program: Any, graph: Graph) -> None:
-    """Lengths may be all that agree with each other, which a call then asks: torch left out 0 and 1."""
+    """Lengths may be all that agree with each other, which a call then asks. What torch decided by says more of 0 and 1."""
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
 
