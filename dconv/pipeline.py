@@ -28,7 +28,7 @@ from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
-from dconv.targets import TARGETS, engine_of, lay_out_megatron, megatron_model
+from dconv.targets import GRAPHS, TARGETS, engine_of, graph_engine, lay_out_megatron, megatron_model
 from dconv.trace import Trace
 
 
@@ -143,6 +143,10 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes += written.notes
     if engine == "gguf":
         made = gguf.export(request, model)
+        model, target, codes = made.model, made.target, made.words
+        notes += made.notes
+    elif engine in GRAPHS:
+        made = graph_engine(engine).export(request, model)
         model, target, codes = made.model, made.target, made.words
         notes += made.notes
     else:

@@ -94,11 +94,12 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     return Frame(writer.finish(), tuple(writer.literals), data)
 
 
-def lower(node: object, sizes: Mapping[str, int]) -> object:
+def lower(node: object, sizes: Mapping[str, int], device: str = "cpu") -> object:
     """The pickle form of a node of `tensor` or a `DTypeRef`, for `dconv.checkpoint.pickling.dumps`.
 
     Args:
         sizes: bytes of each storage.
+        device: torch's name of where a reader puts it.
 
     Raises:
         ValueError: a tensor that is not inside its storage.
@@ -113,7 +114,7 @@ def lower(node: object, sizes: Mapping[str, int]) -> object:
     if nbytes % size or reach(node.offset, node.shape, node.stride) * size > nbytes:
         raise ValueError(f"a tensor that is not inside its storage {node.key!r}")
     kind = _STORAGE.get(node.dtype)
-    storage = Persistent(("storage", kind or _UNTYPED, node.key, "cpu", nbytes // size if kind else nbytes))
+    storage = Persistent(("storage", kind or _UNTYPED, node.key, device, nbytes // size if kind else nbytes))
     common = (storage, node.offset, node.shape, node.stride, False, _NO_HOOKS)
     if kind:
         return Reduce(Global("torch._utils", "_rebuild_tensor_v2"), common)

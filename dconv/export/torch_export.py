@@ -13,28 +13,40 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.source import seal, side_bytes
+from dconv.checkpoint.graphs import FILES, exported_on
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described
 from dconv.errors import ToolMissing
-from dconv.export.traced import PORTS, Weightless, exported, ports_json, weightless
+from dconv.export.graph_run import (
+    Loaded,
+    answers,
+    archive,
+    converted,
+    infer,
+    loading,
+    opens,
+    ports_of,
+    runs_code,
+)
+from dconv.export.prompt import Answers, Prompt
+from dconv.export.traced import PORTS, Export, Weightless, exported, in_archive, ports_json, weightless
+from dconv.net.device import placed
 from dconv.net.places import Parameter
 from dconv.request import Request
-from dconv.sharding.plan import Target, TargetFile, TargetTensor
+from dconv.sharding.plan import Target
 
-FILE: Final = "model.pt2"
 _ROOT: Final = "model"
 _WEIGHTS: Final = f"data/weights/{_ROOT}_weights_config.json"
 _PAYLOAD: Final = re.compile(r"data/weights/weight_\d+")
 #: Of a writer, not of what is written; our own frame has torch's form of it.
 _OWN: Final = (".data/serialization_id", "byteorder")
+_FORMAT: Final = "torch_export"
 
 
-def lay_out(request: Request, model: Described) -> Target:
+def export(request: Request, model: Described) -> Export:
     """The archive, config and tokenizer to be written.
 
     Raises:
@@ -42,8 +54,9 @@ def lay_out(request: Request, model: Described) -> Target:
     """
     found = weightless(model, request.dtype)
     records = _records(exported(found))
-    _place_on(records, "cpu")
-    return _framed(found, records, model)
+    device, notes = placed(request.device)
+    records = {name: exported_on(data, device) if name.endswith(".json") else data for name, data in records.items()}
+    return Export(model, _framed(found, records, model), notes)
 
 
 def _records(program: Any) -> dict[str, bytes]:
@@ -78,22 +91,6 @@ def _other_archive(found: str) -> ToolMissing:
     )
 
 
-def _place_on(records: dict[str, bytes], device: str) -> None:
-    """Say of every tensor that it lies on another device than the CPU, where the graph was traced."""
-    kind, _, index = device.partition(":")
-    said = {"type": kind, "index": int(index) if index else None}
-
-    def placed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [placed(it) for it in node]
-        if isinstance(node, dict):
-            return said if node.keys() == said.keys() else {key: placed(it) for key, it in node.items()}
-        return node
-
-    for name in [name for name in records if name.endswith(".json")]:
-        records[name] = json.dumps(placed(json.loads(records[name]))).encode()
-
-
 def _framed(found: Weightless, records: dict[str, bytes], model: Described) -> Target:
     homes = {f"model.{name}": number for number, one in enumerate(found.held) for name in (one.spec.name, *one.alike)}
     config = json.loads(records[_WEIGHTS])
@@ -108,19 +105,7 @@ def _framed(found: Weightless, records: dict[str, bytes], model: Described) -> T
     writer = ZipWriter(0, _ROOT)
     for name, content in {**records, **made}.items():
         writer.add(name, content)
-    tensors = []
-    for number, one in enumerate(found.held):
-        offset = writer.reserve(f"data/weights/weight_{number}", one.spec.nbytes)
-        tensors.append(TargetTensor(one.spec.name, FILE, offset, one.spec, one.slots))
-    size = writer.finish()
-    side = {name: path for name, path in model.source.side.items() if name != "config.json"}
-    return Target(
-        (TargetFile(FILE, size, tuple(writer.literals)),),
-        tuple(tensors),
-        lambda: side_bytes(found.config, side),
-        seal(found.config, side),
-        left_out={**model.logical.left_out, **found.left_out},
-    )
+    return in_archive(model, found, FILES[_FORMAT], writer, "data/weights/weight_")
 
 
 def _check(entry: Mapping[str, Any], one: Parameter) -> None:
@@ -132,5 +117,79 @@ def _check(entry: Mapping[str, Any], one: Parameter) -> None:
         steps.append(step)
         step *= max(size, 1)
     strides = [stride["as_int"] for stride in meta["strides"]]
-    if entry["use_pickle"] or sizes != one.spec.file_shape or strides != steps[::-1] or meta["storage_offset"]["as_int"]:
+    if (
+        entry["use_pickle"]
+        or sizes != one.spec.file_shape
+        or strides != steps[::-1]
+        or meta["storage_offset"]["as_int"]
+    ):
         raise _other_archive(f"{one.spec.name}: {meta}"[:300])
+
+
+def load(path: Path) -> Loaded:
+    """The program of an archive, ready to be run.
+
+    Raises:
+        Refused: it holds pickled objects, which are code.
+        Damaged, ToolMissing: see `dconv.export.graph_run.archive` and ``loading``.
+    """
+    import torch
+
+    found = archive(path, _FORMAT)
+    for name in found.records:
+        if name.endswith("_config.json"):
+            config = json.loads(found.read(name)).get("config", {})
+            if any(entry.get("use_pickle") or not entry.get("tensor_meta") for entry in config.values()):
+                raise runs_code(found, name)
+        if name.startswith("data/sample_inputs/"):
+            try:
+                torch.load(io.BytesIO(found.read(name)), weights_only=True)
+            except Exception as error:  # whatever torch raises about a pickle that it does not take
+                raise runs_code(found, name) from error
+    said = {PORTS: ""}
+    with loading(found):
+        program = torch.export.load(str(found.path), extra_files=said)
+        ports = ports_of(found, said[PORTS])
+        return Loaded(program.module(), ports, f"torch.export of torch {torch.__version__}")
+
+
+def validate(path: Path) -> bool:
+    """Whether torch opens an archive; nothing of it is computed.
+
+    Raises:
+        ToolMissing: torch is not installed.
+    """
+    return opens(load, path)
+
+
+def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:
+    """What the graph answers; errors as for `load`."""
+    return answers(load(path), prompt)
+
+
+def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
+    """Run a few tokens, and continue a sentence greedily where there is a tokenizer.
+
+    Returns:
+        As `dconv.export.huggingface.can_infer`, and ``computed``: in what dtype and where.
+
+    Raises:
+        Damaged: the logits are not finite; else as `load`.
+    """
+    return infer(load(path), path, prompt)
+
+
+def convert(model: Path, out: Path, **options: Any) -> tuple[bool, dict[str, object] | None]:
+    """Convert in this process, alone.
+
+    Args:
+        options: fields of `dconv.request.Request`.
+
+    Returns:
+        Whether torch opens what was written, and what was written (`dconv.export.graph_run.converted`).
+
+    Raises:
+        DconvError: see `dconv.pipeline.prepare` and ``run``.
+    """
+    said = converted(_FORMAT, model, out, options)
+    return validate(out), said

@@ -1,8 +1,8 @@
 """TorchScript (``.pt``): torch.export's graph, traced by ``torch.jit``, and around it the archive that torch reads.
 
 ``torch.jit.trace`` alone would keep lengths as the numbers that they were: transformers' models compute with them as
-Python's. torch.export's graph has them as operations, so that a trace of that graph has, too, and a number that would be
-kept is an error. Parameters have no storage while all this runs; a plan fills their places in the archive.
+Python's. torch.export's graph has them as operations, so that a trace of that graph has, too, and a number that would
+be kept is an error. Parameters have no storage while all this runs; a plan fills their places in the archive.
 
 Source of the archive's records: ``torch/csrc/jit/serialization/export_module.cpp``.
 """
@@ -14,24 +14,39 @@ import operator
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from dconv.checkpoint.graphs import FILES
 from dconv.checkpoint.pickling import Global, NewObj, dumps
-from dconv.checkpoint.source import seal, side_bytes
-from dconv.checkpoint.torchframe import Tensor, ZipWriter, lower, tensor
+from dconv.checkpoint.torchframe import ZipWriter, lower, tensor
 from dconv.describe import Described
 from dconv.errors import Refused, ToolMissing
-from dconv.export.traced import PORTS, Weightless, exported, ports_json, weightless
+from dconv.export.graph_run import (
+    Loaded,
+    answers,
+    archive,
+    converted,
+    infer,
+    loading,
+    opens,
+    ports_of,
+    runs_code,
+)
+from dconv.export.prompt import Answers, Prompt
+from dconv.export.traced import PORTS, Export, Weightless, exported, in_archive, ports_json, weightless
+from dconv.net.device import placed
 from dconv.net.skeleton import quiet
 from dconv.request import Request
-from dconv.sharding.plan import Target, TargetFile, TargetTensor
+from dconv.sharding.plan import Target
 
-FILE: Final = "model.pt"
+_FORMAT: Final = "torchscript"
 _ROOT: Final = "model"
+_DEPRECATED: Final = "torch has deprecated TorchScript: FORMAT torch_export is what it goes on with"
 #: Under this name TorchScript has the module.
 _CLASS: Final = Global("__torch__.dconv", "Traced")
 _CODE: Final = "code/__torch__/dconv.py"
@@ -40,14 +55,16 @@ _MANGLED: Final = re.compile(rb"___torch_mangle_\d+\.")
 _SHORT: Final = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "bool": "bool"}
 
 
-def lay_out(request: Request, model: Described) -> Target:
+def export(request: Request, model: Described) -> Export:
     """The archive, config and tokenizer to be written.
 
     Raises:
         Refused, ToolMissing: see `dconv.export.traced.weightless` and ``exported``; torch.jit traces it otherwise.
     """
     found = weightless(model, request.dtype)
-    return _framed(found, _traced(found, exported(found)), model)
+    device, notes = placed(request.device)
+    script = _traced(found, exported(found), device)
+    return Export(model, _framed(found, script, model, device), (_DEPRECATED, *notes))
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,8 @@ class Script:
     names: Mapping[str, int]
 
 
-def _traced(found: Weightless, program: Any) -> Script:
-    """A program of torch.export in TorchScript, on the CPU.
+def _traced(found: Weightless, program: Any, device: str) -> Script:
+    """A program of torch.export in TorchScript, for a device.
 
     Raises:
         Refused: torch.jit does not trace it.
@@ -74,6 +91,7 @@ def _traced(found: Weightless, program: Any) -> Script:
     """
     import torch
 
+    tracing: Any = torch.jit
     homes = {f"model.{name}": number for number, one in enumerate(found.held) for name in (one.spec.name, *one.alike)}
     signature = program.graph_signature
     targets = {spec.arg.name: spec.target for spec in signature.input_specs if spec.target is not None}
@@ -90,12 +108,12 @@ def _traced(found: Weightless, program: Any) -> Script:
             plain, value = attribute(target), program.constants[target]
             constants[plain] = value
         module.homes[argument] = plain
-        module.register_buffer(plain, torch.empty_like(value, device="meta"))
+        module.register_buffer(plain, torch.empty(value.shape, dtype=value.dtype, device="meta"))
     inputs = tuple(value.to("meta") for value in program.example_inputs[0])
     held = io.BytesIO()
     try:
         with quiet(), torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("error", category=torch.jit.TracerWarning)
+            warnings.filterwarnings("error", category=tracing.TracerWarning)
             torch.jit.save(torch.jit.trace(module, inputs, check_trace=False, strict=False), held)
     except Exception as error:  # whatever a framework raises about one model
         raise Refused(
@@ -114,7 +132,8 @@ def _traced(found: Weightless, program: Any) -> Script:
                 where=f"torch {torch.__version__}",
                 found=", ".join(sorted(record))[:300],
             )
-        source = _MANGLED.sub(b"", archive.read(record[code[0]])).replace(b'torch.device("meta")', b'torch.device("cpu")')
+        source = _MANGLED.sub(b"", archive.read(record[code[0]]))
+        source = source.replace(b'torch.device("meta")', f'torch.device("{device}")'.encode())
     return Script({_CODE: source, **numbers}, constants, names)
 
 
@@ -126,6 +145,7 @@ def attribute(name: str) -> str:
 def _module(graph: Any) -> Any:
     """A module that runs a graph of torch.export, operation by operation, as ``torch.jit.trace`` can follow."""
     import torch
+    from torch.fx.node import map_arg
 
     class Traced(torch.nn.Module):
         def __init__(self) -> None:
@@ -138,7 +158,7 @@ def _module(graph: Any) -> Any:
             made: Any = ()
 
             def load(node: Any) -> Any:
-                return torch.fx.node.map_arg(node, values.__getitem__)
+                return map_arg(node, values.__getitem__)
 
             for node in graph.nodes:
                 if node.op == "placeholder":
@@ -159,16 +179,21 @@ def _run(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """One operation, called by the name that torch.jit follows lengths through: not by that of the dispatcher."""
     import torch
 
+    if target is torch._check:
+        return None
+    if target in (torch.sym_min, torch.sym_max):
+        return _bounded(*args, least=target is torch.sym_min)
     if not isinstance(target, torch._ops.OpOverload):
         return target(*args, **kwargs)
     name = target._schema.name.partition("::")[2]
-    if name == "_assert_tensor_metadata":
+    if name in _ASSERTED:
         return None
     args = tuple("meta" if isinstance(it, torch.device) else it for it in args)
     kwargs = {key: "meta" if isinstance(value, torch.device) else value for key, value in kwargs.items()}
     if special := _SPECIAL.get(name):
         return special(*args, **kwargs)
-    for place in (torch, torch._C._nn, torch.Tensor):
+    inner: Any = torch._C
+    for place in (torch, inner._nn, torch.Tensor):
         if hasattr(place, name):
             return getattr(place, name)(*args, **kwargs)
     raise NotImplementedError(f"{target}")
@@ -183,20 +208,54 @@ def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x.to(*args, **wanted)
 
 
+#: What computes nothing.
+_ASSERTED: Final = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size")
+#: Operations of TorchScript that read or write files.
+_DOING: Final = ("aten::save", "aten::load", "aten::from_file", "prim::PythonOp")
+def _bounded(a: Any, b: Any, *, least: bool) -> Any:
+    """The smaller, or the larger, of two lengths; a length that the trace follows is a tensor."""
+    import torch
+
+    lengths, numbers = [it for it in (a, b) if torch.is_tensor(it)], [it for it in (a, b) if not torch.is_tensor(it)]
+    if not lengths:
+        return min(a, b) if least else max(a, b)
+    if numbers:
+        return lengths[0].clamp(**{"max" if least else "min": numbers[0]})
+    return (torch.minimum if least else torch.maximum)(*lengths)
+
+
+def _conv1d(x: Any, weight: Any, bias: Any = None, *how: Any) -> Any:
+    """The convolution of each channel by itself, as state-space layers have it, of shifted products in fp32.
+
+    torch computes the shape of its own in Python, which a trace takes for a part of the graph.
+    """
+    from torch.nn import functional
+
+    stride, padding, dilation, groups = (*how, *([1], [0], [1], 1)[len(how) :])
+    if list(stride) != [1] or list(dilation) != [1] or groups == 1:
+        raise NotImplementedError(f"conv1d with stride {stride}, dilation {dilation}, {groups} groups")
+    taps = weight.squeeze(1).float().unbind(-1)  # fails where a channel sees others
+    wide = functional.pad(x.float(), [padding[0], padding[0]])
+    length = x.size(-1) + 2 * padding[0] - (len(taps) - 1)
+    made = sum(wide[..., k : k + length] * tap[:, None] for k, tap in enumerate(taps))
+    return (made if bias is None else made + bias.float()[:, None]).to(x.dtype)
+
+
 #: Operations that Python has under another name or form.
 _SPECIAL: Final[Mapping[str, Callable[..., Any]]] = {
     "sym_size": lambda x, dim: x.size(dim),
     "slice": _slice,
     "to": _to,
     "index": lambda x, at: x[tuple(slice(None) if it is None else it for it in at)],
-    "dropout": lambda x, p, train: x,
+    "dropout": lambda x, *_: x,
     "lift_fresh_copy": lambda x: x,
+    "conv1d": _conv1d,
     "__and__": operator.and_,
     "__or__": operator.or_,
 }
 
 
-def _framed(found: Weightless, script: Script, model: Described) -> Target:
+def _framed(found: Weightless, script: Script, model: Described, device: str) -> Target:
     state: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for plain, number in script.names.items():
@@ -212,7 +271,7 @@ def _framed(found: Weightless, script: Script, model: Described) -> Target:
     tree = NewObj(_CLASS, (), {**state, "training": False, "_is_full_backward_hook": None})
     writer = ZipWriter(0, _ROOT)
     records = {
-        "data.pkl": dumps(tree, lambda node: lower(node, sizes)),
+        "data.pkl": dumps(tree, lambda node: lower(node, sizes, device)),
         **script.records,
         "version": b"3\n",
         "byteorder": b"little",
@@ -221,19 +280,7 @@ def _framed(found: Weightless, script: Script, model: Described) -> Target:
     }
     for name, content in records.items():
         writer.add(name, content)
-    tensors = []
-    for number, one in enumerate(found.held):
-        offset = writer.reserve(f"data/{number}", one.spec.nbytes)
-        tensors.append(TargetTensor(one.spec.name, FILE, offset, one.spec, one.slots))
-    size = writer.finish()
-    side = {name: path for name, path in model.source.side.items() if name != "config.json"}
-    return Target(
-        (TargetFile(FILE, size, tuple(writer.literals)),),
-        tuple(tensors),
-        lambda: side_bytes(found.config, side),
-        seal(found.config, side),
-        left_out={**model.logical.left_out, **found.left_out},
-    )
+    return in_archive(model, found, FILES[_FORMAT], writer, "data/")
 
 
 def _bytes(value: Any) -> bytes:
@@ -241,3 +288,76 @@ def _bytes(value: Any) -> bytes:
 
     whole = value.contiguous().reshape(-1)
     return np.asarray(whole.view(torch.uint8) if whole.numel() else [], np.uint8).tobytes()
+
+
+def load(path: Path) -> Loaded:
+    """The module of an archive, ready to be run.
+
+    Raises:
+        Refused: it has operations that do more than compute.
+        Damaged, ToolMissing: see `dconv.export.graph_run.archive` and ``loading``.
+    """
+    import torch
+
+    found = archive(path, _FORMAT)
+    for name in found.records:  # run while it is read, before it can be looked at
+        if name.startswith("code/") and name.endswith(".py") and b"__setstate__" in found.read(name):
+            raise runs_code(found, name)
+    said = {PORTS: ""}
+    with loading(found):
+        module = torch.jit.load(str(found.path), _extra_files=said)
+    kinds = {node.kind() for node in _nodes(module.inlined_graph)}
+    if odd := sorted(kind for kind in kinds if kind in _DOING or not kind.startswith(("aten::", "prim::"))):
+        raise runs_code(found, ", ".join(odd)[:200])
+    text = said[PORTS]
+    return Loaded(module, ports_of(found, text.decode() if isinstance(text, bytes) else text),
+                  f"TorchScript of torch {torch.__version__}")  # fmt: skip
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
+
+
+def validate(path: Path) -> bool:
+    """Whether torch opens an archive; nothing of it is computed.
+
+    Raises:
+        ToolMissing: torch is not installed.
+    """
+    return opens(load, path)
+
+
+def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:
+    """What the graph answers; errors as for `load`."""
+    return answers(load(path), prompt)
+
+
+def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
+    """Run a few tokens, and continue a sentence greedily where there is a tokenizer.
+
+    Returns:
+        As `dconv.export.huggingface.can_infer`, and ``computed``: in what dtype and where.
+
+    Raises:
+        Damaged: the logits are not finite; else as `load`.
+    """
+    return infer(load(path), path, prompt)
+
+
+def convert(model: Path, out: Path, **options: Any) -> tuple[bool, dict[str, object] | None]:
+    """Convert in this process, alone.
+
+    Args:
+        options: fields of `dconv.request.Request`.
+
+    Returns:
+        Whether torch opens what was written, and what was written (`dconv.export.graph_run.converted`).
+
+    Raises:
+        DconvError: see `dconv.pipeline.prepare` and ``run``.
+    """
+    said = converted(_FORMAT, model, out, options)
+    return validate(out), said

@@ -1,7 +1,7 @@
 """A described model traced by torch without its weights, and the weights' places: what is common to graph formats.
 
-Parameters are torch's fake tensors: they have shapes and no storage, so that a model of any size is traced in the memory
-that its graph takes, on every rank alike. Lengths of a graph's axes are torch's symbols; where the model decides by
+Parameters are torch's fake tensors: they have shapes and no storage, so that a model of any size is traced in the
+memory that its graph takes, on every rank alike. Lengths of a graph's axes are torch's symbols; where the model decides by
 them, the graph would hold for some lengths alone, and is refused.
 """
 
@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from dconv.checkpoint.huggingface import with_dtype
+from dconv.checkpoint.source import seal, side_bytes
+from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described
 from dconv.errors import Refused, ToolMissing
 from dconv.export.graph import LENGTHS, Graph, graph_of, sample
@@ -27,6 +29,7 @@ from dconv.export.runtimes import missing, obstacle
 from dconv.net.places import Parameter, parameters
 from dconv.net.skeleton import built, fill_computed, quiet
 from dconv.sharding.dtypes import TO_TORCH
+from dconv.sharding.plan import Target, TargetFile, TargetTensor
 
 #: What weights are computed in; the most common one of a model that has several is taken.
 _FLOATING: Final = ("f32", "bf16", "f16")
@@ -56,6 +59,42 @@ class Weightless:
     left_out: Mapping[str, str]
     dtype: str
     config: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model as it is written.
+
+    Attributes:
+        notes: what a person should know, one line each.
+        words: codes that its weights are in; there are none.
+    """
+
+    model: Described
+    target: Target
+    notes: tuple[str, ...] = ()
+    words: str = ""
+
+
+def in_archive(model: Described, found: Weightless, file: str, writer: ZipWriter, record: str) -> Target:
+    """An archive whose records with values are written, with places for the weights behind them, and what lies beside.
+
+    Args:
+        record: what a weight's record is called, before its number in ``found.held``.
+    """
+    tensors = []
+    for number, one in enumerate(found.held):
+        offset = writer.reserve(f"{record}{number}", one.spec.nbytes)
+        tensors.append(TargetTensor(one.spec.name, file, offset, one.spec, one.slots))
+    size = writer.finish()
+    side = {name: path for name, path in model.source.side.items() if name != "config.json"}
+    return Target(
+        (TargetFile(file, size, tuple(writer.literals)),),
+        tuple(tensors),
+        lambda: side_bytes(found.config, side),
+        seal(found.config, side),
+        left_out={**model.logical.left_out, **found.left_out},
+    )
 
 
 def weightless(model: Described, dtype: str | None) -> Weightless:
@@ -125,9 +164,9 @@ def exported(model: Weightless) -> Any:
     """
     import torch
     from torch.export import Dim
-    from torch.fx.experimental import _config
+    from torch.fx.experimental import _config as shapes
 
-    graph = model.graph
+    graph, settings = model.graph, cast(Any, shapes)
     lengths = tuple(
         {i: Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)} for port in graph.inputs
     )
@@ -136,7 +175,7 @@ def exported(model: Weightless) -> Any:
         with quiet(), _silent(), torch.no_grad():
             with _fakes(model.net):
                 inputs = tuple(sample(port, dtype, "cpu") for port in graph.inputs)
-            with _config.patch(backed_size_oblivious=True):  # lengths of 0 and 1 are lengths as others are
+            with settings.patch(backed_size_oblivious=True):  # lengths of 0 and 1 are lengths as others are
                 program: Any = torch.export.export(graph.module, inputs, dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # whatever a framework raises about one model
         raise Refused(
@@ -155,7 +194,9 @@ def exported(model: Weightless) -> Any:
 def ports_json(graph: Graph, dtype: str) -> bytes:
     """A graph's inputs and outputs: name, axes (a name where it may be of any length) and torch's dtype of each."""
     said = {
-        side: [{"name": port.name, "axes": port.axes, "dtype": "int64" if port.whole else TO_TORCH[dtype]} for port in of]
+        side: [
+            {"name": port.name, "axes": port.axes, "dtype": "int64" if port.whole else TO_TORCH[dtype]} for port in of
+        ]
         for side, of in (("inputs", graph.inputs), ("outputs", graph.outputs))
     }
     return json.dumps(said).encode()
@@ -197,7 +238,7 @@ def _require_any_length(program: Any, model: Weightless) -> None:
     """Refuse a graph that holds for some lengths alone.
 
     What was decided while it was traced are comparisons of torch's symbols. Those of the model's code chose operations:
-    they must hold at all of `_TRIED`. Those of torch's own chose how it computed shapes, of which the graph has nothing.
+    they must hold at all of `_TRIED`. Those of torch's own chose how it computes shapes; the graph has nothing of them.
     """
     names: dict[Any, str] = {}
     shapes: Any = None
@@ -217,7 +258,7 @@ def _require_any_length(program: Any, model: Weightless) -> None:
         if _is_torchs(guard) or _is_padding(guard.expr):
             continue
         for tried in product(_TRIED, repeat=len(free)):
-            lengths = dict(zip(free, tried, strict=True))
+            lengths: dict[str, int] = dict(zip(free, tried, strict=True))
             lengths["total"] = lengths.get("past", 0) + lengths.get("sequence", 0)
             held = guard.expr.xreplace({symbol: lengths[axis] for symbol, axis in symbols.items()})
             if not held.free_symbols and not held:
@@ -261,7 +302,7 @@ def _forget_tracer(program: Any) -> None:
 
 
 def _say_lengths(program: Any, graph: Graph) -> None:
-    """Lengths may be all that agree with each other, which a call then asks. What torch decided by says more of 0 and 1."""
+    """Lengths may be all that agree with each other, which a call then asks. What was decided by would ask for more."""
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
 
