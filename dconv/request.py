@@ -61,7 +61,8 @@ class Request:
         quantization_config: settings of a calibrated quantisation: JSON, a file's name, or a preset's.
         calibration: a file or folder of samples; None for the text that ships.
         strict: a pattern of that config that matches nothing is an error.
-        device: torch's name of where calibration computes.
+        device: where calibration computes, and what a graph is written for: torch's name, or ``auto``
+            (`dconv.net.device`).
         gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
@@ -96,7 +97,7 @@ class Request:
     quantization_config: str | None = None
     calibration: str | None = None
     strict: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     gguf_pretokenizer: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None

@@ -1,7 +1,7 @@
 """Archives of torch.export and TorchScript, read: what they are, where the bytes of their weights lie.
 
 A graph is no checkpoint: its weights are fused and named as one release of transformers had them, and what computes
-with them is beside them. It can be looked at, run, and written once more for another device; nothing else is made of it.
+with them is beside them. It can be looked at, run, and written once more for another device, nothing else.
 """
 
 from __future__ import annotations

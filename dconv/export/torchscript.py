@@ -212,6 +212,8 @@ def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
 _ASSERTED: Final = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size")
 #: Operations of TorchScript that read or write files.
 _DOING: Final = ("aten::save", "aten::load", "aten::from_file", "prim::PythonOp")
+
+
 def _bounded(a: Any, b: Any, *, least: bool) -> Any:
     """The smaller, or the larger, of two lengths; a length that the trace follows is a tensor."""
     import torch

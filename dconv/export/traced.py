@@ -1,8 +1,8 @@
 """A described model traced by torch without its weights, and the weights' places: what is common to graph formats.
 
 Parameters are torch's fake tensors: they have shapes and no storage, so that a model of any size is traced in the
-memory that its graph takes, on every rank alike. Lengths of a graph's axes are torch's symbols; where the model decides by
-them, the graph would hold for some lengths alone, and is refused.
+memory that its graph takes, on every rank alike. Lengths of a graph's axes are torch's symbols; where the model decides
+by them, the graph would hold for some lengths alone, and is refused.
 """
 
 from __future__ import annotations

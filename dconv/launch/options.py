@@ -102,7 +102,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain",
+        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain, torch_export, torchscript",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -175,7 +175,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strict", action="store_true", help="a pattern of --quantization-config that matches nothing is an error"
     )
-    group.add_argument("--device", default="cpu", metavar="DEVICE", help="where calibration computes: cpu, cuda (cpu)")
+    group.add_argument("--device", default="auto", metavar="DEVICE",
+                       help="where calibration computes (auto: cuda where there is one, else cpu), and what "
+                            "torch_export, torchscript are written for (auto: cpu): cpu, cuda, cuda:1, mps")  # fmt: skip
     group.add_argument("--quant-config", choices=READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip

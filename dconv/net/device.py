@@ -1,7 +1,8 @@
-"""Where torch computes: what a person asks for, or the best that this machine has."""
+"""Where torch computes: what a person asks for (``--device``), or the best that this machine has."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Final
 
@@ -26,15 +27,6 @@ def check(asked: str) -> None:
         )
 
 
-def best() -> str:
-    """The best device that torch finds here."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def is_here(device: str) -> bool:
     """Whether torch can compute on a device."""
     import torch
@@ -46,14 +38,29 @@ def is_here(device: str) -> bool:
 
 
 def computing(asked: str) -> tuple[str, tuple[str, ...]]:
-    """The device to compute on, and what to say of it: one that is not here is the CPU instead."""
+    """The device to compute fp64 sums on, and what to say of it: one that cannot be is the CPU instead.
+
+    Of several GPUs each rank of a machine has one, unless it is named.
+    """
     check(asked)
     if asked == AUTO:
-        found = best()
-        return found, (f"--device {found}: found here",) if found != "cpu" else ()
-    if is_here(asked):
-        return asked, ()
-    return "cpu", (f"--device {asked} is not here: computed on the CPU instead",)
+        found = _mine() if is_here("cuda") else "cpu"
+        return found, (
+            f"device: {found.partition(':')[0]}, found here (--device cpu for none)",
+        ) if found != "cpu" else ()
+    if asked == "mps":
+        return "cpu", ("--device mps has no float64: computed on the CPU instead",)
+    if not is_here(asked):
+        return "cpu", (f"--device {asked} is not here: computed on the CPU instead",)
+    return _mine() if asked == "cuda" else asked, ()
+
+
+def _mine() -> str:
+    """The GPU of this rank, by its number among the ranks of this machine."""
+    import torch
+
+    here = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0")
+    return f"cuda:{int(here) % torch.cuda.device_count()}" if here.isdecimal() else "cuda"
 
 
 def placed(asked: str) -> tuple[str, tuple[str, ...]]:
