@@ -27,6 +27,8 @@ from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
 
 #: Each with the file that dconv writes it as.
 FILES: Final = {"torch_export": "model.pt2", "torchscript": "model.pt"}
+#: The file inside an archive that names inputs and outputs (``extra_files`` of torch's loaders).
+PORTS: Final = "ports.json"
 _LOCAL: Final = 30
 #: A record that has weights: a code cannot be among them.
 _WEIGHTS: Final = re.compile(r"data/(weights/weight_)?\d+")
@@ -156,7 +158,9 @@ def placed_anew(archive: Archive, device: str) -> tuple[Logical, Target]:
     writer = ZipWriter(0, "model")
     for name in archive.records:
         if name not in weights and name != ".data/serialization_id" and not name.endswith(".debug_pkl"):
-            writer.add(name, change(name, archive.read(name), device))
+            content = archive.read(name)
+            said = _ports_on(content, device) if name == f"extra/{PORTS}" else change(name, content, device)
+            writer.add(name, said)
     for name in weights:
         offset, nbytes = archive.records[name]
         box = Region.whole((nbytes,))
@@ -175,6 +179,24 @@ def placed_anew(archive: Archive, device: str) -> tuple[Logical, Target]:
         seal(None, side),
     )
     return Logical(root, specs, pieces, {file: stamp(archive.path)}), target
+
+
+def _ports_on(content: bytes, device: str) -> bytes:
+    try:
+        return json.dumps({**json.loads(content), "device": device}).encode()
+    except (ValueError, TypeError) as error:
+        raise Damaged("an archive is broken", where=f"extra/{PORTS}", found=str(error)[:200]) from error
+
+
+def device_of(archive: Archive) -> str:
+    """The device that a graph of dconv's is written for; "" where its archive does not say."""
+    if f"extra/{PORTS}" not in archive.records:
+        return ""
+    try:
+        said = json.loads(archive.read(f"extra/{PORTS}"))
+    except ValueError:
+        return ""
+    return str(said.get("device", "")) if isinstance(said, dict) else ""
 
 
 def _export_on(name: str, content: bytes, device: str) -> bytes:

@@ -16,12 +16,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.checkpoint.graphs import FILES, Archive, archive_of
+from dconv.checkpoint.graphs import FILES, PORTS, Archive, archive_of, device_of
 from dconv.errors import Damaged, DconvError, Refused, ToolMissing
 from dconv.export.graph import BATCH, PAST, Port
 from dconv.export.huggingface import continuation, largest
 from dconv.export.prompt import Answers, Prompt
-from dconv.export.traced import PORTS
+from dconv.net.device import is_here
 from dconv.net.skeleton import quiet
 
 _NEW_TOKENS: Final = 12
@@ -35,20 +35,27 @@ class Ports:
 
     Attributes:
         dtype: torch's name of what it computes in.
+        device: and where.
     """
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     dtype: str
+    device: str
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A graph ready to be called with the tensors of its inputs, and what runs it, for a person."""
 
-    call: Callable[..., Any]
+    module: Any
     ports: Ports
     runtime: str
+
+    def call(self, *inputs: Any) -> tuple[Any, ...]:
+        """What the graph makes of tensors on the CPU, on the CPU."""
+        made = self.module(*(it.to(self.ports.device) for it in inputs))
+        return tuple(it.cpu() for it in made)
 
 
 def archive(path: Path, kind: str) -> Archive:
@@ -80,6 +87,14 @@ def loading(found: Archive) -> Iterator[None]:
     Raises:
         ToolMissing: torch does not open it.
     """
+    device = device_of(found) or "cpu"
+    if not is_here(device):
+        raise ToolMissing(
+            "a graph is written for a device that is not here",
+            where=str(found.path),
+            found=device,
+            do=f"dconv convert {found.path.parent} {found.kind} --device cpu -o OUT  writes it for the CPU",
+        )
     try:
         with quiet():
             yield
@@ -90,7 +105,6 @@ def loading(found: Archive) -> Iterator[None]:
             "torch does not open this graph",
             where=str(found.path),
             found=f"{type(error).__name__}: {error}"[:600],
-            do="it may be written for a device that is not here: dconv convert it again with --device cpu",
         ) from error
 
 
@@ -106,7 +120,7 @@ def ports_of(found: Archive, text: str) -> Ports:
             tuple(Port(it["name"], tuple(it["axes"]), it["dtype"] == "int64") for it in said[side])
             for side in ("inputs", "outputs")
         )
-        return Ports(inputs, outputs, next(it["dtype"] for it in said["outputs"]))
+        return Ports(inputs, outputs, next(it["dtype"] for it in said["outputs"]), device_of(found))
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise Refused(
             "this graph does not say what it takes, and is not run",
@@ -157,7 +171,7 @@ def infer(graph: Loaded, path: Path, prompt: Prompt) -> dict[str, object]:
     shown: dict[str, object] = {
         "runtime": graph.runtime,
         "model": f"a graph of {len(graph.ports.inputs)} inputs",
-        "computed": f"{graph.ports.dtype} on the CPU",
+        "computed": f"{graph.ports.dtype} on {graph.ports.device.replace('cpu', 'the CPU')}",
         "largest_logit": largest(answers(graph, prompt), path),
     }
     return shown | continuation(folder, prompt, partial(_generated, graph, prompt))

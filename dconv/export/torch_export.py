@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.graphs import FILES, exported_on
+from dconv.checkpoint.graphs import FILES, PORTS, exported_on
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described
 from dconv.errors import ToolMissing
@@ -32,7 +32,7 @@ from dconv.export.graph_run import (
     runs_code,
 )
 from dconv.export.prompt import Answers, Prompt
-from dconv.export.traced import PORTS, Export, Weightless, exported, in_archive, ports_json, weightless
+from dconv.export.traced import Export, Weightless, exported, in_archive, ports_json, weightless
 from dconv.net.device import placed
 from dconv.net.places import Parameter
 from dconv.request import Request
@@ -56,7 +56,7 @@ def export(request: Request, model: Described) -> Export:
     records = _records(exported(found))
     device, notes = placed(request.device)
     records = {name: exported_on(data, device) if name.endswith(".json") else data for name, data in records.items()}
-    return Export(model, _framed(found, records, model), notes)
+    return Export(model, _framed(found, records, model, device), notes)
 
 
 def _records(program: Any) -> dict[str, bytes]:
@@ -91,7 +91,7 @@ def _other_archive(found: str) -> ToolMissing:
     )
 
 
-def _framed(found: Weightless, records: dict[str, bytes], model: Described) -> Target:
+def _framed(found: Weightless, records: dict[str, bytes], model: Described, device: str) -> Target:
     homes = {f"model.{name}": number for number, one in enumerate(found.held) for name in (one.spec.name, *one.alike)}
     config = json.loads(records[_WEIGHTS])
     for name, entry in config["config"].items():
@@ -99,7 +99,7 @@ def _framed(found: Weightless, records: dict[str, bytes], model: Described) -> T
         _check(entry, found.held[homes[name]])
     made = {
         _WEIGHTS: json.dumps(config).encode(),
-        f"extra/{PORTS}": ports_json(found.graph, found.dtype),
+        f"extra/{PORTS}": ports_json(found.graph, found.dtype, device),
         "byteorder": b"little",
     }
     writer = ZipWriter(0, _ROOT)

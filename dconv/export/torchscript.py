@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dconv.checkpoint.graphs import FILES
+from dconv.checkpoint.graphs import FILES, PORTS
 from dconv.checkpoint.pickling import Global, NewObj, dumps
 from dconv.checkpoint.torchframe import ZipWriter, lower, tensor
 from dconv.describe import Described
@@ -38,7 +38,7 @@ from dconv.export.graph_run import (
     runs_code,
 )
 from dconv.export.prompt import Answers, Prompt
-from dconv.export.traced import PORTS, Export, Weightless, exported, in_archive, ports_json, weightless
+from dconv.export.traced import Export, Weightless, exported, in_archive, ports_json, weightless
 from dconv.net.device import placed
 from dconv.net.skeleton import quiet
 from dconv.request import Request
@@ -226,14 +226,21 @@ def _bounded(a: Any, b: Any, *, least: bool) -> Any:
     return (torch.minimum if least else torch.maximum)(*lengths)
 
 
-def _conv1d(x: Any, weight: Any, bias: Any = None, *how: Any) -> Any:
+def _conv1d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> Any:
     """The convolution of each channel by itself, as state-space layers have it, of shifted products in fp32.
 
     torch computes the shape of its own in Python, which a trace takes for a part of the graph.
     """
     from torch.nn import functional
 
-    stride, padding, dilation, groups = (*how, *([1], [0], [1], 1)[len(how) :])
     if list(stride) != [1] or list(dilation) != [1] or groups == 1:
         raise NotImplementedError(f"conv1d with stride {stride}, dilation {dilation}, {groups} groups")
     taps = weight.squeeze(1).float().unbind(-1)  # fails where a channel sees others
@@ -277,7 +284,7 @@ def _framed(found: Weightless, script: Script, model: Described, device: str) ->
         **script.records,
         "version": b"3\n",
         "byteorder": b"little",
-        f"extra/{PORTS}": ports_json(found.graph, found.dtype),
+        f"extra/{PORTS}": ports_json(found.graph, found.dtype, device),
         **{f"data/{key}": data for key, data in raw.items()},
     }
     for name, content in records.items():

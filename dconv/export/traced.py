@@ -33,8 +33,6 @@ from dconv.sharding.plan import Target, TargetFile, TargetTensor
 
 #: What weights are computed in; the most common one of a model that has several is taken.
 _FLOATING: Final = ("f32", "bf16", "f16")
-#: The file inside an archive that names inputs and outputs (``extra_files`` of torch's loaders).
-PORTS: Final = "ports.json"
 #: Lengths at which what torch found out of a graph's must hold. 0 and 1 are not asked: at these torch goes the way of
 #: longer ones, and the operations are the same.
 _TRIED: Final = (2, 3, 16, 100, 70_000)
@@ -191,15 +189,15 @@ def exported(model: Weightless) -> Any:
     return program
 
 
-def ports_json(graph: Graph, dtype: str) -> bytes:
+def ports_json(graph: Graph, dtype: str, device: str) -> bytes:
     """A graph's inputs and outputs: name, axes (a name where it may be of any length) and torch's dtype of each."""
-    said = {
+    said: dict[str, Any] = {
         side: [
             {"name": port.name, "axes": port.axes, "dtype": "int64" if port.whole else TO_TORCH[dtype]} for port in of
         ]
         for side, of in (("inputs", graph.inputs), ("outputs", graph.outputs))
     }
-    return json.dumps(said).encode()
+    return json.dumps({**said, "device": device}).encode()
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="auto", metavar="DEVICE",
                        help="where calibration computes (auto: cuda where there is one, else cpu), and what "
-                            "torch_export, torchscript are written for (auto: cpu): cpu, cuda, cuda:1, mps")  # fmt: skip
+                            "torch_export, torchscript are made for (auto: cpu): cpu, cuda, cuda:1, mps")  # fmt: skip
     group.add_argument("--quant-config", choices=READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip

@@ -44,10 +44,9 @@ def computing(asked: str) -> tuple[str, tuple[str, ...]]:
     """
     check(asked)
     if asked == AUTO:
-        found = _mine() if is_here("cuda") else "cpu"
-        return found, (
-            f"device: {found.partition(':')[0]}, found here (--device cpu for none)",
-        ) if found != "cpu" else ()
+        if not is_here("cuda"):
+            return "cpu", ()
+        return _mine(), ("computed on cuda, which was found here (--device cpu leaves it out)",)
     if asked == "mps":
         return "cpu", ("--device mps has no float64: computed on the CPU instead",)
     if not is_here(asked):
