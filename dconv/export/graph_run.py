@@ -6,7 +6,7 @@ Only torch is needed: what a graph takes is said inside its archive.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -129,23 +129,6 @@ def ports_of(found: Archive, text: str) -> Ports:
         ) from error
 
 
-def opens(load: Callable[[Path], Loaded], path: Path) -> bool:
-    """Whether a graph loads.
-
-    Raises:
-        ToolMissing: torch is not installed.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("torch") is None:
-        raise ToolMissing("torch is needed to open a graph", found="no module torch", do="pip install 'dconv[torch]'")
-    try:
-        load(path)
-    except DconvError:
-        return False
-    return True
-
-
 def answers(graph: Loaded, prompt: Prompt) -> Answers:
     """fp32 logits; of a graph with a cache in two steps, so that it counts, too."""
     import torch
@@ -217,17 +200,3 @@ def _generated(graph: Loaded, prompt: Prompt, sentence: NDArray[np.int64]) -> ND
             fed = logits[:, -1:].argmax(-1)
             tokens = torch.cat([tokens, fed], 1)
     return (replies if prompt.replies is not None else tokens).numpy()
-
-
-def converted(format: str, model: Path, out: Path, options: dict[str, Any]) -> dict[str, object]:
-    """Convert in this process, alone, and say what was written: tensors, bytes, notes."""
-    from dconv.pipeline import Request, prepare, run
-    from dconv.sharding.commit import Settings
-
-    job = prepare(Request(model, format, out, **options))
-    run(job, Settings())
-    return {
-        "tensors": len(job.plan.target.tensors),
-        "bytes": job.plan.bytes_written,
-        "notes": list(job.notes),
-    }

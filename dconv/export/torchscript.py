@@ -30,10 +30,8 @@ from dconv.export.graph_run import (
     Loaded,
     answers,
     archive,
-    converted,
     infer,
     loading,
-    opens,
     ports_of,
     runs_code,
 )
@@ -330,15 +328,6 @@ def _nodes(block: Any) -> Iterator[Any]:
             yield from _nodes(inner)
 
 
-def validate(path: Path) -> bool:
-    """Whether torch opens an archive; nothing of it is computed.
-
-    Raises:
-        ToolMissing: torch is not installed.
-    """
-    return opens(load, path)
-
-
 def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:
     """What the graph answers; errors as for `load`."""
     return answers(load(path), prompt)
@@ -354,19 +343,3 @@ def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
         Damaged: the logits are not finite; else as `load`.
     """
     return infer(load(path), path, prompt)
-
-
-def convert(model: Path, out: Path, **options: Any) -> tuple[bool, dict[str, object] | None]:
-    """Convert in this process, alone.
-
-    Args:
-        options: fields of `dconv.request.Request`.
-
-    Returns:
-        Whether torch opens what was written, and what was written (`dconv.export.graph_run.converted`).
-
-    Raises:
-        DconvError: see `dconv.pipeline.prepare` and ``run``.
-    """
-    said = converted(_FORMAT, model, out, options)
-    return validate(out), said
