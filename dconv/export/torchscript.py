@@ -59,7 +59,7 @@ def export(request: Request, model: Described) -> Export:
     Raises:
         Refused, ToolMissing: see `dconv.export.traced.weightless` and ``exported``; torch.jit traces it otherwise.
     """
-    found = weightless(model, request.dtype)
+    found = weightless(model, request)
     device, notes = placed(request.device)
     script = _traced(found, exported(found), device)
     return Export(model, _framed(found, script, model, device), (_DEPRECATED, *notes))
@@ -244,7 +244,7 @@ def _conv1d(
     taps = weight.squeeze(1).float().unbind(-1)  # fails where a channel sees others
     wide = functional.pad(x.float(), [padding[0], padding[0]])
     length = x.size(-1) + 2 * padding[0] - (len(taps) - 1)
-    made = sum(wide[..., k : k + length] * tap[:, None] for k, tap in enumerate(taps))
+    made: Any = sum(wide[..., k : k + length] * tap[:, None] for k, tap in enumerate(taps))
     return (made if bias is None else made + bias.float()[:, None]).to(x.dtype)
 
 
