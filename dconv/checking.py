@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from dconv import verify
+from dconv.arch import registry
 from dconv.checkpoint.drop import check_used
+from dconv.checkpoint.graphs import Archive, archive_of, open_source
 from dconv.codec.kernels import apply
 from dconv.coded.decode import method_of
 from dconv.errors import Damaged, Refused, group_names
-from dconv.examine import MANY, Report, lines_of, report_of, said
+from dconv.examine import MANY, Report, in_part, lines_of, report_of, said
 from dconv.export import llama_cpp
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
@@ -48,13 +50,18 @@ class Checked:
         read = asdict(self.reread) if self.reread else None
         return {**brief, "receipt": read, "run": self.run, "not_run": self.not_run, "notes": list(self.notes)}
 
+    def _whole(self) -> str:
+        report = self.report
+        if report.parameters is None:
+            return f"{report.family}, {report.layers} layers, a graph with {report.stored_bytes:,} bytes of weights"
+        what = f"{report.family}, {report.layers} layers, {said(report.parameters)} parameters"
+        return f"{what}: headers, shapes and names agree with the config"
+
     def text(self) -> str:
         """For a person, at most 100 columns."""
-        report = self.report
         read = self.reread
         lines = [
-            *lines_of("whole", f"{report.family}, {report.layers} layers, {said(report.parameters)} parameters: "
-                               f"headers, shapes and names agree with the config"),
+            *lines_of("whole", self._whole()),
             *lines_of("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
                                  f"wrote them" if read else f"no {RECEIPT} to compare with"),
         ]  # fmt: skip
@@ -62,7 +69,8 @@ class Checked:
             lines += lines_of("not run", self.not_run)
         else:
             layers = f", each of {self.run['layers']} layers finite" if "layers" in self.run else ""
-            ran = f"{self.run['model']} in {self.run['runtime']}, fp32 on the CPU: finite logits"
+            how = self.run.get("computed", "fp32 on the CPU")
+            ran = f"{self.run['model']} in {self.run['runtime']}, {how}: finite logits"
             lines += lines_of("runs", f"{ran} within ±{self.run['largest_logit']:.4g}{layers}")
             if text := self.run.get("continuation"):
                 lines += lines_of("continues", repr(text))
@@ -115,6 +123,8 @@ def check(
         "rename": rename,
         "submodel": submodel,
     }
+    if not source_format and (graph := archive_of(path)):
+        return _graph(path, graph, options, read, run)
     model = describe_model(path, **options, with_eagle=with_eagle)
     check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
@@ -137,6 +147,23 @@ def check(
     if found is not None and (unread := found.get("unread")):
         notes.append(f"not of transformers' model: {', '.join(group_names(unread, MANY).splitlines())}")
     return Checked(report, read, found, "" if found else why, tuple(notes))
+
+
+def _graph(path: Path, graph: Archive, options: dict[str, Any], read: verify.Reread | None, run: bool) -> Checked:
+    """A graph, of which no table knows the weights: the family is its config's, and its runtime tells the rest."""
+    source = open_source(graph)
+    report = replace(in_part(path, source, ""), parameters=None)
+    notes = (f"not covered by the receipt: {', '.join(read.strangers)}",) if read and read.strangers else ()
+    if not run:
+        return Checked(report, read, None, "not asked for", notes)
+    if module := missing(graph.kind):
+        return Checked(report, read, None, f"no module {module}", notes)
+    if source.config is None:
+        return Checked(report, read, None, source.lacks, notes)
+    name = options["model_type"]
+    family = registry.by_name(name) if name else registry.detect(source.config, None, {})
+    prompt = prompt_for(family, family.facts(source.config, {}), source.config)
+    return Checked(report, read, runtime_of(graph.kind).can_infer(graph.path, prompt), "", notes)
 
 
 def _run(

@@ -210,7 +210,7 @@ def inspect(
         if explain is not False:
             raise
         source = open_source(path, source_format, rename=renaming_of(rename, submodel))
-        report = _in_part(path, source, str(error))
+        report = in_part(path, source, str(error))
         return replace(report, precision=precision_of(source, None, source.config))
     check_used(drop, (model.source, model.logical))
     head = model.family.head.removesuffix(".weight") if model.facts["tied"] else ""
@@ -238,7 +238,7 @@ def report_of(path: Path, model: Described, hf_config: str | Path | None) -> Rep
     )
 
 
-def _in_part(path: Path, source: Source, refused: str) -> Report:
+def in_part(path: Path, source: Source, refused: str) -> Report:
     """A report of what can be known about a checkpoint that would be refused."""
     family = facts = None
     with suppress(DconvError):

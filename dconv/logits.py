@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from dconv import bounds
 from dconv.arch.layouts import size
+from dconv.checkpoint import graphs
 from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
+from dconv.net.device import is_here, placed
 from dconv.pipeline import FORMATS, Described, Job, Request, describe_model
 from dconv.request import QUANTISED
 from dconv.sharding.region import Region
@@ -48,6 +50,10 @@ def require(job: Job) -> None:
     if request.format in QUANTISED:
         _require_transformers(request)
         return
+    if target in graphs.FILES and not is_here(placed(request.device)[0]):
+        raise _refused(f"it is written for {request.device}, which is not here")
+    if graphs.archive_of(request.model):
+        raise _refused("a graph once more is the same bytes")
     for side in _compared(request):
         model = side.model
         own = (side.container, model.family, model.config, model.source.args)
@@ -237,6 +243,11 @@ def _logarithms(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _bound(job: Job) -> tuple[float, str]:
+    if FORMATS[job.request.format] in graphs.FILES:
+        computed = {tensor.spec.dtype for tensor in job.plan.target.tensors} & {"bf16", "f16"}
+        if computed:
+            worst = max(computed, key=lambda dtype: _UNIT_ROUNDOFF[dtype])
+            return _ROUNDOFFS * _UNIT_ROUNDOFF[worst], f"computed in {worst}, {_ROUNDOFFS} unit roundoffs"
     rounded = {
         tensor.spec.dtype
         for tensor, copies in zip(job.plan.target.tensors, job.plan.copies, strict=True)

@@ -16,15 +16,19 @@ from dconv.request import CALIBRATED, FORMATS, QUANTISED
 #: stay as they are, where the output has that form. ``decoded``: each weight is what its code and scales say, rounded
 #: once. ``coded``: new codes, each within the bound that its variant states. ``calibrated``: new codes, chosen by what
 #: a layer answers.
-Numbers = Literal["exact", "kept", "decoded", "coded", "calibrated"]
+#: ``refused``: a graph is not made into anything else.
+Numbers = Literal["exact", "kept", "decoded", "coded", "calibrated", "refused"]
 #: As a table shows them.
-SIGNS: Final[dict[Numbers, str]] = {"exact": "=", "kept": "≡", "decoded": "≈", "coded": "c", "calibrated": "q"}
+SIGNS: Final[dict[Numbers, str]] = {
+    "exact": "=", "kept": "≡", "decoded": "≈", "coded": "c", "calibrated": "q", "refused": "",
+}  # fmt: skip
 MEANINGS: Final[dict[Numbers, str]] = {
     "exact": "the same values, bit by bit where the dtype stays",
     "kept": "codes and scales stay as they are; for another --quant they are decoded, or it is refused",
     "decoded": "each weight as its code and scales say, rounded once",
     "coded": "new codes, each within the bound that the plan states (from codes: decoded first)",
     "calibrated": "new codes, chosen by calibration",
+    "refused": "a graph is the end of a way: convert from the checkpoint that it was made of",
 }
 
 
@@ -37,15 +41,17 @@ class Input:
         container: as ``--from`` names it.
         coded: its weights are in codes.
         kept: the FORMATs that keep them.
+        graph: the one FORMAT that it becomes.
     """
 
     words: str
     container: str
     coded: bool = False
     kept: tuple[str, ...] = ()
+    graph: str = ""
 
 
-#: Every kind of source that is read as tensors, by name.
+#: Every kind of source, by name.
 INPUTS: Final[dict[str, Input]] = {
     "huggingface": Input("HuggingFace, safetensors, .bin", "huggingface"),
     "torch_dist": Input("Megatron torch_dist", "torch_dist"),
@@ -64,6 +70,8 @@ INPUTS: Final[dict[str, Input]] = {
     "neuron_fp8": Input("Neuron FP8", "neuron", True, ("neuron",)),
     "gguf_blocks": Input("GGUF, its blocks", "gguf", True, ("gguf",)),
     "mlx_codes": Input("MLX 2 to 8 bits", "mlx", True),
+    "torch_export": Input("torch.export .pt2", "torch_export", graph="torch_export"),
+    "torchscript": Input("TorchScript .pt", "torchscript", graph="torchscript"),
 }
 
 
@@ -81,6 +89,8 @@ def numbers(source: str, format: str) -> Numbers:
         format: one of `outputs`.
     """
     given = INPUTS[source]
+    if given.graph:
+        return "exact" if format == given.graph else "refused"
     if format in given.kept:
         return "kept"
     if format in CALIBRATED:
@@ -104,7 +114,7 @@ def text() -> str:
     for name, cells in rows():
         marks = "  ".join(SIGNS[cells[format]].center(len(format)) for format in columns)
         lines.append(f"{INPUTS[name].words:<{width}}  {marks}".rstrip())
-    return "\n".join([*lines, "", *(f"{SIGNS[kind]}  {words}" for kind, words in MEANINGS.items())])
+    return "\n".join([*lines, "", *(f"{SIGNS[kind] or ' '}  {words}" for kind, words in MEANINGS.items())])
 
 
 def markdown() -> str:
@@ -114,4 +124,7 @@ def markdown() -> str:
     lines.append("|---|" + ":-:|" * len(columns))
     for name, cells in rows():
         lines.append(f"| {INPUTS[name].words} | " + " | ".join(SIGNS[cells[format]] for format in columns) + " |")
-    return "\n".join([*lines, "", *(f"`{SIGNS[kind]}` {words}.  " for kind, words in MEANINGS.items())])
+    meanings = (
+        f"`{SIGNS[kind]}` {words}.  " if SIGNS[kind] else f"Empty: {words}.  " for kind, words in MEANINGS.items()
+    )
+    return "\n".join([*lines, "", *meanings])

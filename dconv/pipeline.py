@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from dconv import __version__, calibrate, gguf
+from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.calibrate import Calibrating
-from dconv.checkpoint import drop, megatron
+from dconv.checkpoint import drop, graphs, megatron
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
 from dconv.errors import Refused, StorageFault, UsageError
+from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
 from dconv.quantise import quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request
@@ -28,7 +30,7 @@ from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
-from dconv.targets import TARGETS, engine_of, lay_out_megatron, megatron_model
+from dconv.targets import GRAPHS, TARGETS, engine_of, graph_engine, lay_out_megatron, megatron_model
 from dconv.trace import Trace
 
 
@@ -80,6 +82,8 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
     engine = engine_of(request.format)
     if request.fake_weight:
         return prepare_described(request, _made_up(request))
+    if not request.source_format and engine in graphs.FILES and (graph := graphs.archive_of(request.model)):
+        return _placed_anew(request, graph, engine)
     model = describe_model(
         request.model,
         source_format=request.source_format,
@@ -128,6 +132,7 @@ def prepare_described(request: Request, model: Described) -> Job:
         planned = calibrate.plan(request, model)
         model, calibrating, schemes = planned.model, planned.calibrating, planned.schemes or schemes
         notes += planned.notes
+        notes += computing(request.device)[1]
     if schemes:
         model, said, codes = quantised(model, schemes)
         notes += said
@@ -143,6 +148,10 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes += written.notes
     if engine == "gguf":
         made = gguf.export(request, model)
+        model, target, codes = made.model, made.target, made.words
+        notes += made.notes
+    elif engine in GRAPHS:
+        made = graph_engine(engine).export(request, model)
         model, target, codes = made.model, made.target, made.words
         notes += made.notes
     else:
@@ -168,6 +177,28 @@ def prepare_described(request: Request, model: Described) -> Job:
         calibrating=calibrating,
         worst=schemes.worst if schemes else {},
     )
+
+
+def _placed_anew(request: Request, graph: graphs.Archive, engine: str) -> Job:
+    """A graph once more, for another device."""
+    if graph.kind != engine:
+        raise graphs.refusal(graph)
+    if request.dtype or request.quant or request.drop or request.mup2llama:
+        raise Refused(
+            "a graph's operations are of its dtype and its weights, nothing was written",
+            where=str(graph.path),
+            expected="--device alone",
+            do="convert from the checkpoint that it was made of",
+        )
+    device, notes = placed(request.device)
+    source = graphs.open_source(graph)
+    if source.config is None:
+        raise Refused(f"{source.lacks}, nothing was written", where=str(graph.path), do="put the model's beside it")
+    family = registry.by_name(request.model_type) if request.model_type else registry.detect(source.config, None, {})
+    logical, target = graphs.placed_anew(graph, device)
+    plan = build_plan(logical, target)
+    facts = family.facts(source.config, {})
+    return Job(request, source, family, source.config, facts, logical, plan, notes=notes)
 
 
 def _count(logical: Logical) -> int:
@@ -231,7 +262,9 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    work = calibrate.work(job.calibrating, job.request.device, settings.world) if job.calibrating else None
+    work = (
+        calibrate.work(job.calibrating, computing(job.request.device)[0], settings.world) if job.calibrating else None
+    )
     return run_rank(job.plan, out, apply, replace(settings, about=about(job)), work)
 
 

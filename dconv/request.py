@@ -18,6 +18,7 @@ FORMATS: Final = {
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
     "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
+    "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
@@ -60,7 +61,8 @@ class Request:
         quantization_config: settings of a calibrated quantisation: JSON, a file's name, or a preset's.
         calibration: a file or folder of samples; None for the text that ships.
         strict: a pattern of that config that matches nothing is an error.
-        device: torch's name of where calibration computes.
+        device: where calibration computes, and what a graph is written for: torch's name, or ``auto``
+            (`dconv.net.device`).
         gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
@@ -95,7 +97,7 @@ class Request:
     quantization_config: str | None = None
     calibration: str | None = None
     strict: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     gguf_pretokenizer: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 from dconv.arch.layouts import check_heads, size
 from dconv.arch.rope import for_older_loaders
@@ -18,6 +19,14 @@ from dconv.sharding.tensor import TensorSpec
 
 #: No vocabulary has as many rows.
 _MOST_ROWS: Final = 2**31
+
+#: Engines that trace a model: what they write is laid out by their own module, which needs the framework.
+GRAPHS: Final = ("torch_export", "torchscript")
+
+
+def graph_engine(engine: str) -> Any:
+    """The module of an engine of `GRAPHS`: it has ``export(request, described)``."""
+    return import_module(f"dconv.export.{engine}")
 
 
 def engine_of(format: str) -> str:
@@ -34,7 +43,7 @@ def engine_of(format: str) -> str:
     return engine
 
 
-def _new_config(request: Request, model: Described) -> dict[str, object] | None:
+def new_config(request: Request, model: Described) -> dict[str, object] | None:
     """config.json of the output; None when the source's own file is copied."""
     dtypes = {spec.dtype for spec in model.logical.specs.values()}
     if request.dtype and dtypes != {request.dtype}:
@@ -58,7 +67,7 @@ def _keeps(model: Described) -> frozenset[str]:
 
 
 def _huggingface(request: Request, model: Described) -> Target:
-    config = _new_config(request, model)
+    config = new_config(request, model)
     return huggingface.lay_out(
         _specs(request, model).values(),
         config=None if config is None else for_older_loaders(config),
@@ -76,7 +85,7 @@ def _neuron(request: Request, model: Described) -> Target:
     return neuron.lay_out_target(
         table.lay_out(model.family, model.facts),
         _specs(request, model),
-        config=_new_config(request, model),
+        config=new_config(request, model),
         side=model.source.side,
         shard_size=request.file_size,
         left_out=model.logical.left_out,
@@ -103,7 +112,7 @@ def _pt(request: Request, model: Described) -> Target:
         model.facts,
         _specs(request, model),
         tp=request.parallel.tp,
-        config=_new_config(request, model),
+        config=new_config(request, model),
         side=model.source.side,
         left_out=model.logical.left_out,
     )
@@ -128,7 +137,7 @@ def _megatron(request: Request, model: Described) -> Target:
 
 def megatron_model(request: Request, model: Described, prefix: str = "") -> megatron.Model:
     _check_layout(request, model)
-    config = _new_config(request, model)
+    config = new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
     common = request.dtype or max(set(dtypes.values()), key=list(dtypes.values()).count)
     args = {

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, huggingface, megatron, mlx, neuron, state_dict
+from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, state_dict
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
@@ -72,6 +72,8 @@ def open_source(
             expected="one of megatron, " + ", ".join((*CONTAINERS, *_SPELLINGS)),
             do=f"did you mean {close[0]}?" if close else "leave --from out: it is detected",
         )
+    if not said and (graph := graphs.archive_of(path)):
+        return graphs.open_source(graph)
     if not path.is_dir() and not state_dict.is_file(path) and not gguf.is_file(path):
         beside = path.suffix == ".safetensors" or path.name == "config.json"
         raise Refused(

@@ -86,15 +86,24 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     sizes = dict(storages)
     if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, [root, *sizes])):
         raise ValueError("storage keys must be plain and unique")
-    writer = _ZipWriter(base, root)
-    writer.add("data.pkl", dumps(tree, lambda node: _lower(node, sizes)))
+    writer = ZipWriter(base, root)
+    writer.add("data.pkl", dumps(tree, lambda node: lower(node, sizes)))
     writer.add("version", b"3\n")
     writer.add("byteorder", b"little")
     data = {key: writer.reserve(f"data/{key}", nbytes) for key, nbytes in storages}
     return Frame(writer.finish(), tuple(writer.literals), data)
 
 
-def _lower(node: object, sizes: Mapping[str, int]) -> object:
+def lower(node: object, sizes: Mapping[str, int], device: str = "cpu") -> object:
+    """The pickle form of a node of `tensor` or a `DTypeRef`, for `dconv.checkpoint.pickling.dumps`.
+
+    Args:
+        sizes: bytes of each storage.
+        device: torch's name of where a reader puts it.
+
+    Raises:
+        ValueError: a tensor that is not inside its storage.
+    """
     if isinstance(node, DTypeRef):
         return dtype(node.name)
     if not isinstance(node, Tensor):
@@ -105,14 +114,14 @@ def _lower(node: object, sizes: Mapping[str, int]) -> object:
     if nbytes % size or reach(node.offset, node.shape, node.stride) * size > nbytes:
         raise ValueError(f"a tensor that is not inside its storage {node.key!r}")
     kind = _STORAGE.get(node.dtype)
-    storage = Persistent(("storage", kind or _UNTYPED, node.key, "cpu", nbytes // size if kind else nbytes))
+    storage = Persistent(("storage", kind or _UNTYPED, node.key, device, nbytes // size if kind else nbytes))
     common = (storage, node.offset, node.shape, node.stride, False, _NO_HOOKS)
     if kind:
         return Reduce(Global("torch._utils", "_rebuild_tensor_v2"), common)
     return Reduce(Global("torch._utils", "_rebuild_tensor_v3"), (*common, dtype(node.dtype)))
 
 
-class _ZipWriter:
+class ZipWriter:
     """Zip records one after the other, the directory last. Positions count from the container's start."""
 
     def __init__(self, base: int, root: str) -> None:

@@ -118,9 +118,14 @@ def _module(model: Any, forward: Any) -> Any:
 
 
 def _continue(model: Any, tokens: Any, mask: Any, positions: Any, *past: Any) -> tuple[Any, ...]:
-    from transformers.cache_utils import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    cache = DynamicCache()
+    for keys, values in zip(past[::2], past[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values  # an `update` would join them to empty ones
+        cache.layers.append(layer)
     said = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return said.logits, *(held for layer in said.past_key_values.layers for held in (layer.keys, layer.values))
 

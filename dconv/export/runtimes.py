@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from dconv.arch.family import Family
+from dconv.checkpoint.graphs import FILES
 from dconv.export.megatron_config import not_computed
 from dconv.export.prompt import Kind, kind_of
 from dconv.net import own
@@ -31,6 +32,8 @@ def as_run(container: str, *said: object) -> str:
         container: `dconv.checkpoint.source.Source.format`.
         said: what a loader would have to be told (``--rename``, ``--submodel``); a copy under plain names is run then.
     """
+    if container in FILES:
+        return container
     return container if container.startswith("megatron") or (container == "huggingface" and not any(said)) else "pt"
 
 
@@ -43,6 +46,14 @@ def runtime_of(container: str) -> ModuleType:
         from dconv.export import huggingface
 
         return huggingface
+    if container == "torch_export":
+        from dconv.export import torch_export
+
+        return torch_export
+    if container == "torchscript":
+        from dconv.export import torchscript
+
+        return torchscript
     if not container.startswith("megatron"):
         from dconv.export import state_dict
 

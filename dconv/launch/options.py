@@ -13,6 +13,7 @@ from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
 from dconv.launch.config_file import read_config
 from dconv.mlx import VARIANTS as MLX_VARIANTS
+from dconv.net.device import check as check_device
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
@@ -102,7 +103,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain",
+        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain, torch_export, torchscript",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -175,7 +176,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strict", action="store_true", help="a pattern of --quantization-config that matches nothing is an error"
     )
-    group.add_argument("--device", default="cpu", metavar="DEVICE", help="where calibration computes: cpu, cuda (cpu)")
+    group.add_argument("--device", default="auto", metavar="DEVICE",
+                       help="where calibration computes (auto: cuda where there is one, else cpu), and what "
+                            "torch_export, torchscript are made for (auto: cpu): cpu, cuda, cuda:1, mps")  # fmt: skip
     group.add_argument("--quant-config", choices=READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip
@@ -277,6 +280,7 @@ def to_request(args: argparse.Namespace) -> Request:
     if args.teacher_only and args.teacher is None:
         raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
     _check_fake(args)
+    check_device(args.device)
     engine = FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = ("ep",) if args.format in CALIBRATED else known

@@ -13,8 +13,11 @@ import torch
 
 import dconv
 from dconv import matrix
+from dconv.checkpoint.graphs import FILES
 from dconv.cli import main
 from dconv.errors import DconvError
+from dconv.logits import compare
+from dconv.pipeline import Request, prepare
 from tests.formats import gguf_tokenizers, test_meta
 from tests.oracles import hf
 
@@ -65,6 +68,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "neuron_fp8": lambda out: dconv.convert(of("fp8"), "neuron", out),
         "gguf_blocks": to("gguf", quant="q8_0"),
         "mlx_codes": to("mlx", quant="4bit"),
+        "torch_export": to("torch_export"),
+        "torchscript": to("torchscript"),
     }
 
     def of(name: str) -> Path:
@@ -87,6 +92,7 @@ def cells() -> list[Any]:
     for name, row in matrix.rows():
         for format, numbers in row.items():
             slow = numbers == "calibrated" and name not in CALIBRATED
+            slow |= format in FILES and numbers != "refused" and name not in ("huggingface", *FILES)
             found.append(pytest.param(name, format, marks=[pytest.mark.long] * slow, id=f"{name}-{format}"))
     return found
 
@@ -101,10 +107,20 @@ def test_cell(source: Callable[[str], Path], tmp_path: Path, name: str, format: 
     elif name == "mx" and format == "mx":
         options = {"quant": "mxfp8"}
     went, said = dconv.engine(format).convert(given, out, **options)
+    if numbers == "refused":
+        assert not went
+        assert said
+        assert said["exit_code"] == 3
+        assert "convert from the checkpoint that it was made of" in said["error"]
+        return
     assert went, said
     assert said
     assert (out / said["files"][0]).is_file()
     assert dconv.engine(format).validate(out)
+    if format in FILES:
+        if name not in FILES:
+            compare(prepare(Request(given, format, out)), out)
+        return
     made = next(iter(out.glob("*.gguf")), out)
     found = dconv.diff(given, made)
     assert not found.only_a

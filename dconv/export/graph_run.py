@@ -1,0 +1,202 @@
+"""Graphs of torch, run: a prompt in two steps through the cache, a sentence continued greedily.
+
+Only torch is needed: what a graph takes is said inside its archive.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dconv.checkpoint.graphs import FILES, PORTS, Archive, archive_of, device_of
+from dconv.errors import Damaged, DconvError, Refused, ToolMissing
+from dconv.export.graph import BATCH, PAST, Port
+from dconv.export.huggingface import continuation, largest
+from dconv.export.prompt import Answers, Prompt
+from dconv.net.device import is_here
+from dconv.net.skeleton import quiet
+
+_NEW_TOKENS: Final = 12
+#: Tokens of a prompt that go into the cache first.
+_FIRST: Final = 5
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What a graph takes and gives.
+
+    Attributes:
+        dtype: torch's name of what it computes in.
+        device: and where.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A graph ready to be called with the tensors of its inputs, and what runs it, for a person."""
+
+    module: Any
+    ports: Ports
+    runtime: str
+
+    def call(self, *inputs: Any) -> tuple[Any, ...]:
+        """What the graph makes of tensors on the CPU, on the CPU."""
+        made = self.module(*(it.to(self.ports.device) for it in inputs))
+        return tuple(it.cpu() for it in made)
+
+
+def archive(path: Path, kind: str) -> Archive:
+    """The archive of a graph of one kind.
+
+    Raises:
+        Damaged: there is none.
+    """
+    found = archive_of(path)
+    if found is None or found.kind != kind:
+        raise Damaged(
+            "there is no such graph", where=str(path), expected=FILES[kind], found=found.kind if found else "none"
+        )
+    return found
+
+
+def runs_code(found: Archive, where: str) -> Refused:
+    return Refused(
+        "this archive has more than tensors and operations on them, and is not run",
+        where=f"{where} in {found.path}",
+        expected="a graph as dconv writes it: no pickled objects, no files read or written",
+    )
+
+
+@contextmanager
+def loading(found: Archive) -> Iterator[None]:
+    """Errors of torch's loaders, told as ours.
+
+    Raises:
+        ToolMissing: torch does not open it.
+    """
+    device = device_of(found) or "cpu"
+    if not is_here(device):
+        raise ToolMissing(
+            "a graph is written for a device that is not here",
+            where=str(found.path),
+            found=device,
+            do=f"dconv convert {found.path.parent} {found.kind} --device cpu -o OUT  writes it for the CPU",
+        )
+    try:
+        with quiet():
+            yield
+    except DconvError:
+        raise
+    except Exception as error:  # whatever torch raises about one archive
+        raise ToolMissing(
+            "torch does not open this graph",
+            where=str(found.path),
+            found=f"{type(error).__name__}: {error}"[:600],
+        ) from error
+
+
+def ports_of(found: Archive, text: str) -> Ports:
+    """What a graph's archive says of its inputs and outputs.
+
+    Raises:
+        Refused: it says nothing: another program wrote it.
+    """
+    try:
+        said = json.loads(text)
+        inputs, outputs = (
+            tuple(Port(it["name"], tuple(it["axes"]), it["dtype"] == "int64") for it in said[side])
+            for side in ("inputs", "outputs")
+        )
+        return Ports(inputs, outputs, next(it["dtype"] for it in said["outputs"]), device_of(found))
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise Refused(
+            "this graph does not say what it takes, and is not run",
+            where=str(found.path),
+            expected=f"extra/{PORTS}, as dconv writes it",
+        ) from error
+
+
+def answers(graph: Loaded, prompt: Prompt) -> Answers:
+    """fp32 logits; of a graph with a cache in two steps, so that it counts, too."""
+    import torch
+
+    tokens = torch.from_numpy(prompt.tokens)
+    with torch.no_grad(), quiet():
+        if prompt.types is not None:
+            made = graph.call(tokens, torch.ones_like(tokens), torch.from_numpy(prompt.types))
+        elif prompt.replies is not None:
+            made = graph.call(tokens, torch.ones_like(tokens), torch.from_numpy(prompt.replies))
+        elif not _has_cache(graph):
+            made = graph.call(tokens, torch.ones_like(tokens))
+        else:
+            first, cache = _step(graph, tokens[:, :_FIRST], None)
+            rest, _ = _step(graph, tokens[:, _FIRST:], cache)
+            made = (torch.cat([first, rest], 1),)
+    return tuple(it.float().numpy() for it in made)
+
+
+def infer(graph: Loaded, path: Path, prompt: Prompt) -> dict[str, object]:
+    """See ``can_infer`` of the engines."""
+    folder = path if path.is_dir() else path.parent
+    shown: dict[str, object] = {
+        "runtime": graph.runtime,
+        "model": f"a graph of {len(graph.ports.inputs)} inputs",
+        "computed": f"{graph.ports.dtype} on {graph.ports.device.replace('cpu', 'the CPU')}",
+        "largest_logit": largest(answers(graph, prompt), path),
+    }
+    return shown | continuation(folder, prompt, partial(_generated, graph, prompt))
+
+
+def _has_cache(graph: Loaded) -> bool:
+    return any(PAST in port.axes for port in graph.ports.inputs)
+
+
+def _step(graph: Loaded, tokens: Any, cache: tuple[Any, ...] | None) -> tuple[Any, tuple[Any, ...]]:
+    """Logits of the next tokens, and keys and values with theirs."""
+    import torch
+
+    held = [port for port in graph.ports.inputs if PAST in port.axes]
+    batch, length = tokens.shape
+    if cache is None:
+        sizes = {BATCH: batch, PAST: 0}
+        shapes = [[sizes[axis] if isinstance(axis, str) else axis for axis in port.axes] for port in held]
+        cache = tuple(torch.zeros(shape, dtype=getattr(torch, graph.ports.dtype)) for shape in shapes)
+    past = cache[0].shape[held[0].axes.index(PAST)]
+    places = torch.arange(past, past + length)[None].expand(batch, length)
+    logits, *made = graph.call(tokens, torch.ones(batch, past + length, dtype=torch.long), places, *cache)
+    return logits, tuple(made)
+
+
+def _generated(graph: Loaded, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Greedily, a token a step where there is a cache."""
+    import torch
+
+    tokens = torch.from_numpy(sentence)
+    replies = torch.zeros_like(tokens[:, :1])  # T5 and its kind begin with their padding, token 0
+    fed, cache = tokens, None
+    with torch.no_grad(), quiet():
+        for _ in range(_NEW_TOKENS):
+            if prompt.replies is not None:
+                last = graph.call(tokens, torch.ones_like(tokens), replies)[0][:, -1:]
+                replies = torch.cat([replies, last.argmax(-1)], 1)
+                continue
+            if _has_cache(graph):
+                logits, cache = _step(graph, fed, cache)
+            else:
+                logits = graph.call(tokens, torch.ones_like(tokens))[0]
+            fed = logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, fed], 1)
+    return (replies if prompt.replies is not None else tokens).numpy()
