@@ -170,7 +170,7 @@ def exported(model: Weightless) -> Any:
     )
     dtype = getattr(torch, TO_TORCH[model.dtype])
     try:
-        with quiet(), _silent(), torch.no_grad():
+        with quiet(), silent(), torch.no_grad():
             with _fakes(model.net):
                 inputs = tuple(sample(port, dtype, "cpu") for port in graph.inputs)
             with settings.patch(backed_size_oblivious=True):  # lengths of 0 and 1 are lengths as others are
@@ -222,7 +222,7 @@ def _fakes(net: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without what torch's exporter tells a person at a terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
