@@ -48,6 +48,8 @@ def test_a_graph_once_more_computes_the_same(options: dict[str, object], bound: 
     assert models.apart(found, wanted) <= bound
     assert models.apart(runs.step(ids[:, 6:], mine)[0], one.runs.step(ids[:, 6:], past)[0]) <= bound
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    if "shard_size" in options:
+        assert len(list((tmp_path / "out").glob("model.onnx.data-*"))) > 2
     if "opset" in options:
         assert {entry.domain: entry.version for entry in graph.opset_import}[""] == options["opset"]
     if options == {"dtype": "f16"}:

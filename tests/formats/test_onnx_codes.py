@@ -38,7 +38,9 @@ def test_codes_are_those_of_onnxruntimes_quantiser(bits: int) -> None:
     assert sorted(map(str, said[: len(named)])) == sorted(map(str, said[len(named) :]))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("llama", 8), ("gemma", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("llama", 4), ("llama", 8), pytest.param("gemma", 4, marks=pytest.mark.long)]
+)
 def test_graph_computes_what_the_codes_are_worth(name: str, bits: int) -> None:
     one = models.made(name, "f32", f"int{bits}")
     graph = opened(one)

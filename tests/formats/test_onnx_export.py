@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,12 +19,14 @@ pytest.importorskip("onnxruntime")
 
 import onnx
 
+import dconv
+from dconv import logits
 from dconv.describe import describe_model
-from dconv.errors import Refused, ToolMissing, UsageError
+from dconv.errors import Damaged, Refused, ToolMissing, UsageError
 from dconv.export import huggingface, onnx_graph
 from dconv.export import onnx_run as engine
 from dconv.export.prompt import kind_of, prompt_for
-from dconv.pipeline import convert, prepare, run
+from dconv.pipeline import prepare, run
 from dconv.request import Request
 from dconv.sharding.commit import Settings
 from tests.formats import onnx_models as models
@@ -133,8 +136,7 @@ def test_onnxruntime_genai_continues_it_too() -> None:
 def test_any_world_writes_the_same_bytes(world: int, tmp_path: Path) -> None:
     one = models.made("llama")
     out = tmp_path / "out"
-    job = prepare(Request(one.source, "onnx", out, dtype="f32"))
-    assert job.plan.id == one.job.plan.id
+    job = replace(one.job, request=replace(one.job.request, out=out))
     for rank in range(world):
         run(job, Settings(rank=rank, world=world))
     for path in one.out.iterdir():
@@ -173,15 +175,6 @@ def test_a_graph_tells_nothing_of_who_traced_it() -> None:
         assert word not in data
 
 
-def test_weights_in_several_files(tmp_path: Path) -> None:
-    one = models.made("llama")
-    convert(Request(one.source, "onnx", tmp_path / "out", dtype="f32", shard_size=400_000))
-    assert len(list((tmp_path / "out").glob("model.onnx.data-*"))) > 2
-    runs = type(one.runs)(tmp_path / "out")
-    ids = models.tokens(1, 4)
-    assert np.array_equal(runs.step(ids, None)[0], one.runs.step(ids, None)[0])
-
-
 def test_what_there_is_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = models.source("llama")
     out = tmp_path / "out"
@@ -195,3 +188,26 @@ def test_what_there_is_not_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ToolMissing, match="no_such_package"):
         prepare(Request(folder, "onnx", out))
     assert not list(tmp_path.iterdir())
+
+
+def test_graphs_are_looked_at_checked_and_verified() -> None:
+    one = models.made("llama")
+    report = dconv.inspect(one.out)
+    assert (report.format, report.family, report.layers) == ("onnx", "llama", 2)
+    assert "a graph is no checkpoint" in report.refused
+    found = dconv.check(one.out / "model.onnx")
+    assert found.run is not None
+    assert str(found.run["runtime"]).startswith("onnxruntime")
+    assert found.reread is not None
+    assert logits.compare(one.job, one.out)["bound"] == logits.BOUND
+    with pytest.raises(Refused, match="no bound of logits"):
+        logits.require(models.made("llama", "f32", "int8").job)
+
+
+def test_check_finds_a_changed_weight(tmp_path: Path) -> None:
+    out = shutil.copytree(models.made("llama").out, tmp_path / "out")
+    data = bytearray((out / "model.onnx.data").read_bytes())
+    data[5000] ^= 1
+    (out / "model.onnx.data").write_bytes(data)
+    with pytest.raises(Damaged, match="changed since the receipt"):
+        dconv.check(out)
