@@ -50,7 +50,7 @@ def export(request: Request, model: Described) -> Export:
     Raises:
         Refused, ToolMissing: see `dconv.export.traced.weightless` and ``exported``; torch writes another archive.
     """
-    found = weightless(model, request.dtype)
+    found = weightless(model, request)
     records = _records(exported(found))
     device, notes = placed(request.device)
     records = {name: exported_on(data, device) if name.endswith(".json") else data for name, data in records.items()}

@@ -59,7 +59,7 @@ def export(request: Request, model: Described) -> Export:
     Raises:
         Refused, ToolMissing: see `dconv.export.traced.weightless` and ``exported``; torch.jit traces it otherwise.
     """
-    found = weightless(model, request.dtype)
+    found = weightless(model, request)
     device, notes = placed(request.device)
     script = _traced(found, exported(found), device)
     return Export(model, _framed(found, script, model, device), (_DEPRECATED, *notes))
@@ -70,7 +70,7 @@ class Script:
     """A model in TorchScript.
 
     Attributes:
-        records: of the archive: code, and the numbers in it.
+        records: of the archive: code, the numbers in it, and the version of the operations that it calls.
         constants: tensors that have values, by the module's attribute.
         names: the attribute of a parameter -> its number among those of the model.
     """
@@ -123,8 +123,12 @@ def _traced(found: Weightless, program: Any, device: str) -> Script:
     with zipfile.ZipFile(held) as archive:
         record = {name.partition("/")[2]: name for name in archive.namelist()}
         code = [name for name in record if name.startswith("code/") and name.endswith(".py")]
-        numbers = {key: archive.read(name) for key, name in sorted(record.items()) if key.startswith("constants")}
-        if len(code) != 1 or b"meta" in numbers["constants.pkl"]:
+        kept = {
+            key: archive.read(name)
+            for key, name in sorted(record.items())
+            if key.startswith(("constants", "version", ".data/version"))
+        }
+        if len(code) != 1 or b"meta" in kept["constants.pkl"]:
             raise ToolMissing(
                 "this torch writes another archive than is known here, nothing was written",
                 where=f"torch {torch.__version__}",
@@ -132,7 +136,7 @@ def _traced(found: Weightless, program: Any, device: str) -> Script:
             )
         source = _MANGLED.sub(b"", archive.read(record[code[0]]))
         source = source.replace(b'torch.device("meta")', f'torch.device("{device}")'.encode())
-    return Script({_CODE: source, **numbers}, constants, names)
+    return Script({_CODE: source, **kept}, constants, names)
 
 
 def attribute(name: str) -> str:
@@ -244,7 +248,7 @@ def _conv1d(
     taps = weight.squeeze(1).float().unbind(-1)  # fails where a channel sees others
     wide = functional.pad(x.float(), [padding[0], padding[0]])
     length = x.size(-1) + 2 * padding[0] - (len(taps) - 1)
-    made = sum(wide[..., k : k + length] * tap[:, None] for k, tap in enumerate(taps))
+    made: Any = sum(wide[..., k : k + length] * tap[:, None] for k, tap in enumerate(taps))
     return (made if bias is None else made + bias.float()[:, None]).to(x.dtype)
 
 
@@ -256,6 +260,7 @@ _SPECIAL: Final[Mapping[str, Callable[..., Any]]] = {
     "index": lambda x, at: x[tuple(slice(None) if it is None else it for it in at)],
     "dropout": lambda x, *_: x,
     "lift_fresh_copy": lambda x: x,
+    "alias": lambda x: x,
     "conv1d": _conv1d,
     "__and__": operator.and_,
     "__or__": operator.or_,
@@ -280,7 +285,6 @@ def _framed(found: Weightless, script: Script, model: Described, device: str) ->
     records = {
         "data.pkl": dumps(tree, lambda node: lower(node, sizes, device)),
         **script.records,
-        "version": b"3\n",
         "byteorder": b"little",
         f"extra/{PORTS}": ports_json(found.graph, found.dtype, device),
         **{f"data/{key}": data for key, data in raw.items()},

@@ -21,13 +21,14 @@ from dconv.checkpoint.huggingface import with_dtype
 from dconv.checkpoint.source import seal, side_bytes
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described
-from dconv.errors import Refused, ToolMissing
+from dconv.errors import Refused, ToolMissing, UsageError
 from dconv.export.graph import LENGTHS, Graph, graph_of, sample
 from dconv.export.huggingface import AUTO
 from dconv.export.prompt import kind_of
 from dconv.export.runtimes import missing, obstacle
 from dconv.net.places import Parameter, parameters
 from dconv.net.skeleton import built, fill_computed, quiet
+from dconv.request import Request
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 
@@ -95,16 +96,21 @@ def in_archive(model: Described, found: Weightless, file: str, writer: ZipWriter
     )
 
 
-def weightless(model: Described, dtype: str | None) -> Weightless:
+def weightless(model: Described, request: Request) -> Weightless:
     """The network of a model, without its weights.
 
-    Args:
-        dtype: that ``--dtype`` asks for.
-
     Raises:
+        UsageError: OUT has a file's name.
         ToolMissing: torch or transformers is not installed, or does not build it.
         Refused: transformers has no such model, or the model sees; see `dconv.net.places.parameters`.
     """
+    if request.out is not None and request.out.suffix in (".pt", ".pt2"):
+        raise UsageError(
+            "a graph lies in a directory, with the config and the tokenizer, nothing was written",
+            where=str(request.out),
+            expected="a directory's name",
+            do=f"-o {request.out.with_suffix('')}",
+        )
     if module := missing("huggingface"):
         raise ToolMissing(
             "a graph is traced by torch, from transformers' model, nothing was written",
@@ -115,7 +121,7 @@ def weightless(model: Described, dtype: str | None) -> Weightless:
         raise Refused(f"{why}, nothing was written", do="FORMAT hf, megatron or pt")
     from dconv.net import traced_experts
 
-    short = dtype or _common(model)
+    short = request.dtype or _common(model)
     config = with_dtype(model.config, TO_TORCH[short])
     kind = kind_of(model.family)
     with tempfile.TemporaryDirectory(prefix="dconv-graph-") as scratch:

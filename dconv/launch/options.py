@@ -14,6 +14,7 @@ from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
 from dconv.launch.config_file import read_config
 from dconv.mlx import VARIANTS as MLX_VARIANTS
+from dconv.net.device import check as check_device
 from dconv.neuron import RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
@@ -283,6 +284,7 @@ def to_request(args: argparse.Namespace) -> Request:
     if args.teacher_only and args.teacher is None:
         raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
     _check_fake(args)
+    check_device(args.device)
     engine = FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = ("ep",) if args.format in CALIBRATED else known

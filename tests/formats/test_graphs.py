@@ -21,6 +21,7 @@ from dconv.checkpoint.torchframe import ZipWriter
 from dconv.cli import main
 from dconv.errors import Refused, ToolMissing
 from dconv.examine import inspect
+from dconv.net.device import computing, placed
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
@@ -191,6 +192,36 @@ def test_nothing_else_is_made_of_a_graph(llama: Path, format: str, options: dict
     with pytest.raises(Refused, match="a graph") as refusal:
         prepare(Request(llama / format, to, tmp_path / "out", dtype=options.get("dtype")))
     assert refusal.value.do == "convert from the checkpoint that it was made of"
+
+
+def test_what_is_no_directory_or_no_device_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.save(small("llama"), tmp_path / "hf")
+    words = ["convert", str(tmp_path / "hf"), "pt2", "-o", str(tmp_path / "out.pt2")]
+    assert main(words) == 2
+    assert "a directory's name" in capsys.readouterr().err
+    assert main([*words[:-1], str(tmp_path / "out"), "--device", "tpu"]) == 2
+    assert "cuda:1" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("auto", "cpu"), ("cpu", "cpu"), ("mps", "cpu"), ("cuda", "cpu"), ("cuda:3", "cpu")]
+)
+def test_without_a_gpu_the_cpu_computes_and_that_is_said(
+    asked: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, notes = computing(asked)
+    assert device == found
+    assert [f"--device {asked}" in note for note in notes] == [True] * (asked not in ("auto", "cpu"))
+
+
+def test_of_several_gpus_each_rank_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [computing(asked)[0] for asked in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert placed("auto") == ("cpu", ())
 
 
 @pytest.mark.parametrize("format", FORMATS)
