@@ -19,6 +19,7 @@ from dconv.codec.kernels import apply
 from dconv.coded.decode import method_of
 from dconv.errors import Damaged, Refused, group_names
 from dconv.examine import MANY, Report, in_part, lines_of, report_of, said
+from dconv.export import llama_cpp
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
 from dconv.pipeline import Described, describe_model
@@ -185,6 +186,8 @@ def _run(
     """What the runtime computed, if any did, and why it was not the checkpoint's own or none."""
     container = as_run(model.source.format, options["rename"], options["submodel"])
     prompt = prompt_for(model.family, model.facts, model.config)
+    if model.source.format == "gguf" and llama_cpp.installed():
+        return llama_cpp.can_infer(model.source.root / next(iter(model.source.files)), prompt), ""
     why = _why_not(model, container, with_eagle, force, max_memory)
     if not why:
         where = path if path.is_file() else model.source.root

@@ -2,8 +2,9 @@
 
 Types are chosen as llama.cpp does. Its converter writes f32, f16, bf16, q8_0, tq1_0 and tq2_0: norms, biases, routers
 and all that has one axis are fp32 (``prepare_tensors`` of ``conversion/base.py``), and the ternary types leave the
-embedding and the output in f16. The others are llama-quantize's (``src/llama-quant.cpp``), without K-quants: its output
-layer, also where it is the embedding, is Q6_K there and Q8_0 here, the nearest above it. Rows that are not whole blocks
+embedding and the output in f16. The others are llama-quantize's (``src/llama-quant.cpp``): its mixes of K-quants are
+`dconv.arch.gguf_mixes`. Under the older types its output layer, also where it is the embedding, is Q6_K there and Q8_0
+here, the nearest above it: what they need is all here, whichever library is installed. Rows that are not whole blocks
 are f16 in both.
 """
 
@@ -15,11 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from dconv.arch.gguf_written import Written, check, without_predictors, written
+from dconv.arch.gguf import ARCHS
+from dconv.arch.gguf_mixes import ALIASES, MIXES, types
+from dconv.arch.gguf_written import Written, check, not_loaded, without_predictors, written
 from dconv.arch.layouts import size
 from dconv.checkpoint.gguf_header import raw_values, read_header
 from dconv.checkpoint.gguf_target import Raw, lay_out
 from dconv.checkpoint.gguf_vocabulary import vocabulary
+from dconv.codec import ggml
 from dconv.codec.gguf import BLOCKS
 from dconv.coded.gguf import PLAIN
 from dconv.coded.gguf_encode import Stored, Tensor, file_of, source_blocks, stored, tensors
@@ -29,11 +33,11 @@ from dconv.request import Request
 from dconv.sharding.derived import real_files
 from dconv.sharding.plan import Target
 
-#: ``--quant`` -> the type, and ``general.file_type`` (``enum llama_ftype``).
+#: ``--quant`` -> the type or mix, and ``general.file_type`` (``enum llama_ftype``).
 TYPES: Final[Mapping[str, tuple[str, int]]] = {
     "f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2),
     "q4_1": ("Q4_1", 3), "q5_0": ("Q5_0", 8), "q5_1": ("Q5_1", 9), "tq1_0": ("TQ1_0", 36), "tq2_0": ("TQ2_0", 37),
-    "mxfp4": ("MXFP4", 38),
+    "mxfp4": ("MXFP4", 38), **{mix.lower(): (mix, number) for mix, (_, number) in MIXES.items()},
 }  # fmt: skip
 _FILE_TYPE: Final[Mapping[str, int]] = dict(TYPES.values())
 #: Those of which llama-quantize raises the output layer.
@@ -43,7 +47,8 @@ _FP32: Final = re.compile(r".*_norm\.weight|.*\.ffn_gate_inp(_shexp)?\.weight|.*
 _QUANTISATION_VERSION: Final = 2
 #: Of a GGUF's own metadata what is written anew.
 _ANEW: Final = ("general.architecture", "general.file_type", "general.alignment", "general.quantization_version")
-#: What a file's name ends with that says how it is stored.
+#: What a file's name ends with that says which of a set it is, and what else it says of how it is stored.
+_SET: Final = re.compile(r"(-\d{5}-of-\d{5})?(\.gguf)?$")
 _SUFFIX: Final = re.compile(r"(?i)([-._](F32|F16|BF16|T?I?Q\d\w*|MXFP4))?(-\d{5}-of-\d{5})?(\.gguf)?$")
 
 
@@ -82,16 +87,16 @@ def export(request: Request, model: Described) -> Export:
     check(model.family, config, made, {**{tensor.name: tensor.shape for tensor in held},
                                        **{name: (len(table),) for name, table in made.tables.items()}})  # fmt: skip
     of_gguf = model.source.format == "gguf" and request.hf_config is None
-    kind, kinds = _kinds(asked, held, model)
+    kind, kinds = _kinds(asked, held, model, made.values)
     packed = [stored(tensor, kinds[tensor.name], model.logical, made.arch) for tensor in held]
-    general, words, notes = _vocabulary(request, model, made, of_gguf)
+    kept, words, notes = _vocabulary(request, model, made, of_gguf)
     file_type = _FILE_TYPE[kind] if kind else _file_type(model)
     values = {
         "general.architecture": made.arch,
         "general.type": "model",
         "general.name": _stem(request).replace("-", " "),
         "general.size_label": _size_label(packed, made),
-        **general,
+        **kept,
         **{key: value for key, value in made.values.items() if key != "general.architecture"},
         "general.file_type": file_type,
         "general.quantization_version": _QUANTISATION_VERSION,
@@ -99,7 +104,7 @@ def export(request: Request, model: Described) -> Export:
     }
     logical = _logical(model, packed)
     target = lay_out(
-        _stem(request) if kind is None else f"{_stem(request)}-{kind}",
+        _SET.sub("", next(iter(model.source.files))) if kind is None else f"{_stem(request)}-{kind}",
         packed,
         made.tables,
         values,
@@ -107,8 +112,10 @@ def export(request: Request, model: Described) -> Export:
         left_out={**logical.left_out, **left_out},
     )
     said = "" if kind is None or kind in PLAIN else f"GGUF {kind}"
+    why = not_loaded(made)
+    loads = (f"llama.cpp of 2026-10 does not load this file: {why}",) if why else ()
     more = (f"{len(left_out):,} tensors left out: {next(iter(left_out.values()))}",) if left_out else ()
-    return Export(replace(model, logical=logical), target, (*_of_kinds(kind, packed), *more, *notes), said)
+    return Export(replace(model, logical=logical), target, (*loads, *_of_kinds(kind, packed), *more, *notes), said)
 
 
 def _asked(request: Request) -> str | None:
@@ -126,14 +133,15 @@ def _asked(request: Request) -> str | None:
             do=f"-o {request.out.with_suffix('')}",
         )
     quant = request.quant.lower() if request.quant else None
+    quant = ALIASES.get(quant or "", quant)
     if quant is None:
         return TYPES[request.dtype][0] if request.dtype else None
     if re.fullmatch(r"i?q\d\w*", quant) and quant not in TYPES:
         raise Refused(
-            f"{quant} is chosen by llama.cpp's own search, nothing was written",
+            f"{quant} takes an importance matrix, nothing was written",
             where=f"--quant {request.quant}",
             expected="one of " + ", ".join(TYPES),
-            do=f"--quant bf16 here, then llama-quantize MODEL-BF16.gguf {quant.upper()}",
+            do="--quant bf16 here, then llama-quantize --imatrix of llama.cpp",
         )
     if quant not in TYPES:
         raise UsageError(
@@ -150,8 +158,17 @@ def _asked(request: Request) -> str | None:
     return TYPES[quant][0]
 
 
-def _kinds(asked: str | None, held: Sequence[Tensor], model: Described) -> tuple[str | None, dict[str, str]]:
-    """The type of most weights, None where each tensor keeps the blocks that it has, and that of each tensor."""
+def _kinds(
+    asked: str | None, held: Sequence[Tensor], model: Described, said: Mapping[str, Any]
+) -> tuple[str | None, dict[str, str]]:
+    """The type or mix of the weights, None where each tensor keeps the blocks that it has, and that of each tensor.
+
+    Args:
+        said: the metadata.
+    """
+    if asked in MIXES:
+        weights = {tensor.name: tensor.shape for tensor in held if not _is_fp32(tensor.name, tensor.shape)}
+        return asked, {**{tensor.name: "F32" for tensor in held}, **types(asked, weights, said)}
     dtypes = Counter[str]()
     for tensor in held:
         if len(tensor.shape) > 1:
@@ -168,13 +185,17 @@ def _kinds(asked: str | None, held: Sequence[Tensor], model: Described) -> tuple
     return (None if blocks else own), {**kinds, **plain, **blocks}
 
 
+def _is_fp32(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) <= 1 or _FP32.fullmatch(name) is not None
+
+
 def kind_of(name: str, shape: tuple[int, ...], asked: str, *, tied: bool) -> str:
     """The type of one tensor, where a model is to be of a type; see the module.
 
     Args:
         tied: whether the embedding is the output layer, too.
     """
-    if len(shape) <= 1 or _FP32.fullmatch(name):
+    if _is_fp32(name, shape):
         return "F32"
     kind = asked
     output = name == _OUTPUT or (tied and name == _EMBEDDING)
@@ -192,9 +213,12 @@ def _of_kinds(kind: str | None, packed: Sequence[Stored]) -> tuple[str, ...]:
     notes = [f"tensors: {listed}" + (f"; of {kept:,} the blocks are the source's own" if kept else "")]
     if kind in _RAISED and counts["Q8_0"]:
         notes.append("the output layer is Q8_0: llama-quantize makes it Q6_K, which nothing here encodes")
-    size = BLOCKS[kind or "F16"][0]
-    if odd := sum(tensor.kind == "F16" and tensor.shape[-1] % size > 0 for tensor in packed):
-        notes.append(f"{odd:,} tensors are F16: their rows are not whole blocks of {size}")
+    if any(tensor.kind in ggml.KINDS and not tensor.kept for tensor in packed):
+        notes.append(f"scales of blocks are searched for by {ggml.library().said}: another build may choose others")
+    size = BLOCKS[MIXES[kind][0] if kind in MIXES else kind or "F16"][0]
+    if odd := sum(tensor.shape[-1] % size > 0 for tensor in packed if len(tensor.shape) > 1 and tensor.kind != "F32"):
+        smaller = "of smaller blocks" if kind in MIXES else "F16"
+        notes.append(f"{odd:,} tensors are {smaller}: their rows are not whole blocks of {size}")
     return tuple(notes)
 
 
@@ -216,17 +240,18 @@ def _logical(model: Described, packed: Sequence[Stored]) -> Any:
 def _vocabulary(
     request: Request, model: Described, made: Written, of_gguf: bool
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """What is said of the model in general, the vocabulary, and notes; of a GGUF both as it has them."""
+    """What else is said of the model, the vocabulary, and notes; of a GGUF all of it as it has it."""
     if not of_gguf:
         where, rows = str(model.source.root), size(model.facts, "vocab")
         words, notes = vocabulary(model.source.side, model.config, rows, made.arch, request.gguf_pretokenizer, where)
         return {}, words, notes
-    raw = raw_values(model.source.root / next(iter(model.source.files)), ("general.", "tokenizer."))
-    general = {key: Raw(data) for key, data in raw.items() if key.startswith("general.") and key not in _ANEW}
-    words: dict[str, Any] = {key: Raw(data) for key, data in raw.items() if key.startswith("tokenizer.")}
+    held = raw_values(model.source.root / next(iter(model.source.files)))
+    others = (ARCHS.keys() - {made.arch}) | {"split"}  # what is not the model's, and what a set says of itself
+    kept = {key: Raw(data) for key, data in held.items() if key not in _ANEW and key.partition(".")[0] not in others}
+    words: dict[str, Any] = {key: kept.pop(key) for key in list(kept) if key.startswith("tokenizer.")}
     if request.gguf_pretokenizer is not None:
         words["tokenizer.ggml.pre"] = request.gguf_pretokenizer
-    return general, words, ()
+    return kept, words, ()
 
 
 def _file_type(model: Described) -> int:

@@ -7,11 +7,11 @@
 # it. PYTHON=… chooses the interpreter. A second call with nothing changed returns at once. Both packages say that they
 # need Python 3.12 and a GPU's software: hence --ignore-requires-python, --no-deps, and the shims of bridge_peer.py.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$(realpath -m -- "${1:-$root/.venvs/bridge}")
-stamp=$venv/bridge-installed # the hash of this file when it was last carried out
-python=${PYTHON:-python3}
+stamp=$venv/bridge-installed
 
 megatron=(megatron-core==0.19.2 megatron-bridge==0.6.2)
 # what they import, then what that pulls in; torch in every call of pip, or one of them would replace it
@@ -32,37 +32,9 @@ pulled=(
     typing-inspection==0.4.5 tzdata==2026.6 urllib3==2.8.0 Werkzeug==3.1.9 xxhash==4.1.0
 )
 
-fail() {
-    printf 'bridge_env: %s\n' "$@" >&2
-    exit 1
-}
-
-now=$(sha256sum <"${BASH_SOURCE[0]}" | cut -d' ' -f1)
-if [[ -x $venv/bin/python && -r $stamp && $(<"$stamp") == "$now" ]]; then
-    exit 0
-fi
-
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-quietly() { # run; show the output only when it fails
-    "$@" >"$log" 2>&1 || {
-        tail -n 40 "$log" >&2
-        fail "this failed: $*"
-    }
-}
-
-if [[ ! -x $venv/bin/python ]]; then
-    command -v "$python" >/dev/null || fail "no $python on PATH"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$("$python" --version) is too old: PYTHON=/path/to/python3.11 bash scripts/bridge_env.sh"
-    mkdir -p "$(dirname -- "$venv")"
-    if "$python" -c 'import ensurepip' 2>/dev/null; then
-        quietly "$python" -m venv "$venv"
-    else # Debian without python3-venv
-        quietly "$python" -m venv --without-pip "$venv"
-        quietly "$python" -m pip --python "$venv/bin/python" install pip
-    fi
-fi
+now=$(hash_of "${BASH_SOURCE[0]}")
+is_made "$venv" "$stamp" "$now" && exit
+make_venv "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
 quietly "${pip[@]}" "${wanted[@]}" "${pulled[@]}"
 quietly "${pip[@]}" --no-deps --ignore-requires-python torch==2.13.0 "${megatron[@]}"

@@ -11,10 +11,10 @@
 # things that these do with a directory of today: a rope base that config.json has in rope_parameters alone is not seen
 # (rope_theta is), and a tied embedding stays zero unless it is copied into the model once more.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venvs=$(realpath -m -- "${1:-$root/.venvs}")
-python=${PYTHON:-python3}
 
 both=(
     torch==2.13.0 accelerate==1.15.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0
@@ -36,39 +36,14 @@ for_autogptq=(
     peft==0.14.0 rouge==1.0.1 sentencepiece==0.2.3 setuptools==80.10.2 tokenizers==0.21.4 transformers==4.51.3
 )
 
-fail() {
-    printf 'gptq_env: %s\n' "$@" >&2
-    exit 1
-}
-
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-quietly() { # run; show the output only when it fails
-    "$@" >"$log" 2>&1 || {
-        tail -n 40 "$log" >&2
-        fail "this failed: $*"
-    }
-}
-
-command -v "$python" >/dev/null || fail "no $python on PATH"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old: PYTHON=/path/to/python3.11 bash scripts/gptq_env.sh"
-now=$(sha256sum <"${BASH_SOURCE[0]}" | cut -d' ' -f1)
+now=$(hash_of "${BASH_SOURCE[0]}")
 
 # environment NAME PACKAGE IMPORT WANTED…: $venvs/NAME with PACKAGE itself (unless its stamp says it is there already)
 environment() {
-    local venv=$venvs/$1 package=$2 import=$3 stamp=$venvs/$1/peer-installed # the hash of this file when carried out
+    local venv=$venvs/$1 package=$2 import=$3 stamp=$venvs/$1/peer-installed
     shift 3
-    [[ -x $venv/bin/python && -r $stamp && $(<"$stamp") == "$now" ]] && return
-    if [[ ! -x $venv/bin/python ]]; then
-        mkdir -p "$venvs"
-        if "$python" -c 'import ensurepip' 2>/dev/null; then
-            quietly "$python" -m venv "$venv"
-        else # Debian without python3-venv
-            quietly "$python" -m venv --without-pip "$venv"
-            quietly "$python" -m pip --python "$venv/bin/python" install pip
-        fi
-    fi
+    is_made "$venv" "$stamp" "$now" && return
+    make_venv "$venv"
     local pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
     quietly "${pip[@]}" "${both[@]}" "$@"
     quietly env BUILD_CUDA_EXT=0 "${pip[@]}" --no-deps --no-build-isolation "$package"

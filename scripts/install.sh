@@ -6,17 +6,12 @@
 # Needs Python >= 3.11 and pip (PYTHON=… chooses the interpreter). A second call with nothing changed returns at once;
 # extras add up over calls. Quiet unless something fails; pip's own settings (index, proxy, wheels) apply.
 set -euo pipefail
-
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 cd "$root"
+
 venv=$root/.venv
 stamp=$venv/dconv-installed # first line: a hash of what the install depends on; second line: the extras
-python=${PYTHON:-python3}
-
-fail() {
-    printf 'install: %s\n' "$@" >&2
-    exit 1
-}
 
 fingerprint() {
     { echo "$root"; cat pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1
@@ -36,29 +31,7 @@ if [[ $was == "$now" && ${had:-} == "$extras" && -x $venv/bin/python ]]; then
     exit 0
 fi
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-quietly() { # run; show the output only when it fails
-    "$@" >"$log" 2>&1 || {
-        tail -n 40 "$log" >&2
-        fail "this failed: $*"
-    }
-}
-
-if ! { [[ -r $venv/pyvenv.cfg ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
-    command -v "$python" >/dev/null || fail "no $python on PATH; dconv needs Python 3.11 or newer"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$("$python" --version) is too old; dconv needs Python 3.11 or newer" \
-            "PYTHON=/path/to/python3.11 bash scripts/install.sh chooses another one"
-    if "$python" -c 'import ensurepip' 2>/dev/null; then
-        quietly "$python" -m venv "$venv"
-    else # Debian without python3-venv: its pip can still fill an environment made without one
-        "$python" -m pip --version >/dev/null 2>&1 ||
-            fail "$python has neither ensurepip nor pip; on Debian: apt-get install python3-pip"
-        quietly "$python" -m venv --without-pip "$venv"
-        quietly "$python" -m pip --python "$venv/bin/python" install pip
-    fi
-fi
+make_venv "$venv"
 
 "$venv/bin/python" - "$extras" <<'EOF' || exit 1
 import sys, tomllib

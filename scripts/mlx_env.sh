@@ -7,10 +7,10 @@
 # For tests/formats/test_mlx_peer.py and tests/formats/record_mlx.py. PYTHON=… chooses the interpreter. A second call
 # with nothing changed returns at once. Everything is listed, hence --no-deps: no torch, and no mlx-metal.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$(realpath -m -- "${1:-$root/.venvs}")/mlx
-python=${PYTHON:-python3}
 packages=(
     mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
     annotated-doc==0.0.7 anyio==4.16.0 certifi==2026.10.18 click==8.5.1 filelock==4.2.11 fsspec==2026.9.0 h11==0.16.0
@@ -22,36 +22,10 @@ packages=(
     typing_extensions==4.16.0
 )
 
-fail() {
-    printf 'mlx_env: %s\n' "$@" >&2
-    exit 1
-}
-
-command -v "$python" >/dev/null || fail "no $python on PATH"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old: PYTHON=/path/to/python3.11 bash scripts/mlx_env.sh"
-stamp=$venv/peer-installed # the hash of this file when it was carried out
-now=$(sha256sum <"${BASH_SOURCE[0]}" | cut -d' ' -f1)
-[[ -x $venv/bin/python && -r $stamp && $(<"$stamp") == "$now" ]] && exit
-
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-quietly() { # run; show the output only when it fails
-    "$@" >"$log" 2>&1 || {
-        tail -n 40 "$log" >&2
-        fail "this failed: $*"
-    }
-}
-
-if [[ ! -x $venv/bin/python ]]; then
-    mkdir -p "$(dirname -- "$venv")"
-    if "$python" -c 'import ensurepip' 2>/dev/null; then
-        quietly "$python" -m venv "$venv"
-    else # Debian without python3-venv
-        quietly "$python" -m venv --without-pip "$venv"
-        quietly "$python" -m pip --python "$venv/bin/python" install pip
-    fi
-fi
+stamp=$venv/peer-installed
+now=$(hash_of "${BASH_SOURCE[0]}")
+is_made "$venv" "$stamp" "$now" && exit
+make_venv "$venv"
 quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps "${packages[@]}"
 quietly "$venv/bin/python" -c 'import mlx.core, mlx_lm'
 printf '%s\n' "$now" >"$stamp"

@@ -14,10 +14,22 @@ from math import sqrt
 from typing import Any, Final
 
 from dconv.arch.gguf_metadata import Metadata, inverse
+from dconv.arch.gguf_parts import (
+    SCALES,
+    SIGMOID,
+    SOFTMAX,
+    Hf,
+    decoder,
+    dense_layers,
+    experts,
+    head_dim,
+    late,
+    latent,
+    sliding,
+    whole_heads,
+)
 from dconv.arch.gguf_rope import longrope, rope
 from dconv.errors import Refused
-
-Hf = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,92 +51,28 @@ class Arch:
     absorbed: bool = False
 
 
-#: Sizes under their two names.
-SIZES: Final = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length",
-}
-#: Granite's scalars under their two names.
-SCALES: Final = {
-    "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
-    "attention_multiplier": "attention.scale", "logits_scaling": "logit_scale",
-}  # fmt: skip
-#: ``expert_gating_func``.
-SOFTMAX, SIGMOID = 1, 2
-
-
-def _decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
-    """What all have."""
-    heads = m.whole("attention.head_count")
-    sizes = {key: m.whole(ours, heads if key == "num_key_value_heads" else None) for key, ours in SIZES.items()}
-    m.fixed("attention.causal", True)
-    if sizes["num_hidden_layers"] > len(m.shapes):
-        most = f"at most one for each of {len(m.shapes)} tensors"
-        raise m.damaged("block_count", most, sizes["num_hidden_layers"])
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": m.rows("token_embd.weight"),
-        "intermediate_size": m.whole(ffn),
-        **sizes,
-        "rms_norm_eps": m.real("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": not m.has("output.weight"),
-        **{f"{name}_token_id": m.token(ggml) for name, ggml in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))},
-    }
-
-
-def _head_dim(m: Metadata, hf: Hf) -> int:
-    heads = max(hf["num_attention_heads"], 1)
-    found = m.whole("attention.key_length", hf["hidden_size"] // heads)
-    m.fixed("attention.value_length", found)
-    return found
-
-
-def _whole_heads(m: Metadata, hf: Hf) -> Hf:
-    """Of those whose heads are rotated as a whole."""
-    head = _head_dim(m, hf)
-    m.fixed("rope.dimension_count", head)
-    return {"head_dim": head, **rope(m)}
-
-
-def _experts(m: Metadata, count: str, width: str = "") -> Hf:
-    found: Hf = {count: m.whole("expert_count"), "num_experts_per_tok": m.whole("expert_used_count")}
-    if width:
-        found[width] = _expert_width(m)
-    return found
-
-
-def _expert_width(m: Metadata) -> int:
-    """``expert_feed_forward_length``, or what the tensors show."""
-    first = next((name for name in m.shapes if name.endswith(".ffn_down_exps.weight")), "blk.0.ffn_down_exps.weight")
-    return m.whole("expert_feed_forward_length", m.rows(first, 2))
-
-
 def _llama(m: Metadata) -> Hf:
     routed = m.whole("expert_count", 0)
-    hf = _decoder(m, *(("mixtral", "MixtralForCausalLM") if routed else ("llama", "LlamaForCausalLM")))
-    hf |= {"hidden_act": "silu", **_whole_heads(m, hf)}
+    hf = decoder(m, *(("mixtral", "MixtralForCausalLM") if routed else ("llama", "LlamaForCausalLM")))
+    hf |= {"hidden_act": "silu", **whole_heads(m, hf)}
     if routed:
         m.fixed("expert_feed_forward_length", hf["intermediate_size"])
         m.fixed("expert_gating_func", SOFTMAX)
-        return {**hf, **_experts(m, "num_local_experts"), "sliding_window": None}
+        return {**hf, **experts(m, "num_local_experts"), "sliding_window": None}
     m.fixed("expert_used_count", 0)
     return {**hf, "attention_bias": m.has("blk.0.attn_q.bias"), "mlp_bias": m.has("blk.0.ffn_gate.bias")}
 
 
 def _granite(m: Metadata) -> Hf:
-    hf = _decoder(m, "granite", "GraniteForCausalLM")
+    hf = decoder(m, "granite", "GraniteForCausalLM")
     return {
-        **hf, **_whole_heads(m, hf), "hidden_act": "silu", **{ours: m.real(key) for ours, key in SCALES.items()},
+        **hf, **whole_heads(m, hf), "hidden_act": "silu", **{ours: m.real(key) for ours, key in SCALES.items()},
         "attention_bias": m.has("blk.0.attn_q.bias"), "mlp_bias": m.has("blk.0.ffn_gate.bias"),
     }  # fmt: skip
 
 
 def _minicpm(m: Metadata) -> Hf:
-    hf = _decoder(m, "minicpm", "MiniCPMForCausalLM")
+    hf = decoder(m, "minicpm", "MiniCPMForCausalLM")
     m.fixed("expert_count", 0)
     deep, wide = sqrt(hf["num_hidden_layers"] or 1), hf["hidden_size"]
     residual, logit = m.real("residual_scale"), m.real("logit_scale") or 1.0
@@ -141,11 +89,11 @@ def _minicpm(m: Metadata) -> Hf:
 
 
 def _minicpm3(m: Metadata) -> Hf:
-    hf = _decoder(m, "minicpm3", "MiniCPM3ForCausalLM")
+    hf = decoder(m, "minicpm3", "MiniCPM3ForCausalLM")
     return {
         **hf,
         **longrope(m, hf["max_position_embeddings"]),
-        **_latent(m, hf, m.whole("attention.key_length")),
+        **latent(m, hf, m.whole("attention.key_length")),
         "v_head_dim": m.rows("blk.0.attn_output.weight", 1) // max(hf["num_attention_heads"], 1),
         "hidden_act": "silu",
         "scale_emb": 12,
@@ -154,22 +102,9 @@ def _minicpm3(m: Metadata) -> Hf:
     }
 
 
-def _latent(m: Metadata, hf: Hf, key: int) -> Hf:
-    """Multi-latent attention, of heads with so many rows of queries."""
-    rotated = m.whole("rope.dimension_count")
-    low = m.whole("attention.q_lora_rank", 0)
-    return {
-        "num_key_value_heads": hf["num_attention_heads"],
-        "q_lora_rank": low or None,
-        "kv_lora_rank": m.whole("attention.kv_lora_rank"),
-        "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": key - rotated,
-    }
-
-
 def _qwen2(m: Metadata) -> Hf:
-    hf = _decoder(m, "qwen2", "Qwen2ForCausalLM")
-    head = _whole_heads(m, hf)
+    hf = decoder(m, "qwen2", "Qwen2ForCausalLM")
+    head = whole_heads(m, hf)
     if head["head_dim"] * hf["num_attention_heads"] != hf["hidden_size"]:
         raise m.refused("qwen2.attention.key_length", "embedding_length / head_count", str(head["head_dim"]))
     del head["head_dim"]  # its class has no such key
@@ -177,8 +112,8 @@ def _qwen2(m: Metadata) -> Hf:
 
 
 def _qwen3(m: Metadata) -> Hf:
-    hf = _decoder(m, "qwen3", "Qwen3ForCausalLM")
-    return {**hf, **_whole_heads(m, hf), **_QWEN_PLAIN}
+    hf = decoder(m, "qwen3", "Qwen3ForCausalLM")
+    return {**hf, **whole_heads(m, hf), **_QWEN_PLAIN}
 
 
 _QWEN_PLAIN: Final = {
@@ -187,12 +122,12 @@ _QWEN_PLAIN: Final = {
 
 
 def _qwen2_moe(m: Metadata) -> Hf:
-    hf = _decoder(m, "qwen2_moe", "Qwen2MoeForCausalLM")
+    hf = decoder(m, "qwen2_moe", "Qwen2MoeForCausalLM")
     m.fixed("expert_gating_func", SOFTMAX)
-    m.fixed("rope.dimension_count", _head_dim(m, hf))
+    m.fixed("rope.dimension_count", head_dim(m, hf))
     shared = m.rows("blk.0.ffn_down_shexp.weight", 1)
     return {
-        **hf, **rope(m), **_experts(m, "num_experts", "moe_intermediate_size"), **_dense_layers(m, hf),
+        **hf, **rope(m), **experts(m, "num_experts", "moe_intermediate_size"), **dense_layers(m, hf),
         "shared_expert_intermediate_size": m.whole("expert_shared_feed_forward_length", shared),
         "norm_topk_prob": False, "hidden_act": "silu", "qkv_bias": m.has("blk.0.attn_q.bias"),
         "use_sliding_window": False, "sliding_window": None,
@@ -200,44 +135,39 @@ def _qwen2_moe(m: Metadata) -> Hf:
 
 
 def _qwen3_moe(m: Metadata) -> Hf:
-    hf = _decoder(m, "qwen3_moe", "Qwen3MoeForCausalLM")
+    hf = decoder(m, "qwen3_moe", "Qwen3MoeForCausalLM")
     m.fixed("expert_gating_func", SOFTMAX)
     return {
-        **hf, **_whole_heads(m, hf), **_experts(m, "num_experts", "moe_intermediate_size"), **_dense_layers(m, hf),
+        **hf, **whole_heads(m, hf), **experts(m, "num_experts", "moe_intermediate_size"), **dense_layers(m, hf),
         **_QWEN_PLAIN, "norm_topk_prob": True,
     }  # fmt: skip
 
 
-def _dense_layers(m: Metadata, hf: Hf) -> Hf:
-    routed = m.layers_with("ffn_gate_inp.weight", hf["num_hidden_layers"])
-    return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, here in enumerate(routed) if not here]}
-
-
 def _olmo2(m: Metadata) -> Hf:
-    hf = _decoder(m, "olmo2", "Olmo2ForCausalLM")
-    head = _whole_heads(m, hf)
+    hf = decoder(m, "olmo2", "Olmo2ForCausalLM")
+    head = whole_heads(m, hf)
     return {**hf, **head, "hidden_act": "silu", "attention_bias": False}
 
 
 def _olmoe(m: Metadata) -> Hf:
-    hf = _decoder(m, "olmoe", "OlmoeForCausalLM")
+    hf = decoder(m, "olmoe", "OlmoeForCausalLM")
     m.fixed("expert_feed_forward_length", hf["intermediate_size"])
     m.fixed("expert_gating_func", SOFTMAX)
-    head = _whole_heads(m, hf)
+    head = whole_heads(m, hf)
     del head["head_dim"]
     return {
-        **hf, **head, **_experts(m, "num_experts"), "norm_topk_prob": False, "hidden_act": "silu",
+        **hf, **head, **experts(m, "num_experts"), "norm_topk_prob": False, "hidden_act": "silu",
         "attention_bias": False, "clip_qkv": None,
     }  # fmt: skip
 
 
 def _minimax_m2(m: Metadata) -> Hf:
-    hf = _decoder(m, "minimax_m2", "MiniMaxM2ForCausalLM", ffn="expert_feed_forward_length")
+    hf = decoder(m, "minimax_m2", "MiniMaxM2ForCausalLM", ffn="expert_feed_forward_length")
     m.fixed("feed_forward_length", hf["intermediate_size"])
     if m.get("expert_gating_func") != SIGMOID:
         raise m.refused("minimax-m2.expert_gating_func", "2, sigmoid", repr(m.get("expert_gating_func")))
     return {
-        **hf, **rope(m), **_experts(m, "num_local_experts"), "head_dim": _head_dim(m, hf),
+        **hf, **rope(m), **experts(m, "num_local_experts"), "head_dim": head_dim(m, hf),
         "rotary_dim": m.whole("rope.dimension_count"), "hidden_act": "silu", "use_qk_norm": True,
         "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True,
         "shared_intermediate_size": 0,
@@ -245,40 +175,28 @@ def _minimax_m2(m: Metadata) -> Hf:
 
 
 def _gpt_oss(m: Metadata) -> Hf:
-    hf = _decoder(m, "gpt_oss", "GptOssForCausalLM", ffn="expert_feed_forward_length")
+    hf = decoder(m, "gpt_oss", "GptOssForCausalLM", ffn="expert_feed_forward_length")
     m.get("feed_forward_length")  # an expert's too, or 0
     m.fixed("expert_gating_func", SOFTMAX)
-    head = _whole_heads(m, hf)
+    head = whole_heads(m, hf)
     if isinstance(scaling := head["rope_scaling"], dict) and scaling["rope_type"] == "yarn":
         scaling["truncate"] = False  # as all that were released; no key says so
     return {
-        **hf, **head, **_experts(m, "num_local_experts"), "hidden_act": "silu", "attention_bias": True,
+        **hf, **head, **experts(m, "num_local_experts"), "hidden_act": "silu", "attention_bias": True,
         "sliding_window": m.whole("attention.sliding_window"), "swiglu_limit": 7.0,
-        "layer_types": _sliding(m, hf, 2),
+        "layer_types": sliding(m, hf, 2),
     }  # fmt: skip
 
 
-def _sliding(m: Metadata, hf: Hf, every: int) -> list[str]:
-    """The kind of each layer: all but each so many-th slide, or as a list says."""
-    layers = range(hf["num_hidden_layers"])
-    said = m.get("attention.sliding_window_pattern")
-    slides = said if isinstance(said, list) else [(layer + 1) % every != 0 for layer in layers]
-    if type(said) is int and said > 0:
-        slides = [(layer + 1) % said != 0 for layer in layers]
-    if len(slides) != len(layers):
-        raise m.damaged("attention.sliding_window_pattern", "one entry a layer", said)
-    return ["sliding_attention" if here else "full_attention" for here in slides]
-
-
 def _gemma(m: Metadata) -> Hf:
-    hf = _decoder(m, "gemma", "GemmaForCausalLM")
-    return {**hf, **_whole_heads(m, hf), "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
+    hf = decoder(m, "gemma", "GemmaForCausalLM")
+    return {**hf, **whole_heads(m, hf), "hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
 
 
 def _gemma_scaled(m: Metadata, hf: Hf, largest: int, window: int | None = None) -> Hf:
     """What scores are scaled by: the width of a head, but hidden_size / heads in the model of 27 B, which is told by
     its layers alone."""
-    head = _whole_heads(m, hf)
+    head = whole_heads(m, hf)
     wide = hf["hidden_size"] // max(hf["num_attention_heads"], 1)
     return {
         **head,
@@ -290,26 +208,26 @@ def _gemma_scaled(m: Metadata, hf: Hf, largest: int, window: int | None = None) 
 
 
 def _gemma2(m: Metadata) -> Hf:
-    hf = _decoder(m, "gemma2", "Gemma2ForCausalLM")
+    hf = decoder(m, "gemma2", "Gemma2ForCausalLM")
     return {
-        **hf, **_gemma_scaled(m, hf, 46, 4096), "layer_types": _sliding(m, hf, 2),
+        **hf, **_gemma_scaled(m, hf, 46, 4096), "layer_types": sliding(m, hf, 2),
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": m.real("final_logit_softcapping", 30.0),
     }  # fmt: skip
 
 
 def _gemma3(m: Metadata) -> Hf:
-    hf = _decoder(m, "gemma3_text", "Gemma3ForCausalLM")
+    hf = decoder(m, "gemma3_text", "Gemma3ForCausalLM")
     return {
-        **hf, **_gemma_scaled(m, hf, 62), "layer_types": _sliding(m, hf, 6),
+        **hf, **_gemma_scaled(m, hf, 62), "layer_types": sliding(m, hf, 6),
         "rope_local_base_freq": m.real("rope.freq_base_swa", 10000.0),
         "final_logit_softcapping": m.real("final_logit_softcapping", 0.0) or None,
     }  # fmt: skip
 
 
 def _glm4(m: Metadata) -> Hf:
-    hf = _decoder(m, "glm4", "Glm4ForCausalLM")
-    head = _head_dim(m, hf)
+    hf = decoder(m, "glm4", "Glm4ForCausalLM")
+    head = head_dim(m, hf)
     return {
         **hf, **rope(m), "head_dim": head, "hidden_act": "silu", "attention_bias": m.has("blk.0.attn_q.bias"),
         "partial_rotary_factor": m.whole("rope.dimension_count") / max(head, 1),
@@ -317,8 +235,8 @@ def _glm4(m: Metadata) -> Hf:
 
 
 def _phi3(m: Metadata) -> Hf:
-    hf = _decoder(m, "phi3", "Phi3ForCausalLM")
-    head, window = _head_dim(m, hf), m.whole("attention.sliding_window", 0)
+    hf = decoder(m, "phi3", "Phi3ForCausalLM")
+    head, window = head_dim(m, hf), m.whole("attention.sliding_window", 0)
     rotated = m.whole("rope.dimension_count", head)
     part = {} if rotated == head else {"partial_rotary_factor": rotated / max(head, 1)}
     return {**hf, **longrope(m, hf["max_position_embeddings"]), **part, "hidden_act": "silu",
@@ -326,38 +244,27 @@ def _phi3(m: Metadata) -> Hf:
 
 
 def _deepseek(m: Metadata) -> Hf:
-    hf = _decoder(m, "deepseek", "DeepseekForCausalLM")
+    hf = decoder(m, "deepseek", "DeepseekForCausalLM")
     m.fixed("expert_weights_scale", 1.0)
     m.fixed("expert_weights_norm", False)
     m.fixed("expert_gating_func", SOFTMAX)
-    head = _whole_heads(m, hf)
+    head = whole_heads(m, hf)
     del head["head_dim"]
-    return {**hf, **head, **_late(m), "norm_topk_prob": False, "scoring_func": "softmax"}
-
-
-def _late(m: Metadata) -> Hf:
-    """Experts in all layers but the first ones, and shared ones, as DeepSeek calls them."""
-    return {
-        **_experts(m, "n_routed_experts", "moe_intermediate_size"),
-        "n_shared_experts": m.whole("expert_shared_count") or None,
-        "first_k_dense_replace": m.whole("leading_dense_block_count", 0),
-        "moe_layer_freq": 1,
-        "hidden_act": "silu",
-    }
+    return {**hf, **head, **late(m), "norm_topk_prob": False, "scoring_func": "softmax"}
 
 
 def _deepseek2(m: Metadata) -> Hf:
     sigmoid = m.whole("expert_gating_func", SOFTMAX) == SIGMOID
     m.fixed("expert_gating_func", SOFTMAX, SIGMOID)
     named = ("deepseek_v3", "DeepseekV3ForCausalLM") if sigmoid else ("deepseek_v2", "DeepseekV2ForCausalLM")
-    hf = _decoder(m, *named)
+    hf = decoder(m, *named)
     absorbed = m.get("attention.key_length_mla") is not None  # else as it was before attention absorbed kv_b
     value, key = m.whole("attention.value_length"), m.whole("attention.key_length")
-    hf |= _latent(m, hf, m.whole("attention.key_length_mla") if absorbed else key)
+    hf |= latent(m, hf, m.whole("attention.key_length_mla") if absorbed else key)
     groups, chosen = m.whole("expert_group_count"), m.whole("expert_group_used_count")
     hf |= {
         **rope(m),
-        **_late(m),
+        **late(m),
         "v_head_dim": m.whole("attention.value_length_mla") if absorbed else value,
         "n_group": groups,
         "topk_group": chosen,

@@ -15,8 +15,9 @@ from typing import Any, Final
 from dconv.arch import predictors, registry
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
-from dconv.arch.gguf import ARCHS, SCALES, SIGMOID, SIZES, SOFTMAX, config_of
+from dconv.arch.gguf import ARCHS, config_of
 from dconv.arch.gguf_metadata import Metadata, fp32
+from dconv.arch.gguf_parts import SCALES, SIGMOID, SIZES, SOFTMAX
 from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT, llama3_factors
 from dconv.arch.layouts import Facts, size
 from dconv.arch.rope import rope_parameters
@@ -126,6 +127,22 @@ def _unsaid(family: Family, arch: str, found: str) -> Refused:
         expected="what llama.cpp computes for this architecture",
         found=found,
     )
+
+
+def not_loaded(made: Written) -> str:
+    """Why llama.cpp's own loader does not take what its converter writes; "" where it does.
+
+    Source: ``src/models/deepseek2.cpp`` and ``olmoe.cpp`` of 2026-10.
+    """
+
+    def said(key: str) -> Any:
+        return made.values.get(f"{made.arch}.{key}")
+
+    if made.arch == "deepseek2" and said("attention.q_lora_rank") is None and said("block_count") not in (26, 27, 48):
+        return "queries of full rank, which it has in DeepSeek-V2-Lite's 27 layers alone"
+    if made.arch == "olmoe" and said("attention.head_count") != said("attention.head_count_kv"):
+        return "fewer heads of keys than of queries, whose norms it takes to be alike"
+    return ""
 
 
 def without_predictors(config: Hf, facts: Facts) -> Hf:

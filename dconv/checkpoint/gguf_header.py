@@ -102,8 +102,8 @@ def read_header(path: Path) -> Header:
         raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
 
 
-def raw_values(path: Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
-    """The values of keys that begin so, as the file has them: their types first.
+def raw_values(path: Path) -> dict[str, bytes]:
+    """The values of all keys as the file has them: their types first.
 
     Raises:
         Damaged, Refused: see `read_header`, which is to have read the file.
@@ -119,8 +119,7 @@ def raw_values(path: Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
                 key = cursor.text("a key", _MAX_NAME)
                 start = cursor.at
                 _value(cursor, key)
-                if key.startswith(prefixes):
-                    found[key] = os.pread(fd, cursor.at - start, start)
+                found[key] = os.pread(fd, cursor.at - start, start)
         finally:
             os.close(fd)
     except OSError as fault:

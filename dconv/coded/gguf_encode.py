@@ -20,8 +20,8 @@ from dconv.arch.family import Family
 from dconv.arch.gguf import ARCHS
 from dconv.arch.gguf_names import Box, boxes_to_write
 from dconv.arch.layouts import Facts, size
+from dconv.codec import ggml, gguf_encode
 from dconv.codec.gguf import BLOCKS
-from dconv.codec.gguf_encode import encode
 from dconv.coded.gguf import PLAIN, Blocks, Less
 from dconv.errors import Refused, group_names
 from dconv.sharding.derived import Array, Derived, Read, steps
@@ -69,6 +69,7 @@ class Rows:
         weights, nbytes = BLOCKS[self.kind]
         first, last = box.start[-1] // nbytes, -(-box.stop[-1] // nbytes)
         place = Region((*box.start[:-1], first * weights), (*box.shape[:-1], (last - first) * weights))
+        encode = ggml.encode if self.kind in ggml.KINDS else gguf_encode.encode
         codes = encode(read(0, place, "f32").view("<f4"), self.kind)
         at = box.start[-1] - first * nbytes
         return codes[..., at : at + box.shape[-1]]
@@ -193,7 +194,7 @@ def stored(tensor: Tensor, kind: str, logical: Logical, arch: str) -> Stored:
     """A tensor in blocks of a type.
 
     Raises:
-        Refused: a type that nothing encodes to, and that the source does not have.
+        ToolMissing: a type that ggml encodes to, and there is none.
     """
     spec, array = tensor.spec, tensor.array
     if kind in PLAIN:
@@ -212,7 +213,8 @@ def stored(tensor: Tensor, kind: str, logical: Logical, arch: str) -> Stored:
         whole = replace(raw, tensor=spec.name, region=Region.whole(shape), strides=row_major(shape, 1))
         return Stored(kind, tensor.shape, new, (whole,), kept=True)
     bits = 8 * ITEMSIZE[array.dtype] * weights / nbytes
-    how = How(f"rounded to {kind}, blocks of {weights}", exact=False, bits=bits)
+    by = f", by {ggml.library().said}" if kind in ggml.KINDS else ""  # so that a plan is one build's
+    how = How(f"rounded to {kind}, blocks of {weights}{by}", exact=False, bits=bits)
     return _made(kind, tensor, new, Derived(shape, (array,), Rows(kind), how, ceil(weights / nbytes)))
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_torn_stamp_is_no_obstacle(tmp_path: Path, stamp: str | None) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv").mkdir()
-    for name in ("scripts/install.sh", "pyproject.toml", "constraints.txt"):
+    for name in ("scripts/install.sh", "scripts/venv.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     if stamp is not None:
         (tmp_path / ".venv" / "dconv-installed").write_text(stamp)

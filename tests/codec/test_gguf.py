@@ -105,6 +105,23 @@ def test_encoded_as_theirs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", gguf_encode.KINDS)
+def test_encoded_in_parts_as_theirs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of several runs, and a last one that is not whole runs; infinities in any of them."""
+    size = gguf.BLOCKS[kind][0]
+    monkeypatch.setattr(gguf_encode, "_AT_ONCE", 12 * size)
+    monkeypatch.setattr(gguf_encode, "_TURNED", 4 * size)
+    weights = np.concatenate([weights_of(np.random.default_rng(seed), 41 * size) for seed in range(12)]).reshape(
+        -1, size
+    )
+    np.testing.assert_array_equal(gguf_encode.encode(weights, kind), quantize(weights, kind))
+    for block in (0, 11, 12, 491):
+        odd = weights.copy()
+        odd[block, -1] = -np.inf
+        with pytest.raises(Refused, match="NaN or infinity"):
+            gguf_encode.encode(odd, kind)
+
+
+@pytest.mark.parametrize("kind", gguf_encode.KINDS)
 def test_denormals_and_zeros_decode_to_nearly_nothing(kind: str) -> None:
     count = gguf.BLOCKS[kind][0]
     for value in (0.0, -0.0, 1e-45, 1e-40, 2e-39, -1e-38):

@@ -75,11 +75,11 @@ def weights_of(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return draw.integers(-8, 9, shape).astype(np.float32) / 64
 
 
-def write_model(folder: Path, name: str) -> Path:
+def write_model(folder: Path, name: str, **keys: Any) -> Path:
     """A HuggingFace directory in bf16; what balances a router is fp32, as in released models."""
     folder.mkdir(parents=True)
     family = by_name(name)
-    config = config_of(family, **{"num_hidden_layers": 2, **MODELS[name]})
+    config = config_of(family, **{"num_hidden_layers": 2, **MODELS[name], **keys})
     specs = [
         replace(spec, dtype="f32" if spec.name.endswith("e_score_correction_bias") else "bf16")
         for spec in expected_specs(family, facts_of(family, config)).values()

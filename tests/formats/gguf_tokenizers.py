@@ -57,3 +57,50 @@ def sentence_pieces(folder: Path, pieces: Iterable[tuple[str, float, int]] = PIE
     said = {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": added, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     return folder
+
+
+def merges_of(pieces: Iterable[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """Every way of parting every piece, the best score first: as transformers makes merges of a SentencePiece model."""
+    scored = {text: score for text, score, kind in pieces if kind == 1}
+    found: list[tuple[str, str]] = []
+    for text in sorted(scored, key=lambda text: -scored[text]):
+        parted = [(text[:at], text[at:]) for at in range(1, len(text))]
+        found += [(left, right) for left, right in parted if left in scored and right in scored]
+    return found
+
+
+def merged(folder: Path, pieces: list[tuple[str, float, int]], *, space: str = "prepend", **model: Any) -> Path:
+    """Writes the tokenizer.json of a SentencePiece model, without the model.
+
+    Args:
+        space: how words are told apart: ``prepend``, ``metaspace`` or ``gemma``.
+        model: what its model says otherwise.
+    """
+    prepend: Any = {"type": "Prepend", "prepend": "\u2581"}
+    replace: Any = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    split: Any = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    meta: Any = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    normalizer, before = {
+        "prepend": ({"type": "Sequence", "normalizers": [prepend, replace]}, None),
+        "metaspace": (None, meta),
+        "gemma": (replace, split),
+    }[space]
+    common = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    file = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer, "pre_tokenizer": before,
+        "added_tokens": [
+            {"id": number, "content": text, "special": kind != 4, **common}
+            for number, (text, _, kind) in enumerate(pieces) if kind in (2, 3, 4)
+        ],
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": {text: number for number, (text, _, _) in enumerate(pieces)}, "merges": merges_of(pieces), **model,
+        },
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
