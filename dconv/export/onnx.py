@@ -46,7 +46,7 @@ def export(request: Request, model: Described) -> Export:
     require()
     how = _asked(request, OPSETS)
     kind = kind_of(model.family)
-    found = weightless(model, request.dtype)
+    found = weightless(model, request)
     dtype = found.dtype
     graphs = halves_of(found.net) if kind == "encoder-decoder" else {NAME: found.graph}
     made: dict[str, Any] = {}

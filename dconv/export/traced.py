@@ -104,7 +104,7 @@ def weightless(model: Described, request: Request) -> Weightless:
         ToolMissing: torch or transformers is not installed, or does not build it.
         Refused: transformers has no such model, or the model sees; see `dconv.net.places.parameters`.
     """
-    if request.out is not None and request.out.suffix in (".pt", ".pt2"):
+    if request.out is not None and request.out.suffix in (".pt", ".pt2", ".onnx"):
         raise UsageError(
             "a graph lies in a directory, with the config and the tokenizer, nothing was written",
             where=str(request.out),
