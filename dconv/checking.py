@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any, Final
 
 from dconv import verify
 from dconv.arch import registry
+from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.drop import check_used
-from dconv.checkpoint.graphs import Archive, archive_of, open_source
+from dconv.checkpoint.rename import renaming_of
+from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.coded.decode import method_of
 from dconv.errors import Damaged, Refused, group_names
@@ -22,6 +26,7 @@ from dconv.pipeline import Described, describe_model
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.region import Region
 from dconv.sharding.torn import torn
+from dconv.targets import GRAPHS
 
 #: ``quant_method`` of codes that transformers decodes itself.
 _OWN: Final = ("fp8", "mxfp4")
@@ -123,8 +128,9 @@ def check(
         "rename": rename,
         "submodel": submodel,
     }
-    if not source_format and (graph := archive_of(path)):
-        return _graph(path, graph, options, read, run)
+    source = open_source(path, source_format, rename=renaming_of(rename, submodel))
+    if source.format in GRAPHS:
+        return _graph(path, source, options, read, run, force)
     model = describe_model(path, **options, with_eagle=with_eagle)
     check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
@@ -149,21 +155,29 @@ def check(
     return Checked(report, read, found, "" if found else why, tuple(notes))
 
 
-def _graph(path: Path, graph: Archive, options: dict[str, Any], read: verify.Reread | None, run: bool) -> Checked:
+def _graph(
+    path: Path, source: Source, options: dict[str, Any], read: verify.Reread | None, run: bool, force: bool
+) -> Checked:
     """A graph, of which no table knows the weights: the family is its config's, and its runtime tells the rest."""
-    source = open_source(graph)
-    report = replace(in_part(path, source, ""), parameters=None)
-    notes = (f"not covered by the receipt: {', '.join(read.strangers)}",) if read and read.strangers else ()
-    if not run:
-        return Checked(report, read, None, "not asked for", notes)
-    if module := missing(graph.kind):
-        return Checked(report, read, None, f"no module {module}", notes)
-    if source.config is None:
-        return Checked(report, read, None, source.lacks, notes)
+    specs = [tensor.spec for tensor in source.tensors.values()]
+    report = replace(in_part(path, source, ""), dtypes=dict(Counter(spec.dtype for spec in specs).most_common()))
+    strangers = read.strangers if read else ()
+    notes = (f"not covered by the receipt: {', '.join(strangers)}",) if strangers else ()
+    why = "" if run else "not asked for"
+    if run and (module := missing(source.format)):
+        why = f"no module {module}"
+    elif run and source.config is None:
+        why = source.lacks
+    elif run and source.format == "onnx" and "bf16" in report.dtypes:
+        why = "onnxruntime multiplies no bf16 on a CPU"
+    elif run and not force:
+        why = shortage(sum(math.prod(spec.shape) for spec in specs), source.format)
+    if why or source.config is None:
+        return Checked(report, read, None, why, notes)
     name = options["model_type"]
     family = registry.by_name(name) if name else registry.detect(source.config, None, {})
     prompt = prompt_for(family, family.facts(source.config, {}), source.config)
-    return Checked(report, read, runtime_of(graph.kind).can_infer(graph.path, prompt), "", notes)
+    return Checked(report, read, runtime_of(source.format).can_infer(path, prompt), "", notes)
 
 
 def _run(

@@ -26,6 +26,7 @@ from dconv.net.device import is_here, placed
 from dconv.pipeline import FORMATS, Described, Job, Request, describe_model
 from dconv.request import QUANTISED
 from dconv.sharding.region import Region
+from dconv.targets import GRAPHS
 
 #: Largest difference of logits, relative to the largest logit, between two fp32 runs of the same weights. Two
 #: frameworks that sum in another order differ by about 1e-6 on small models and a few 1e-5 on deep ones.
@@ -47,13 +48,18 @@ def require(job: Job) -> None:
         raise _refused("no runtime here runs an EAGLE head")
     if request.format == "mlx" and request.quant:
         raise _refused("weights in MLX's codes are not held to a bound")
+    if job.source.format in GRAPHS:
+        raise _refused("a graph once more is compared by dconv check of either")
+    if target == "onnx":
+        if request.quant:
+            raise _refused("of weights in codes no bound of logits is known")
+        if any(tensor.spec.dtype == "bf16" for tensor in job.plan.target.tensors):
+            raise _refused("onnxruntime multiplies no bf16 on a CPU")
     if request.format in QUANTISED:
         _require_transformers(request)
         return
     if target in graphs.FILES and not is_here(placed(request.device)[0]):
         raise _refused(f"it is written for {request.device}, which is not here")
-    if graphs.archive_of(request.model):
-        raise _refused("a graph once more is the same bytes")
     for side in _compared(request):
         model = side.model
         own = (side.container, model.family, model.config, model.source.args)
@@ -79,7 +85,7 @@ def _require_installed(container: str) -> None:
         raise ToolMissing(
             "--verify logits needs a runtime that is not installed, nothing was written",
             found=f"no module {module}",
-            do="pip install 'dconv[megatron]'; --verify digest needs none",
+            do=f"pip install 'dconv[{'onnx' if container == 'onnx' else 'megatron'}]'; --verify digest needs none",
         )
 
 
@@ -243,7 +249,7 @@ def _logarithms(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _bound(job: Job) -> tuple[float, str]:
-    if FORMATS[job.request.format] in graphs.FILES:
+    if FORMATS[job.request.format] in GRAPHS:
         computed = {tensor.spec.dtype for tensor in job.plan.target.tensors} & {"bf16", "f16"}
         if computed:
             worst = max(computed, key=lambda dtype: _UNIT_ROUNDOFF[dtype])

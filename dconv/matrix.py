@@ -70,6 +70,7 @@ INPUTS: Final[dict[str, Input]] = {
     "neuron_fp8": Input("Neuron FP8", "neuron", True, ("neuron",)),
     "gguf_blocks": Input("GGUF, its blocks", "gguf", True, ("gguf",)),
     "mlx_codes": Input("MLX 2 to 8 bits", "mlx", True),
+    "onnx": Input("ONNX graph", "onnx", graph="onnx"),
     "torch_export": Input("torch.export .pt2", "torch_export", graph="torch_export"),
     "torchscript": Input("TorchScript .pt", "torchscript", graph="torchscript"),
 }

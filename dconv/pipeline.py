@@ -15,16 +15,17 @@ from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.calibrate import Calibrating
-from dconv.checkpoint import drop, graphs, megatron
+from dconv.checkpoint import drop, graphs, megatron, onnx
+from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
-from dconv.errors import Refused, StorageFault, UsageError
+from dconv.errors import DconvError, Refused, StorageFault, UsageError
 from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
 from dconv.quantise import quantised, scheme_of
-from dconv.request import FORMATS, REPLICAS, Request
+from dconv.request import FORMATS, REPLICAS, Request, spelled
 from dconv.sharding.commit import Outcome, Settings, run_rank
 from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, build_plan
@@ -84,6 +85,8 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         return prepare_described(request, _made_up(request))
     if not request.source_format and engine in graphs.FILES and (graph := graphs.archive_of(request.model)):
         return _placed_anew(request, graph, engine)
+    if engine == "onnx" and onnx.is_graph(request.model):
+        return _again(request, engine)
     model = describe_model(
         request.model,
         source_format=request.source_format,
@@ -176,6 +179,37 @@ def prepare_described(request: Request, model: Described) -> Job:
         scales=scales,
         calibrating=calibrating,
         worst=schemes.worst if schemes else {},
+    )
+
+
+def _again(request: Request, engine: str) -> Job:
+    """A graph once more: its weights are under the graph's names, and any model's."""
+    reading = ("drop", "rename", "hf_config", "submodel", "teacher", "mup2llama", "with_eagle")
+    if given := [spelled(name) for name in reading if getattr(request, name)]:
+        raise UsageError("a graph is written anew as it is, nothing was written", where=", ".join(given),
+                         expected="--opset, --dtype, --quant, --shard-size", do="leave it out")  # fmt: skip
+    source = open_source(request.model, request.source_format)
+    made = graph_engine(engine).again(request, source)
+    known = registry.by_name("llama")
+    try:
+        family = (
+            registry.by_name(request.model_type) if request.model_type else registry.detect(source.config, None, {})
+        )
+        facts = family.facts(source.config or {}, {})
+    except DconvError:  # any graph may be written anew, of a model or not
+        family, facts = Family("graph", known.config, ()), {"layers": 0, "experts": 0, "vocab": 0, "tied": False}
+    plan = build_plan(made.logical, made.target)
+    return Job(
+        request,
+        source,
+        family,
+        source.config or {},
+        facts,
+        made.logical,
+        plan,
+        notes=made.notes,
+        parameters=sum(math.prod(tensor.spec.shape) for tensor in source.tensors.values()),
+        scheme=made.words,
     )
 
 

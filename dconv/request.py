@@ -18,7 +18,7 @@ FORMATS: Final = {
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
     "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
-    "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
+    "onnx": "onnx", "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
 }  # fmt: skip
 
 #: Those whose weights are stored in codes.
@@ -64,6 +64,7 @@ class Request:
         device: where calibration computes, and what a graph is written for: torch's name, or ``auto``
             (`dconv.net.device`).
         gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
+        opset: of ONNX; None is the exporter's own.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -99,6 +100,7 @@ class Request:
     strict: bool = False
     device: str = "auto"
     gguf_pretokenizer: str | None = None
+    opset: int | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -21,7 +21,7 @@ from dconv.sharding.tensor import TensorSpec
 _MOST_ROWS: Final = 2**31
 
 #: Engines that trace a model: what they write is laid out by their own module, which needs the framework.
-GRAPHS: Final = ("torch_export", "torchscript")
+GRAPHS: Final = ("onnx", "torch_export", "torchscript")
 
 
 def graph_engine(engine: str) -> Any:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, state_dict
+from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, onnx, state_dict
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
@@ -26,6 +26,7 @@ CONTAINERS: Final = (
     "neuron",
     "mlx",
     "gguf",
+    "onnx",
 )
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
 #: Those whose own config may be left unread, since another one is given.
@@ -74,12 +75,12 @@ def open_source(
         )
     if not said and (graph := graphs.archive_of(path)):
         return graphs.open_source(graph)
-    if not path.is_dir() and not state_dict.is_file(path) and not gguf.is_file(path):
+    if not path.is_dir() and not any(kind.is_file(path) for kind in (state_dict, gguf, onnx)):
         beside = path.suffix == ".safetensors" or path.name == "config.json"
         raise Refused(
-            "a checkpoint is a directory, a state dict's file, or a GGUF",
+            "a checkpoint is a directory, a state dict's file, a GGUF, or an ONNX graph",
             where=str(path),
-            expected=f"a directory, or a file of {', '.join((*state_dict.SUFFIXES, gguf.SUFFIX))}",
+            expected=f"a directory, or a file of {', '.join((*state_dict.SUFFIXES, gguf.SUFFIX, onnx.SUFFIX))}",
             found="another file",
             do=f"name the directory that it lies in: {path.parent}" if beside else "",
         )
@@ -90,10 +91,10 @@ def open_source(
             "not a checkpoint that dconv reads, nothing was written",
             where=str(folder),
             expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, model.pt with metadata.json, one "
-            "state dict, Meta's consolidated.*.pth, or a GGUF",
+            "state dict, Meta's consolidated.*.pth, a GGUF, or an ONNX graph",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
         )
-    if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt", "gguf"):
+    if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt", "gguf", "onnx"):
         raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")
     if config_alone and kind == "huggingface" and not huggingface.is_huggingface(folder):
         from dconv.checkpoint import config_alone as described
@@ -121,6 +122,8 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
     if folder.is_file():
         if gguf.is_file(folder):
             return "gguf"
+        if onnx.is_file(folder):
+            return "onnx"
         return state_dict.read(folder, rename).container
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
@@ -141,4 +144,6 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
         return state_dict.read(folder, rename).container
     if any(folder.glob(f"*{gguf.SUFFIX}")):
         return "gguf"
+    if onnx.is_onnx(folder):
+        return "onnx"
     return "huggingface" if (folder / "config.json").exists() else None

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 from dconv.arch.family import Family
-from dconv.checkpoint.graphs import FILES
 from dconv.export.megatron_config import not_computed
 from dconv.export.prompt import Kind, kind_of
 from dconv.net import own
+from dconv.targets import GRAPHS
 
 #: How transformers calls its lists of models.
 _MAPPINGS: Final[dict[Kind, str]] = {
@@ -32,9 +33,8 @@ def as_run(container: str, *said: object) -> str:
         container: `dconv.checkpoint.source.Source.format`.
         said: what a loader would have to be told (``--rename``, ``--submodel``); a copy under plain names is run then.
     """
-    if container in FILES:
-        return container
-    return container if container.startswith("megatron") or (container == "huggingface" and not any(said)) else "pt"
+    own = container.startswith("megatron") or container in GRAPHS or (container == "huggingface" and not any(said))
+    return container if own else "pt"
 
 
 def runtime_of(container: str) -> ModuleType:
@@ -46,14 +46,8 @@ def runtime_of(container: str) -> ModuleType:
         from dconv.export import huggingface
 
         return huggingface
-    if container == "torch_export":
-        from dconv.export import torch_export
-
-        return torch_export
-    if container == "torchscript":
-        from dconv.export import torchscript
-
-        return torchscript
+    if container in GRAPHS:
+        return import_module(f"dconv.export.{container}")
     if not container.startswith("megatron"):
         from dconv.export import state_dict
 
@@ -66,6 +60,8 @@ def runtime_of(container: str) -> ModuleType:
 def missing(container: str) -> str:
     """The module that running a container needs and that is not installed; empty when there is none."""
     needed = ("torch", "megatron", "megatron.core") if container.startswith("megatron") else ("torch", "transformers")
+    if container == "onnx":
+        needed = ("onnx", "onnxruntime")
     return next((module for module in needed if importlib.util.find_spec(module) is None), "")
 
 

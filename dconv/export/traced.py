@@ -104,7 +104,7 @@ def weightless(model: Described, request: Request) -> Weightless:
         ToolMissing: torch or transformers is not installed, or does not build it.
         Refused: transformers has no such model, or the model sees; see `dconv.net.places.parameters`.
     """
-    if request.out is not None and request.out.suffix in (".pt", ".pt2"):
+    if request.out is not None and request.out.suffix in (".pt", ".pt2", ".onnx"):
         raise UsageError(
             "a graph lies in a directory, with the config and the tokenizer, nothing was written",
             where=str(request.out),
@@ -176,7 +176,7 @@ def exported(model: Weightless) -> Any:
     )
     dtype = getattr(torch, TO_TORCH[model.dtype])
     try:
-        with quiet(), _silent(), torch.no_grad():
+        with quiet(), silent(), torch.no_grad():
             with _fakes(model.net):
                 inputs = tuple(sample(port, dtype, "cpu") for port in graph.inputs)
             with settings.patch(backed_size_oblivious=True):  # lengths of 0 and 1 are lengths as others are
@@ -228,7 +228,7 @@ def _fakes(net: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without what torch's exporter tells a person at a terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

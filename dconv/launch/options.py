@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.checkpoint.rename import SUBMODELS
+from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
 from dconv.launch.config_file import read_config
@@ -103,7 +104,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, neuron, pt, bmtrain, torch_export, torchscript",
+        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, onnx, torch_export, torchscript, neuron, pt, "
+        "bmtrain",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -147,7 +149,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="fold muP scalars (MiniCPM, Granite) into the weights, so that a plain LLaMA computes the "
                             "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
-                       help="largest HuggingFace file (5GB), or largest file of a GGUF (all in one)")  # fmt: skip
+                       help="largest HuggingFace file (5GB), or of a GGUF's or graph's weights (one file)")  # fmt: skip
     group.add_argument("--quant", metavar="TYPE", help=f"variant of FORMAT: {_variants()}")
     group.add_argument(
         "--block-size", type=block_size, metavar="RxC", help="rows x columns that share a scale (128x128)"
@@ -160,6 +162,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                        help="scales as what multiplies (default), or as its reciprocal")  # fmt: skip
     group.add_argument("--gguf-pretokenizer", metavar="NAME",
                        help="how the tokenizer splits text, as llama.cpp calls it (default: found out)")  # fmt: skip
+    group.add_argument("--opset", type=positive, metavar="N", help="ONNX's opset (default: the exporter's own, 20)")
     group.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
                        help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
                             "specification's), up so that nothing is cut off, or after half a step (default for "
@@ -211,7 +214,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 def _variants() -> str:
     known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
-    return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)"])
+    return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)",
+                      f"onnx {', '.join(ONNX_VARIANTS)}"])  # fmt: skip
 
 
 def block_size(text: str) -> tuple[int, int]:
@@ -294,13 +298,17 @@ def to_request(args: argparse.Namespace) -> Request:
             "the output is cut, not the source",
             do="leave them out",
         )
-    sized = ("huggingface", "neuron", "gguf", "mlx")
+    sized = ("huggingface", "neuron", "gguf", "mlx", "onnx")
     if args.shard_size is not None and FORMATS.get(args.format, "huggingface") not in sized:
         raise UsageError(
             f"{args.format} has no files of a size that one chooses, nothing was written",
             where="--shard-size",
             expected=f"this option with FORMAT {', '.join(sized)} only",
             do="leave it out",
+        )
+    if args.opset is not None and engine != "onnx":
+        raise UsageError(
+            f"{args.format} has no opset, nothing was written", where="--opset", expected="this option with FORMAT onnx"
         )
     if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
         raise UsageError(
@@ -353,6 +361,7 @@ def to_request(args: argparse.Namespace) -> Request:
         strict=args.strict,
         device=args.device,
         gguf_pretokenizer=args.gguf_pretokenizer,
+        opset=args.opset,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

@@ -1,0 +1,140 @@
+"""A model of transformers as an ONNX graph whose weights are elsewhere: torch's own exporter, given no weights.
+
+The parameters are torch's fake tensors: they have shapes and no storage. So a model of any size is traced in the memory
+that its graph takes. What is written of the graph does not depend on who traced it: no names of files, no stack traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from dconv import __version__
+from dconv.errors import Refused, ToolMissing
+from dconv.export.graph import Port
+from dconv.export.traced import Weightless, exported, silent
+from dconv.net.real_rotary import real_rotary
+from dconv.net.skeleton import quiet
+
+#: How the axes of `dconv.export.graph.LENGTHS` are called in the file, as onnxruntime-genai and optimum call them.
+AXES: Final = {
+    "batch": "batch_size",
+    "sequence": "sequence_length",
+    "past": "past_sequence_length",
+    "total": "total_sequence_length",
+    "replies": "decoder_sequence_length",
+}
+#: What torch's exporter writes (opset 20 from torch 2.13 on), and what onnxscript converts that to without loss.
+OPSETS: Final = range(18, 26)
+#: What is installed for a graph to be written.
+MODULES: Final = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir")
+
+
+def require(modules: tuple[str, ...] = MODULES) -> None:
+    """Raise where a package is missing, before anything is read.
+
+    Raises:
+        ToolMissing: with what to install.
+    """
+    from importlib.util import find_spec
+
+    if lacking := [name for name in modules if find_spec(name) is None]:
+        raise ToolMissing(
+            "ONNX needs packages that are not installed, nothing was written",
+            found=f"no module {', '.join(lacking)}",
+            do="pip install 'dconv[onnx]'",
+        )
+
+
+def traced(model: Weightless, opset: int | None = None) -> Any:
+    """The graph (``onnx_ir.Model``); weights are inputs behind the graph's own, under the names of its parameters.
+
+    Args:
+        opset: one of `OPSETS`; None leaves torch's.
+
+    Raises:
+        Refused: torch cannot trace the model for lengths of any kind, or the opset has not all of its operations.
+    """
+    import torch
+    import torch.onnx
+    from onnxscript import version_converter
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    with real_rotary():
+        program = exported(model)
+    ports = (*model.graph.inputs, *model.graph.outputs)
+    try:
+        with quiet(), silent(), torch.no_grad():
+            made: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                input_names=[port.name for port in model.graph.inputs],
+                output_names=[port.name for port in model.graph.outputs],
+            )
+            held = [it for it in made.model.graph.initializers.values()
+                    if isinstance(getattr(it.const_value, "raw", None), FakeTensor)]  # fmt: skip
+            for value in held:  # an optimizer would ask constants for their numbers
+                value.const_value = None
+                del made.model.graph.initializers[value.name]
+                made.model.graph.inputs.append(value)
+            made.optimize()
+            if opset is not None:
+                version_converter.convert_version(made.model, opset)
+    except Exception as error:  # whatever a framework raises about one model
+        first = error
+        while first.__cause__:
+            first = first.__cause__
+        raise Refused(
+            "torch has no ONNX graph of this model, nothing was written",
+            where=type(model.net).__name__,
+            found=f"{type(first).__name__}: {first}"[:600],
+            do="FORMAT hf, gguf or mlx",
+        ) from error
+    require_opset(made.model, opset)
+    clean(made.model, {port.name: port for port in ports})
+    return made.model
+
+
+def require_opset(model: Any, opset: int | None) -> None:
+    """Raise where a graph did not become one of an opset.
+
+    Raises:
+        Refused: it has operations that there is no way for.
+    """
+    if opset is not None and model.opset_imports[""] != opset:
+        raise Refused(
+            "this graph has no form in that opset, nothing was written",
+            where=f"--opset {opset}",
+            expected=f"{model.opset_imports['']}, as it is",
+        )
+
+
+def nodes(graph: Any) -> Iterator[Any]:
+    """All nodes, those of inner graphs included."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    yield from RecursiveGraphIterator(graph)
+
+
+def clean(model: Any, ports: Mapping[str, Port]) -> None:
+    """Without what tells of the tracer, and with axes that have names."""
+    import onnx_ir as ir
+
+    model.producer_name, model.producer_version = "dconv", __version__
+    model.graph.name, model.graph.doc_string = "main_graph", None
+    for held in (model.metadata_props, model.graph.metadata_props):
+        held.clear()
+    for number, node in enumerate(nodes(model.graph)):
+        node.name, node.doc_string = f"{node.op_type}_{number}", None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None  # their axes have the tracer's names
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+        if port := ports.get(value.name):
+            value.shape = ir.Shape([AXES[axis] if isinstance(axis, str) else axis for axis in port.axes])
