@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -133,7 +134,7 @@ def of_onnxruntime(path: Path, tokens: list[int], count: int) -> Said:
             "attention_mask": np.ones((1, past + len(new)), np.int64),
             "position_ids": np.arange(past, past + len(new), dtype=np.int64)[None],
         }
-        found = dict(zip(names, session.run(None, given | cache), strict=True))
+        found: dict[str, Any] = dict(zip(names, session.run(None, given | cache), strict=True))
         for name in cache:
             cache[name] = found[name.replace("past_key_values", "present")]
         return found["logits"][0].astype(np.float32)
@@ -142,7 +143,7 @@ def of_onnxruntime(path: Path, tokens: list[int], count: int) -> Said:
 
 
 def of_genai(path: Path, tokens: list[int], count: int) -> Said:
-    import onnxruntime_genai as genai
+    genai: Any = import_module("onnxruntime_genai")  # it has no types
 
     model = genai.Model(str(path))
     settings = genai.GeneratorParams(model)
