@@ -20,15 +20,20 @@ from itertools import pairwise
 from pathlib import Path
 
 
+def absolute(path: str) -> Path:
+    return Path(path).resolve()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("samples", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("model", type=absolute)
+    parser.add_argument("samples", type=absolute)
+    parser.add_argument("out", type=absolute)
     parser.add_argument("settings", type=json.loads)
     args = parser.parse_args()
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.chdir(args.out.parent)  # GPTQModel writes a folder of logs where it runs
     marks = [time.perf_counter()]
 
     from gptqmodel import (  # pyright: ignore[reportMissingImports]  # its own environment has it
