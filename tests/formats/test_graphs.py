@@ -64,7 +64,10 @@ def test_a_graph_computes_what_transformers_computes(format: str, name: str, dty
         return
     convert(request)
     if dtype != "f32":
-        model = type(model).from_pretrained(tmp_path / "hf", dtype=DTYPES[dtype], attn_implementation="eager").eval()
+        # experts one by one, as in the graph: transformers' forms of them round otherwise, which in narrow dtypes sends
+        # tokens of a model of random weights to other experts (Mixtral: its own two forms are 0.34 apart)
+        ways = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = type(model).from_pretrained(tmp_path / "hf", dtype=DTYPES[dtype], **ways).eval()
     graph = graph_models.load(tmp_path / "out", format)
     assert graph_models.farthest(graph, model) < (1e-4 if dtype == "f32" else 2e-2)
     held = len(json.loads((tmp_path / "out" / RECEIPT).read_text())["tensors"])
