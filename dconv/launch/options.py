@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from dconv.checkpoint.rename import SUBMODELS
 from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
+from dconv.hw.registry import target_of
 from dconv.launch.config_file import read_config
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.net.device import check as check_device
@@ -185,6 +187,38 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quant-config", choices=READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip
+    add_compiler_options(parser)
+
+
+def add_compiler_options(parser: argparse.ArgumentParser) -> None:
+    """A hardware compiler's."""
+    group = parser.add_argument_group("hardware compiler (FORMAT rk)")
+    group.add_argument("--platform", metavar="CHIP", help="what is compiled for, such as RK3588")
+    group.add_argument("--task", choices=("text-generation", "image-text-to-text"),
+                       help="what the model is for (normally read from the config)")  # fmt: skip
+    group.add_argument("--toolchain-python", type=Path, metavar="PYTHON",
+                       help="interpreter that has the vendor's toolchain (default: .venvs/<toolchain>)")  # fmt: skip
+    group.add_argument("--toolchain-timeout", type=seconds, default=24 * 3600.0, metavar="SECONDS",
+                       help="how long the compiler may take (a day)")  # fmt: skip
+    group.add_argument("--max-host-memory", type=byte_count, metavar="SIZE",
+                       help="memory that the compiler may take: it holds the whole model (default: what is free)")  # fmt: skip
+    group.add_argument("--bundle", action="store_true",
+                       help="do not compile: write what is compiled, with compile.sh, for where the toolchain is")  # fmt: skip
+
+
+def seconds(text: str | float) -> float:
+    """A time that is more than none.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no number of seconds")
+    return found
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +319,7 @@ def to_request(args: argparse.Namespace) -> Request:
         raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
     _check_fake(args)
     check_device(args.device)
-    engine = FORMATS.get(args.format, "megatron")
+    engine = FORMATS.get(args.format) or ("huggingface" if target_of(args.format) else "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = ("ep",) if args.format in CALIBRATED else known
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]

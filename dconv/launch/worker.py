@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
+from dconv.hw.registry import target_of
 from dconv.launch.options import to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
+from dconv.request import Request
 from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
@@ -88,12 +90,19 @@ def _parent_started() -> float:
         return math.inf
 
 
-def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> int:
+def main(
+    args: argparse.Namespace, where: Place, stop: Stop | None = None, request: Request | None = None
+) -> int:
     """Run one rank to its exit code; errors are printed in their one form.
 
     Args:
         stop: made earlier in this process, if it was.
+        request: a step of what ``args`` ask for; its summary is not printed.
     """
+    if request is None and target_of(args.format):
+        from dconv.launch import compiling  # it runs this function for each of its steps
+
+        return compiling.main(args, where, stop)
     began = time.monotonic()
     stop = stop or Stop()
 
@@ -105,7 +114,7 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
     grace = _GRACE if where.local == 0 and where.world > 1 else 0.0
     try:
         with stop.planning(grace, last_words):
-            job = prepare(to_request(args))
+            job = prepare(request or to_request(args))
             if args.verify == "logits":
                 from dconv import logits
 
@@ -120,9 +129,9 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
             stop.wait(_POLITE)
         return error.exit_code
     except (OSError, MemoryError) as fault:
-        return _failed(fault, args, where)
+        return failed(fault, args, where)
     try:
-        return _run(job, args, where, began, stop)
+        return _run(job, args, where, began, stop, told=request is None)
     except DconvError as error:
         common = _is_common(error, job)
         if where.local == 0 or not common:
@@ -131,10 +140,15 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None) -> in
             stop.wait(_POLITE)
         return error.exit_code
     except (OSError, MemoryError) as fault:
-        return _failed(fault, args, where)
+        return failed(fault, args, where)
 
 
-def _failed(fault: OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
+def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
+    """The exit code of a fault, which is printed; of one that all ranks meet, by one of each machine."""
+    if isinstance(fault, DconvError):
+        if where.local == 0:
+            report(fault, args.json)
+        return fault.exit_code
     if isinstance(fault, OSError):
         error = StorageFault(f"the file system failed: {fault}")
     else:
@@ -150,7 +164,7 @@ def _is_common(error: DconvError, job: Job) -> bool:
     return isinstance(error, UsageError | Refused)
 
 
-def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: Stop) -> int:
+def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: Stop, *, told: bool = True) -> int:
     if stop.is_set():
         raise preempted()
     # File times come from a clock that may lag behind by a tick.
@@ -185,8 +199,10 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
     if outcome.committed:
         seconds = time.monotonic() - began
         notes[where.rank] = {"peak": peak_memory()}  # of the conversion, not of what verifies it
-        _summary(job, args, where, outcome, notes, seconds, _verify(job, args.verify))
-    elif outcome.complete and where.rank == 0 and _was_there(job, since):
+        verified = _verify(job, args.verify)
+        if told:
+            _summary(job, args, where, outcome, notes, seconds, verified)
+    elif told and outcome.complete and where.rank == 0 and _was_there(job, since):
         verified = _verify(job, args.verify)
         result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True, "verified": verified}
         if args.json:

@@ -1,0 +1,38 @@
+"""The hardware compilers that a model can be handed to, those of entry points (``dconv.hw``) included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Final, cast
+
+from dconv.hw.target import Adapter
+
+_GROUP: Final = "dconv.hw"
+#: FORMAT -> its target's module in this room, which has ``ADAPTER``.
+_OURS: Final = {"rk": "rk"}
+#: Other spellings.
+_SPELLED: Final = {f"hf2{name}": name for name in _OURS}
+
+
+def target_of(format: str) -> str | None:
+    """The target that a FORMAT means; None where it is no hardware compiler's."""
+    name = _SPELLED.get(format, format)
+    if name in _OURS or any(point.name == name for point in entry_points(group=_GROUP)):
+        return name
+    return None
+
+
+def adapter(target: str) -> Adapter:
+    """The adapter of a target of `target_of`."""
+    if target in _OURS:
+        return cast(Adapter, import_module(f"dconv.hw.{_OURS[target]}").ADAPTER)
+    (point,) = entry_points(group=_GROUP, name=target)
+    return cast(Adapter, point.load())
+
+
+def adapters() -> Mapping[str, Adapter]:
+    """All of them, by target."""
+    outside = [point.name for point in entry_points(group=_GROUP) if point.name not in _OURS]
+    return {name: adapter(name) for name in (*_OURS, *outside)}

@@ -1,0 +1,136 @@
+"""``--quantization-config`` of a hardware compiler: which keys there are, and what each may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Final
+
+from dconv.checkpoint.files import parse_json
+from dconv.checkpoint.small_config import read_mapping
+from dconv.errors import Damaged, UsageError
+
+OPTION: Final = "--quantization-config"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key.
+
+    Attributes:
+        otherwise: its value where it is not given.
+        words: what it may be.
+        fits: whether a value is that.
+    """
+
+    otherwise: object
+    words: str
+    fits: Callable[[object], bool]
+
+
+def among(otherwise: object, *values: object) -> Setting:
+    """One of some values."""
+    return Setting(otherwise, ", ".join(map(str, values)), lambda said: said in values)
+
+
+def whole(otherwise: int | None, low: int, high: int) -> Setting:
+    """A whole number."""
+    return Setting(otherwise, f"a whole number from {low} to {high}", lambda said: type(said) is int and low <= said <= high)  # fmt: skip
+
+
+def number(otherwise: float | None, low: float, high: float) -> Setting:
+    """Any number."""
+
+    def fits(said: object) -> bool:
+        return isinstance(said, int | float) and not isinstance(said, bool) and math.isfinite(said) and low <= said <= high  # fmt: skip
+
+    return Setting(otherwise, f"a number from {low:g} to {high:g}", fits)
+
+
+def text(otherwise: str | None = None) -> Setting:
+    """Any words."""
+    return Setting(otherwise, "text", lambda said: isinstance(said, str) and bool(said))
+
+
+def flag(otherwise: bool) -> Setting:
+    """Yes or no."""
+    return Setting(otherwise, "true or false", lambda said: isinstance(said, bool))
+
+
+def read(said: str | None) -> tuple[Mapping[str, object], str]:
+    """The keys, and where they are from.
+
+    Args:
+        said: JSON, or the name of a JSON or YAML file.
+
+    Raises:
+        UsageError: neither.
+        Damaged: a JSON file that is none.
+    """
+    if said is None:
+        return {}, OPTION
+    if said.lstrip().startswith("{"):
+        try:
+            return parse_json(said.encode("utf-8", "surrogatepass"), where=OPTION, what="the text"), OPTION
+        except Damaged as fault:
+            raise UsageError(f"{OPTION} is no JSON", where=f"{said:.200}", found=fault.found or fault.what) from fault
+    return read_mapping(Path(said), OPTION, expected="JSON that begins with {, a JSON or YAML file"), said
+
+
+def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: str) -> dict[str, object]:
+    """All keys with their values.
+
+    Raises:
+        UsageError: a key that is not known, or a value that it cannot have.
+    """
+    for key in given:
+        if key not in known:
+            raise UsageError(f"there is no key {key!r:.80}, nothing was written", where=where,
+                             expected=", ".join(known), do=meant(str(key), known))  # fmt: skip
+    found = {}
+    for key, setting in known.items():
+        value = given.get(key, setting.otherwise)
+        if key in given and not setting.fits(value):
+            raise UsageError(
+                f"{key} cannot be this, nothing was written", where=where, expected=setting.words, found=f"{value!r:.80}"
+            )
+        found[key] = value
+    return found
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """A question after the nearest word, or nothing."""
+    close = get_close_matches(word.lower(), [name.lower() for name in known], 1)
+    return f"did you mean {next(name for name in known if name.lower() == close[0])}?" if close else ""
+
+
+def chip(asked: str | None, settings: Mapping[str, object], known: Mapping[str, str], target: str) -> str:
+    """The chip that is meant, as the compiler spells it.
+
+    Args:
+        asked: ``--platform``; ``platform`` of the settings says the same.
+
+    Raises:
+        UsageError: none is named, an unknown one, or two.
+    """
+    inside = settings.get("platform")
+    if asked is not None and inside is not None and str(inside).upper() != asked.upper():
+        raise UsageError(
+            "two chips are named, nothing was written", where=f"--platform {asked}", found=f"platform: {inside!s:.40}"
+        )
+    said = asked if asked is not None else inside
+    spelled = {name.upper(): name for name in known}
+    if said is None and len(known) == 1:
+        return next(iter(known))
+    if said is None or str(said).upper() not in spelled:
+        raise UsageError(
+            f"{target} compiles for one chip, nothing was written",
+            where="--platform" if said is None else f"--platform {said!s:.40}",
+            expected="\n".join(f"{name}  {what}" for name, what in known.items()),
+            found="none is named" if said is None else "",
+            do="" if said is None else meant(str(said), known),
+        )
+    return spelled[str(said).upper()]

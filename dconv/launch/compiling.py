@@ -1,0 +1,260 @@
+"""A conversion that ends at a hardware compiler: all ranks prepare what it takes, and the last of them runs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from dconv.describe import describe_model
+from dconv.errors import DconvError, Refused, ToolMissing
+from dconv.export.runtimes import available_memory
+from dconv.hw import finish, manifest, settings
+from dconv.hw.registry import adapter, target_of
+from dconv.hw.target import Adapter, Ask, Handing, Tool
+from dconv.launch import worker
+from dconv.launch.options import to_request
+from dconv.launch.process import Stop, Stopped, preempted, say
+from dconv.request import Request
+from dconv.sharding.receipt import RECEIPT, read_receipt
+
+#: Lines of a compiler that tell how far it is.
+_PROGRESS: Final = re.compile(r"dconv-progress (\d+)/(\d+) ?(.*)")
+_LOCK: Final = "compile.lock"
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What is to be done.
+
+    Attributes:
+        handing: None where the source is a hand-off's folder already.
+        tool: None where nothing is compiled here.
+        work: the folder that artifacts are prepared in; the same for the same request, so that a run goes on.
+    """
+
+    target: str
+    adapter: Adapter
+    ask: Ask
+    source: Path
+    out: Path
+    work: Path
+    handing: Handing | None
+    tool: Tool | None
+
+
+def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
+    """Check all that can be checked before any work.
+
+    Args:
+        finding: look for the toolchain.
+
+    Raises:
+        DconvError: see `dconv.hw.target.Adapter`.
+        Refused: the compiler needs more memory than there is.
+        ToolMissing: the compiler is not here, and no bundle was asked for.
+    """
+    target = target_of(args.format)
+    assert target is not None
+    found = adapter(target)
+    request = to_request(args)
+    given, where = settings.read(request.quantization_config)
+    ask = Ask(args.platform, given, where, args.toolchain_python, os.environ, args.task, request.calibration, request.quant)
+    out = request.output
+    if manifest.is_here(request.model):
+        said = manifest.read(request.model)
+        if said["target"] != target:
+            raise Refused("this was handed to another compiler, nothing was written", where=str(request.model),
+                          expected=target, found=said["target"], do=f"FORMAT {said['target']}, or its own source")  # fmt: skip
+        return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None)
+    base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None)
+    handing = found.plan(_described(base), base, ask)
+    tool = found.find(ask) if finding and not args.bundle else None
+    if tool is not None:
+        _require_memory(handing, args.max_host_memory, tool)
+    plain = repr([(step.role, step.request) for step in handing.steps])
+    said = json.dumps([target, handing.terms.platform, handing.terms.settings, plain], sort_keys=True, default=str)
+    name = hashlib.sha256(said.encode()).hexdigest()[:12]
+    return Compilation(target, found, ask, request.model, out, _work(out, name), handing, tool)
+
+
+def _work(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.name}.compile-{name}")
+
+
+def _described(request: Request) -> Any:
+    return describe_model(
+        request.model,
+        source_format=request.source_format,
+        model_type=request.model_type,
+        hf_config=request.hf_config,
+        drop=request.drop,
+        rename=request.rename,
+        submodel=request.submodel,
+        with_eagle=request.with_eagle,
+    )
+
+
+def _require_memory(handing: Handing, most: int | None, tool: Tool) -> None:
+    free = available_memory() if most is None else most
+    if handing.memory > free:
+        raise Refused(
+            f"{tool.words} holds the whole model, nothing was written",
+            expected=f"about {handing.memory / 1e9:.1f} GB of memory",
+            found=f"{free / 1e9:.1f} GB" + (" are free" if most is None else " are allowed"),
+            do="--bundle, to compile where there is more; or --max-host-memory SIZE, if it is known to need less",
+        )
+
+
+def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None) -> int:
+    """Run one rank to its exit code; see `dconv.launch.worker.main`."""
+    stop = stop or Stop()
+    try:
+        with stop.planning(0.0, lambda: None):
+            job = prepare(args)
+            if args.resume and job.handing and _is_done(job):
+                return _told(args, where, manifest.read(job.out), "already done")
+            finish.require_place(job.out, args.overwrite)
+    except Stopped:
+        return worker.failed(preempted(), args, where)
+    except (DconvError, OSError) as error:
+        return worker.failed(error, args, where)
+    if job.handing is None:
+        return _again(args, where, job, stop)
+    job.work.mkdir(parents=True, exist_ok=True)
+    for step in job.handing.steps:
+        inner = copy(args)
+        inner.resume, inner.overwrite = True, False
+        code = worker.main(inner, where, stop, replace(step.request, out=job.work / step.role))
+        if code:
+            with contextlib.suppress(OSError):
+                job.work.rmdir()  # a refusal leaves nothing
+            return code
+    if not all((job.work / step.role / RECEIPT).is_file() for step in job.handing.steps):
+        return 0  # the rank that finishes last goes on
+    try:
+        with _alone(job.work / _LOCK) as mine:
+            return _finish(args, where, job, stop) if mine else 0
+    except (DconvError, OSError) as error:
+        return worker.failed(error, args, replace(where, local=0))
+
+
+def _is_done(job: Compilation) -> bool:
+    """Whether the output is of the same request."""
+    assert job.handing is not None
+    if not manifest.is_here(job.out):
+        return False
+    said = manifest.read(job.out)
+    terms = job.handing.terms
+    same = (said["target"], said["platform"], said["settings"]) == (job.target, terms.platform, dict(terms.settings))
+    return same and said.get("source", {}).get("path") == str(job.source.resolve())
+
+
+def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, stop: Stop) -> int:
+    assert job.handing is not None
+    receipts = {step.role: read_receipt(job.work / step.role) or {} for step in job.handing.steps}
+    source = {
+        "path": str(job.source.resolve()),
+        "format": job.handing.model.source.format,
+        "family": job.handing.model.family.name,
+        "artifacts": {role: {"plan": receipt.get("plan")} for role, receipt in receipts.items()},
+    }
+    how = _how(args, job, stop, source)
+    (job.work / _LOCK).unlink(missing_ok=True)
+    if job.tool is None:
+        said = finish.bundled(job.adapter, job.handing, job.ask, how)
+    else:
+        said = finish.compiled(job.adapter, job.handing, job.tool, job.ask, how)
+    return _told(args, replace(where, local=0), said, said["kind"], job.handing.notes)
+
+
+def _again(args: argparse.Namespace, where: worker.Place, job: Compilation, stop: Stop) -> int:
+    if where.rank:
+        return 0
+    try:
+        said = finish.again(job.adapter, job.source, _how(args, job, stop, {}))
+    except (DconvError, OSError) as error:
+        return worker.failed(error, args, where)
+    return _told(args, where, said, f"{said['kind']} before, and whole")
+
+
+def _how(args: argparse.Namespace, job: Compilation, stop: Stop, source: dict[str, object]) -> finish.Finish:
+    def told(line: str) -> None:
+        if args.quiet or args.json:
+            return
+        found = _PROGRESS.search(line)
+        done = f"{found[1]}/{found[2]}  {found[3]}" if found else line
+        say(f"{job.target}  {done}", sys.stderr)
+
+    return finish.Finish(
+        job.target, job.out, job.work, source, args.toolchain_timeout, args.overwrite, told, stop.is_set
+    )
+
+
+def _told(
+    args: argparse.Namespace, where: worker.Place, said: dict[str, Any], how: str, notes: tuple[str, ...] = ()
+) -> int:
+    """The summary, by one of the ranks."""
+    if where.local:
+        return 0
+    out = to_request(args).output
+    if args.json:
+        say(json.dumps({"out": str(out), **said, "notes": list(notes)}))
+    elif not args.quiet:
+        size = sum(one["bytes"] for one in said["files"].values())
+        by = said.get("toolchain", {}).get("words", "")
+        said_of = f"{how}{f' by {by}' if by else ''} for {said['platform']}"
+        lines = [f"{said_of}: {len(said['files'])} files, {size / 1e9:.2f} GB  ->  {out}"]
+        lines += [f"{key}: {value}" for key, value in said.get("evidence", {}).items()]
+        lines += notes
+        if said["kind"] == "bundle":
+            lines.append(f"compile it where the toolchain is: bash {out / 'compile.sh'}")
+        say("\n".join(lines))
+    return 0
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Whether this process is the one that goes on."""
+    try:
+        file = lock.open("wb")
+    except FileNotFoundError:  # another rank has finished already
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield os.path.exists(lock)
+
+
+def planned(args: argparse.Namespace) -> dict[str, Any]:
+    """For ``dconv plan``: what would be handed over, and whether the compiler is here."""
+    job = prepare(args, finding=False)
+    said: dict[str, Any] = {"target": job.target, "out": str(job.out)}
+    if job.handing is None:
+        return {**said, "again": str(job.source)}
+    said |= {
+        "platform": job.handing.terms.platform,
+        "settings": dict(job.handing.terms.settings),
+        "artifacts": {step.role: step.request.format for step in job.handing.steps},
+        "compiler_memory": job.handing.memory,
+        "notes": list(job.handing.notes),
+    }
+    try:
+        said["toolchain"] = job.adapter.find(job.ask).words
+    except ToolMissing as lacking:
+        said["toolchain"], said["lacks"] = None, lacking.found or lacking.what
+    return said
