@@ -1,7 +1,7 @@
 """Compilers with a Python interface: a driver file that their own interpreter runs, here and in a bundle alike.
 
-A driver knows nothing of dconv. ``python NAME_driver.py probe`` says in a line of JSON what it found, ``compile JOB.json``
-compiles, and ``run JOB.json`` runs the artifact in the vendor's simulator where there is one.
+A driver knows nothing of dconv. ``python NAME_driver.py probe`` says in a line of JSON what it found, ``compile
+JOB.json`` compiles, and ``run JOB.json`` runs the artifact in the vendor's simulator where there is one.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Driver:
                               do=self.install) from fault  # fmt: skip
         said = _last_mapping(done.stdout)
         if done.returncode or said is None:
-            lines = (done.stderr or done.stdout).strip().splitlines()
+            lines = [*(done.stderr or done.stdout).strip().splitlines(), f"exit code {done.returncode}"]
             raise ToolMissing("the toolchain's interpreter does not answer", where=str(python),
-                              found=lines[-1][:300] if lines else f"exit code {done.returncode}", do=self.install)  # fmt: skip
+                              found="\n".join(lines[-2:])[:300], do=self.install)  # fmt: skip
         if not said.get("complete"):
             raise ToolMissing(
                 f"{said.get('tool', self.name)} is not here, or not all of it, nothing was written",
@@ -79,7 +79,9 @@ class Driver:
         if ask.python is not None:
             found = shutil.which(ask.python)
             if found is None:
-                raise UsageError("this is no interpreter, nothing was written", where=f"--toolchain-python {ask.python}")
+                raise UsageError(
+                    "this is no interpreter, nothing was written", where=f"--toolchain-python {ask.python}"
+                )
             return Path(found)
         own = Path(__file__).parents[2] / ".venvs" / self.name / "bin" / "python"
         return own if own.exists() else Path(sys.executable)
@@ -110,6 +112,8 @@ class Driver:
         if not isinstance(files, list) or not files or not all(isinstance(name, str) for name in files):
             raise VerifyFailed("the compiler ended well and wrote nothing", where=RESULT, found=f"{files!r:.80}")
         require_files(out, files)
+        if not isinstance(said.get("evidence"), dict):
+            raise VerifyFailed("the compiler ended well and gave no evidence of it", where=RESULT)
         return said
 
 

@@ -1,7 +1,7 @@
 """The last of a hand-off, by one process: compile what was prepared, judge what came out, put it in its place.
 
-Or, where the compiler is elsewhere, a bundle: the work folder itself, with a list of its files. Either appears under its
-name whole or not at all; of a compiler that failed its log is kept, and nothing else.
+Or, where the compiler is elsewhere, a bundle: the work folder itself, with a list of its files. Either appears under
+its name whole or not at all; of a compiler that failed its log is kept, and nothing else.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def require_place(out: Path, overwrite: bool) -> None:
                          do="-o another directory, or --overwrite")  # fmt: skip
     if not (manifest.is_here(out) or (out / RECEIPT).is_file()):
         raise UsageError("what is there is not of dconv, and is not replaced", where=str(out),
-                         expected=f"a directory with {manifest.NAME} or {RECEIPT}", do="-o another directory")  # fmt: skip
+                         expected=f"a directory with {manifest.NAME} or {RECEIPT}",
+                         do="-o another directory")  # fmt: skip
 
 
 def compiled(adapter: Adapter, handing: Handing, tool: Tool, ask: Ask, how: Finish) -> dict[str, Any]:

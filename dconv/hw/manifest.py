@@ -68,7 +68,7 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         Damaged: it is none of dconv's.
     """
-    said = read_json(folder / NAME, what=NAME)
+    said: dict[str, Any] = read_json(folder / NAME, what=NAME)
     wanted = {"kind": str, "target": str, "platform": str, "settings": dict, "files": dict}
     if any(not isinstance(said.get(key), of) for key, of in wanted.items()) or not all(
         isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int

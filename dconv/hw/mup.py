@@ -1,4 +1,4 @@
-"""muP and hardware compilers: scalars are folded into the weights once, so that no compiler applies them a second time."""
+"""muP and hardware compilers: scalars are folded into the weights once, so that no compiler applies them again."""
 
 from __future__ import annotations
 

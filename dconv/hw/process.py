@@ -114,9 +114,8 @@ def _raise(code: int, said: str, log: Path, words: str) -> None:
 
 
 def _read(process: subprocess.Popen[bytes], kept: object, told: Callable[[str], None]) -> None:
-    assert process.stdout is not None
     with contextlib.suppress(ValueError, OSError):  # the log is closed under a reader that was given up
-        for line in process.stdout:
+        for line in process.stdout or ():
             kept.write(line)  # type: ignore[attr-defined]
             kept.flush()  # type: ignore[attr-defined]
             told(line.decode(errors="replace").rstrip())

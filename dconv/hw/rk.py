@@ -61,7 +61,6 @@ class Rockchip:
             raise Refused("RKLLM takes language models, nothing was written", found=f"{model.family.name}, {kind}",
                           expected="a decoder")  # fmt: skip
         known = {
-            "platform": settings.among(None, *self.platforms),
             "dtype": settings.among(None, *_DTYPES),
             "algorithm": settings.among(None, "normal", "grq", "gdq"),
             "max_context": settings.whole(4096, 32, 16384),
@@ -72,7 +71,7 @@ class Rockchip:
             "seqlen": settings.whole(256, 16, 4096),
         }
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
-        found = settings.settled({key: value for key, value in ask.settings.items() if key != "platform"}, known, ask.where)  # fmt: skip
+        found = settings.settled(ask.settings, known, ask.where)
         cores, dtypes = _RKLLM[chip]
         dtype = ask.quant or found["dtype"] or "w8a8"
         if dtype not in _DTYPES:
@@ -90,7 +89,7 @@ class Rockchip:
                              expected=f"{cores} at most", found=str(found["npu_cores"]))  # fmt: skip
         base = str(dtype).partition("_")[0]
         agreed = {
-            **{key: value for key, value in found.items() if key != "platform"},
+            **found,
             "dtype": dtype,
             "npu_cores": found["npu_cores"] or cores,
             "algorithm": found["algorithm"] or _ALGORITHM[base],
@@ -118,12 +117,11 @@ class Rockchip:
         said = self._driver.result(out)
         if said["files"] != [_FILE]:
             raise VerifyFailed("RKLLM writes one file", expected=_FILE, found=", ".join(said["files"]))
-        evidence = said.get("evidence")
-        returned = evidence.get("returned") if isinstance(evidence, dict) else None
+        evidence: Mapping[str, object] = said["evidence"]
         wanted = {"load": 0, "build": 0, "export": 0}
-        if returned != wanted:
+        if evidence.get("returned") != wanted:
             raise VerifyFailed("RKLLM did not say of each step that it went well", expected=str(wanted),
-                               found=str(returned))  # fmt: skip
+                               found=str(evidence.get("returned")))  # fmt: skip
         return {"bytes": (out / _FILE).stat().st_size, **evidence}
 
 

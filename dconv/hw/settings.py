@@ -14,6 +14,7 @@ from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Damaged, UsageError
 
 OPTION: Final = "--quantization-config"
+PLATFORM: Final = "platform"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,17 @@ def among(otherwise: object, *values: object) -> Setting:
 
 def whole(otherwise: int | None, low: int, high: int) -> Setting:
     """A whole number."""
-    return Setting(otherwise, f"a whole number from {low} to {high}", lambda said: type(said) is int and low <= said <= high)  # fmt: skip
+    words = f"a whole number from {low} to {high}"
+    return Setting(otherwise, words, lambda said: type(said) is int and low <= said <= high)
 
 
 def number(otherwise: float | None, low: float, high: float) -> Setting:
     """Any number."""
 
     def fits(said: object) -> bool:
-        return isinstance(said, int | float) and not isinstance(said, bool) and math.isfinite(said) and low <= said <= high  # fmt: skip
+        if isinstance(said, bool) or not isinstance(said, int | float):
+            return False
+        return math.isfinite(said) and low <= said <= high
 
     return Setting(otherwise, f"a number from {low:g} to {high:g}", fits)
 
@@ -81,13 +85,13 @@ def read(said: str | None) -> tuple[Mapping[str, object], str]:
 
 
 def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: str) -> dict[str, object]:
-    """All keys with their values.
+    """All keys with their values, ``platform`` aside (see `chip`).
 
     Raises:
         UsageError: a key that is not known, or a value that it cannot have.
     """
     for key in given:
-        if key not in known:
+        if key not in known and key != PLATFORM:
             raise UsageError(f"there is no key {key!r:.80}, nothing was written", where=where,
                              expected=", ".join(known), do=meant(str(key), known))  # fmt: skip
     found = {}
@@ -95,7 +99,10 @@ def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: st
         value = given.get(key, setting.otherwise)
         if key in given and not setting.fits(value):
             raise UsageError(
-                f"{key} cannot be this, nothing was written", where=where, expected=setting.words, found=f"{value!r:.80}"
+                f"{key} cannot be this, nothing was written",
+                where=where,
+                expected=setting.words,
+                found=f"{value!r:.80}",
             )
         found[key] = value
     return found
@@ -116,7 +123,7 @@ def chip(asked: str | None, settings: Mapping[str, object], known: Mapping[str, 
     Raises:
         UsageError: none is named, an unknown one, or two.
     """
-    inside = settings.get("platform")
+    inside = settings.get(PLATFORM)
     if asked is not None and inside is not None and str(inside).upper() != asked.upper():
         raise UsageError(
             "two chips are named, nothing was written", where=f"--platform {asked}", found=f"platform: {inside!s:.40}"

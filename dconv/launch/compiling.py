@@ -64,18 +64,20 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
         Refused: the compiler needs more memory than there is.
         ToolMissing: the compiler is not here, and no bundle was asked for.
     """
-    target = target_of(args.format)
-    assert target is not None
+    target = str(target_of(args.format))
     found = adapter(target)
     request = to_request(args)
     given, where = settings.read(request.quantization_config)
-    ask = Ask(args.platform, given, where, args.toolchain_python, os.environ, args.task, request.calibration, request.quant)
+    ask = Ask(
+        args.platform, given, where, args.toolchain_python, os.environ, args.task, request.calibration, request.quant
+    )
     out = request.output
     if manifest.is_here(request.model):
         said = manifest.read(request.model)
         if said["target"] != target:
             raise Refused("this was handed to another compiler, nothing was written", where=str(request.model),
-                          expected=target, found=said["target"], do=f"FORMAT {said['target']}, or its own source")  # fmt: skip
+                          expected=target, found=said["target"],
+                          do=f"FORMAT {said['target']}, or its own source")  # fmt: skip
         return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None)
     base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None)
     handing = found.plan(_described(base), base, ask)
@@ -122,7 +124,7 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
     try:
         with stop.planning(0.0, lambda: None):
             job = prepare(args)
-            if args.resume and job.handing and _is_done(job):
+            if args.resume and job.handing and _is_done(job, job.handing):
                 return _told(args, where, manifest.read(job.out), "already done")
             finish.require_place(job.out, args.overwrite)
     except Stopped:
@@ -144,38 +146,36 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
         return 0  # the rank that finishes last goes on
     try:
         with _alone(job.work / _LOCK) as mine:
-            return _finish(args, where, job, stop) if mine else 0
+            return _finish(args, where, job, job.handing, stop) if mine else 0
     except (DconvError, OSError) as error:
         return worker.failed(error, args, replace(where, local=0))
 
 
-def _is_done(job: Compilation) -> bool:
+def _is_done(job: Compilation, handing: Handing) -> bool:
     """Whether the output is of the same request."""
-    assert job.handing is not None
     if not manifest.is_here(job.out):
         return False
     said = manifest.read(job.out)
-    terms = job.handing.terms
+    terms = handing.terms
     same = (said["target"], said["platform"], said["settings"]) == (job.target, terms.platform, dict(terms.settings))
     return same and said.get("source", {}).get("path") == str(job.source.resolve())
 
 
-def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, stop: Stop) -> int:
-    assert job.handing is not None
-    receipts = {step.role: read_receipt(job.work / step.role) or {} for step in job.handing.steps}
+def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, handing: Handing, stop: Stop) -> int:
+    receipts = {step.role: read_receipt(job.work / step.role) or {} for step in handing.steps}
     source = {
         "path": str(job.source.resolve()),
-        "format": job.handing.model.source.format,
-        "family": job.handing.model.family.name,
+        "format": handing.model.source.format,
+        "family": handing.model.family.name,
         "artifacts": {role: {"plan": receipt.get("plan")} for role, receipt in receipts.items()},
     }
     how = _how(args, job, stop, source)
     (job.work / _LOCK).unlink(missing_ok=True)
     if job.tool is None:
-        said = finish.bundled(job.adapter, job.handing, job.ask, how)
+        said = finish.bundled(job.adapter, handing, job.ask, how)
     else:
-        said = finish.compiled(job.adapter, job.handing, job.tool, job.ask, how)
-    return _told(args, replace(where, local=0), said, said["kind"], job.handing.notes)
+        said = finish.compiled(job.adapter, handing, job.tool, job.ask, how)
+    return _told(args, replace(where, local=0), said, said["kind"], handing.notes)
 
 
 def _again(args: argparse.Namespace, where: worker.Place, job: Compilation, stop: Stop) -> int:

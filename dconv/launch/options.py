@@ -201,9 +201,9 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--toolchain-timeout", type=seconds, default=24 * 3600.0, metavar="SECONDS",
                        help="how long the compiler may take (a day)")  # fmt: skip
     group.add_argument("--max-host-memory", type=byte_count, metavar="SIZE",
-                       help="memory that the compiler may take: it holds the whole model (default: what is free)")  # fmt: skip
+                       help="memory that the compiler may take; it holds the whole model (what is free)")  # fmt: skip
     group.add_argument("--bundle", action="store_true",
-                       help="do not compile: write what is compiled, with compile.sh, for where the toolchain is")  # fmt: skip
+                       help="do not compile: write what is compiled, with compile.sh, for elsewhere")  # fmt: skip
 
 
 def seconds(text: str | float) -> float:

@@ -90,9 +90,7 @@ def _parent_started() -> float:
         return math.inf
 
 
-def main(
-    args: argparse.Namespace, where: Place, stop: Stop | None = None, request: Request | None = None
-) -> int:
+def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, request: Request | None = None) -> int:
     """Run one rank to its exit code; errors are printed in their one form.
 
     Args:

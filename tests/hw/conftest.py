@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dconv.arch import registry
+from tests.models import config_of, write_random
 from tests.oracles import hf
 
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -21,7 +23,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With muP scalars."""
-    return write_random(tmp_path_factory.mktemp("hw") / "minicpm", registry.by_name("minicpm"))
+    family = registry.by_name("minicpm")
+    return write_random(tmp_path_factory.mktemp("hw") / "minicpm", family, config_of(family))
 
 
 @pytest.fixture

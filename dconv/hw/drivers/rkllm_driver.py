@@ -26,7 +26,7 @@ def probe():
     try:
         said["version"] = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
-        said["lacks"] = "no package %s" % PACKAGE
+        said["lacks"] = f"no package {PACKAGE}"
         return said
     spec = find_spec("rkllm")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -37,9 +37,9 @@ def probe():
                     said["libraries"][name] = os.path.getsize(os.path.join(root, name))
     empty = [name for name, size in said["libraries"].items() if not size]
     if not folders:
-        said["lacks"] = "package %s without its module rkllm" % PACKAGE
+        said["lacks"] = f"package {PACKAGE} without its module rkllm"
     elif not said["libraries"] or empty:
-        said["lacks"] = "module rkllm without its libraries" + (": %s is empty" % empty[0] if empty else "")
+        said["lacks"] = "module rkllm without its libraries" + (f": {empty[0]} is empty" if empty else "")
     else:
         said["complete"] = True
     return said
@@ -52,14 +52,14 @@ def compile_job(path):
     settings, source = job["settings"], {role: os.path.join(here, name) for role, name in job["source"].items()}
     out = os.path.join(here, job["out"])
     os.makedirs(out, exist_ok=True)
-    from rkllm.api import RKLLM
+    from rkllm.api import RKLLM  # pyright: ignore[reportMissingImports]
 
     returned = {}
 
     def must(name, code):
         returned[name] = code
         if code != 0:
-            sys.exit("rkllm: %s returned %r" % (name, code))
+            sys.exit(f"rkllm: {name} returned {code!r}")
 
     tool = RKLLM()
     print("dconv-progress 0/3 reading the model", flush=True)

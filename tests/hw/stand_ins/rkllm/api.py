@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 FAILS = os.environ.get("STAND_IN_FAILS", "")
 CHIPS = {
@@ -25,15 +26,17 @@ class RKLLM:
     def __init__(self):
         self.said = {}
 
-    def load_huggingface(self, model, model_lora=None, device="cpu", dtype="float32", custom_config=None, load_weight=True):
-        config = json.load(open(os.path.join(model, "config.json")))
+    def load_huggingface(
+        self, model, model_lora=None, device="cpu", dtype="float32", custom_config=None, load_weight=True
+    ):
+        config = json.loads(Path(model, "config.json").read_text())
         if not any(name.endswith(".safetensors") for name in os.listdir(model)):
             return refuse("no weights")
         if {"scale_emb", "scale_depth", "dim_model_base"} & set(config):
             return refuse("muP scalars: who applies them?")
         self.said["config"] = config
         if FAILS == "load":
-            return refuse("Not support %s" % config["architectures"][0])
+            return refuse(f"Not support {config['architectures'][0]}")
         return 0
 
     def build(
@@ -41,21 +44,26 @@ class RKLLM:
         extra_qparams, dataset, hybrid_rate=0, max_context=4096,
     ):  # fmt: skip
         if target_platform not in CHIPS:
-            return refuse("target_platform %s" % target_platform)
+            return refuse(f"target_platform {target_platform}")
         if do_quantization:
             if quantized_dtype not in CHIPS[target_platform]:
-                return refuse("%s on %s" % (quantized_dtype, target_platform))
+                return refuse(f"{quantized_dtype} on {target_platform}")
             if quantized_algorithm != {"w8": "normal", "w4": "grq"}[quantized_dtype[:2]]:
-                return refuse("algorithm %s" % quantized_algorithm)
-            texts = json.load(open(dataset))
+                return refuse(f"algorithm {quantized_algorithm}")
+            texts = json.loads(Path(dataset).read_text())
             if not texts or any(set(text) != {"input", "target"} or not all(text.values()) for text in texts):
                 return refuse("calibration data")
             self.said["texts"] = len(texts)
         elif dataset is not None:
             return refuse("calibration data without quantisation")
         if max_context % 32 or max_context > 16384:
-            return refuse("max_context %s" % max_context)
-        self.said |= {"platform": target_platform, "dtype": quantized_dtype, "cores": num_npu_core, "context": max_context}
+            return refuse(f"max_context {max_context}")
+        self.said |= {
+            "platform": target_platform,
+            "dtype": quantized_dtype,
+            "cores": num_npu_core,
+            "context": max_context,
+        }
         if FAILS == "build":
             return refuse("Catch exception when converting model")
         if FAILS == "crash":
