@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from copy import copy
@@ -126,6 +127,8 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
             job = prepare(args)
             if args.resume and job.handing and _is_done(job, job.handing):
                 return _told(args, where, manifest.read(job.out), "already done")
+            if job.handing and _is_done_by_others(job, job.handing, where):
+                return 0
             finish.require_place(job.out, args.overwrite)
     except Stopped:
         return worker.failed(preempted(), args, where)
@@ -142,9 +145,12 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
             with contextlib.suppress(OSError):
                 job.work.rmdir()  # a refusal leaves nothing
             return code
-    if not all((job.work / step.role / RECEIPT).is_file() for step in job.handing.steps):
-        return 0  # the rank that finishes last goes on
     try:
+        if _is_done_by_others(job, job.handing, where):  # this rank came late, and had nothing to do
+            shutil.rmtree(job.work, ignore_errors=True)
+            return 0
+        if not all((job.work / step.role / RECEIPT).is_file() for step in job.handing.steps):
+            return 0  # the rank that finishes last goes on
         with _alone(job.work / _LOCK) as mine:
             return _finish(args, where, job, job.handing, stop) if mine else 0
     except (DconvError, OSError) as error:
@@ -159,6 +165,13 @@ def _is_done(job: Compilation, handing: Handing) -> bool:
     terms = handing.terms
     same = (said["target"], said["platform"], said["settings"]) == (job.target, terms.platform, dict(terms.settings))
     return same and said.get("source", {}).get("path") == str(job.source.resolve())
+
+
+def _is_done_by_others(job: Compilation, handing: Handing, where: worker.Place) -> bool:
+    """Whether other ranks of this run have made the output."""
+    if where.world == 1 or not _is_done(job, handing):
+        return False
+    return (job.out / manifest.NAME).stat().st_mtime > where.launched - 0.1  # a file's clock may lag by a tick
 
 
 def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, handing: Handing, stop: Stop) -> int:
