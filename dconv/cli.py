@@ -19,11 +19,6 @@ from dconv import __version__
 from dconv.errors import DconvError, StorageFault, ToolMissing, UsageError
 from dconv.launch.process import say, tolerate
 
-#: What one rank reads or writes a second on a plain NVMe disk; the plan's floor is priced with it.
-_RATE: Final = 2e9
-#: Rows of the table of ranks that a person reads; ``--json`` has all.
-_ROWS: Final = 8
-
 _EXITS: Final = """exit codes:
   0 done   1 diff found a difference   2 usage, or OUT exists   3 refused before writing
   4 damaged input   5 storage fault   6 verification failed   7 a runtime is missing   75 preempted, run again"""
@@ -123,6 +118,7 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.hw.registry import target_of
     from dconv.launch.options import parse, to_request
     from dconv.pipeline import prepare
+    from dconv.report import plan as report
     from dconv.report.trace import text
     from dconv.trace import trace
 
@@ -136,74 +132,8 @@ def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
     priced = price(job, args.world)
     traced = f"\n\n{text(job.trace)}" if job.trace else ""
-    say(json.dumps(priced) if args.json else plan_text(priced) + traced)
+    say(json.dumps(priced) if args.json else report.text(priced) + traced)
     return 0
-
-
-def plan_text(priced: dict[str, Any]) -> str:
-    """What `dconv.examine.price` found, for a person."""
-    source, target, ranks = priced["source"], priced["target"], priced["ranks"]
-    total, rounded, written = priced["tensors"], priced["rounded"], priced["bytes_written"]
-    exact = f"exact: all {total} tensors" if not rounded else f"exact: {total - rounded} of {total} tensors"
-    shards = f"{target['shards']} shard{'s' * (target['shards'] != 1)} of {size(written / target['shards'])}"
-    layout = f", {target['layout']}" if target["layout"] else ""
-    codes = f", {target['codes']}" if target["codes"] else ""
-    plural = f", {source['files']} file{'s' * (source['files'] != 1)}"
-    files = "" if source["format"].startswith("config alone") else plural
-    lines = [
-        f"{priced['family']}  {priced['layers']} layers  {count(priced['parameters'])} parameters  "
-        f"{'+'.join(priced['dtypes'])}",
-        f"{container(source['format'])}{files}  ->  {container(target['format'])}{layout}{codes}",
-        f"read {size(priced['bytes_read'])}   write {size(written)}   {shards}   "
-        f"largest buffer {priced['largest_buffer'] >> 20} MiB   {exact}",
-        "rank   shard             read       write   tensors",
-    ]
-    for share in ranks[:_ROWS]:
-        lines.append(
-            f"{share['rank']:4}   {share['shard']:<10} {size(share['read']):>11} {size(share['written']):>11} "
-            f"{share['tensors']:>9}"
-        )
-    if len(ranks) > _ROWS:
-        lines.append(f"   …   {len(ranks) - _ROWS} more ranks, --json shows all")
-    alone = max(priced["bytes_read"], written) / _RATE
-    slowest = max(max(share["read"], share["written"]) for share in ranks) / _RATE
-    many = f"{slowest:.1f} s with {len(ranks)} ranks, " if len(ranks) > 1 else ""
-    lines.append(f"floor at 2 GB/s a rank: {many}{alone:.1f} s with 1        plan {priced['plan']}")
-    lines += [f"numeric: {words}\n  {names}" for words, names in precision_text(priced["precision"])]
-    lines += priced["notes"]
-    lines += [f"left out: {name} ({reason})" for name, reason in list(priced["left_out"].items())[:_ROWS]]
-    lines += [f"megatron-core lacks: {what}" for what in priced["needs"]]
-    return "\n".join(lines)
-
-
-def precision_text(precision: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Each thing that is done to values, with the tensors that it is done to."""
-    return [
-        (f"{kind['op']}, {kind['count']} tensor{'s' * (kind['count'] != 1)}", "\n  ".join(kind["tensors"]))
-        for kind in precision
-    ]
-
-
-def size(nbytes: float) -> str:
-    """Bytes for a person, in powers of ten: ``141.1 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def count(n: float) -> str:
-    """A count for a person: ``70.6 B``, ``135 M``."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.1f} {unit}"
-    return f"{n:.0f}"
-
-
-def container(name: str) -> str:
-    """A container's name as it is written in prose."""
-    return name.replace("huggingface", "HuggingFace").replace("megatron", "Megatron")
 
 
 def _diff_options(parser: argparse.ArgumentParser) -> None:
@@ -288,10 +218,29 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.checking import check
 
     args = parser.parse_args(words)
+    from dconv.hw import manifest
+
+    if manifest.is_here(args.path):
+        return _check_hand_off(args)
     run = {"run": not args.no_run, "force": args.force_run, "max_memory": args.max_memory}
     found = check(args.path, **_described(args), **run)
     say(json.dumps(found.to_dict()) if args.json else found.text())
     return 0 if found.run or args.no_run else ToolMissing.exit_code
+
+
+def _check_hand_off(args: argparse.Namespace) -> int:
+    from dconv.errors import Refused
+    from dconv.hw.finish import rejudged
+    from dconv.hw.manifest import read
+    from dconv.hw.registry import adapter, target_of
+
+    said = read(args.path)
+    if target_of(said["target"]) is None:
+        raise Refused("no compiler is called this", where=str(args.path), found=f"{said['target']!r:.80}")
+    said = rejudged(adapter(said["target"]), args.path)
+    how = f"whole      {said['kind']} for {said['platform']}, {len(said['files'])} files as they were written"
+    say(json.dumps({"path": str(args.path), **said}) if args.json else how)
+    return 0
 
 
 def _archs(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -326,6 +275,20 @@ def _formats(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         say(matrix.markdown())
     else:
         say("\n".join(lines()))
+    return 0
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--toolchain-python", type=Path, metavar="PYTHON", help="look for toolchains there, too")
+    _list_options(parser)
+
+
+def _doctor(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.report.doctor import examined, text
+
+    args = parser.parse_args(words)
+    said = examined(args.toolchain_python)
+    say(json.dumps(said) if args.json else text(said))
     return 0
 
 
@@ -388,6 +351,13 @@ COMMANDS: Final[dict[str, Command]] = {
         _check,
     ),
     "archs": Command("list the model families", "", "  dconv archs", _arch_options, _archs),
+    "doctor": Command(
+        "say which runtimes and hardware compilers are here, and how to get the others",
+        "",
+        "  dconv doctor\n  dconv doctor --toolchain-python ~/rkllm/bin/python --json",
+        _doctor_options,
+        _doctor,
+    ),
     "formats": Command("list the formats that are read and written", "", "  dconv formats", _arch_options, _formats),
 }
 
