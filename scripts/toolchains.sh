@@ -6,9 +6,9 @@
 #     rknn    rknn-toolkit2 2.5.0      Rockchip RK3588, RK3576, RK3562 …     1.5 GB, x86-64 Linux
 #     qnn     onnxruntime-qnn 2.7.0    Qualcomm HTP, SM8750, SM8650 …        0.5 GB, x86-64 Linux
 #
-# `dconv/hw/drivers/NAME.py` is run there; dconv itself needs none of it. PYTHON=… chooses the interpreter (rknn: 3.11
+# `dconv/hw/drivers/NAME_driver.py` is run there; dconv itself needs none of it. PYTHON=… chooses the interpreter (rknn: 3.11
 # or 3.12). A second call with nothing changed returns at once. To add one: an entry in packages and in imports below,
-# and a driver of the same name, whose `probe` has the last word. Everything is listed, hence --no-deps: rknn-toolkit2
+# and a driver of that name, whose `probe` has the last word. Everything is listed, hence --no-deps: rknn-toolkit2
 # asks for torch 2.4 at most, imports it, and works with 2.13 as it is for a CPU.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
@@ -47,7 +47,8 @@ for name; do
     read -ra wanted -d '' <<<"${packages[$name]}" || true
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps "${wanted[@]}"
     quietly "$venv/bin/python" -c "${imports[$name]}"
-    said=$("$venv/bin/python" "$root/dconv/hw/drivers/$name.py" probe) || fail "dconv/hw/drivers/$name.py probe failed"
+    driver=$root/dconv/hw/drivers/${name}_driver.py
+    said=$("$venv/bin/python" "$driver" probe) || fail "this failed: $driver probe"
     [[ $said == *'"complete": true'* ]] || fail "$name is installed and not complete: $said"
     printf '%s\n' "$now" >"$stamp"
 done

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,14 @@ def drive(
     command: str,
     folder: Path,
     platform: str,
-    source: dict[str, Path | str],
+    source: Mapping[str, Any],
     out: str = "out",
     **settings: Any,
 ) -> Done:
     """A copy of the driver, in the folder of its job, run by the toolchain's Python from elsewhere."""
-    driver = shutil.copy(DRIVERS / f"{tool}.py", folder)
-    said = {"source": {role: str(path) for role, path in source.items()}, "out": out, "platform": platform}
-    (folder / "job.json").write_text(json.dumps({**said, "settings": settings}))
+    driver = shutil.copy(DRIVERS / f"{tool}_driver.py", folder)
+    said = {"source": source, "out": out, "platform": platform, "settings": settings}
+    (folder / "job.json").write_text(json.dumps(said, default=str))
     python = ROOT / ".venvs" / tool / "bin" / "python"
     done = _run(python, driver, command, folder / "job.json")
     return Done(done.returncode, done.stdout, done.stderr, folder / out)
@@ -77,7 +77,7 @@ def _run(*command: Path | str) -> subprocess.CompletedProcess[str]:
 
 
 def load(tool: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"driver_{tool}", DRIVERS / f"{tool}.py")
+    spec = importlib.util.spec_from_file_location(f"driver_{tool}", DRIVERS / f"{tool}_driver.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,7 +90,7 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return graphs.llama(tmp_path_factory.mktemp("llama"))
 
 
@@ -110,7 +110,7 @@ def correlation(here: NDArray[Any], there: NDArray[Any]) -> float:
 # every driver
 
 
-@pytest.mark.parametrize("path", sorted(DRIVERS.glob("[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(DRIVERS.glob("*_driver.py")), ids=lambda path: path.stem)
 def test_a_driver_stands_alone(path: Path) -> None:
     """It is copied to machines without dconv, whose Python may be 3.8; its toolchain is imported when it runs."""
     tree = ast.parse(path.read_text(), feature_version=(3, 8))
@@ -126,7 +126,7 @@ def _imported(nodes: Sequence[ast.AST]) -> set[str]:
 
 @pytest.mark.parametrize("tool", ["rknn", "qnn"])
 def test_probe_without_the_toolchain(tool: str) -> None:
-    said = json.loads(_run(sys.executable, DRIVERS / f"{tool}.py", "probe").stdout)
+    said = json.loads(_run(sys.executable, DRIVERS / f"{tool}_driver.py", "probe").stdout)
     assert said["complete"] is False
     assert said["version"] == "" and said["tool"] in said["lacks"]
 
@@ -149,7 +149,9 @@ def test_probe_looks_into_the_files(tmp_path: Path, tool: str, files: dict[str, 
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9\n")
     code = f"import sys, runpy; sys.path.append({str(tmp_path)!r}); sys.argv = ['driver', 'probe']; "
-    said = _run(sys.executable, "-c", code + f"runpy.run_path({str(DRIVERS / f'{tool}.py')!r}, run_name='__main__')")
+    said = _run(
+        sys.executable, "-c", code + f"runpy.run_path({str(DRIVERS / f'{tool}_driver.py')!r}, run_name='__main__')"
+    )
     found = json.loads(said.stdout)
     assert found["version"] == "9" and found["complete"] is False
     assert {"rknn": "librknnc.so", "qnn": "one version of QNN"}[tool] in found["lacks"]
@@ -175,14 +177,14 @@ def test_toolchains_says_which_there_are(names: list[str]) -> None:
     ],
 )
 @pytest.mark.parametrize("tool", [pytest.param("rknn", marks=rknn), pytest.param("qnn", marks=qnn)])
-def test_a_damaged_graph_is_refused(tmp_path: Path, llama: Path, tool: str, kind: str, says: str) -> None:
+def test_a_damaged_graph_is_refused(tmp_path: Path, layers: Path, tool: str, kind: str, says: str) -> None:
     """rknn-toolkit2 alone compiles a graph whose weights are lost, with made-up ones, and returns 0."""
     path = tmp_path / "graph.onnx"
-    text, data = llama.read_bytes(), (tmp_path / "llama.onnx.data")
+    text, data = layers.read_bytes(), (tmp_path / "llama.onnx.data")
     if kind in ("lost", "short", "outside"):
         path.write_bytes(text.replace(b"llama.onnx.data", b"../ama.onnx.dat") if kind == "outside" else text)
         if kind == "short":
-            data.write_bytes((llama.parent / data.name).read_bytes()[:-1])
+            data.write_bytes((layers.parent / data.name).read_bytes()[:-1])
     elif kind == "open":
         graphs.graph(path, ["Relu"], ("batch", 4))
     elif kind != "absent":
@@ -197,21 +199,21 @@ def test_a_damaged_graph_is_refused(tmp_path: Path, llama: Path, tool: str, kind
 
 @rknn
 def test_rknn_probe() -> None:
-    said = json.loads(_run(ROOT / ".venvs/rknn/bin/python", DRIVERS / "rknn.py", "probe").stdout)
+    said = json.loads(_run(ROOT / ".venvs/rknn/bin/python", DRIVERS / "rknn_driver.py", "probe").stdout)
     assert said["complete"] is True and said["version"] == "2.5.0"
     assert said["libraries"]["librknnc.so"] > 10_000_000
 
 
 @rknn
-def test_rknn_of_weights_beside_the_graph(tmp_path: Path, llama: Path) -> None:
+def test_rknn_of_weights_beside_the_graph(tmp_path: Path, layers: Path) -> None:
     """Compiled for the chip that was asked for, on its NPU, and the file can tell a whole one from a part of it."""
-    done = drive("rknn", "compile", tmp_path, "RK3588", {"onnx": llama}, name="decoder")
+    done = drive("rknn", "compile", tmp_path, "RK3588", {"onnx": layers}, name="decoder")
     result = done.result
     assert result["files"] == ["decoder.rknn"] and done.left == ["decoder.rknn", "result.json"]
     data = (done.out / "decoder.rknn").read_bytes()
     assert data[:4] == b"RKNN" and b"rk3588" in data
     # weights are stored in fp16, none twice
-    weights = (llama.parent / "llama.onnx.data").stat().st_size // 2
+    weights = (layers.parent / "llama.onnx.data").stat().st_size // 2
     assert weights < len(data) == result["evidence"]["bytes"]
     assert result["evidence"]["npu"] > 40 and set(result["evidence"]["cpu"]) == {"Gather"}
     assert result["evidence"]["compiler"].startswith("2.5.0 ")
@@ -228,15 +230,15 @@ def test_rknn_of_weights_beside_the_graph(tmp_path: Path, llama: Path) -> None:
 
 @rknn
 @pytest.mark.parametrize(("dtype", "bound"), [("fp16", 0.9999), ("w8a8", 0.99)])
-def test_simulator_computes_the_graph(tmp_path: Path, llama: Path, dtype: str, bound: float) -> None:
+def test_simulator_computes_the_graph(tmp_path: Path, layers: Path, dtype: str, bound: float) -> None:
     """fp16 differs from fp32 by 1% of the largest logit at most; calibrated codes correlate."""
     given = ids(7, 1)[0]
     np.savez(tmp_path / "inputs.npz", ids=given)
     np.savez(tmp_path / "samples.npz", ids=ids(8, 8))
-    source: dict[str, Path | str] = {"onnx": llama, "inputs": "inputs.npz"}
-    done = drive("rknn", "run", tmp_path, "rk3588", source, dtype=dtype, calibration="samples.npz")
+    source: dict[str, Any] = {"onnx": layers, "inputs": "inputs.npz", "calibration": "samples.npz"}
+    done = drive("rknn", "run", tmp_path, "rk3588", source, dtype=dtype)
     assert done.result["files"] == ["outputs.npz"] and "simulator" in done.result["evidence"]["runtime"]
-    here, there = np.load(done.out / "outputs.npz")["logits"], graphs.on_cpu(llama, ids=given)
+    here, there = np.load(done.out / "outputs.npz")["logits"], graphs.on_cpu(layers, ids=given)
     assert correlation(here, there) > bound
     if dtype == "fp16":
         assert np.abs(here - there).max() < 0.01 * np.abs(there).max()
@@ -250,9 +252,9 @@ def test_simulator_takes_axes_as_the_graph_has_them(tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", b=b, a=a)
     np.save(tmp_path / "sample of a.npy", a)
     np.save(tmp_path / "b.npy", b)
-    source: dict[str, Path | str] = {"onnx": graphs.two_inputs(tmp_path / "two.onnx"), "inputs": "inputs.npz"}
-    samples = [["sample of a.npy", "b.npy"]]
-    done = drive("rknn", "run", tmp_path, "RK3576", source, dtype="w8a8", calibration=samples)
+    source: dict[str, Any] = {"onnx": graphs.two_inputs(tmp_path / "two.onnx"), "inputs": "inputs.npz"}
+    source["calibration"] = [["sample of a.npy", "b.npy"]]
+    done = drive("rknn", "run", tmp_path, "RK3576", source, dtype="w8a8")
     assert done.code == 0, done.stderr
     assert correlation(np.load(done.out / "outputs.npz")["y"], a @ b) > 0.99
 
@@ -261,10 +263,10 @@ def test_simulator_takes_axes_as_the_graph_has_them(tmp_path: Path) -> None:
 def test_w4a16_is_for_chips_that_have_it(tmp_path: Path, mlp: Path) -> None:
     """The vendor's refusal leaves nothing, not even what an earlier call had made."""
     np.savez(tmp_path / "samples.npz", x=rows(1, 4))
-    chosen = {"dtype": "w4a16", "method": "group32", "calibration": "samples.npz"}
-    made = drive("rknn", "compile", tmp_path, "RK3576", {"onnx": mlp}, **chosen)
+    source, chosen = {"onnx": mlp, "calibration": "samples.npz"}, {"dtype": "w4a16", "method": "group32"}
+    made = drive("rknn", "compile", tmp_path, "RK3576", source, **chosen)
     assert made.result["files"] == ["model.rknn"]
-    refused = drive("rknn", "compile", tmp_path, "RK3588", {"onnx": mlp}, **chosen)
+    refused = drive("rknn", "compile", tmp_path, "RK3588", source, **chosen)
     assert refused.code == 1 and "quantized_dtype = 'w4a16' not support in 'rk3588'" in refused.last
     assert refused.left == []
 
@@ -291,18 +293,18 @@ def test_rknn_refuses(tmp_path: Path, platform: str, steps: list[str], opset: in
 
 @qnn
 def test_qnn_probe() -> None:
-    said = json.loads(_run(ROOT / ".venvs/qnn/bin/python", DRIVERS / "qnn.py", "probe").stdout)
+    said = json.loads(_run(ROOT / ".venvs/qnn/bin/python", DRIVERS / "qnn_driver.py", "probe").stdout)
     assert said["complete"] is True and said["version"] == "2.7.0" and said["qnn"].startswith("v2.51.0.")
     assert min(said["libraries"]["libQnnHtp.so"], said["libraries"]["libHtpPrepare.so"]) > 50_000_000
 
 
 @qnn
-def test_each_chip_has_its_own_binary(tmp_path: Path, llama: Path) -> None:
+def test_each_chip_has_its_own_binary(tmp_path: Path, layers: Path) -> None:
     import onnx
 
     binaries = {}
     for chip, soc, architecture in (("SM8750", 69, 79), ("SM8650", 57, 75)):
-        done = drive("qnn", "compile", tmp_path, chip.lower(), {"onnx": llama}, out=chip, name="decoder")
+        done = drive("qnn", "compile", tmp_path, chip.lower(), {"onnx": layers}, out=chip, name="decoder")
         result = done.result
         assert result["files"] == ["decoder_ctx.onnx", "decoder_ctx_qnn.bin"]
         assert done.left == [*result["files"], "result.json"]
@@ -311,7 +313,7 @@ def test_each_chip_has_its_own_binary(tmp_path: Path, llama: Path) -> None:
         assert result["evidence"]["qnn"].encode() in binaries[chip]
         assert result["evidence"]["compatibility"].endswith(f":{architecture}:{soc}:0:0")
         # a matrix of fp16 codes cannot be smaller; 5/7 of the weights are in matrices of the two layers
-        assert len(binaries[chip]) > (llama.parent / "llama.onnx.data").stat().st_size // 2
+        assert len(binaries[chip]) > (layers.parent / "llama.onnx.data").stat().st_size // 2
         wrapper = onnx.load(done.out / "decoder_ctx.onnx")
         assert [node.op_type for node in wrapper.graph.node] == ["EPContext"]
         assert not wrapper.graph.initializer
@@ -327,15 +329,16 @@ def test_each_chip_has_its_own_binary(tmp_path: Path, llama: Path) -> None:
 
 
 @qnn
-def test_qnn_quantises(tmp_path: Path, llama: Path) -> None:
+def test_qnn_quantises(tmp_path: Path, layers: Path) -> None:
     """w8a16 is half of fp16, and its codes compute what the graph does; a fp16-less chip takes it too."""
     np.savez(tmp_path / "samples.npz", ids=ids(8, 4))
-    plain = drive("qnn", "compile", tmp_path, "SM8750", {"onnx": llama}, out="fp16")
-    coded = drive("qnn", "compile", tmp_path, "SM8750", {"onnx": llama}, dtype="w8a16", calibration="samples.npz")
+    source = {"onnx": layers, "calibration": "samples.npz"}
+    plain = drive("qnn", "compile", tmp_path, "SM8750", source, out="fp16")
+    coded = drive("qnn", "compile", tmp_path, "SM8750", source, dtype="w8a16")
     assert coded.result["evidence"]["correlation"]["logits"] > 0.999
     sizes = [done.result["evidence"]["bytes"]["model_ctx_qnn.bin"] for done in (plain, coded)]
     assert sizes[1] < 0.85 * sizes[0]
-    older = drive("qnn", "compile", tmp_path, "QCS6490", {"onnx": llama}, dtype="w8a16", calibration="samples.npz")
+    older = drive("qnn", "compile", tmp_path, "QCS6490", source, dtype="w8a16")
     assert older.result["evidence"]["htp_arch"] == 68
 
 

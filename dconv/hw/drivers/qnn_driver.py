@@ -1,14 +1,13 @@
 """Qualcomm's HTP: an ONNX graph becomes a context binary for the NPU of a chip (onnxruntime-qnn, which has QNN in it).
 
-    python qnn.py probe                 prints one JSON line: what is installed, judged by its files
-    python qnn.py compile JOB.json      ONNX -> OUT/NAME_ctx.onnx, OUT/NAME_ctx_qnn.bin and OUT/result.json
+    python qnn_driver.py probe                 prints one JSON line: what is installed, judged by its files
+    python qnn_driver.py compile JOB.json      ONNX -> OUT/NAME_ctx.onnx, OUT/NAME_ctx_qnn.bin and OUT/result.json
 
 JOB.json, with paths relative to its own folder::
 
-    {"source": {"onnx": "model.onnx"}, "out": "compiled", "platform": "SM8750",
-     "settings": {"dtype": "fp16",              or w8a16, w8a8: quantised here, with onnxruntime's quantiser for QNN
-                  "calibration": "samples.npz", one array [samples, *shape] an input
-                  "name": "model"}}
+    {"source": {"onnx": "model.onnx", "calibration": "samples.npz"},    one array [samples, *shape] an input
+     "out": "compiled", "platform": "SM8750",
+     "settings": {"dtype": "fp16", "name": "model"}}    or w8a16, w8a8: by onnxruntime's quantiser for QNN, here
 
 The graph has fixed shapes; its weights may lie beside it. NAME_ctx.onnx is what an application opens: its one operator,
 EPContext, names the binary beside it.
@@ -106,6 +105,8 @@ def compile_(job: dict[str, Any]) -> None:
         raise Failure(f"{job['onnx']} would be written over")
     for left in ("result.json", f"{name}.onnx", f"{name}_qnn.bin"):
         (out / left).unlink(missing_ok=True)
+    if job["dtype"] not in ("fp16", *QUANTISED):
+        raise Failure(f"dtype {job['dtype']} is unknown; there are fp16, {', '.join(QUANTISED)}")
     if job["platform"] not in CHIPS:
         raise Failure(f"no chip is called {job['platform']}; known are {', '.join(sorted(CHIPS))}")
     inputs = _graph(job["onnx"])
@@ -114,8 +115,6 @@ def compile_(job: dict[str, Any]) -> None:
         source, evidence = job["onnx"], {}
         if job["dtype"] in QUANTISED:
             source, evidence["correlation"] = _quantised(job, inputs, staging)
-        elif job["dtype"] != "fp16":
-            raise Failure(f"dtype {job['dtype']} is unknown; there are fp16, {', '.join(QUANTISED)}")
         print("dconv-progress 1/3 prepare", flush=True)
         _compiled(source, staging / f"{name}.onnx", CHIPS[job["platform"]], half=job["dtype"] == "fp16")
         print("dconv-progress 2/3 compile", flush=True)
@@ -125,7 +124,7 @@ def compile_(job: dict[str, Any]) -> None:
             os.replace(path, out / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    versions = {**{it: _version(it) for it in (TOOL, *NEEDS)}, "python": sys.version.split()[0]}
+    versions = {it: _version(it) for it in (TOOL, *NEEDS)}
     result = {"files": [path.name for path in files], "evidence": evidence, "versions": versions}
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print("dconv-progress 3/3 judge", flush=True)
@@ -305,9 +304,9 @@ def _beside(folder: Path, name: str, place: dict[str, str]) -> None:
 
 def _calibration(job: dict[str, Any], inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples of an .npz, each an array an input as the graph declares it."""
-    given = job["settings"].get("calibration")
+    given = job["calibration"]
     if not given:
-        raise Failure(f"dtype {job['dtype']} needs calibration samples: settings.calibration")
+        raise Failure(f"dtype {job['dtype']} needs calibration samples: source.calibration")
     try:
         with np.load(job["folder"] / given, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -360,15 +359,15 @@ def _job(path: Path) -> dict[str, Any]:
     folder = path.resolve().parent
     try:
         said = json.loads(path.read_text())
-        settings = said.get("settings", {})
+        settings = said.get("settings") or {}
         job = {
             "folder": folder,
-            "settings": settings,
             "out": folder / said["out"],
             "onnx": folder / said["source"]["onnx"],
             "platform": said["platform"].upper(),
-            "dtype": settings.get("dtype", "fp16"),
-            "name": settings.get("name", "model"),
+            "dtype": settings.get("dtype") or "fp16",
+            "name": settings.get("name") or "model",
+            "calibration": said["source"].get("calibration"),
         }
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Failure(f"{path} is no job: {type(error).__name__} {_last(error)}") from error
@@ -378,7 +377,9 @@ def _job(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="qnn.py", description="ONNX to a context binary for Qualcomm's HTP")
+    here = Path(__file__).resolve().parent  # where a folder that is called onnx would be imported
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
+    parser = argparse.ArgumentParser(prog="qnn_driver.py", description="ONNX to a context binary for Qualcomm's HTP")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("probe")
     for name in ("compile", "run"):

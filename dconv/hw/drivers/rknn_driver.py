@@ -1,16 +1,17 @@
 """Rockchip's RKNN: an ONNX graph becomes one `.rknn` file for the NPU of a chip (rknn-toolkit2).
 
-    python rknn.py probe                prints one JSON line: what is installed, judged by its files
-    python rknn.py compile JOB.json     ONNX -> OUT/NAME.rknn and OUT/result.json
-    python rknn.py run JOB.json         the vendor's simulator: inputs.npz -> OUT/outputs.npz and OUT/result.json
+    python rknn_driver.py probe                prints one JSON line: what is installed, judged by its files
+    python rknn_driver.py compile JOB.json     ONNX -> OUT/NAME.rknn and OUT/result.json
+    python rknn_driver.py run JOB.json         the vendor's simulator: inputs.npz -> OUT/outputs.npz and OUT/result.json
 
 JOB.json, with paths relative to its own folder::
 
-    {"source": {"onnx": "model.onnx", "inputs": "inputs.npz"},    inputs: for `run` alone, one array an input
+    {"source": {"onnx": "model.onnx",
+                "calibration": "samples.npz",   one array [samples, *shape] an input; or a list, an entry a sample,
+                                                each a .npy, or a list of .npy in the order of the inputs
+                "inputs": "inputs.npz"},        for `run` alone, one array an input
      "out": "compiled", "platform": "RK3588",
      "settings": {"dtype": "fp16",              or w8a8, w8a16, w4a16, w16a16i_dfp: what the chip takes, the vendor says
-                  "calibration": "samples.npz", one array [samples, *shape] an input; or a list, an entry a sample,
-                                                each a .npy, or a list of .npy in the order of the inputs
                   "method": "group32", "algorithm": "mmse",     the vendor's quantized_method and quantized_algorithm
                   "name": "model"}}
 
@@ -124,7 +125,7 @@ def _build(
     chosen = {"target_platform": job["platform"]}
     if not floating:
         chosen["quantized_dtype"] = job["dtype"]
-        chosen.update({f"quantized_{key}": settings[key] for key in ("method", "algorithm") if key in settings})
+        chosen.update({f"quantized_{key}": settings[key] for key in ("method", "algorithm") if settings.get(key)})
     _call(rknn.config, **chosen)
     progress(1, "config")
     dataset = None if floating else str(_dataset(job, inputs, staging))
@@ -191,9 +192,9 @@ def _beside(folder: Path, name: str, place: dict[str, str]) -> None:
 
 def _dataset(job: dict[str, Any], inputs: list[dict[str, Any]], staging: Path) -> Path:
     """The vendor's list of calibration files: a line a sample, a file an input."""
-    given = job["settings"].get("calibration")
+    given = job["calibration"]
     if not given:
-        raise Failure(f"dtype {job['dtype']} needs calibration samples: settings.calibration")
+        raise Failure(f"dtype {job['dtype']} needs calibration samples: source.calibration")
     if isinstance(given, str):
         arrays = _npz(job["folder"] / given)
         lengths = {len(array) for array in arrays.values() if array.ndim}
@@ -349,15 +350,16 @@ def _job(path: Path, command: str) -> dict[str, Any]:
     folder = path.resolve().parent
     try:
         said = json.loads(path.read_text())
-        settings = said.get("settings", {})
+        settings = said.get("settings") or {}
         job = {
             "folder": folder,
             "settings": settings,
             "out": folder / said["out"],
             "onnx": folder / said["source"]["onnx"],
             "platform": said["platform"].lower(),
-            "dtype": settings.get("dtype", "fp16"),
-            "name": settings.get("name", "model"),
+            "dtype": settings.get("dtype") or "fp16",
+            "name": settings.get("name") or "model",
+            "calibration": said["source"].get("calibration"),
         }
         if command == "run":
             job["inputs"] = folder / said["source"]["inputs"]
@@ -369,9 +371,9 @@ def _job(path: Path, command: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    here = Path(__file__).resolve().parent  # where this file is what `import rknn` would find
+    here = Path(__file__).resolve().parent  # where a folder that is called onnx would be imported
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
-    parser = argparse.ArgumentParser(prog="rknn.py", description="ONNX to .rknn, for Rockchip's NPUs")
+    parser = argparse.ArgumentParser(prog="rknn_driver.py", description="ONNX to .rknn, for Rockchip's NPUs")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("probe")
     for name in ("compile", "run"):
