@@ -6,10 +6,10 @@
 #     rknn    rknn-toolkit2 2.5.0      Rockchip RK3588, RK3576, RK3562 …     1.5 GB, x86-64 Linux
 #     qnn     onnxruntime-qnn 2.7.0    Qualcomm HTP, SM8750, SM8650 …        0.5 GB, x86-64 Linux
 #
-# `dconv/hw/drivers/NAME_driver.py` is run there; dconv itself needs none of it. PYTHON=… chooses the interpreter (rknn: 3.11
-# or 3.12). A second call with nothing changed returns at once. To add one: an entry in packages and in imports below,
-# and a driver of that name, whose `probe` has the last word. Everything is listed, hence --no-deps: rknn-toolkit2
-# asks for torch 2.4 at most, imports it, and works with 2.13 as it is for a CPU.
+# `dconv/hw/drivers/NAME_driver.py` is run there; dconv itself needs none of it. PYTHON=… chooses the interpreter
+# (rknn: 3.11 or 3.12). A second call with nothing changed returns at once. To add one: an entry in packages and in
+# imports below, and a driver of that name, whose `probe` has the last word. Everything is listed, hence --no-deps:
+# rknn-toolkit2 asks for torch 2.4 at most, imports it, and works with 2.13 as it is for a CPU.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"

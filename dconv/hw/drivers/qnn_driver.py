@@ -82,8 +82,7 @@ class Failure(Exception):
 def probe() -> dict[str, Any]:
     """What is installed, without importing it: versions, and QNN's libraries with their sizes."""
     found = {"tool": TOOL, "version": _version(TOOL), "qnn": "", "libraries": {}, "complete": False, "lacks": ""}
-    lacks = [name for name in (TOOL, *NEEDS) if not _version(name)]
-    versions: set[tuple[str, ...]] = set()
+    lacks, versions = [name for name in (TOOL, *NEEDS) if not _version(name)], set()
     for name in LIBRARIES:
         path = _libraries() / name
         if path.is_file() and _find(path, ELF):
@@ -135,10 +134,9 @@ def _compiled(source: Path, wrapper: Path, chip: tuple[int, int], half: bool) ->
     try:
         _session(source, wrapper, chip, half)
     except Exception as error:
-        if "assigned to the default CPU EP" not in str(error):
-            raise Failure(_last(error)) from error
-        refused = _refused(source, wrapper, chip, half) or "onnxruntime says no more"
-        raise Failure(f"the HTP cannot compute all of the graph: {refused}") from error
+        # a graph in parts may fail in one of them before onnxruntime sees that others are left to the CPU
+        refused = _refused(source, wrapper, chip, half)
+        raise Failure(f"the HTP cannot compute {refused}" if refused else _last(error)) from error
 
 
 def _session(source: Path, wrapper: Path, chip: tuple[int, int], half: bool, severity: int = 4) -> None:
