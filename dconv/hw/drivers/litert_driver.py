@@ -1,8 +1,8 @@
 """A decoder of transformers as a .tflite for LiteRT, and LiteRT's ahead-of-time compilation for MediaTek's NPUs.
 
-    python litert.py probe
-    python litert.py compile JOB.json     source: {"hf": folder}
-    python litert.py run JOB.json         source: {"artifact": file.tflite, "inputs": inputs.npz}
+    python litert_driver.py probe
+    python litert_driver.py compile JOB.json     source: {"hf": folder}
+    python litert_driver.py run JOB.json         source: {"artifact": file.tflite, "inputs": inputs.npz}
 
 Runs in the toolchain's own interpreter and imports nothing of dconv, so that it can be taken elsewhere as it is. Settings
 of ``compile``: ``sequence`` tokens of a call (or a list, one signature each, over the same weights), ``past`` length of
@@ -264,6 +264,7 @@ def _model(source: Path, config: dict[str, Any], steps: int) -> Any:
         local_files_only=True,
         use_safetensors=True,
         attn_implementation="eager",
+        experts_implementation="batched_mm",  # the others look at values, or count in ways that LiteRT has no operator for
         output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -489,7 +490,9 @@ def main(arguments: list[str] | None = None) -> int:
         job = json.loads(job_path.read_text(encoding="utf-8"))
         os.chdir(job_path.parent)  # its paths are relative to it
         done = compile_model(job) if asked.verb == "compile" else run(job)
-        (Path(job["out"]) / "result.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+        result = Path(job["out"]) / "result.json"
+        result.with_suffix(".partial").write_text(json.dumps(done, indent=1), encoding="utf-8")
+        os.replace(result.with_suffix(".partial"), result)
         return 0
     except Failed as fault:
         print(f"litert: {fault}", file=sys.stderr, flush=True)
