@@ -4,10 +4,11 @@
     python litert_driver.py compile JOB.json     source: {"hf": folder}
     python litert_driver.py run JOB.json         source: {"artifact": file.tflite, "inputs": inputs.npz}
 
-Runs in the toolchain's own interpreter and imports nothing of dconv, so that it can be taken elsewhere as it is. Settings
-of ``compile``: ``sequence`` tokens of a call (or a list, one signature each, over the same weights), ``past`` length of
-the cache that goes in, ``weights`` f32 or int8 (weight-only, per channel), ``aot`` true for code of ``platform``'s NPU,
-``cpu_ops`` true if operators may stay on the CPU beside it, ``check`` false to leave out the run against transformers.
+Runs in the toolchain's own interpreter and imports nothing of dconv, so that it can be taken elsewhere as it is.
+Settings of ``compile``: ``sequence`` tokens of a call (or a list, one signature each, over the same weights), ``past``
+length of the cache that goes in, ``weights`` f32 or int8 (weight-only, per channel), ``aot`` true for code of
+``platform``'s NPU, ``cpu_ops`` true if operators may stay on the CPU beside it, ``check`` false to leave out the run
+against transformers.
 
 LiteRT's compiler leaves 0-byte files behind when it fails and does not raise by default. So nothing counts here but
 what a file holds: its size, its magic, its operators.
@@ -48,7 +49,7 @@ NPU_OP = "DISPATCH_OP"
 SETTINGS = {"sequence": 128, "past": 0, "weights": "f32", "aot": False, "cpu_ops": False, "check": True}
 #: Of logits in f32, of the largest (or of 1): the same function in another order of sums.
 F32_BOUND = 1e-4
-#: int8 weights keep the logits' direction to more than 0.99 on models that say something; below this it is another model.
+#: int8 weights keep the logits' direction to more than 0.99 where a model says something; below this it is another one.
 INT8_COSINE = 0.95
 
 
@@ -132,12 +133,12 @@ def compile_model(job: dict[str, Any]) -> dict[str, Any]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """A .tflite on the CPU: arrays by name in, arrays by name out. Names are those of dconv's graphs."""
     import numpy as np
-    from ai_edge_litert.interpreter import Interpreter
 
+    interpreters = importlib.import_module("ai_edge_litert.interpreter")
     artifact, inputs, out = Path(job["source"]["artifact"]), Path(job["source"]["inputs"]), Path(job["out"])
     if inspect(artifact)["npu_ops"]:
         raise Failed(f"{artifact}: has code for an NPU, which no CPU runs; take the model.tflite that lies beside it")
-    interpreter = Interpreter(str(artifact))
+    interpreter = interpreters.Interpreter(str(artifact))
     signatures = interpreter.get_signature_list()
     name = job.get("settings", {}).get("signature") or (next(iter(signatures)) if len(signatures) == 1 else None)
     if name not in signatures:
@@ -174,8 +175,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _inspected(content: Any) -> dict[str, Any]:
-    from ai_edge_litert import schema_py_generated as schema
-
+    schema = importlib.import_module("ai_edge_litert.schema_py_generated")
     model = schema.Model.GetRootAs(content, 0)
     codes = [model.OperatorCodes(index) for index in range(model.OperatorCodesLength())]
     kinds = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
@@ -237,15 +237,15 @@ def _config(source: Path) -> dict[str, Any]:
 
 def _target(platform: str) -> Any:
     """The vendor's target; only where its SDK is really there."""
-    from ai_edge_litert.aot.vendors.mediatek import mediatek_backend, target  # importing the backend registers it
-
+    target = importlib.import_module("ai_edge_litert.aot.vendors.mediatek.target")
     known = [model.value for model in target.SocModel if model is not target.SocModel.ALL]
     if platform not in known:
         raise Failed(f"platform {platform or 'is missing'}: expected one of {', '.join(known)}")
-    found = mediatek_backend.target_lib.Target(target.SocModel(platform))
+    found = target.Target(target.SocModel(platform))
     sdk = neuropilot(found.recommended_np_version)
     if not sdk["complete"]:
         raise Failed(f"no ahead-of-time compilation for {platform}: lacks {sdk['lacks']}")
+    importlib.import_module("ai_edge_litert.aot.vendors.mediatek.mediatek_backend")  # which registers it
     return found
 
 
@@ -257,16 +257,17 @@ def _model(source: Path, config: dict[str, Any], steps: int) -> Any:
     known = transformers.CONFIG_MAPPING.keys()
     if config.get("model_type") not in known:
         raise Failed(f"{source}: transformers {transformers.__version__} has no model_type {config.get('model_type')}")
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(source),
         dtype=torch.float32,
         trust_remote_code=False,
         local_files_only=True,
         use_safetensors=True,
         attn_implementation="eager",
-        experts_implementation="batched_mm",  # the others look at values, or count in ways that LiteRT has no operator for
+        experts_implementation="batched_mm",  # the others look at values, or count as no operator of LiteRT does
         output_loading_info=True,
     )
+    model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if loading.get(kind):
             names = ", ".join(sorted(map(str, loading[kind]))[:4])
@@ -275,7 +276,6 @@ def _model(source: Path, config: dict[str, Any], steps: int) -> Any:
 
 
 def _convert(model: Any, settings: dict[str, Any], path: Path, steps: int) -> dict[str, Any]:
-    import litert_torch
     import torch
 
     module = _module(model)
@@ -284,7 +284,7 @@ def _convert(model: Any, settings: dict[str, Any], path: Path, steps: int) -> di
         name = "serving_default" if len(settings["sequence"]) == 1 else f"sequence_{length}"
         samples[name] = _sample(model, length, settings["past"])
     _progress(1, steps, "converting")
-    converter = litert_torch.Converter()
+    converter = importlib.import_module("litert_torch").Converter()
     for name, sample in samples.items():
         converter.add_signature(name, module, sample_kwargs=sample)
     converted = converter.convert()
@@ -292,11 +292,10 @@ def _convert(model: Any, settings: dict[str, Any], path: Path, steps: int) -> di
     converted.export(str(path))
     del converted
     if settings["weights"] == "int8":
-        from ai_edge_quantizer import quantizer, recipe
-
-        whole, coded = path, path.with_name("coded.tflite")
-        made = quantizer.Quantizer(str(whole), recipe.weight_only_wi8_afp32()).quantize()
-        made.export_model(str(coded))
+        recipe = importlib.import_module("ai_edge_quantizer.recipe").weight_only_wi8_afp32()
+        quantizer = importlib.import_module("ai_edge_quantizer.quantizer").Quantizer(str(path), recipe)
+        coded = path.with_name("coded.tflite")
+        quantizer.quantize().export_model(str(coded))
         os.replace(coded, path)
     found = inspect(path)
     if set(found["signatures"]) != set(samples):
@@ -374,9 +373,8 @@ def _agreement(path: Path, name: str, sample: dict[str, Any], expected: Any, wei
         Failed: further than other sums or int8 weights explain.
     """
     import numpy as np
-    from ai_edge_litert.interpreter import Interpreter
 
-    runner = Interpreter(str(path)).get_signature_runner(name)
+    runner = importlib.import_module("ai_edge_litert.interpreter").Interpreter(str(path)).get_signature_runner(name)
     ports = runner.get_input_details()
     said = runner(**{key: _fitted(key, value.numpy(), ports[key]) for key, value in sample.items()})["logits"]
     meant = expected["logits"].numpy().astype(np.float64)
@@ -385,7 +383,9 @@ def _agreement(path: Path, name: str, sample: dict[str, Any], expected: Any, wei
     bound = F32_BOUND * max(1.0, float(np.abs(meant).max()))
     good = difference <= bound if weights == "f32" else cosine >= INT8_COSINE
     if not good:  # also where something is not a number
-        raise Failed(f"{path.name}: logits of {name} differ from transformers' by {difference:.3g} (cosine {cosine:.4f})")
+        raise Failed(
+            f"{path.name}: logits of {name} differ from transformers' by {difference:.3g} (cosine {cosine:.4f})"
+        )
     return {"difference": difference, "cosine": cosine, "largest": float(np.abs(meant).max())}
 
 
@@ -410,17 +410,17 @@ def _ahead_of_time(model: Path, target: Any, artifact: Path, cpu_ops: bool) -> d
 
 def vendor_compile(model: Path, target: Any, out: Path) -> Any:
     """LiteRT's ``aot_compile``; a failure comes back in ``failed_backends``."""
-    from ai_edge_litert.aot import aot_compile
-
-    return aot_compile.aot_compile(str(model), output_dir=str(out), target=target, keep_going=True)
+    aot_compile = importlib.import_module("ai_edge_litert.aot.aot_compile").aot_compile
+    return aot_compile(str(model), output_dir=str(out), target=target, keep_going=True)
 
 
 def _with_log(text: str) -> str:
-    """A vendor's message with the last line of the file that it points to."""
+    """A vendor's message with the last error in the file that it points to."""
     for word in text.split():
         if word.endswith(".error") and Path(word).is_file():
             lines = [line.strip() for line in Path(word).read_text(errors="replace").splitlines() if line.strip()]
-            return f"{text.split(' See ')[0]} {lines[-1] if lines else ''}".strip()
+            errors = [line for line in lines if "error" in line.lower()]
+            return f"{text.split(' See ')[0]} {(errors or lines or [''])[-1]}".strip()
     return text
 
 
