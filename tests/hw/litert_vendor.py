@@ -1,6 +1,6 @@
 """Run by LiteRT's interpreter: what the driver makes of outcomes that its vendor's compiler can have.
 
-    python litert_vendor.py MODEL.tflite WORK      prints a line of JSON: outcome -> what the driver said
+python litert_vendor.py MODEL.tflite WORK      prints a line of JSON: outcome -> what the driver said
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import flatbuffers
-from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
 sys.path.append(str(Path(__file__).parents[2] / "dconv" / "hw" / "drivers"))
-import litert_driver
+import litert_driver  # pyright: ignore[reportMissingImports]
 
 
 def compiled(content: bytes, left: int) -> bytes:

@@ -1,4 +1,4 @@
-"""LiteRT's driver: the .tflite computes what transformers computes, and a failed compilation leaves nothing that passes."""
+"""LiteRT's driver: a .tflite computes what transformers does, and a failed compilation leaves nothing that passes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def drive(verb: str, folder: Path, job: dict[str, Any] | None = None, packages: 
     if job is not None:
         (folder / "job.json").write_text(json.dumps(job))
         argv.append(str(folder / "job.json"))
-    environment = {**os.environ, **({"PYTHONPATH": str(packages)} if packages else {})}
-    environment.pop("PYTHONPATH", None) if packages is None else None
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if packages is not None:
+        environment["PYTHONPATH"] = str(packages)
     return subprocess.run(argv, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -86,8 +87,8 @@ def expected(model: Any, given: dict[str, Any]) -> dict[str, NDArray[Any]]:
     if layers := sum(name.endswith(".key") for name in given):
         cache = DynamicCache()
         for number in range(layers):
-            held = (torch.tensor(given[f"past_key_values.{number}.{name}"]) for name in ("key", "value"))
-            cache.update(*held, number)
+            keys, values = (torch.tensor(given[f"past_key_values.{number}.{name}"]) for name in ("key", "value"))
+            cache.update(keys, values, number)
     tensors = {name: torch.tensor(given[name]) for name in ("input_ids", "attention_mask", "position_ids")}
     with torch.no_grad():
         said = model(**tensors, past_key_values=cache, use_cache=cache is not None)
@@ -205,7 +206,7 @@ def test_what_is_not_converted(llama: Path, tmp_path: Path, wrong: str) -> None:
     job = {"source": {"hf": "model"}, "out": "out", "platform": "", "settings": settings}
     done = drive("compile", tmp_path, job)
     assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
-    assert [path for path in tmp_path.rglob("*.tflite")] == []
+    assert not list(tmp_path.rglob("*.tflite"))
     assert {path.name for path in set(tmp_path.rglob("*")) - set(before)} <= {"job.json", "out"}
 
 

@@ -346,6 +346,7 @@ def _module(model: Any) -> Any:
 def _sample(model: Any, sequence: int, past: int) -> dict[str, Any]:
     """Inputs of a signature, with values, so that it can be run; the same on every call."""
     import torch
+    from transformers.cache_utils import DynamicCache
 
     random = torch.Generator().manual_seed(sequence)
     vocabulary = model.config.get_text_config().vocab_size
@@ -354,15 +355,15 @@ def _sample(model: Any, sequence: int, past: int) -> dict[str, Any]:
         "attention_mask": torch.ones(1, past + sequence, dtype=torch.long),
         "position_ids": torch.arange(past, past + sequence)[None],
     }
-    if past:
+    if past:  # the model's own: keys and values of no model make its noise as large as what it says
+        tokens = torch.randint(0, vocabulary, (1, past), generator=random)
         with torch.no_grad():
-            held = model(input_ids=sample["input_ids"][:, :1], use_cache=True).past_key_values
+            held = model(input_ids=tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
         for number, layer in enumerate(held.layers):
-            if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
-                raise Failed(f"layer {number} keeps {type(layer).__name__}, no keys and values; past has to be 0")
             for name, one in (("key", layer.keys), ("value", layer.values)):
-                shape = (1, one.shape[1], past, one.shape[3])
-                sample[f"past_key_values_{number}_{name}"] = torch.randn(shape, generator=random)
+                if one is None or one.dim() != 4 or one.shape[2] != past:
+                    raise Failed(f"layer {number} keeps no {name} for each token; past has to be 0")
+                sample[f"past_key_values_{number}_{name}"] = one
     return sample
 
 
