@@ -1,7 +1,6 @@
 """A graph whose axes are all numbers, as compilers of NPUs take it: what it computes shapes with is said in numbers.
 
-Such compilers read an older ONNX, and little of what it says about shapes: no axis to be inferred, no slice to an end that
-no tensor has.
+Such compilers read little of what ONNX says about shapes: no axis to be inferred, no slice to an end that no tensor has.
 """
 
 from __future__ import annotations
@@ -15,12 +14,18 @@ FOLDED: Final = 1 << 25
 _TRUTH: Final = 9  # ONNX's number of bool
 
 
-def settle(model: Any) -> None:
-    """Say shapes, and ends of slices, in numbers. Weights are inputs that have shapes."""
+def settle(model: Any, ports: int) -> None:
+    """Say shapes, and ends of slices, in numbers, and have constants stand second in sums and products.
+
+    Args:
+        model: weights are inputs that have shapes.
+        ports: how many inputs are its own.
+    """
     from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass, ShapeInferencePass
 
-    for value in model.graph.inputs:
+    for value in list(model.graph.inputs)[:ports]:
         _cast_first(value)
+    computed = {value for node in model.graph for value in node.outputs} | set(list(model.graph.inputs)[:ports])
     ShapeInferencePass()(model)
     made: dict[tuple[int, ...], Any] = {}
     for node in list(model.graph):
@@ -28,6 +33,10 @@ def settle(model: Any) -> None:
             _settle_reshape(model, node, made)
         elif node.op_type == "Slice" and node.domain == "":
             _settle_slice(model, node, made)
+        elif node.op_type in ("Add", "Mul") and node.inputs[0] not in computed and node.inputs[1] in computed:
+            first, second = node.inputs  # Qualcomm's compiler fails at a norm whose weight is the first factor
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
     DeduplicateInitializersPass()(model)
     RemoveUnusedNodesPass()(model)
 
@@ -86,7 +95,9 @@ def _settle_slice(model: Any, node: Any, made: dict[tuple[int, ...], Any]) -> No
     if shape is None or len(values) < 3 or any(value is None for value in values):
         return
     ends, axes = (values[i].numpy().tolist() for i in (1, 2))  # type: ignore[union-attr]
-    node.replace_input_with(2, _constant(model, [min(end, shape[at]) for end, at in zip(ends, axes, strict=True)], made))
+    node.replace_input_with(
+        2, _constant(model, [min(end, shape[at]) for end, at in zip(ends, axes, strict=True)], made)
+    )
 
 
 def _numbers(value: Any) -> list[int] | None:

@@ -1,7 +1,7 @@
 """A graph of given lengths asked as one of any: texts in rows of one, filled up with what its mask hides.
 
-What is unused of a text lies behind it, what is unused of the cache before what is there: so that tokens are as far from
-each other in the cache as in the text, which sliding windows count by.
+What is unused of a text lies behind it, what is unused of the cache before what is there: so tokens are as far from each
+other in the cache as in the text, which sliding windows count by.
 """
 
 from __future__ import annotations
@@ -56,24 +56,32 @@ class Lengths:
         tokens = np.resize(prompt.tokens[0], (1, self.sequence))
         return replace(prompt, tokens=tokens, types=repeated(prompt.types), replies=repeated(prompt.replies))
 
-    def run(self, session: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """What a graph of any lengths would answer.
-
-        Args:
-            given: what such a one takes, ``past_key_values.N`` as long as the past is.
+    def require(self, before: int, length: int) -> None:
+        """Raise where a text does not fit, read in pieces or not.
 
         Raises:
-            Refused: longer texts than the graph has places for.
+            Refused: with how long it may be.
         """
-        tokens = given["input_ids"]
-        before = next((held.shape[2] for name, held in given.items() if name.startswith(_PAST)), 0)
-        batch, length = tokens.shape
-        if length > self.sequence or before > self.past:
+        if before + length > self.total or before > self.past:
             raise Refused(
                 "a graph of given lengths reads no longer text",
                 expected=f"{self.sequence} tokens behind {self.past}",
                 found=f"{length} behind {before}",
             )
+
+    def run(self, session: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """What a graph of any lengths would answer.
+
+        Args:
+            given: what such a one takes, ``past_key_values.N`` as long as the past is; no more new tokens than places.
+
+        Raises:
+            Refused: see `require`.
+        """
+        tokens = given["input_ids"]
+        before = next((held.shape[2] for name, held in given.items() if name.startswith(_PAST)), 0)
+        batch, length = tokens.shape
+        self.require(before, length)
         shapes = {one.name: tuple(one.shape) for one in session.get_inputs()}
         names = [one.name for one in session.get_outputs()]
         rows = []

@@ -95,7 +95,7 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
             if opset is not None:
                 convert(made.model, opset)
             if is_fixed:
-                settle(made.model)
+                settle(made.model, len(model.graph.inputs))
     except Refused:
         raise
     except Exception as error:  # whatever a framework raises about one model

@@ -24,8 +24,10 @@ def convert(model: Any, opset: int) -> None:
 
 
 def _lower(model: Any, opset: int) -> None:
-    """Operations stay as they are where the older opset has them with these attributes: between 18 and what torch writes
-    the others only gained types and attributes."""
+    """Operations stay as they are where the older opset has them with these attributes.
+
+    Between 18 and what torch writes all others only gained types and attributes (ONNX's Changelog document).
+    """
     import onnx
     from onnx_ir.passes.common import DeduplicateInitializersPass, LiftConstantsToInitializersPass
 

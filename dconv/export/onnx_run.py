@@ -148,9 +148,13 @@ class Runs:
         if past is None:
             past = [np.zeros((batch, port.shape[1], 0, port.shape[3]), _TYPES[port.type]) for port in ports]
         before = past[0].shape[2] if past else 0
-        if self.limit is not None and length > self.limit.sequence and mask is None and positions is None:
-            first, held = self.step(tokens[:, : self.limit.sequence], past)
-            then, present = self.step(tokens[:, self.limit.sequence :], held)
+        if self.limit is not None:
+            self.limit.require(before, length)
+        if self.limit is not None and length > self.limit.sequence:
+            end = self.limit.sequence
+            early = [None if one is None else one[:, :-end] for one in (mask, positions)]
+            first, held = self.step(tokens[:, :-end], past, *early)
+            then, present = self.step(tokens[:, -end:], held, mask, None if positions is None else positions[:, -end:])
             return np.concatenate([first, then], 1), present
         given: dict[str, NDArray[Any]] = {
             "input_ids": tokens,

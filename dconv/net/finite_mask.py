@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-#: Added to a score it leaves a weight of 0 in every dtype; half of what fp16 reaches, so that the sum is finite in it.
-HIDDEN: Final = -(2.0**15)
+#: Added to a score it leaves a weight of 0 in every dtype. What is hidden twice has twice as much: half of what fp16
+#: reaches, so that the sum with a score is finite in it.
+HIDDEN: Final = -(2.0**14)
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def finite_mask() -> Iterator[None]:
         if padding is None:
             return hidden
         there = padding[:, None, None, kv_offset : kv_offset + kv_length].to(dtype)
-        return torch.minimum(hidden, (1 - there) * HIDDEN)
+        return hidden + (1 - there) * HIDDEN
 
     known: Any = theirs.ALL_MASK_ATTENTION_FUNCTIONS
     before = known["eager"]
