@@ -1,6 +1,6 @@
 """A graph whose axes are all numbers, as compilers of NPUs take it: what it computes shapes with is said in numbers.
 
-Such compilers read little of what ONNX says about shapes: no axis to be inferred, no slice to an end that no tensor has.
+Such compilers read little of what ONNX says about shapes: no axis to infer, no slice to an end that no tensor has.
 """
 
 from __future__ import annotations
@@ -114,6 +114,8 @@ def _constant(model: Any, numbers: list[int], made: dict[tuple[int, ...], Any]) 
     key = tuple(numbers)
     if key not in made:
         tensor = ir.tensor(np.array(numbers, np.int64), name=f"numbers_{'_'.join(map(str, key)).replace('-', 'm')}")
-        made[key] = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        made[key] = ir.Value(
+            name=tensor.name, shape=ir.Shape((len(key),)), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         model.graph.register_initializer(made[key])
     return made[key]

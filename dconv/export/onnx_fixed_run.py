@@ -1,7 +1,7 @@
 """A graph of given lengths asked as one of any: texts in rows of one, filled up with what its mask hides.
 
-What is unused of a text lies behind it, what is unused of the cache before what is there: so tokens are as far from each
-other in the cache as in the text, which sliding windows count by.
+What is unused of a text lies behind it, what is unused of the cache before what is there: so tokens are as far apart in
+the cache as in the text, which sliding windows count by.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
     return made.model
 
 
-def simplify(model: Any, **limits: int) -> None:
+def simplify(model: Any, **limits: Any) -> None:
     """Constants computed, and operations that do nothing taken out: onnxscript's `optimize`, but for one of its rules.
 
     That one, two slices to a split, looks through the whole graph at each node: half of the time of an export.

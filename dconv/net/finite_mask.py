@@ -33,7 +33,7 @@ def finite_mask() -> Iterator[None]:
         **options: Any,
     ) -> Any:
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        seen = theirs.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+        seen: Any = theirs.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
         hidden = torch.where(seen, torch.zeros((), dtype=dtype), HIDDEN)
         padding = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is None:
