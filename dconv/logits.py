@@ -20,6 +20,7 @@ from dconv import bounds
 from dconv.arch.layouts import size
 from dconv.checkpoint import graphs
 from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
+from dconv.export.onnx_fixed_run import Lengths
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
 from dconv.net.device import is_here, placed
@@ -182,6 +183,8 @@ def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
             do="--verify digest needs no memory; or compare on a larger machine",
         )
     prompt = prompt_for(model.family, model.facts, model.config)
+    if job.request.lengths is not None:
+        prompt = Lengths(*job.request.lengths).cut(prompt)
     try:
         where = side.path if side.path.is_file() else model.source.root
         references = runtime_of(side.container).answers_of(where, prompt, **side.options)

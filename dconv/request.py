@@ -65,6 +65,7 @@ class Request:
             (`dconv.net.device`).
         gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
         opset: of ONNX; None is the exporter's own.
+        lengths: tokens of a text, and of what came before it, that an ONNX graph is for; None is for any.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -101,6 +102,7 @@ class Request:
     device: str = "auto"
     gguf_pretokenizer: str | None = None
     opset: int | None = None
+    lengths: tuple[int, int] | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -6,7 +6,7 @@ layer; where there is no cache that is no list of such tensors (state-space laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dconv.errors import Refused
@@ -52,6 +52,11 @@ class Graph:
     outputs: tuple[Port, ...]
     cached: int | None = None
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all axes are numbers; see `fixed`."""
+        return all(isinstance(axis, int) for port in self.inputs for axis in port.axes)
+
 
 def graph_of(model: Any, kind: Kind) -> Graph:
     """The graph of a model that `dconv.net.skeleton.built` made.
@@ -93,6 +98,27 @@ def graph_of(model: Any, kind: Kind) -> Graph:
             past.append(Port(f"past_key_values.{layer}.{name}", (BATCH, heads, PAST, width)))
             present.append(Port(f"present.{layer}.{name}", (BATCH, heads, TOTAL, width)))
     return Graph(_module(model, _continue), (tokens, *masks, *past), (logits, *present), 3)
+
+
+def fixed(graph: Graph, sequence: int, past: int) -> Graph:
+    """The same of one text, with numbers as axes.
+
+    Where there is no past there are no inputs for it: compilers of NPUs take no tensors of no elements.
+
+    Args:
+        sequence: tokens of a text, and of a reply.
+        past: tokens that keys and values are there of.
+    """
+    lengths = {"batch": 1, "sequence": sequence, "past": past, "total": past + sequence, "replies": sequence}
+
+    def numbered(ports: tuple[Port, ...]) -> tuple[Port, ...]:
+        return tuple(
+            replace(port, axes=tuple(lengths[axis] if isinstance(axis, str) else axis for axis in port.axes))
+            for port in ports
+        )
+
+    inputs = graph.inputs if past else graph.inputs[: graph.cached]
+    return replace(graph, inputs=numbered(inputs), outputs=numbered(graph.outputs))
 
 
 def sample(port: Port, dtype: Any, device: str) -> Any:

@@ -21,6 +21,7 @@ from dconv.errors import UsageError
 from dconv.export import onnx_again, onnx_run
 from dconv.export.genai import FILE as GENAI
 from dconv.export.genai import config_of as genai_config
+from dconv.export.graph import fixed
 from dconv.export.graph_halves import halves_of
 from dconv.export.onnx_coding import Coding
 from dconv.export.onnx_graph import OPSETS, require, traced
@@ -46,9 +47,12 @@ def export(request: Request, model: Described) -> Export:
     require()
     how = _asked(request, OPSETS)
     kind = kind_of(model.family)
+    _require_lengths(request, kind)
     found = weightless(model, request)
     dtype = found.dtype
     graphs = halves_of(found.net) if kind == "encoder-decoder" else {NAME: found.graph}
+    if request.lengths is not None:
+        graphs = {name: fixed(graph, *request.lengths) for name, graph in graphs.items()}
     made: dict[str, Any] = {}
     taken: dict[str, list[Weight]] = {}
     for name, graph in graphs.items():
@@ -66,12 +70,36 @@ def export(request: Request, model: Described) -> Export:
     idle = {name: "the graph computes nothing with it" for name in logical.specs if name not in written}
     graph_files = tuple(TargetFile(name, len(data), ((0, data),)) for name, data in serialised(made))
     config, side = new_config(request, model), dict(model.source.side)
-    if kind == "decoder":
+    if kind == "decoder" and request.lengths is None:  # onnxruntime-genai asks for texts of any length
         side[GENAI] = genai_config(model, graphs[NAME], NAME)
     closing = partial(side_bytes, config, side)
     target = Target((*graph_files, *files), tensors, closing, seal(config, side),
                     left_out={**logical.left_out, **idle, **found.left_out})  # fmt: skip
     return Export(replace(model, logical=logical), target, tuple(notes), how.words if how else "")
+
+
+def _require_lengths(request: Request, kind: Kind) -> None:
+    """Raise for what a graph of given lengths has not.
+
+    Raises:
+        UsageError: a past of a model that has no cache, or codes that onnxruntime alone computes with.
+    """
+    if request.lengths is None:
+        return
+    sequence, past = request.lengths
+    if past and kind != "decoder":
+        raise UsageError(
+            "this model's graph has no cache, nothing was written",
+            where=f"--lengths {sequence}+{past}",
+            expected=f"--lengths {sequence}",
+        )
+    if request.quant is not None:
+        raise UsageError(
+            "a graph of given lengths is for compilers, which have codes of their own, nothing was written",
+            where=f"--lengths beside --quant {request.quant}",
+            expected="one of the two",
+            do="leave --quant out, and have the compiler quantise",
+        )
 
 
 def _matrices(model: Described) -> Callable[[Weight], bool]:

@@ -7,12 +7,16 @@ that its graph takes. What is written of the graph does not depend on who traced
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Final
 
 from dconv import __version__
 from dconv.errors import Refused, ToolMissing
 from dconv.export.graph import Port
+from dconv.export.onnx_fixed import FOLDED, settle
+from dconv.export.onnx_opset import convert
 from dconv.export.traced import Weightless, exported, silent
+from dconv.net.finite_mask import finite_mask
 from dconv.net.real_rotary import real_rotary
 from dconv.net.skeleton import quiet
 
@@ -65,10 +69,10 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
     """
     import torch
     import torch.onnx
-    from onnxscript import version_converter
     from torch._subclasses.fake_tensor import FakeTensor
 
-    with real_rotary():
+    is_fixed = model.graph.is_fixed
+    with real_rotary(), finite_mask() if is_fixed else nullcontext():
         program = exported(model)
     ports = (*model.graph.inputs, *model.graph.outputs)
     try:
@@ -87,9 +91,13 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
                 value.const_value = None
                 del made.model.graph.initializers[value.name]
                 made.model.graph.inputs.append(value)
-            simplify(made.model)
+            simplify(made.model, **({"input_size_limit": FOLDED, "output_size_limit": FOLDED} if is_fixed else {}))
             if opset is not None:
-                version_converter.convert_version(made.model, opset)
+                convert(made.model, opset)
+            if is_fixed:
+                settle(made.model, len(model.graph.inputs))
+    except Refused:
+        raise
     except Exception as error:  # whatever a framework raises about one model
         first = error
         while first.__cause__:
@@ -105,10 +113,13 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
     return made.model
 
 
-def simplify(model: Any) -> None:
+def simplify(model: Any, **limits: Any) -> None:
     """Constants computed, and operations that do nothing taken out: onnxscript's `optimize`, but for one of its rules.
 
     That one, two slices to a split, looks through the whole graph at each node: half of the time of an export.
+
+    Args:
+        limits: elements of constants that are computed, of ``fold_constants_ir``.
     """
     from onnx_ir.passes import PassManager, Sequential, common
     from onnxscript.optimizer import fold_constants_ir
@@ -118,7 +129,7 @@ def simplify(model: Any) -> None:
     kept = [getattr(rules, f"{name}_rule") for name in _RULES]
     Sequential(common.InlinePass())(model)
     for _ in range(2):
-        fold_constants_ir(model, onnx_shape_inference=True)
+        fold_constants_ir(model, onnx_shape_inference=True, **limits)
         PassManager([RewritePass(kept), common.RemoveUnusedNodesPass()])(model)
     Sequential(
         common.RemoveUnusedFunctionsPass(),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dconv.errors import Damaged, Refused, ToolMissing
 from dconv.export.graph_halves import DECODER, ENCODER
 from dconv.export.huggingface import continuation, largest
+from dconv.export.onnx_fixed_run import Lengths
 from dconv.export.onnx_graph import require
 from dconv.export.prompt import Answers, Prompt
 
@@ -53,6 +54,9 @@ def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
     if not validate(path):
         raise Damaged("ONNX's checker finds fault with a graph", where=str(path))
     run = Runs(path)
+    if run.limit is not None:
+        prompt = run.limit.cut(prompt)
+        largest(run.answers(run.limit.filled(prompt)), path)
     shown: dict[str, object] = {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "model": run.graphs,
@@ -81,6 +85,7 @@ class Runs:
             raise Refused("no graph is there", where=str(path), expected=NAME)
         self._sessions = {name: self._open(folder / name) for name in names}
         self.graphs = ", ".join(names)
+        self.limit = Lengths.of(next(iter(self._sessions.values())))
 
     def _open(self, path: Path) -> Any:
         import onnxruntime
@@ -95,7 +100,8 @@ class Runs:
             ) from error
 
     def _run(self, session: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        return session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
+        given = {one.name: given[one.name] for one in session.get_inputs()}
+        return session.run(None, given) if self.limit is None else self.limit.run(session, given)
 
     def answers(self, prompt: Prompt) -> Answers:
         """fp32 logits."""
@@ -141,7 +147,15 @@ class Runs:
         ports = session.get_inputs()[3:]
         if past is None:
             past = [np.zeros((batch, port.shape[1], 0, port.shape[3]), _TYPES[port.type]) for port in ports]
-        before = past[0].shape[2]
+        before = past[0].shape[2] if past else 0
+        if self.limit is not None:
+            self.limit.require(before, length)
+        if self.limit is not None and length > self.limit.sequence:
+            end = self.limit.sequence
+            early = [None if one is None else one[:, :-end] for one in (mask, positions)]
+            first, held = self.step(tokens[:, :-end], past, *early)
+            then, present = self.step(tokens[:, -end:], held, mask, None if positions is None else positions[:, -end:])
+            return np.concatenate([first, then], 1), present
         given: dict[str, NDArray[Any]] = {
             "input_ids": tokens,
             "attention_mask": np.ones((batch, before + length), np.int64) if mask is None else mask,
@@ -151,14 +165,22 @@ class Runs:
         return said.astype(np.float32), present
 
     def generated(self, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A sentence and what follows it greedily, as tokens; of an encoder-decoder its answer."""
+        """A sentence and what follows it greedily, as tokens; of an encoder-decoder its answer.
+
+        A graph of given lengths takes the sentence as far as it reaches.
+        """
+        if self.limit is not None:
+            sentence = sentence[:, : self.limit.total]
         new = np.zeros((1, 1), np.int64) if prompt.kind == "encoder-decoder" else sentence.astype(np.int64)
         read = self._read(sentence.astype(np.int64)) if prompt.kind == "encoder-decoder" else {}
         past: list[NDArray[Any]] | None = None
+        kept = self.limit is None or self.limit.past > 0
         for _ in range(_NEW_TOKENS):
+            if self.limit is not None and new.shape[1] >= self.limit.total:
+                break
             if read:
                 said = self._replied(read, new)
-            elif prompt.kind == "decoder":
+            elif prompt.kind == "decoder" and kept:
                 said, past = self.step(new if past is None else new[:, -1:], past)
             else:
                 said = self.answers(Prompt(prompt.kind, new))[0]

@@ -165,6 +165,9 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gguf-pretokenizer", metavar="NAME",
                        help="how the tokenizer splits text, as llama.cpp calls it (default: found out)")  # fmt: skip
     group.add_argument("--opset", type=positive, metavar="N", help="ONNX's opset (default: the exporter's own, 20)")
+    group.add_argument("--lengths", type=lengths, metavar="S[+P]",
+                       help="an ONNX graph of batch 1 with numbers as axes, for compilers of NPUs: S tokens, behind P "
+                            "in the cache")  # fmt: skip
     group.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
                        help="how the largest of 32 becomes their power of two: rounded down (default, the MX "
                             "specification's), up so that nothing is cut off, or after half a step (default for "
@@ -264,6 +267,18 @@ def block_size(text: str) -> tuple[int, int]:
     return rows, columns
 
 
+def lengths(text: str | int) -> tuple[int, int]:
+    """``128`` or ``1+1024`` → tokens of a text, and tokens in the cache.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,8})(?:\+(0|[1-9]\d{0,8}))?", str(text), re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} are no lengths such as 128 or 1+1024")
+    return int(found[1]), int(found[2] or 0)
+
+
 def whole(text: str | int) -> int:
     """A whole number; `Parallel` refuses those that are no size.
 
@@ -344,6 +359,12 @@ def to_request(args: argparse.Namespace) -> Request:
         raise UsageError(
             f"{args.format} has no opset, nothing was written", where="--opset", expected="this option with FORMAT onnx"
         )
+    if args.lengths is not None and engine != "onnx":
+        raise UsageError(
+            f"{args.format} has no lengths that one chooses, nothing was written",
+            where="--lengths",
+            expected="this option with FORMAT onnx",
+        )
     if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
         raise UsageError(
             "weights in blocks have no bound that logits keep, nothing was written",
@@ -396,6 +417,7 @@ def to_request(args: argparse.Namespace) -> Request:
         device=args.device,
         gguf_pretokenizer=args.gguf_pretokenizer,
         opset=args.opset,
+        lengths=args.lengths,
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )

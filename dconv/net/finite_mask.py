@@ -1,0 +1,50 @@
+"""Masks of attention as compilers of NPUs take them: finite numbers that are added, and no truth values.
+
+transformers makes a mask by looking each token up in ``attention_mask``, asks whether it is true, and takes the dtype's
+smallest number where it is not. fp16, which NPUs compute in, makes an infinity of the one of fp32, and 0 times that is
+no number. What a mask hides by its places alone (the future, what left a window) is a constant where lengths are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+#: Added to a score it leaves a weight of 0 in every dtype. What is hidden twice has twice as much: half of what fp16
+#: reaches, so that the sum with a score is finite in it.
+HIDDEN: Final = -(2.0**14)
+
+
+@contextmanager
+def finite_mask() -> Iterator[None]:
+    """Have transformers make its masks so, for a while. A mask that it is given has ones and zeros."""
+    import torch
+    from transformers import masking_utils as theirs
+
+    def mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        attention_mask: Any = None,
+        dtype: Any = torch.float32,
+        **options: Any,
+    ) -> Any:
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        seen: Any = theirs.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+        hidden = torch.where(seen, torch.zeros((), dtype=dtype), HIDDEN)
+        padding = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is None:
+            return hidden
+        there = padding[:, None, None, kv_offset : kv_offset + kv_length].to(dtype)
+        return hidden + (1 - there) * HIDDEN
+
+    known: Any = theirs.ALL_MASK_ATTENTION_FUNCTIONS
+    before = known["eager"]
+    known["eager"] = mask
+    try:
+        yield
+    finally:
+        known["eager"] = before
