@@ -6,8 +6,9 @@
 MODEL goes to Megatron TP 3 x PP 2, and from there to every row of `ROWS` with ``--nproc 3``. A runtime gets what is
 written and a prompt, and gives logits and a greedy text; transformers says the same of MODEL itself. No runtime knows
 of dconv: this file imports none of it. Printed is a table in Markdown: the largest difference of a logit as a part of
-the largest logit, how many greedy tokens are the same, and what is tolerated. A runtime that is not installed is a row
-that says so; exit code 1 where one is off.
+the largest logit, how many greedy tokens are the same, and what is tolerated. Codes are judged against what they are
+worth, decoded by dconv and run by transformers in fp32; what they cost is the column before. A runtime that is not
+installed is a row that says so; exit code 1 where one is off.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Row:
 
     Attributes:
         runtime: one of `RUNTIMES`.
-        tolerated: of a logit, as a part of the largest; None for codes, whose bound is each weight's and is
-            `dconv convert --verify logits`' business: what they do to logits is shown, not judged.
+        tolerated: of a logit, as a part of the largest; None where nothing judges: what a graph's codes are worth is
+            held by tests (``tests/formats/test_onnx_codes.py``).
         against: dtype that transformers computes the reference in.
     """
 
@@ -55,12 +56,12 @@ ROWS: Final = (
     Row("gguf", ("--dtype", "f32"), "transformers-gguf", 1e-4),
     Row("gguf", ("--dtype", "bf16"), "transformers-gguf", 1e-4),
     Row("gguf", ("--dtype", "f16"), "transformers-gguf", 2e-2),
-    Row("gguf", ("--quant", "q8_0"), "transformers-gguf", None),
-    Row("gguf", ("--quant", "q4_0"), "transformers-gguf", None),
+    Row("gguf", ("--quant", "q8_0"), "transformers-gguf", 1e-4),
+    Row("gguf", ("--quant", "q4_0"), "transformers-gguf", 1e-4),
     Row("gguf", ("--dtype", "f32"), "llama.cpp", 1e-4),
     Row("gguf", ("--dtype", "bf16"), "llama.cpp", 2e-2),
-    Row("gguf", ("--quant", "q8_0"), "llama.cpp", None),
-    Row("gguf", ("--quant", "q4_0"), "llama.cpp", None),
+    Row("gguf", ("--quant", "q8_0"), "llama.cpp", 2e-2),
+    Row("gguf", ("--quant", "q4_0"), "llama.cpp", 2e-2),
     Row("onnx", ("--dtype", "f32"), "onnxruntime", 1e-4),
     Row("onnx", ("--dtype", "f16"), "onnxruntime", 2e-2),
     Row("onnx", ("--dtype", "f32"), "onnxruntime-genai", 1e-4),
@@ -71,7 +72,7 @@ ROWS: Final = (
     Row("torchscript", ("--dtype", "bf16"), "torch.jit", 2e-2, "bfloat16"),
     Row("mlx", ("--dtype", "f32"), "mlx-lm", 1e-4),
     Row("mlx", ("--dtype", "bf16"), "mlx-lm", 2e-2, "bfloat16"),
-    Row("mlx", ("--quant", "4bit"), "mlx-lm", None),
+    Row("mlx", ("--quant", "4bit"), "mlx-lm", 2e-2),
 )
 
 #: Of a path, the prompt's tokens and how many to add: fp32 logits [tokens, vocabulary], and what was added.
@@ -261,6 +262,20 @@ def logarithms(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def apart(found: Said, reference: Said) -> float:
+    """The largest difference of a logit; of log-probabilities where a runtime gives no more."""
+    expected = reference[0] if len(found[0]) > 1 else logarithms(reference[0][-1:])
+    return float(np.abs(found[0] - expected).max() / np.abs(expected).max())
+
+
+def decoding(out: Path) -> Path:
+    """What a quantised output is worth, in fp32, in a folder beside it."""
+    plain = out.with_name(f"{out.name}-decoded")
+    source = next(iter(out.glob("*.gguf")), out)
+    convert(str(source), "hf", "--dtype", "f32", "-o", str(plain), "--overwrite")
+    return plain
+
+
 def convert(*words: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "dconv", "convert", *words, "--json"], capture_output=True, text=True)
     if done.returncode:
@@ -287,7 +302,10 @@ def main() -> None:
     shards = args.work / "megatron"
     convert(str(args.model), "megatron", "--tp", "3", "--pp", "2", "-o", str(shards), "--overwrite", "--nproc", "3")
     references = {kind: asked("transformers", args.model, tokens, dtype=kind) for kind in ("float32", "bfloat16")}
-    print("| FORMAT | runtime | logits off by | tolerated | greedy tokens | seconds |\n|---|---|---|---|---|---|")
+    print(
+        "| FORMAT | runtime | logits off by | codes, off by what they are worth | tolerated | greedy tokens | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|")
     fine = True
     for row in ROWS:
         if args.only and row.format not in args.only:
@@ -299,14 +317,19 @@ def main() -> None:
         cells = [" ".join([row.format, *row.options]), row.runtime]
         if isinstance(found, str):
             fine &= "not installed" in found
-            cells += [found, "", "", f"{said['seconds']:.1f}"]
+            cells += [found, "", "", "", f"{said['seconds']:.1f}"]
         else:
-            expected = reference[0] if len(found[0]) > 1 else logarithms(reference[0][-1:])
-            off = float(np.abs(found[0] - expected).max() / np.abs(expected).max())
+            far, worth = apart(found, reference), ""
             same = next((i for i, (a, b) in enumerate(zip(found[1], reference[1], strict=True)) if a != b), NEW_TOKENS)
-            fine &= row.tolerated is None or off <= row.tolerated
+            judged = far
+            if "--quant" in row.options and row.tolerated is not None:
+                decoded = asked("transformers", decoding(out), tokens, dtype="float32")
+                assert not isinstance(decoded, str), decoded
+                judged = apart(found, decoded)
+                worth = f"{judged:.2g}"
+            fine &= row.tolerated is None or judged <= row.tolerated
             tolerated = "shown only" if row.tolerated is None else f"{row.tolerated:g}"
-            cells += [f"{off:.2g}", tolerated, f"{same} of {NEW_TOKENS}", f"{said['seconds']:.1f}"]
+            cells += [f"{far:.2g}", worth, tolerated, f"{same} of {NEW_TOKENS}", f"{said['seconds']:.1f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
         shutil.rmtree(out)
     if not fine:

@@ -1,128 +1,80 @@
-"""Rockchip: language models by RKLLM.
-
-Sources: airockchip/rknn-llm ``examples/rkllm_api_demo/export/export_rkllm.py`` and its README for types and chips.
-"""
+"""Rockchip: language models by RKLLM, everything else (and what is asked for as a graph) by RKNN."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dconv.arch.layouts import size
 from dconv.describe import Described
-from dconv.errors import Refused, UsageError, VerifyFailed
+from dconv.errors import ToolMissing
 from dconv.export.prompt import kind_of
-from dconv.hw import prompts, settings
-from dconv.hw.driver import Driver
-from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.rkllm import Rkllm
+from dconv.hw.rknn import Rknn
+from dconv.hw.settings import among, settled
+from dconv.hw.target import Adapter, Ask, Handing, Terms, Tool
 from dconv.request import Request
 
-#: Chip -> cores of its NPU, and the precisions that RKLLM has for it.
-_RKLLM: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
-    "RK3588": (3, ("fp16", "w8a8", "w8a8_g128", "w8a8_g256", "w8a8_g512")),
-    "RK3576": (2, ("fp16", "w8a8", "w4a16", "w4a16_g32", "w4a16_g64", "w4a16_g128")),
-    "RK3562": (1, ("fp16", "w8a8", "w4a16", "w4a16_g32", "w4a16_g64", "w4a16_g128")),
-}
-#: All that any of them has.
-_DTYPES: Final = tuple(dict.fromkeys(dtype for _, dtypes in _RKLLM.values() for dtype in dtypes))
-#: What RKLLM's tool calls how it finds numbers.
-_ALGORITHM: Final[Mapping[str, str]] = {"w8a8": "normal", "w4a16": "grq", "fp16": "normal"}
-_ROLE: Final = "hf"
-_FILE: Final = "model.rkllm"
-_CALIBRATION: Final = "calibration.json"
+#: ``toolkit`` of the settings.
+_TOOLKITS: Final[Mapping[str, Adapter]] = {"rkllm": Rkllm(), "rknn": Rknn()}
+_KEY: Final = "toolkit"
 
 
 @dataclass(frozen=True)
 class Rockchip:
-    """The adapter."""
+    """The adapter: it asks one of the two."""
 
-    title: str = "Rockchip RKLLM"
-    install: str = (
-        "RKLLM's wheel is in github.com/airockchip/rknn-llm, rkllm-toolkit/: install it in an environment of its own\n"
-        "(torch 2.6, transformers as it pins them), and say --toolchain-python DIR/bin/python"
-    )
+    title: str = "Rockchip"
+
+    @property
+    def install(self) -> str:
+        return "\n".join(f"{one.title}: {one.install}" for one in _TOOLKITS.values())
 
     @property
     def platforms(self) -> Mapping[str, str]:
-        return {name: f"{cores} NPU core{'s' * (cores > 1)}" for name, (cores, _) in _RKLLM.items()}
-
-    @property
-    def _driver(self) -> Driver:
-        return Driver("rkllm", self.install)
+        return _TOOLKITS["rkllm"].platforms
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
-        kind = kind_of(model.family)
-        if kind != "decoder":
-            raise Refused("RKLLM takes language models, nothing was written", found=f"{model.family.name}, {kind}",
-                          expected="a decoder")  # fmt: skip
-        known = {
-            "dtype": settings.among(None, *_DTYPES),
-            "algorithm": settings.among(None, "normal", "grq", "gdq"),
-            "max_context": settings.whole(4096, 32, 16384),
-            "npu_cores": settings.whole(None, 1, 3),
-            "optimization_level": settings.among(1, 0, 1),
-            "hybrid_rate": settings.number(0.0, 0.0, 1.0),
-            "nsamples": settings.whole(20, 1, 1024),
-            "seqlen": settings.whole(256, 16, 4096),
-        }
-        chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
-        found = settings.settled(ask.settings, known, ask.where)
-        cores, dtypes = _RKLLM[chip]
-        dtype = ask.quant or found["dtype"] or "w8a8"
-        if dtype not in _DTYPES:
-            raise UsageError("RKLLM has no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
-        if dtype not in dtypes:
-            raise Refused(
-                f"{chip} does not compute in {dtype}, nothing was written",
-                where=f"{chip} and {dtype}",
-                expected=", ".join(dtypes),
-                do=", ".join(name for name, (_, has) in _RKLLM.items() if dtype in has) + f" have {dtype}",
-            )
-        if found["npu_cores"] is not None and int(str(found["npu_cores"])) > cores:
-            raise UsageError(f"{chip} has fewer cores, nothing was written", where=f"npu_cores in {ask.where}",
-                             expected=f"{cores} at most", found=str(found["npu_cores"]))  # fmt: skip
-        base = str(dtype).partition("_")[0]
-        agreed = {
-            **found,
-            "dtype": dtype,
-            "npu_cores": found["npu_cores"] or cores,
-            "algorithm": found["algorithm"] or _ALGORITHM[base],
-        }
-        step, mup, notes = folded(model, request)
-        if dtype != "fp16" and ask.calibration is None:
-            notes = (*notes, prompts.WARNING)
-        facts = {"layers": size(model.facts, "layers"), "mup": mup}
-        weights = 2 * sum(prod(spec.shape) for spec in model.logical.specs.values())
-        return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=3 * weights)
+        name = _named(ask) or ("rkllm" if kind_of(model.family) == "decoder" else "rknn")
+        made = _TOOLKITS[name].plan(model, request, _without(ask))
+        return replace(made, terms=replace(made.terms, settings={_KEY: name, **made.terms.settings}))
 
-    def find(self, ask: Ask) -> Tool:
-        return self._driver.find(ask)
+    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The toolkit that is meant, or the first that is here."""
+        if terms is not None:
+            return _TOOLKITS[_parted(terms)[0]].find(ask)
+        lacking: list[ToolMissing] = []
+        for one in _TOOLKITS.values():
+            try:
+                return one.find(ask)
+            except ToolMissing as missing:
+                lacking.append(missing)
+        raise ToolMissing("neither of Rockchip's toolkits is here", where=lacking[0].where,
+                          found="\n".join(one.found for one in lacking), do=self.install)  # fmt: skip
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
-        agreed, source = dict(handing.terms.settings), {_ROLE: _ROLE}
-        if agreed["dtype"] != "fp16":
-            texts = prompts.texts(ask.calibration, int(str(agreed["nsamples"])), int(str(agreed["seqlen"])))
-            said = [{"input": first, "target": rest} for first, rest in texts]
-            (work / _CALIBRATION).write_text(f"{json.dumps(said, ensure_ascii=False, indent=1)}\n")
-            source["calibration"] = _CALIBRATION
-        self._driver.lay_out(handing, work, source, agreed)
+        name, terms = _parted(handing.terms)
+        _TOOLKITS[name].lay_out(replace(handing, terms=terms), work, ask)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
-        said = self._driver.result(out)
-        if said["files"] != [_FILE]:
-            raise VerifyFailed("RKLLM writes one file", expected=_FILE, found=", ".join(said["files"]))
-        evidence: Mapping[str, object] = said["evidence"]
-        wanted = {"load": 0, "build": 0, "export": 0}
-        if evidence.get("returned") != wanted:
-            raise VerifyFailed("RKLLM did not say of each step that it went well", expected=str(wanted),
-                               found=str(evidence.get("returned")))  # fmt: skip
-        return {"bytes": (out / _FILE).stat().st_size, **evidence}
+        name, terms = _parted(terms)
+        return _TOOLKITS[name].judge(terms, out, log)
+
+
+def _named(ask: Ask) -> str | None:
+    given = {key: value for key, value in ask.settings.items() if key == _KEY}
+    found = settled(given, {_KEY: among(None, *_TOOLKITS)}, ask.where)[_KEY]
+    return None if found is None else str(found)
+
+
+def _without(ask: Ask) -> Ask:
+    return replace(ask, settings={key: value for key, value in ask.settings.items() if key != _KEY})
+
+
+def _parted(terms: Terms) -> tuple[str, Terms]:
+    settings = {key: value for key, value in terms.settings.items() if key != _KEY}
+    return str(terms.settings[_KEY]), replace(terms, settings=settings)
 
 
 ADAPTER: Final = Rockchip()

@@ -136,8 +136,11 @@ class Adapter(Protocol):
         """
         ...
 
-    def find(self, ask: Ask) -> Tool:
+    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         """The toolchain, recognised by its content.
+
+        Args:
+            terms: what it is to compile; None for any.
 
         Raises:
             ToolMissing: it is not here, or half of it.

@@ -82,7 +82,7 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
         return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None)
     base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None)
     handing = found.plan(_described(base), base, ask)
-    tool = found.find(ask) if finding and not args.bundle else None
+    tool = found.find(ask, handing.terms) if finding and not args.bundle else None
     if tool is not None:
         _require_memory(handing, args.max_host_memory, tool)
     plain = repr([(step.role, step.request) for step in handing.steps])
@@ -267,7 +267,7 @@ def planned(args: argparse.Namespace) -> dict[str, Any]:
         "notes": list(job.handing.notes),
     }
     try:
-        said["toolchain"] = job.adapter.find(job.ask).words
+        said["toolchain"] = job.adapter.find(job.ask, job.handing.terms).words
     except ToolMissing as lacking:
         said["toolchain"], said["lacks"] = None, lacking.found or lacking.what
     return said

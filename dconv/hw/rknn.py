@@ -1,0 +1,83 @@
+"""Rockchip's RKNN: any model as an ONNX graph of given lengths, compiled by rknn-toolkit2 and run in its simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Final
+
+from dconv.describe import Described
+from dconv.errors import Refused, UsageError, VerifyFailed
+from dconv.hw import prompts, settings, static_graph
+from dconv.hw.driver import Driver
+from dconv.hw.target import Ask, Handing, Terms, Tool
+from dconv.request import Request
+
+#: Chip -> what rknn-toolkit2 2.5.0 compiles for it.
+_CHIPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "RK3588": ("fp16", "w8a8", "w16a16i_dfp"),
+    "RK3576": ("fp16", "w8a8", "w4a16", "w16a16i_dfp"),
+    "RK3562": ("fp16", "w8a8", "w8a16", "w4a16", "w16a16i_dfp"),
+}
+_DTYPES: Final = ("fp16", "w8a8", "w8a16", "w4a16", "w16a16i_dfp")
+_FILE: Final = "model.rknn"
+
+
+@dataclass(frozen=True)
+class Rknn:
+    """The adapter's part for graphs."""
+
+    title: str = "Rockchip RKNN"
+    install: str = "bash scripts/toolchains.sh rknn"
+
+    @property
+    def platforms(self) -> Mapping[str, str]:
+        return {name: ", ".join(dtypes) for name, dtypes in _CHIPS.items()}
+
+    @property
+    def _driver(self) -> Driver:
+        return Driver("rknn", self.install)
+
+    def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
+        known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES),
+                 "algorithm": settings.among(None, "normal", "mmse", "kl_divergence"),
+                 "method": settings.among(None, "layer", "channel", "group32", "group64", "group128")}  # fmt: skip
+        found = settings.settled(ask.settings, known, ask.where)
+        dtype = ask.quant or found["dtype"]
+        if dtype not in _DTYPES:
+            raise UsageError("RKNN has no such precision, nothing was written", where=f"--quant {dtype}",
+                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
+        if dtype not in _CHIPS[chip]:
+            raise Refused(f"{chip} does not compute in {dtype}, nothing was written", where=f"{chip} and {dtype}",
+                          expected=", ".join(_CHIPS[chip]))  # fmt: skip
+        quantised = dtype != "fp16"
+        step, facts, notes = static_graph.planned(model, request, found, quantised, self.title)
+        if quantised and ask.calibration is None:
+            notes = (*notes, prompts.WARNING)
+        weights = sum(prod(spec.shape) for spec in model.logical.specs.values())
+        return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=16 * weights)
+
+    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        return self._driver.find(ask)
+
+    def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        agreed, source = dict(handing.terms.settings), {"onnx": static_graph.FILE}
+        if agreed["dtype"] != "fp16":
+            static_graph.calibrate(handing, work, ask)
+            source["calibration"] = static_graph.CALIBRATION
+        self._driver.lay_out(handing, work, source, agreed)
+
+    def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        said = self._driver.result(out)
+        if said["files"] != [_FILE]:
+            raise VerifyFailed("RKNN writes one file", expected=_FILE, found=", ".join(said["files"]))
+        data = (out / _FILE).open("rb")
+        with data:
+            magic = data.read(4)
+        if magic != b"RKNN":
+            raise VerifyFailed("this is no .rknn", where=_FILE, expected="RKNN at its beginning", found=repr(magic))
+        evidence: Mapping[str, object] = said["evidence"]
+        return {"bytes": (out / _FILE).stat().st_size, **evidence}
