@@ -11,6 +11,12 @@ from typing import Any, Final
 #: Elements of a constant that is computed when the graph is made: a mask of 4096 tokens behind as many, and no more,
 #: since it is written into the graph.
 FOLDED: Final = 1 << 25
+#: Of ``fold_constants_ir``, which by itself leaves what it deems long, and what is filled with one number.
+FOLDING: Final[dict[str, Any]] = {
+    "input_size_limit": FOLDED,
+    "output_size_limit": FOLDED,
+    "should_fold": lambda node: True if node.op_type == "ConstantOfShape" else None,
+}
 _TRUTH: Final = 9  # ONNX's number of bool
 
 
@@ -33,6 +39,8 @@ def settle(model: Any, ports: int) -> None:
             _settle_reshape(model, node, made)
         elif node.op_type == "Slice" and node.domain == "":
             _settle_slice(model, node, made)
+        elif node.op_type == "ScatterND" and node.domain == "":
+            _settle_rows(model, node, made)
         elif node.op_type in ("Add", "Mul") and node.inputs[0] not in computed and node.inputs[1] in computed:
             first, second = node.inputs  # Qualcomm's compiler fails at a norm whose weight is the first factor
             node.replace_input_with(0, second)
@@ -98,6 +106,39 @@ def _settle_slice(model: Any, node: Any, made: dict[tuple[int, ...], Any]) -> No
     node.replace_input_with(
         2, _constant(model, [min(end, shape[at]) for end, at in zip(ends, axes, strict=True)], made)
     )
+
+
+def _settle_rows(model: Any, node: Any, made: dict[tuple[int, ...], Any]) -> None:
+    """Rows put in the place of neighbouring ones: what stood before, they, and what stood behind them."""
+    import numpy as np
+    import onnx_ir as ir
+
+    data, places, rows = node.inputs
+    shape, said = _numbers(data), node.attributes.get("reduction")
+    if (
+        node.outputs[0].is_graph_output()
+        or shape is None
+        or places.const_value is None
+        or (said is not None and said.value != "none")
+    ):
+        return
+    at = places.const_value.numpy()
+    if at.ndim != 2 or at.shape[1] != 1 or not np.array_equal(at[:, 0], np.arange(len(at)) + at[0, 0]):
+        return
+    begin, end = int(at[0, 0]), int(at[-1, 0]) + 1
+    new: list[Any] = []
+
+    def kept(first: int, last: int) -> list[Any]:
+        if first == last:
+            return []
+        new.append(ir.node("Slice", [data, *(_constant(model, [number], made) for number in (first, last, 0))]))
+        new[-1].outputs[0].name = f"{node.outputs[0].name}_rows_{first}"
+        return [new[-1].outputs[0]]
+
+    new.append(ir.node("Concat", [*kept(0, begin), rows, *kept(end, shape[0])], attributes={"axis": 0}))
+    old, last = node.outputs[0], new[-1].outputs[0]
+    last.name, last.shape, last.type = old.name, old.shape, old.type
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [old], [last])
 
 
 def _numbers(value: Any) -> list[int] | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from dconv import __version__
 from dconv.errors import Refused, ToolMissing
 from dconv.export.graph import Port
-from dconv.export.onnx_fixed import FOLDED, settle
+from dconv.export.onnx_fixed import FOLDING, settle
 from dconv.export.onnx_opset import convert
 from dconv.export.traced import Weightless, exported, silent
 from dconv.net.finite_mask import finite_mask
@@ -91,7 +91,7 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
                 value.const_value = None
                 del made.model.graph.initializers[value.name]
                 made.model.graph.inputs.append(value)
-            simplify(made.model, **({"input_size_limit": FOLDED, "output_size_limit": FOLDED} if is_fixed else {}))
+            simplify(made.model, **(FOLDING if is_fixed else {}))
             if opset is not None:
                 convert(made.model, opset)
             if is_fixed:
@@ -119,7 +119,7 @@ def simplify(model: Any, **limits: Any) -> None:
     That one, two slices to a split, looks through the whole graph at each node: half of the time of an export.
 
     Args:
-        limits: elements of constants that are computed, of ``fold_constants_ir``.
+        limits: which constants are computed, of ``fold_constants_ir``.
     """
     from onnx_ir.passes import PassManager, Sequential, common
     from onnxscript.optimizer import fold_constants_ir
