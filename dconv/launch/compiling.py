@@ -31,7 +31,6 @@ from dconv.sharding.receipt import RECEIPT, read_receipt
 
 #: Lines of a compiler that tell how far it is.
 _PROGRESS: Final = re.compile(r"dconv-progress (\d+)/(\d+) ?(.*)")
-_LOCK: Final = "compile.lock"
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,18 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
         if _is_done_by_others(job, job.handing, where):  # this rank came late, and had nothing to do
             shutil.rmtree(job.work, ignore_errors=True)
             return 0
-        if not all((job.work / step.role / RECEIPT).is_file() for step in job.handing.steps):
+        if not _is_prepared(job, job.handing):
             return 0  # the rank that finishes last goes on
-        with _alone(job.work / _LOCK) as mine:
-            return _finish(args, where, job, job.handing, stop) if mine else 0
+        with _alone(job.work.with_name(f"{job.work.name}.lock")) as mine:
+            # Who gets the lock after another has finished no longer sees what was prepared.
+            ready = mine and _is_prepared(job, job.handing)
+            return _finish(args, where, job, job.handing, stop) if ready else 0
     except (DconvError, OSError) as error:
         return worker.failed(error, args, replace(where, local=0))
+
+
+def _is_prepared(job: Compilation, handing: Handing) -> bool:
+    return all((job.work / step.role / RECEIPT).is_file() for step in handing.steps)
 
 
 def _is_done(job: Compilation, handing: Handing) -> bool:
@@ -183,7 +188,6 @@ def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, han
         "artifacts": {role: {"plan": receipt.get("plan")} for role, receipt in receipts.items()},
     }
     how = _how(args, job, stop, source)
-    (job.work / _LOCK).unlink(missing_ok=True)
     if job.tool is None:
         said = finish.bundled(job.adapter, handing, job.ask, how)
     else:
@@ -238,19 +242,17 @@ def _told(
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[bool]:
-    """Whether this process is the one that goes on."""
-    try:
-        file = lock.open("wb")
-    except FileNotFoundError:  # another rank has finished already
-        yield False
-        return
-    with file:
+    """Whether this process is the one that goes on; it holds a file beside the work, which is renamed."""
+    with lock.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        yield os.path.exists(lock)
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def planned(args: argparse.Namespace) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def test_bert_is_no_language_model(tmp_path: Path, rkllm: Path, capsys: pytest.C
     from tests.oracles import hf
 
     hf.save(hf.tiny("bert", num_hidden_layers=1)[1], tmp_path / "bert")
-    assert rk(tmp_path / "bert", tmp_path / "out", rkllm) == 3
+    told = ["--quantization-config", '{"toolkit": "rkllm"}']
+    assert rk(tmp_path / "bert", tmp_path / "out", rkllm, *told) == 3
     assert "language models" in capsys.readouterr().err
 
 
