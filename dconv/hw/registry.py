@@ -11,7 +11,7 @@ from dconv.hw.target import Adapter
 
 _GROUP: Final = "dconv.hw"
 #: FORMAT -> its target's module in this room, which has ``ADAPTER``.
-_OURS: Final = {"rk": "rk", "qnn": "qnn", "ax": "ax"}
+_OURS: Final = {"mtk": "mtk", "rk": "rk", "qnn": "qnn", "ax": "ax"}
 #: Other spellings.
 _SPELLED: Final = {f"hf2{name}": name for name in _OURS}
 
