@@ -73,8 +73,7 @@ class MtkCloud:
                               where=str(path), expected=f"bits {found['weight_bit']}, as weight_bit says",
                               found=f"bits {config['quantization_config']['bits']}")  # fmt: skip
             return Request(path, _GPTQ, shard_size=plain.shard_size)
-        told = {"bits": found["weight_bit"], "group_size": found["group_size"],
-                "calibration": {"nsamples": found["nsamples"], "seqlen": found["seqlen"]}}  # fmt: skip
+        told = {"bits": found["weight_bit"], **{key: found[key] for key in ("group_size", "nsamples", "seqlen")}}
         return replace(plain, format=_GPTQ, quantization_config=json.dumps(told), calibration=ask.calibration)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:

@@ -333,7 +333,8 @@ def _missing(made: Collection[str], parts: int | None) -> list[str]:
 
 
 def _around(log: str, at: int) -> str:
-    """The line that says it, and the last one."""
-    line = log[log.rfind("\n", 0, at) + 1 :].split("\n", 1)[0]
-    last = (log.strip().splitlines() or [""])[-1]
-    return line[:200] if line == last else f"{line[:200]}\n… {last[:200]}"
+    """The line that says it, which of a traceback is its last."""
+    lines = log[log.rfind("\n", 0, at) + 1 :].splitlines()
+    if lines[0].startswith("Traceback"):
+        lines = [line for line in lines[1:] if not line.startswith(" ")] or lines
+    return lines[0][:400]

@@ -8,15 +8,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dconv.cli import main
 from dconv.hw import manifest
+from tests.arch.test_minicpm import write_model
 from tests.hw.conftest import STAND_INS
 from tests.models import tensors
 from tests.oracles import hf
 
-SMALL = {"nsamples": 4, "seqlen": 32, "group_size": 32, "model_size": "0_5B"}
+LITERT = Path(__file__).parents[2] / ".venvs" / "litert" / "bin" / "python"
+SMALL = {"nsamples": 4, "seqlen": 32, "group_size": -1, "model_size": "0_5B"}
 
 
 @pytest.fixture
@@ -27,13 +30,19 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def coded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is calibrated on."""
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 61, (8, 32)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def coded(llama: Path, ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model by GPTQ."""
     out = tmp_path_factory.mktemp("mtk") / "gptq"
-    told = {"calibration": {"nsamples": 4, "seqlen": 32}, "group_size": 32}
-    assert (
-        main(["convert", str(llama), "gptq", "-o", str(out), "--quiet", "--quantization-config", json.dumps(told)]) == 0
-    )
+    told = ["--calibration", str(ids), "--quantization-config", '{"nsamples": 4, "seqlen": 32, "group_size": -1}']
+    assert main(["convert", str(llama), "gptq", "-o", str(out), "--quiet", *told]) == 0
     return out
 
 
@@ -54,9 +63,9 @@ def variables(part: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_parts_come_of_a_model_and_its_codes(llama: Path, tmp_path: Path) -> None:
+def test_parts_come_of_a_model_and_its_codes(llama: Path, ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert mtk(llama, out, weight_bit=8, clen=1024) == 0
+    assert mtk(llama, out, "--calibration", str(ids), weight_bit=8, clen=1024) == 0
     said = manifest.checked(out)
     assert set(said["evidence"]["parts"]) == {"0_5B_decoder_part1of2.tflite", "0_5B_decoder_part2of2.tflite"}
     told = variables(out / "0_5B_decoder_part1of2.tflite")
@@ -88,10 +97,10 @@ def test_a_bundle_is_compiled_where_the_repository_is(
     assert broken.returncode and b"model.safetensors" in broken.stdout + broken.stderr
 
 
-@pytest.mark.usefixtures("cloud")
 @pytest.mark.parametrize("fold", [True, False])
-def test_mup_is_folded_in_both_or_in_neither(minicpm: Path, tmp_path: Path, fold: bool) -> None:
-    assert mtk(minicpm, tmp_path / "out", "--bundle", fold_mup=fold) == 0
+def test_mup_is_folded_in_both_or_in_neither(ids: Path, tmp_path: Path, fold: bool) -> None:
+    model = write_model(tmp_path / "minicpm", "minicpm", tie_word_embeddings=True)
+    assert mtk(model, tmp_path / "out", "--bundle", "--calibration", str(ids), fold_mup=fold) == 0
     for role in ("hf", "gptq"):
         assert ("scale_emb" in json.loads((tmp_path / "out" / role / "config.json").read_text())) == (not fold)
 
@@ -136,14 +145,15 @@ def test_a_failure_leaves_its_log_alone(
         ({}, ("--task", "image-text-to-text"), 3, "does not see"),
         ({}, ("--task", "text-generation", "--model-type", "image-classification"), 2, "two tasks"),
         ({"mtk_cloud_path": "/nowhere"}, (), 7, "no such folder"),
-        ({"group_size": 512}, (), 3, "512"),
+        ({"group_size": 512}, ("--calibration", "IDS"), 3, "no whole groups"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
-    settings: dict[str, object], options: tuple[str, ...], code: int, words: str, llama: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, object], options: tuple[str, ...], code: int, words: str, llama: Path, ids: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert mtk(llama, tmp_path / "out", *options, **settings) == code
+    said = [str(ids) if word == "IDS" else word for word in options]
+    assert mtk(llama, tmp_path / "out", *said, **settings) == code
     assert words in capsys.readouterr().err
     assert left(tmp_path) == set()
 
@@ -184,3 +194,26 @@ def test_parts_that_another_tool_had_compiled(tmp_path: Path, capsys: pytest.Cap
     (theirs / "decoder_2of2.tflite").write_bytes(b"")
     assert main(["convert", str(theirs), *told, "--platform", "MT6989", "--overwrite"]) == 6
     assert manifest.checked(tmp_path / "out") == said
+
+
+def by_litert(model: Path, out: Path, **more: object) -> int:
+    told = json.dumps({"toolkit": "litert", "sequence": 8, **more})
+    settings = ["--quantization-config", told]
+    return main(["convert", str(model), "mtk", "--platform", "MT6991", "-o", str(out), "--quiet", *settings])
+
+
+@pytest.mark.skipif(not LITERT.exists(), reason="no LiteRT: bash scripts/toolchains.sh litert")
+def test_no_npu_code_without_its_sdk(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert by_litert(llama, tmp_path / "out") == 7
+    assert "MT6991" in (said := capsys.readouterr().err) and '"aot": false' in said
+    assert left(tmp_path) == set()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LITERT.exists(), reason="no LiteRT: bash scripts/toolchains.sh litert")
+def test_a_tflite_in_public(llama: Path, tmp_path: Path) -> None:
+    assert by_litert(llama, tmp_path / "out", aot=False) == 0
+    found = manifest.checked(tmp_path / "out")
+    assert found["evidence"]["compiled_for"] == "no NPU"
+    assert found["evidence"]["agreement"]["serving_default"]["difference"] < 1e-4
+    assert main(["check", str(tmp_path / "out")]) == 0
