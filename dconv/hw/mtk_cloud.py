@@ -67,11 +67,11 @@ class MtkCloud:
         """What makes the codes: calibration, or a copy of those that are there already."""
         if found["gptq_path"] is not None:
             path = Path(str(found["gptq_path"])).expanduser()
-            config = read_json(path / "config.json", what="config.json")
-            if mtk_contract.quantize_config(config)["bits"] != found["weight_bit"]:
+            bits = mtk_contract.quantize_config(read_json(path / "config.json", what="config.json"))["bits"]
+            if bits != found["weight_bit"]:
                 raise Refused("the GPTQ model has other bits than mtk_cloud is told, nothing was written",
                               where=str(path), expected=f"bits {found['weight_bit']}, as weight_bit says",
-                              found=f"bits {config['quantization_config']['bits']}")  # fmt: skip
+                              found=f"bits {bits}")  # fmt: skip
             return Request(path, _GPTQ, shard_size=plain.shard_size)
         told = {"bits": found["weight_bit"], **{key: found[key] for key in ("group_size", "nsamples", "seqlen")}}
         return replace(plain, format=_GPTQ, quantization_config=json.dumps(told), calibration=ask.calibration)
