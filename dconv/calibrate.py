@@ -168,7 +168,8 @@ def plan(request: Request, model: Described) -> Planned:
     if not chosen:
         none = "no type of the table is of whole numbers: nothing is calibrated, and no samples are read"
         return Planned(model, None, schemes, tuple(filter(None, (none, predictor, *said))))
-    longest = model.config.get("max_position_embeddings")
+    text = model.config.get("text_config")
+    longest = (text if isinstance(text, Mapping) else model.config).get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
     if importlib.util.find_spec("transformers"):  # without it nothing is run, and no plan needs it
         own.require(model.family, model.config, calibration.seqlen)

@@ -175,6 +175,11 @@ class Family:
     classes: tuple[str, ...] = ()
     mup: Mup | None = None
 
+    @property
+    def sees(self) -> bool:
+        """Whether Megatron's model has a vision tower."""
+        return any(row.megatron.startswith("vision_model.") for row in self.rows)
+
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""
         for theirs, ours in self.also:

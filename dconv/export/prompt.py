@@ -21,6 +21,8 @@ Kind = Literal["decoder", "hybrid", "encoder", "encoder-decoder", "sighted"]
 Answers = tuple[NDArray[np.float32], ...]
 
 _LENGTH: Final = 16
+#: What the names of a tower begin with that Megatron's model does not have.
+_BESIDE: Final = "beside_the_model.vision."
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Prompt:
 
 
 def kind_of(family: Family) -> Kind:
-    """How models of a family are asked."""
+    """How models of a family are asked. One whose tower travels beside Megatron's model sees, too, and is asked with
+    words alone (`prompt_for`).
+    """
     names = [row.megatron for row in family.rows]
     blocks = {name.split(".layers.")[0] for name in names}
-    if any(name.startswith("vision_model.") for name in names):
+    if family.sees or any(name.startswith(_BESIDE) for name in names):
         return "sighted"
     if "encoder" in blocks:
         return "encoder-decoder" if "decoder" in blocks else "encoder"
@@ -68,8 +72,10 @@ def prompt_for(family: Family, facts: Facts, config: Mapping[str, object]) -> Pr
     """
     draw = np.random.default_rng(0)
     kind, vocabulary = kind_of(family), size(facts, "vocab")
-    if kind == "sighted":
+    if family.sees:
         return _sighted(draw, vocabulary, facts, config)
+    if kind == "sighted":
+        kind = "decoder"
     tokens = draw.integers(0, vocabulary, (2, _LENGTH), np.int64)
     types = replies = None
     if kind == "encoder":
