@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from pathlib import Path
@@ -92,6 +93,19 @@ def linear_modules(name: str, source: Path) -> tuple[set[str], set[str]]:
     return inside, every - inside - {"lm_head"}
 
 
+def excluded_from_fp8(source: Path, folder: Path) -> list[str]:
+    """``modules_to_not_convert`` of FORMAT fp8, as transformers renames it to its own modules."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    assert main(["convert", str(source), "fp8", "-o", str(folder / "fp8"), "--quiet"]) == 0
+    said = json.loads((folder / "fp8" / "config.json").read_text())["quantization_config"]
+    config = transformers.FineGrainedFP8Config(modules_to_not_convert=said["modules_to_not_convert"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(source))
+    FineGrainedFP8HfQuantizer(config)._normalize_modules_to_not_convert(model)
+    return config.modules_to_not_convert
+
+
 @pytest.mark.parametrize("name", SEEING)
 def test_loaders_are_told_what_is_in_codes(
     name: str, pairs: dict[str, tuple[Path, Path]], ids: Path, tmp_path: Path
@@ -110,6 +124,14 @@ def test_loaders_are_told_what_is_in_codes(
     listed = said["awq"]["quantization_config"]["modules_to_not_convert"]
     assert {at for at in inside | others if not should_convert_module(at, listed)} == others
     assert len(listed) <= 6
+    if name == "llava":
+        theirs = excluded_from_fp8(pairs[name][0], tmp_path)
+        assert {at for at in inside | others if not should_convert_module(at, theirs)} == others
+    assert main(["convert", str(pairs[name][0]), "mx", "--quant", "mxfp4", "-o", str(tmp_path / "mx"), "--quiet"]) == 0
+    exclude = json.loads((tmp_path / "mx" / "config.json").read_text())["quantization_config"]["exclude"]
+    for at in inside | others:  # vLLM's reading, and amd-quark's
+        plain = any(re.match(entry[3:], at) if entry.startswith("re:") else entry == at for entry in exclude)
+        assert plain == (at in others) == any(fnmatch.fnmatch(at, entry) for entry in exclude), at
     stored = {part.removesuffix(".weight") for part in tensors(tmp_path / "awq") if part.endswith(".weight")}
     older = {at for at in stored if any(entry in at for entry in listed)}  # transformers 4 looks inside of names
     assert not any(re.search(r"layers\.\d+\.(self_attn|mlp)\.", at) for at in stored - older)
