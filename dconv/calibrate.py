@@ -183,7 +183,8 @@ def plan(request: Request, model: Described) -> Planned:
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
     folds = None if isinstance(asked.settings, Gptq) else folds_of(model.family, model.facts, model.logical, recipes)
     logical = to_choose(model.logical, recipes, identity, folds.plain if folds else ())
-    notes = tuple(note for note in (cut, samples.warning, predictor, *said) if note)
+    seeing = "calibrated with words: what is outside of the language model stays as it is" if model.family.sees else ""
+    notes = tuple(note for note in (cut, samples.warning, predictor, seeing, *said) if note)
     record = {"settings": described, "samples": samples.record}
     stored = {name: TO_TORCH[dtypes[name]] for name in (folds.plain if folds else ())}
     calibrating = Calibrating(_seen(model, schemes), asked.settings, samples, recipes, record, folds, stored, peers)

@@ -22,6 +22,8 @@ from dconv.sharding.region import Index
 
 #: The output layer of nearly all of HuggingFace's decoders.
 TIED_HEAD: Final = "lm_head.weight"
+#: What Megatron's names of a vision tower begin with.
+TOWER: Final = "vision_model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,8 @@ class Family:
 
     @property
     def sees(self) -> bool:
-        """Whether Megatron's model has a vision tower."""
-        return any(row.megatron.startswith("vision_model.") for row in self.rows)
+        """Whether there is a vision tower, in Megatron's model or beside it."""
+        return any(row.megatron.startswith((TOWER, "beside_the_model.vision.")) for row in self.rows)
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.arch.family import Family
+from dconv.arch.family import TOWER, Family
 from dconv.arch.layouts import Facts, size
 
 Kind = Literal["decoder", "hybrid", "encoder", "encoder-decoder", "sighted"]
@@ -21,8 +21,6 @@ Kind = Literal["decoder", "hybrid", "encoder", "encoder-decoder", "sighted"]
 Answers = tuple[NDArray[np.float32], ...]
 
 _LENGTH: Final = 16
-#: What the names of a tower begin with that Megatron's model does not have.
-_BESIDE: Final = "beside_the_model.vision."
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,10 @@ class Prompt:
 
 
 def kind_of(family: Family) -> Kind:
-    """How models of a family are asked. One whose tower travels beside Megatron's model sees, too, and is asked with
-    words alone (`prompt_for`).
-    """
+    """How models of a family are asked; see `prompt_for` of those whose tower travels beside Megatron's model."""
     names = [row.megatron for row in family.rows]
     blocks = {name.split(".layers.")[0] for name in names}
-    if family.sees or any(name.startswith(_BESIDE) for name in names):
+    if family.sees:
         return "sighted"
     if "encoder" in blocks:
         return "encoder-decoder" if "decoder" in blocks else "encoder"
@@ -65,17 +61,18 @@ def kind_of(family: Family) -> Kind:
 
 
 def prompt_for(family: Family, facts: Facts, config: Mapping[str, object]) -> Prompt:
-    """Random tokens, of an image random pixels, within what the model knows.
+    """Random tokens, of an image random pixels, within what the model knows; a model whose tower travels beside
+    Megatron's is asked with words alone.
 
     Args:
         facts, config: `dconv.arch.family.Family.facts` of a config.json, and this.
     """
     draw = np.random.default_rng(0)
     kind, vocabulary = kind_of(family), size(facts, "vocab")
-    if family.sees:
-        return _sighted(draw, vocabulary, facts, config)
     if kind == "sighted":
-        kind = "decoder"
+        if any(row.megatron.startswith(TOWER) for row in family.rows):
+            return _sighted(draw, vocabulary, facts, config)
+        kind = "decoder"  # what every runtime has of it
     tokens = draw.integers(0, vocabulary, (2, _LENGTH), np.int64)
     types = replies = None
     if kind == "encoder":

@@ -103,7 +103,7 @@ def test_what_makes_no_sense_is_damaged() -> None:
 
 
 @pytest.mark.parametrize("container", ["torch_dist", "legacy"])
-def test_the_language_model_is_a_qwen2(container: str, tmp_path: Path) -> None:
+def test_the_language_model_is_a_qwen2(container: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """megatron-core computes of what was converted what transformers' Qwen2 does; and dconv's own of the checkpoint."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")
     from dconv.export import huggingface, megatron
@@ -120,7 +120,9 @@ def test_the_language_model_is_a_qwen2(container: str, tmp_path: Path) -> None:
     for ours in (megatron.answers_of(out, prompt)[0], huggingface.answers_of(source, prompt)[0]):
         found = torch.from_numpy(ours)[..., : expected.shape[-1]]
         assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    capsys.readouterr()
     assert main(["check", str(source)]) == 0
+    assert "with words alone" in " ".join(capsys.readouterr().out.split())
     assert "modeling_minicpmv.py" not in {path.name for path in out.iterdir()}
     convert(Request(out, "hf", tmp_path / "back"))
     assert tensors(tmp_path / "back") == tensors(source)
