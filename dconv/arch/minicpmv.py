@@ -3,8 +3,8 @@
 Megatron-LM has no such model. What Megatron has of it is the language model, a Qwen2 of its own; tower and resampler
 travel beside it, whole on every rank. transformers has no class either: the checkpoints bring their code, which is not
 run. Tensors, shapes and defaults are those of that code (``modeling_minicpmv.py``, ``configuration_minicpm.py``,
-``modeling_navit_siglip.py``, ``resampler.py``) and of what others read it by: vLLM's ``minicpmv.py``, llama.cpp's
-``minicpmv-surgery.py`` and ``minicpmv-convert-image-encoder-to-gguf.py``. The resampler's positions are computed.
+``modeling_navit_siglip.py``, ``resampler.py``; public copies), and versions those of vLLM's ``minicpmv.py``. The
+resampler's positions are computed.
 
 Other versions have the same ``model_type`` and architecture, and another language model; a config.json that says no
 version is 2.0 or 2.5 (vLLM's ``minicpmv.py`` tells them apart by their sizes).
@@ -28,7 +28,7 @@ from dconv.errors import Refused
 
 _VERSION: Final = 2.6
 #: The language models of the others.
-_OTHERS: Final = {"2.0": "MiniCPM 2B", "2.5": "Llama 3", "4.0": "MiniCPM4", "4.5": "Qwen3"}
+_OTHERS: Final = {"2.0": "MiniCPM", "2.5": "Llama 3", "4.0": "Llama", "4.5": "Qwen3"}
 #: ``SiglipVisionConfig``, for keys that a ``vision_config`` omits; and the one that stands where there is none.
 _TOWER: Final[Mapping[str, object]] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224,

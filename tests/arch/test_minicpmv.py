@@ -21,7 +21,7 @@ from tests.models import tensors  # noqa: E402
 from tests.oracles import hf, minicpmv  # noqa: E402
 
 FAMILY = families()["minicpmv"]
-#: openbmb/MiniCPM-V-2_6, with what concerns the function.
+#: MiniCPM-V 2.6 in its sizes, under the keys of its configuration class.
 PUBLISHED: dict[str, Any] = {
     "version": 2.6, "architectures": ["MiniCPMV"], "attention_dropout": 0.0, "batch_vision_input": True,
     "bos_token_id": 151643, "drop_vision_last_layer": False, "eos_token_id": 151645, "hidden_act": "silu",
