@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from dconv.errors import Refused
 from dconv.export.prompt import Kind
 
 #: Lengths that stand for axes of any length while a model is traced: none is 0 or 1, and no two are alike, so that
@@ -59,11 +58,7 @@ class Graph:
 
 
 def graph_of(model: Any, kind: Kind) -> Graph:
-    """The graph of a model that `dconv.net.skeleton.built` made.
-
-    Raises:
-        Refused: a model that sees.
-    """
+    """The graph of a model that `dconv.net.skeleton.built` made, and that does not see."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = Port("input_ids", (BATCH, SEQUENCE), True)
     if kind == "encoder":
@@ -81,13 +76,6 @@ def graph_of(model: Any, kind: Kind) -> Graph:
             Port("decoder_input_ids", (BATCH, REPLIES), True),
         )
         return Graph(_module(model, _answer), inputs, (Port("logits", (BATCH, REPLIES, vocabulary)),))
-    if kind == "sighted":
-        raise Refused(
-            "models that see are not traced, nothing was written",
-            found=type(model).__name__,
-            expected="a text model",
-            do="FORMAT hf, megatron or pt",
-        )
     logits = Port("logits", (BATCH, SEQUENCE, vocabulary))
     if kind == "hybrid":
         return Graph(_module(model, _read), (tokens, Port("attention_mask", (BATCH, SEQUENCE), True)), (logits,))
