@@ -95,11 +95,13 @@ class Graph:
 
     def empty(self) -> Arrays:
         """A cache of nothing, as long as the context."""
-        return {
-            one.name: np.zeros([self.context if axis == self._past else axis for axis in one.shape], np.float32)
-            for one in self.session.get_inputs()
-            if one.name.startswith("past_")
-        }
+        found: Arrays = {}
+        for one in self.session.get_inputs():
+            if one.name.startswith("past_"):
+                shape = list(one.shape)
+                shape[3 if "_key_" in one.name else 2] = self.context
+                found[one.name] = np.zeros(shape, np.float32)
+        return found
 
     @property
     def _past(self) -> int:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from dconv.cli import main
-from dconv.hw import manifest
+from dconv.describe import describe_model
+from dconv.errors import DconvError, StorageFault, ToolMissing, VerifyFailed
+from dconv.hw import finish, manifest
 from dconv.hw.drivers.qnn_driver import CHIPS as KNOWN
 from dconv.hw.hexagon import CHIPS
+from dconv.hw.qnn import ADAPTER
+from dconv.hw.target import Ask
+from dconv.request import Request
 from tests.hw.conftest import STAND_INS
 from tests.hw.genie import Genie
 from tests.oracles import hf
@@ -37,6 +42,14 @@ def with_tokenizer(folder: Path) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qairt") / "llama"
     return with_tokenizer(hf.save(hf.tiny("llama", num_hidden_layers=2, rope_parameters=LLAMA3)[1], folder))
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is compiled, in half precision."""
+    out = tmp_path_factory.mktemp("qairt") / "bundle"
+    assert hand(model, out, "--bundle") == 0
+    return out
 
 
 @pytest.fixture
@@ -81,16 +94,20 @@ def text(length: int) -> list[int]:
     return np.random.default_rng(0).integers(0, VOCABULARY, length).tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_graphs_over_one_cache_compute_the_model(family: str, model: Path, tmp_path: Path) -> None:
-    if family != "llama":
-        sizes: dict[str, Any] = {"num_hidden_layers": 2}
-        if family == "phi3":  # a part of each head turns
-            sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
-        model = with_tokenizer(hf.save(hf.tiny(family, **sizes)[1], tmp_path / family))
-    assert hand(model, tmp_path / "out", "--bundle") == 0
+def test_graphs_over_one_cache_compute_the_model(model: Path, bundle: Path) -> None:
+    require_logits(model, bundle)
+
+
+def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    phi = with_tokenizer(hf.save(hf.tiny("phi3", num_hidden_layers=2, rope_parameters=rope)[1], tmp_path / "phi"))
+    assert hand(phi, tmp_path / "out", "--bundle") == 0
+    require_logits(phi, tmp_path / "out")
+
+
+def require_logits(model: Path, bundle: Path) -> None:
     tokens = text(19)
-    genie, wanted = Genie(tmp_path / "out"), expected(model, tokens)
+    genie, wanted = Genie(bundle), expected(model, tokens)
     found = np.concatenate([genie.logits(tokens[:13]), *(genie.logits([token]) for token in tokens[13:])])
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
@@ -137,45 +154,63 @@ def test_codes_of_the_cache_are_the_same_for_both_graphs(model: Path, sdk: Path,
         assert 0.3 * np.abs(held).max() < one["max"] < 3 * np.abs(held).max()
     mask = codes["attention_mask"][0]
     assert (mask["bitwidth"], mask["min"], mask["max"]) == (16, -50.0, pytest.approx(0, abs=1e-3))
-    for graph, lines in (("prompt_ar8_cl24_1_of_1", 4), ("token_ar1_cl24_1_of_1", 8)):
-        said = (tmp_path / "bundle/calibration" / graph / "input_list.txt").read_text().splitlines()
-        assert len(said) == lines  # 16 of 20 tokens by eights, the last four one by one, of two texts
+    prompt, token = (samples(tmp_path / "bundle", name) for name in ("prompt_ar8", "token_ar1"))
+    assert (len(prompt), len(token)) == (4, 8)  # 16 of 20 tokens by eights, the last four one by one, of two texts
+    read = [int(one) for sample in (*prompt[:2], *token[:4]) for one in sample["input_ids"].flat]
+    assert all(token in tokens for token in read)
+    session = genie.sessions[1]
+    given = {one.name: token[3][one.name].reshape(one.shape) for one in session.get_inputs()}
+    (logits,) = session.run(["logits"], {**given, "input_ids": given["input_ids"].astype(np.int32)})
+    wanted = expected(model, read)[-1]
+    assert np.abs(logits[0, 0] - wanted).max() < 1e-4 * np.abs(wanted).max()
     done = subprocess.run(
         ["bash", tmp_path / "bundle/compile.sh"], capture_output=True, text=True,
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "QAIRT_SDK_ROOT": str(sdk)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert hand(model, tmp_path / "out", *told, nsamples=2) == 0
-    ports = json.loads((tmp_path / "out/model_part_1_of_1.json").read_text())["info"]["graphs"][0]["info"]
+    ports = json.loads((tmp_path / "bundle/out/model_part_1_of_1.json").read_text())["info"]["graphs"][0]["info"]
     types = {one["info"]["name"]: one["info"]["dataType"] for one in ports["graphInputs"]}
     assert types["past_value_1_in"] == "QNN_DATATYPE_UFIXED_POINT_8"
 
 
+def samples(bundle: Path, graph: str) -> list[dict[str, np.ndarray]]:
+    """What the list of a graph's samples names, as the quantizer reads it."""
+    (path,) = (bundle / "calibration").glob(f"{graph}_*/input_list.txt")
+    lines = [dict(word.split(":=") for word in line.split()) for line in path.read_text().splitlines()]
+    return [{name: np.fromfile(bundle / file, "<f4") for name, file in line.items()} for line in lines]
+
+
 @pytest.mark.parametrize(
-    ("fails", "code", "words"),
+    ("fails", "error", "words"),
     [
-        ("crash", 7, "ERROR_OP_NOT_SUPPORTED"),
-        ("hang", 7, "longer than it may"),
-        ("memory", 7, "memory ran out"),
-        ("full", 5, "no room on the disk"),
-        ("nothing", 6, "model_part_1_of_1.bin: not there"),
-        ("empty", 6, "model_part_1_of_1.bin: 0 bytes"),
-        ("one graph", 6, "the binary has other graphs"),
-        ("layout", 6, "not those that Genie opens"),
-        ("other codes", 6, "do not agree on what the cache holds"),
-        ("chip", 6, "does not say that it is for this chip"),
-        ("silent", 6, "does not say that it is for this chip"),
-        ("no graphs", 6, "does not say what is in the binary"),
+        ("crash", ToolMissing, "ERROR_OP_NOT_SUPPORTED"),
+        ("hang", ToolMissing, "longer than it may"),
+        ("memory", ToolMissing, "memory ran out"),
+        ("full", StorageFault, "no room on the disk"),
+        ("nothing", VerifyFailed, "model_part_1_of_1.bin: not there"),
+        ("empty", VerifyFailed, "model_part_1_of_1.bin: 0 bytes"),
+        ("one graph", VerifyFailed, "the binary has other graphs"),
+        ("layout", VerifyFailed, "not those that Genie opens"),
+        ("other codes", VerifyFailed, "do not agree on what the cache holds"),
+        ("chip", VerifyFailed, "does not say that it is for this chip"),
+        ("silent", VerifyFailed, "does not say that it is for this chip"),
+        ("no graphs", VerifyFailed, "does not say what is in the binary"),
     ],
 )
 @pytest.mark.usefixtures("sdk")
 def test_a_failure_leaves_its_log_alone(
-    fails: str, code: int, words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fails: str, error: type[DconvError], words: str, model: Path, bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("STAND_IN_FAILS", fails)
-    assert hand(model, tmp_path / "out", "--toolchain-timeout", "3" if fails == "hang" else "100") == code
-    assert words in capsys.readouterr().err
+    settings = {"toolkit": "qairt", "prefill": PREFILL, "context": CONTEXT}
+    ask = Ask("SM8750", settings, "", Path(sys.executable), os.environ)
+    handing = ADAPTER.plan(describe_model(model), Request(model, "huggingface"), ask)
+    shutil.copytree(bundle, tmp_path / "work", ignore=shutil.ignore_patterns("SHA256SUMS", "manifest.json"))
+    timeout = 2 if fails == "hang" else 100
+    how = finish.Finish("qnn", tmp_path / "out", tmp_path / "work", {}, timeout, False, print, lambda: False)
+    with pytest.raises(error, match=words):
+        finish.compiled(ADAPTER, handing, ADAPTER.find(ask, handing.terms), ask, how)
     assert {path.name for path in tmp_path.iterdir()} == {"qairt", "out.compile.log"}
 
 
