@@ -72,6 +72,24 @@ def angles(said: Mapping[str, Any], places: NDArray[np.int64]) -> tuple[NDArray[
     return np.cos(found).astype(np.float32), np.sin(found).astype(np.float32)
 
 
+def ends(model: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The tokens that begin and end a text.
+
+    Args:
+        model: config.json.
+        generation: generation_config.json, whose tokens win.
+
+    Raises:
+        Refused: none ends it.
+    """
+    merged = {**model, **{key: said for key, said in generation.items() if said is not None}}
+    first, last = (merged.get(key) for key in ("bos_token_id", "eos_token_id"))
+    if last is None or last == []:
+        raise Refused("no token ends a text, and Genie would not stop, nothing was written",
+                      where="config.json, generation_config.json", expected="eos_token_id")  # fmt: skip
+    return first, last
+
+
 def config_of(
     model: Mapping[str, Any],
     generation: Mapping[str, Any],
@@ -82,18 +100,14 @@ def config_of(
     """``genie_config.json``.
 
     Args:
-        model: config.json.
-        generation: generation_config.json, whose tokens win.
+        model, generation: see `ends`.
         rope: of `rotation`, with ``rope-dim``.
         sizes: ``context``, ``vocabulary`` and ``width`` of a head.
 
     Raises:
-        Refused: no token says where a text ends.
+        Refused: see `ends`.
     """
-    first, last = (generation.get(key, model.get(key)) for key in ("bos_token_id", "eos_token_id"))
-    if last is None or last == []:
-        raise Refused("no token ends a text, and Genie would not stop, nothing was written",
-                      where="config.json, generation_config.json", expected="eos_token_id")  # fmt: skip
+    first, last = ends(model, generation)
     htp: dict[str, Any] = {
         "version": 1, "use-mmap": True, "spill-fill-bufsize": 0, "mmap-budget": 0, "poll": True, "cpu-mask": "0xe0",
         "kv-dim": sizes["width"], "allow-async-init": False,

@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.errors import ToolMissing
 from dconv.hw.genie_config import angles
 
 ENCODINGS: Final = "encodings.json"
@@ -85,11 +86,18 @@ class Graph:
 
     @classmethod
     def opened(cls, name: str, path: Path, rope: Mapping[str, Any]) -> Graph:
+        """
+        Raises:
+            ToolMissing: onnxruntime does not take it.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # whatever a runtime raises about one graph
+            raise _failed(name, error) from error
         shapes = {one.name: one.shape for one in session.get_inputs()}
         return cls(name, session, shapes["input_ids"][1], shapes["attention_mask"][3], rope)
 
@@ -125,7 +133,15 @@ class Graph:
 
     def run(self, given: Arrays) -> Arrays:
         names = [one.name for one in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(None, given), strict=True))
+        try:
+            return dict(zip(names, self.session.run(None, given), strict=True))
+        except Exception as error:  # whatever a runtime raises about one graph
+            raise _failed(self.name, error) from error
+
+
+def _failed(name: str, error: Exception) -> ToolMissing:
+    return ToolMissing("onnxruntime does not compute samples of the cache, nothing was written", where=name,
+                       found=f"{type(error).__name__}: {error}"[:600])  # fmt: skip
 
 
 def kept(cache: Arrays, made: Arrays, before: int, count: int) -> None:

@@ -179,6 +179,7 @@ def _require_runnable(model: Described, context: int) -> dict[str, Any]:
     if genie_config.TOKENIZER not in model.source.side:
         raise Refused("Genie reads a tokenizer, nothing was written", where=str(model.source.root),
                       expected=genie_config.TOKENIZER, do="--hf-config DIR, of one that has it")  # fmt: skip
+    genie_config.ends(config, _generation(model))
     return genie_config.rotation(config)
 
 

@@ -116,6 +116,7 @@ def script(graphs: Sequence[tuple[str, str]], binary: str, quantised: str | None
     lines = [
         *(f': "${{{ROOT}:=${{{name}:-}}}}"' for name in _ROOTS[1:]),
         f': "${{{ROOT}:?names the QAIRT SDK}}"',
+        f"export {ROOT}",
         f'tools="${ROOT}/bin/{_HOST}"',
         f'libraries="${ROOT}/lib/{_HOST}"',
         f'python="${{{VARIABLE}:-python3}}"',

@@ -23,6 +23,7 @@ from dconv.hw.target import Ask
 from dconv.request import Request
 from tests.hw.conftest import STAND_INS
 from tests.hw.genie import Genie
+from tests.hw.test_static_compilers import DRIVERS, ROOT, needs
 from tests.oracles import hf
 
 PREFILL, CONTEXT, VOCABULARY = 8, 24, 320
@@ -110,6 +111,22 @@ def require_logits(model: Path, bundle: Path) -> None:
     genie, wanted = Genie(bundle), expected(model, tokens)
     found = np.concatenate([genie.logits(tokens[:13]), *(genie.logits([token]) for token in tokens[13:])])
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@needs("qnn")
+@pytest.mark.parametrize("graph", ["prompt", "token"])
+def test_the_compiler_of_the_other_toolkit_leaves_nothing_of_a_graph_to_the_cpu(
+    graph: str, bundle: Path, tmp_path: Path
+) -> None:
+    job = {"source": {"onnx": str(bundle / graph / "model.onnx")}, "out": "out", "platform": "SM8750",
+           "settings": {"dtype": "fp16"}}  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    told = [ROOT / ".venvs/qnn/bin/python", DRIVERS / "qnn_driver.py", "compile", tmp_path / "job.json"]
+    done = subprocess.run(told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "out/result.json").read_text())["evidence"]
+    assert said["operators"] == {"EPContext": 1}
+    assert said["inputs"]["position_ids_cos"][3] == 8
 
 
 @pytest.mark.usefixtures("sdk")
@@ -240,7 +257,7 @@ def test_without_the_sdk_nothing_is_left(model: Path, tmp_path: Path, capsys: py
 
 
 def changed(model: Path, folder: Path, **keys: object) -> Path:
-    shutil.copytree(model, folder)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("generation_config.json"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **keys}))
     return folder
@@ -253,6 +270,7 @@ def changed(model: Path, folder: Path, **keys: object) -> Path:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}}, "a whole number"),
         ({"sliding_window": 16}, "windows"),
         ({"kv_lora_rank": 8}, "latent attention"),
+        ({"eos_token_id": None}, "no token ends a text"),
     ],
 )
 def test_what_genie_cannot_say_of_a_model_is_refused(
@@ -260,6 +278,13 @@ def test_what_genie_cannot_say_of_a_model_is_refused(
 ) -> None:
     assert hand(changed(model, tmp_path / "model", **keys), tmp_path / "out", "--bundle") == 3
     assert words in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_positions_that_do_not_turn_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt = with_tokenizer(hf.save(hf.tiny("gpt2", num_hidden_layers=2)[1], tmp_path / "model"))
+    assert hand(gpt, tmp_path / "out", "--bundle") == 3
+    assert "positions are no rotation" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
