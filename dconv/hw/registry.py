@@ -11,7 +11,7 @@ from dconv.hw.target import Adapter
 
 _GROUP: Final = "dconv.hw"
 #: FORMAT -> its target's module in this room, which has ``ADAPTER``.
-_OURS: Final = {"rk": "rk", "qnn": "qnn", "ax": "ax", "neuron": "neuron"}
+_OURS: Final = {"mtk": "mtk", "rk": "rk", "qnn": "qnn", "ax": "ax", "neuron": "neuron"}
 #: Other spellings.
 _SPELLED: Final = {f"hf2{name}": name for name in _OURS}
 #: FORMATs of a checkpoint as well, which is what they mean where no chip is named.

@@ -196,7 +196,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 def add_compiler_options(parser: argparse.ArgumentParser) -> None:
     """A hardware compiler's."""
-    group = parser.add_argument_group("hardware compiler (FORMAT rk, qnn, ax, neuron)")
+    group = parser.add_argument_group("hardware compiler (FORMAT mtk, rk, qnn, ax, neuron)")
     group.add_argument("--platform", metavar="CHIP", help="what is compiled for, such as RK3588 or trn2")
     group.add_argument("--task", choices=("text-generation", "image-text-to-text"),
                        help="what the model is for (normally read from the config)")  # fmt: skip
