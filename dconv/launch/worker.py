@@ -96,7 +96,11 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         stop: made earlier in this process, if it was.
         request: a step of what ``args`` ask for; its summary is not printed.
     """
-    if request is None and target(args):
+    try:
+        handed = request is None and target(args) is not None
+    except (DconvError, OSError) as fault:
+        return failed(fault, args, where)
+    if handed:
         from dconv.launch import compiling  # it runs this function for each of its steps
 
         return compiling.main(args, where, stop)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,17 @@ def test_without_a_chip_it_is_the_checkpoint(llama: Path, tmp_path: Path) -> Non
         assert main(["convert", str(llama), spelling, "-o", str(tmp_path / spelling), "--quiet"]) == 0
         assert "layers.0.self_attn.qkv_proj.q_proj.weight" in tensors(tmp_path / spelling)
         assert not manifest.is_here(tmp_path / spelling)
+
+
+@pytest.mark.parametrize("start", ["dconv", "dconv.launch"])
+def test_settings_that_cannot_be_read_are_said_by_every_launcher(start: str, llama: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", start, *(["convert"] if start == "dconv" else []), str(llama), "neuron"]
+    asked = ["--quantization-config", "{", "-o", str(tmp_path / "out")]
+    done = subprocess.run([*words, *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is no JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left(tmp_path) == set()
 
 
 def test_settings_name_the_chip_as_well(llama: Path, neuron: Path, tmp_path: Path) -> None:
