@@ -122,15 +122,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import price
-    from dconv.hw.registry import target_of
-    from dconv.launch.options import parse, to_request
+    from dconv.launch.options import parse, target, to_request
     from dconv.pipeline import prepare
     from dconv.report import plan as report
     from dconv.report.trace import text
     from dconv.trace import trace
 
     args = parse(parser, words)
-    if target_of(args.format):
+    if target(args):
         from dconv.launch.compiling import planned
 
         say(json.dumps(planned(args)) if args.json else "\n".join(f"{k}: {v}" for k, v in planned(args).items()))

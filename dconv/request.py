@@ -17,6 +17,7 @@ FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
+    "hf2neuron": "neuron",
     "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
     "onnx": "onnx", "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
 }  # fmt: skip

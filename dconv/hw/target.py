@@ -33,6 +33,7 @@ class Ask:
         task: ``text-generation`` or ``image-text-to-text``; None reads the config.
         calibration: a file of samples; None for the text that ships.
         quant: ``--quant``: the precision.
+        tp: ``--tp``, of a target that takes it.
     """
 
     platform: str | None
@@ -43,6 +44,7 @@ class Ask:
     task: str | None = None
     calibration: str | None = None
     quant: str | None = None
+    tp: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from dconv.describe import describe_model
 from dconv.errors import DconvError, Refused, ToolMissing, UsageError
 from dconv.export.runtimes import available_memory
 from dconv.hw import finish, manifest, settings
-from dconv.hw.registry import adapter, target_of
+from dconv.hw.registry import adapter
 from dconv.hw.target import Adapter, Adopting, Ask, Handing, Terms, Tool
 from dconv.launch import worker
-from dconv.launch.options import to_request
+from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, Stopped, preempted, say
 from dconv.pipeline import prepare as plan_conversion
 from dconv.request import Request
+from dconv.sharding.coords import Parallel
 from dconv.sharding.receipt import RECEIPT, read_receipt
 
 #: What ``--model-type`` said where tasks had no option of their own.
@@ -69,30 +70,34 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
         Refused: the compiler needs more memory than there is.
         ToolMissing: the compiler is not here, and no bundle was asked for.
     """
-    target = str(target_of(args.format))
-    found = adapter(target)
+    name = str(target(args))
+    found = adapter(name)
     request, task = _tasked(to_request(args), args.task)
     given, where = settings.read(request.quantization_config)
-    ask = Ask(args.platform, given, where, args.toolchain_python, os.environ, task, request.calibration, request.quant)
+    ask = Ask(
+        args.platform, given, where, args.toolchain_python, os.environ, task, request.calibration, request.quant,
+        args.tp,
+    )  # fmt: skip
     out = request.output
     if manifest.is_here(request.model):
         said = manifest.read(request.model)
-        if said["target"] != target:
+        if said["target"] != name:
             raise Refused("this was handed to another compiler, nothing was written", where=str(request.model),
-                          expected=target, found=said["target"],
+                          expected=name, found=said["target"],
                           do=f"FORMAT {said['target']}, or its own source")  # fmt: skip
-        return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None)
+        return Compilation(name, found, ask, request.model, out, _work(out, "again"), None, None)
     if isinstance(found, Adopting) and (adopted := found.adopt(request.model, ask)) is not None:
-        return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None, adopted)
-    base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None)
+        return Compilation(name, found, ask, request.model, out, _work(out, "again"), None, None, adopted)
+    base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None,
+                   parallel=Parallel())  # fmt: skip
     handing = found.plan(_described(base), base, ask)
     tool = found.find(ask, handing.terms) if finding and not args.bundle else None
     if tool is not None:
         _require_memory(handing, args.max_host_memory, tool)
     plain = repr([(step.role, step.request) for step in handing.steps])
-    said = json.dumps([target, handing.terms.platform, handing.terms.settings, plain], sort_keys=True, default=str)
-    name = hashlib.sha256(said.encode()).hexdigest()[:12]
-    return Compilation(target, found, ask, request.model, out, _work(out, name), handing, tool)
+    said = json.dumps([name, handing.terms.platform, handing.terms.settings, plain], sort_keys=True, default=str)
+    work = _work(out, hashlib.sha256(said.encode()).hexdigest()[:12])
+    return Compilation(name, found, ask, request.model, out, work, handing, tool)
 
 
 def _tasked(request: Request, task: str | None) -> tuple[Request, str | None]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
-from dconv.hw.registry import target_of
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
-from dconv.launch.options import to_request
+from dconv.launch.options import target, to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
@@ -100,7 +99,11 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         stop: made earlier in this process, if it was.
         request: a step of what ``args`` ask for; its summary is not printed.
     """
-    if request is None and target_of(args.format):
+    try:
+        handed = request is None and target(args) is not None
+    except (DconvError, OSError) as fault:
+        return failed(fault, args, where)
+    if handed:
         from dconv.launch import compiling  # it runs this function for each of its steps
 
         return compiling.main(args, where, stop)

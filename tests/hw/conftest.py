@@ -42,3 +42,34 @@ def rkllm(tmp_path: Path) -> Path:
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     return python
+
+
+@pytest.fixture
+def neuron(tmp_path: Path) -> Path:
+    return neuron_in(tmp_path)
+
+
+def neuron_in(folder: Path) -> Path:
+    """An interpreter that has NxD Inference, as far as anyone can see."""
+    packages, bins = folder / "toolchain", folder / "toolchain" / "bin"
+    nxd = packages / "neuronx_distributed_inference"
+    for package in (bins, nxd / "models", packages / "torch_neuronx", packages / "neuronx_distributed"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (nxd / "__init__.py").touch()
+    shutil.copyfile(STAND_INS / "neuron" / "inference_demo.py", nxd / "inference_demo.py")
+    shutil.copyfile(STAND_INS / "neuron" / "application_base.py", nxd / "models" / "application_base.py")
+    for name, version in (
+        ("neuronx-distributed-inference", "0.9.0"), ("neuronx-distributed", "0.18.0"),
+        ("torch-neuronx", "2.9.0.2.12.0"), ("neuronx-cc", "2.23.1"),
+    ):  # fmt: skip
+        information = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    compiler = bins / "neuronx-cc"
+    compiler.write_text("#!/bin/sh\necho NeuronX Compiler version 2.23.1+stand-in\n")
+    compiler.chmod(0o755)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPATH="{bins}:$PATH" PYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python
