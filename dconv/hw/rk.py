@@ -33,7 +33,8 @@ class Rockchip:
 
     @property
     def platforms(self) -> Mapping[str, str]:
-        return _TOOLKITS["rkllm"].platforms
+        said = {name: one.platforms for name, one in _TOOLKITS.items()}
+        return {chip: "; ".join(f"{name} {said[name][chip]}" for name in said) for chip in said["rkllm"]}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         name = _named(ask) or ("rkllm" if kind_of(model.family) == "decoder" else "rknn")
