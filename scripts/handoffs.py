@@ -25,17 +25,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from math import gcd
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
 ROOT: Final = Path(__file__).parents[1]
-PROMPT: Final = (
-    "The three laws of thermodynamics say that energy is conserved, that entropy grows, and that nothing gets as cold "
-    "as absolute zero."
-)
+PROMPT: Final = "The laws of thermodynamics say that energy is conserved, entropy grows, nothing gets as cold as it can"
 #: Of the text that every graph takes.
 TOKENS: Final = 16
 
@@ -48,7 +45,7 @@ class Row:
         shown: one of `SHOWN`.
         allowed: `SAME`, `HALF` or `CODES`, where the reasons are.
         toolchain: of ``scripts/toolchains.sh``; of ``tests.hw.stand_ins`` for a bundle.
-        parts: of a bundle: pattern of files -> how many of them ``compile.sh`` writes; 0 is one a layer.
+        parts: of a bundle: patterns of files, and how many of them ``compile.sh`` writes; 0 is one a layer.
     """
 
     target: str
@@ -57,7 +54,7 @@ class Row:
     shown: str
     allowed: float
     toolchain: str
-    parts: Mapping[str, int] = MappingProxyType({})
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,21 +84,21 @@ ROWS: Final = (
     Row("qnn", "SM8650", {"dtype": "w8a16", **_GRAPH}, "binary", SAME, "qnn"),
     Row("litert", "", _GRAPH, "litert", SAME, "litert"),
     Row("mtk", "MT6991", {"toolkit": "litert", "aot": False, **_GRAPH}, "litert", SAME, "litert"),
-    Row("rk", "RK3588", {"toolkit": "rkllm", "dtype": "w8a8"}, "bundle", SAME, "rkllm", {"model.rkllm": 1}),
-    Row("rk", "RK3576", {"toolkit": "rkllm", "dtype": "w4a16_g32"}, "bundle", SAME, "rkllm", {"model.rkllm": 1}),
+    Row("rk", "RK3588", {"toolkit": "rkllm", "dtype": "w8a8"}, "bundle", SAME, "rkllm", (("model.rkllm", 1),)),
+    Row("rk", "RK3576", {"toolkit": "rkllm", "dtype": "w4a16_g32"}, "bundle", SAME, "rkllm", (("model.rkllm", 1),)),
     Row(
         "ax", "AX650", {"weight_type": "s8"}, "bundle", SAME, "pulsar2",
-        {"*_l*_together.axmodel": 0, "*_post.axmodel": 1, "model.embed_tokens.weight.bfloat16.bin": 1},
+        (("*_l*_together.axmodel", 0), ("*_post.axmodel", 1), ("model.embed_tokens.weight.bfloat16.bin", 1)),
     ),
 )  # fmt: skip
 
 
-class NotRun(Exception):
-    """A row that this machine, or this tree, cannot show."""
-
-
 class Failed(Exception):
     """A row that went wrong."""
+
+
+class NotRun(Exception):
+    """One that this machine, or this tree, cannot show."""
 
 
 @dataclass(frozen=True)
@@ -198,24 +195,25 @@ def cut(model: Path, layers: int, out: Path) -> Path:
     return out
 
 
-def ran(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+def ran(what: str, command: list[str | Path], **environment: str) -> str:
+    """What a command says, with this tree's dconv; raises Failed where it fails."""
     told = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=told)
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=told)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "not a word").splitlines()[-1]
+        raise Failed(f"{what}: exit code {done.returncode}: {last[:300]}")
+    return done.stdout
 
 
 def convert(*words: str | Path) -> dict[str, Any]:
-    """What ``dconv convert … --json`` says.
-
-    Raises:
-        NotRun: this tree has no such FORMAT.
-    """
-    done = ran([sys.executable, "-m", "dconv", "convert", *words, "--overwrite", "--json"])
-    if "no format is called" in done.stdout + done.stderr:
-        raise NotRun(f"there is no FORMAT {words[1]} here")
-    if done.returncode:
-        print(done.stdout, done.stderr, file=sys.stderr)
-        raise Failed(f"dconv convert: exit code {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """What ``dconv convert … --json`` says; raises NotRun where there is no such FORMAT."""
+    try:
+        said = ran("dconv convert", [sys.executable, "-m", "dconv", "convert", *words, "--overwrite", "--json"])
+    except Failed as fault:
+        if "no format is called" not in str(fault):
+            raise
+        raise NotRun(f"there is no FORMAT {words[1]} here") from fault
+    return json.loads(said.strip().splitlines()[-1])
 
 
 def hand(case: Case, row: Row, kind: str = "", *options: str) -> tuple[Path, dict[str, Any]]:
@@ -229,9 +227,7 @@ def drive(name: str, verb: str, folder: Path, job: Mapping[str, Any]) -> Path:
     """The folder that a driver wrote into, run by its toolchain."""
     (folder / f"{verb}.json").write_text(json.dumps(job))
     driver = ROOT / "dconv/hw/drivers" / f"{name}_driver.py"
-    done = ran([ROOT / ".venvs" / name / "bin/python", driver, verb, folder / f"{verb}.json"], PYTHONPATH="")
-    if done.returncode:
-        raise Failed(f"{name}_driver.py {verb}: {done.stderr.strip().splitlines()[-1]}")
+    ran(driver.name, [ROOT / ".venvs" / name / "bin/python", driver, verb, folder / f"{verb}.json"], PYTHONPATH="")
     return folder / job["out"]
 
 
@@ -286,9 +282,7 @@ def by_binary(case: Case, row: Row) -> Shown:
         words += f", of its codes correlation {codes:.3f}"
     fine = named and kinds == ["EPContext"] and (codes is None or 1 - codes <= CODES)
     words = f"{'names' if named else 'does not name'} {row.chip}; operators {', '.join(kinds)}; graph {words}"
-    return Shown(
-        listed(made, ".bin"), "its own words; its graph's logits in onnxruntime", words, off if fine else np.inf
-    )
+    return Shown(listed(made, ".bin"), "its words; its graph's logits in onnxruntime", words, off if fine else np.inf)
 
 
 def by_litert(case: Case, row: Row) -> Shown:
@@ -318,34 +312,26 @@ def by_stand_in(case: Case, row: Row) -> Shown:
     shutil.copytree(out, handed)
     shutil.rmtree(out)
     stand_ins: Any = import_module("tests.hw.stand_ins")
-    done = ran(["bash", handed / "compile.sh"], **stand_ins.environment(row.toolchain, elsewhere))
-    if done.returncode:
-        print(done.stdout, done.stderr, file=sys.stderr)
-        raise Failed(f"compile.sh: exit code {done.returncode}")
-    parts = {pattern: sorted((handed / "out").glob(pattern)) for pattern in row.parts}
-    whole = all(len(parts[pattern]) == (count or case.layers) for pattern, count in row.parts.items())
-    whole &= all(path.stat().st_size for paths in parts.values() for path in paths)
+    ran("compile.sh", ["bash", handed / "compile.sh"], **stand_ins.environment(row.toolchain, elsewhere))
+    parts = [(sorted((handed / "out").glob(pattern)), count or case.layers) for pattern, count in row.parts]
+    whole = all(len(paths) == count and all(path.stat().st_size for path in paths) for paths, count in parts)
     (checkpoint,) = {path.parent for path in handed.glob("*/*.safetensors")}
     words, off = agreement(case, row, asked(checkpoint, case.tokens)[0])
-    words = f"{sum(map(len, parts.values()))} parts, {'all' if whole else 'not all'} there; {words}"
+    words = f"{sum(len(paths) for paths, _ in parts)} parts, {'all' if whole else 'not all'} there; {words}"
     size = {"bundle": sum(listed(made, "").values())}
     return Shown(size, "the stand-in's contract; its checkpoint's logits", words, off if whole else np.inf)
 
 
 SHOWN: Final[Mapping[str, Callable[[Case, Row], Shown]]] = {
-    "simulator": by_simulator,
-    "binary": by_binary,
-    "litert": by_litert,
-    "bundle": by_stand_in,
-}
+    "simulator": by_simulator, "binary": by_binary, "litert": by_litert, "bundle": by_stand_in
+}  # fmt: skip
 
 
 def prepare(model: Path, work: Path, layers: int) -> Case:
     """Cut, and cut up: Megatron of as many tensor parallel shards as its query groups allow, two stages, two ranks."""
     model = cut(model, layers, work / "model")
     config = json.loads((model / "config.json").read_text())
-    groups = config.get("num_key_value_heads") or config["num_attention_heads"]
-    tp = next(count for count in (3, 2, 1) if groups % count == 0 and config["num_attention_heads"] % count == 0)
+    tp = gcd(config["num_attention_heads"], config.get("num_key_value_heads") or 0)
     layout = ["--tp", str(tp), "--pp", "2" if config["num_hidden_layers"] > 1 else "1"]
     convert(model, "megatron", *layout, "-o", work / "megatron", "--nproc", "2")
     if (model / "tokenizer.json").exists():
@@ -382,7 +368,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="WORDS", help='rows that have these: "qnn SM8750"')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     rows = [row for row in ROWS if not args.only or any(set(one.split()) <= set(row.name.split()) for one in args.only)]
     if not rows:
         raise SystemExit(f"no row has these words; there are: {'; '.join(row.name for row in ROWS)}")

@@ -1,7 +1,7 @@
 """Each way in which a hand-off fails, for each compiler: an error and an exit code of its own, nothing that looks good.
 
-The drivers are the real ones; their vendors' toolchains are played by `tests.hw.stand_ins`. What a model is made into
-for a compiler is made once: a run goes on at the compiler where an earlier one was stopped.
+The drivers are the real ones; their vendors' toolchains are played by `tests.hw.stand_ins`. What a compiler takes is
+made once, by the command; then each failure has a copy of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -19,8 +19,9 @@ from typing import Any, Final
 import pytest
 
 from dconv.cli import main
-from dconv.errors import Preempted, StorageFault
+from dconv.errors import DconvError, Preempted, StorageFault
 from dconv.hw import finish, manifest, process
+from dconv.hw.target import Adapter, Ask, Handing, Tool
 from tests.hw import stand_ins
 
 
@@ -100,22 +101,41 @@ def toolchain(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     return []
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A hand-off up to its compiler, as `dconv.hw.finish.compiled` takes it."""
+
+    adapter: Adapter
+    handing: Handing
+    tool: Tool
+    ask: Ask
+    how: finish.Finish
+
+    def compiled(self, folder: Path, fails: str = "") -> int:
+        """The exit code, with OUT in a folder; errors are raised."""
+        shutil.copytree(self.how.work, folder / "work")
+        how = replace(self.how, out=folder / "out", work=folder / "work", timeout=1 if fails == "hang" else 300)
+        tool = replace(self.tool, environment={**self.tool.environment, "STAND_IN_FAILS": fails})
+        return 0 if finish.compiled(self.adapter, self.handing, tool, self.ask, how) else 1
+
+
 @pytest.fixture(scope="module")
-def prepared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], None]:
-    """Puts what a compiler takes where a stopped run would have left it, for OUT in a folder."""
-    made: dict[str, Path] = {}
+def prepared(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    made: dict[str, Prepared] = {}
 
-    def stopped(*_: Any) -> Any:
-        raise Preempted("stopped before the compiler")
-
-    def prepare(name: str, folder: Path) -> None:
+    def prepare(name: str) -> Prepared:
         if name not in made:
             at = tmp_path_factory.mktemp(name)
+
+            def stopped(adapter: Adapter, handing: Handing, tool: Tool, ask: Ask, how: finish.Finish) -> Any:
+                tool = replace(tool, environment={**tool.environment, "PATH": os.environ["PATH"]})
+                made[name] = Prepared(adapter, handing, tool, ask, how)
+                raise Preempted("stopped before the compiler")
+
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(finish, "compiled", stopped)
                 assert COMPILERS[name].convert(llama, at / "out", *toolchain(name, at / "tools", patch)) == 75
-            (made[name],) = (path for path in at.glob("out.compile-*") if path.is_dir())
-        shutil.copytree(made[name], folder / made[name].name)
+        return made[name]
 
     return prepare
 
@@ -154,50 +174,42 @@ def test_before_any_work(
 
 @pytest.mark.parametrize(("name", "fails", "code", "words"), AFTER)
 def test_of_a_compiler(
-    name: str, fails: str, code: int, words: str, llama: Path, prepared: Callable[[str, Path], None], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    prepared(name, tmp_path)
-    options = toolchain(name, tmp_path / "tools", monkeypatch)
-    monkeypatch.setenv("STAND_IN_FAILS", fails)
-    options += ["--toolchain-timeout", "3" if fails == "hang" else "300"]
-    assert COMPILERS[name].convert(llama, tmp_path / "out", *options) == code
-    assert words in capsys.readouterr().err
+    name: str, fails: str, code: int, words: str, prepared: Callable[[str], Prepared], tmp_path: Path
+) -> None:
+    with pytest.raises(DconvError) as raised:
+        prepared(name).compiled(tmp_path, fails)
+    assert raised.value.exit_code == code
+    assert words in str(raised.value)
     assert left(tmp_path) == {"out.compile.log"}
 
 
 @pytest.mark.parametrize("name", COMPILERS)
 def test_a_stand_in_that_is_told_nothing_compiles(
-    name: str, llama: Path, prepared: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, prepared: Callable[[str], Prepared], tmp_path: Path
 ) -> None:
     """Or each failure above might be of another cause."""
-    prepared(name, tmp_path)
-    assert COMPILERS[name].convert(llama, tmp_path / "out", *toolchain(name, tmp_path / "tools", monkeypatch)) == 0
+    assert prepared(name).compiled(tmp_path) == 0
     assert manifest.checked(tmp_path / "out")["kind"] == "compiled"
     assert left(tmp_path) == {"out"}
 
 
 @pytest.mark.parametrize("name", COMPILERS)
 def test_no_room_for_what_is_compiled(
-    name: str, llama: Path, prepared: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str, prepared: Callable[[str], Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seen before the compiler is started, which takes hours to find it out."""
-    prepared(name, tmp_path)
     monkeypatch.setattr(finish.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert COMPILERS[name].convert(llama, tmp_path / "out", *toolchain(name, tmp_path / "tools", monkeypatch)) == 5
-    assert "no room for what is compiled" in capsys.readouterr().err
+    with pytest.raises(StorageFault, match="no room for what is compiled"):
+        prepared(name).compiled(tmp_path)
     assert left(tmp_path) == set()
 
 
 def test_a_disk_that_is_full_at_the_very_end(
-    llama: Path, prepared: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    prepared("rkllm", tmp_path)
     monkeypatch.setattr(manifest, "write", full)
     told = toolchain("rkllm", tmp_path / "tools", monkeypatch)
     assert COMPILERS["rkllm"].convert(llama, tmp_path / "out", *told) == 5
