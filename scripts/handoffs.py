@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         shown: one of `SHOWN`.
-        allowed: `SAME`, `HALF`, `CODES` or `COARSE`, where the reasons are.
+        allowed: `SAME`, `HALF` or `CODES`, where the reasons are.
         toolchain: of ``scripts/toolchains.sh``; of ``tests.hw.stand_ins`` for a bundle.
         parts: of a bundle: patterns of files, and how many of them ``compile.sh`` writes; 0 is one a layer.
     """
@@ -69,15 +69,13 @@ HALF: Final = 2e-2
 #: 1 - correlation of logits, for codes of 4 and 8 bits: it judges a path and not a precision. A matrix that is
 #: transposed, swapped or scaled wrongly leaves none; another text of the same model has what is printed beside it.
 CODES: Final = 0.1
-#: The same where activations have 8 bits, norms and rotary angles too: nearer than another text, which is all there is.
-COARSE: Final = 0.3
 
 _GRAPH: Final = {"sequence": TOKENS}
 _STEP: Final = {"sequence": 1, "past": TOKENS - 1}
 ROWS: Final = (
     Row("rk", "RK3588", {"toolkit": "rknn", "dtype": "fp16", **_GRAPH}, "simulator", HALF, "rknn"),
     Row("rk", "RK3588", {"toolkit": "rknn", "dtype": "fp16", **_STEP}, "simulator", HALF, "rknn"),
-    Row("rk", "RK3588", {"toolkit": "rknn", "dtype": "w8a8", **_GRAPH}, "simulator", COARSE, "rknn"),
+    Row("rk", "RK3588", {"toolkit": "rknn", "dtype": "w8a8", **_GRAPH}, "simulator", CODES, "rknn"),
     Row("rk", "RK3576", {"toolkit": "rknn", "dtype": "w4a16", **_GRAPH}, "simulator", CODES, "rknn"),
     Row("qnn", "SM8750", {"dtype": "fp16", **_GRAPH}, "binary", SAME, "qnn"),
     Row("qnn", "SM8750", {"dtype": "fp16", **_STEP}, "binary", SAME, "qnn"),
@@ -246,7 +244,7 @@ def agreement(case: Case, row: Row, found: np.ndarray) -> tuple[str, float]:
     off = float(np.abs(found - expected).max() / np.abs(expected).max())
     same = int((found.argmax(-1) == expected.argmax(-1)).sum())
     words = f"off by {off:.2g}, {same} of {expected.shape[1]} tokens the same"
-    if row.allowed not in (CODES, COARSE):
+    if row.allowed != CODES:
         return words, off
     texts = [one.ravel() for one in (expected, found, asked(case.model, case.other)[0])]
     one, other = map(float, np.corrcoef(texts)[0, 1:])
@@ -355,7 +353,7 @@ def shown(case: Case, row: Row) -> tuple[list[str], bool | None]:
     except (NotRun, Failed) as why:
         missing = isinstance(why, NotRun)
         return ["not run" if missing else "failed", "", "", str(why), ""], None if missing else False
-    measure = "1 - correlation" if row.allowed in (CODES, COARSE) else "off by"
+    measure = "1 - correlation" if row.allowed == CODES else "off by"
     cells = [", ".join(found.written), f"{sum(found.written.values()):,}", found.compared, found.found,
              f"{measure} {row.allowed:g}"]  # fmt: skip
     return cells, bool(found.written) and all(found.written.values()) and found.off <= row.allowed
