@@ -168,7 +168,8 @@ def plan(request: Request, model: Described) -> Planned:
     if not chosen:
         none = "no type of the table is of whole numbers: nothing is calibrated, and no samples are read"
         return Planned(model, None, schemes, tuple(filter(None, (none, predictor, *said))))
-    longest = model.config.get("max_position_embeddings")
+    text = model.config.get("text_config")
+    longest = (text if isinstance(text, Mapping) else model.config).get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
     if importlib.util.find_spec("transformers"):  # without it nothing is run, and no plan needs it
         own.require(model.family, model.config, calibration.seqlen)
@@ -182,7 +183,8 @@ def plan(request: Request, model: Described) -> Planned:
     identity = json.dumps([described, samples.record["sha256"]], sort_keys=True)
     folds = None if isinstance(asked.settings, Gptq) else folds_of(model.family, model.facts, model.logical, recipes)
     logical = to_choose(model.logical, recipes, identity, folds.plain if folds else ())
-    notes = tuple(note for note in (cut, samples.warning, predictor, *said) if note)
+    seeing = "calibrated with words: what is outside of the language model stays as it is" if model.family.sees else ""
+    notes = tuple(note for note in (cut, samples.warning, predictor, seeing, *said) if note)
     record = {"settings": described, "samples": samples.record}
     stored = {name: TO_TORCH[dtypes[name]] for name in (folds.plain if folds else ())}
     calibrating = Calibrating(_seen(model, schemes), asked.settings, samples, recipes, record, folds, stored, peers)

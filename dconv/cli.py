@@ -69,16 +69,23 @@ def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     add_launch_options(here)
     others = here.parse_known_args(words)[1]  # the started ranks know the other options only
     where = worker.place()
-    if args.nproc == 1:
-        return worker.main(args, where)
-    if where.world > 1:
+    if args.nproc > 1 and where.world > 1:
         raise UsageError(
             "two launchers at once",
             where=f"--nproc {args.nproc}",
             found=f"this process is already rank {where.rank} of {where.world}",
             do="leave --nproc out: the launcher's ranks are used",
         )
-    return worker.local(others, args, args.nproc)
+    record = worker.recorded(words, args, args.nproc) if where.rank == 0 else where.record
+    code = 1
+    try:
+        if args.nproc == 1:
+            code = worker.main(args, replace(where, record=record))
+        else:
+            code = worker.local(others, args, args.nproc, record)
+    finally:
+        record.end(code)
+    return code
 
 
 def _by_an_engine_from_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int | None:
@@ -115,15 +122,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import price
-    from dconv.hw.registry import target_of
-    from dconv.launch.options import parse, to_request
+    from dconv.launch.options import parse, target, to_request
     from dconv.pipeline import prepare
     from dconv.report import plan as report
     from dconv.report.trace import text
     from dconv.trace import trace
 
     args = parse(parser, words)
-    if target_of(args.format):
+    if target(args):
         from dconv.launch.compiling import planned
 
         say(json.dumps(planned(args)) if args.json else "\n".join(f"{k}: {v}" for k, v in planned(args).items()))
@@ -292,6 +298,18 @@ def _doctor(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
+def _history_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.commands import history
+
+    history.options(parser)
+
+
+def _history(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.commands import history
+
+    return history.run(parser, words, lambda told: _convert(_parser("convert"), told))
+
+
 def _arch_options(parser: argparse.ArgumentParser) -> None:
     _list_options(parser)
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
@@ -357,6 +375,15 @@ COMMANDS: Final[dict[str, Command]] = {
         "  dconv doctor\n  dconv doctor --toolchain-python ~/rkllm/bin/python --json",
         _doctor_options,
         _doctor,
+    ),
+    "history": Command(
+        "list past runs, show one, or run it again",
+        "[show ID | rerun ID] ",
+        """  dconv history                          the last 20 runs
+  dconv history show 12                  one of them: command, plan, digests, what went wrong
+  dconv history rerun 12 --resume        the same command, in its directory; more options may follow""",
+        _history_options,
+        _history,
     ),
     "formats": Command("list the formats that are read and written", "", "  dconv formats", _arch_options, _formats),
 }

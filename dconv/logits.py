@@ -182,6 +182,9 @@ def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
             found=short,
             do="--verify digest needs no memory; or compare on a larger machine",
         )
+    if job.request.ports is not None:
+        raise VerifyFailed("the logits were not compared", where=str(out), do="--verify digest",
+                           found=f"a graph with the inputs of {job.request.ports}")  # fmt: skip
     prompt = prompt_for(model.family, model.facts, model.config)
     if job.request.lengths is not None:
         prompt = Lengths(*job.request.lengths).cut(prompt)

@@ -12,10 +12,12 @@ from dconv.coded.decode import KEY
 from dconv.coded.neuron import Coding, code
 from dconv.describe import Described
 from dconv.errors import UsageError
-from dconv.request import Request, spelled
+from dconv.request import FORMATS, Request, spelled
 
 #: ``--neuron-rescale`` -> the number; the first is the default.
 RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
+#: ``--quant``: every matrix in FP8 that Neuron has a scale a row for, those of a dense source included.
+QUANT: Final = "fp8"
 #: ``--neuron-scale``, the default first.
 SCALES: Final = ("multiplier", "reciprocal")
 
@@ -27,7 +29,7 @@ def coding_of(request: Request) -> Coding | None:
         UsageError: another FORMAT with Neuron's options, or a value that there is not.
     """
     asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
-    if request.format != "neuron":
+    if FORMATS.get(request.format) != "neuron":
         if given := [name for name, (said, _) in asked.items() if said is not None]:
             raise UsageError(
                 f"{request.format} has no such option, nothing was written",
@@ -42,7 +44,14 @@ def coding_of(request: Request) -> Coding | None:
                 where=f"{spelled(name)} {said}",
                 expected=" or ".join(known),
             )
-    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal")
+    if request.quant not in (None, QUANT):
+        raise UsageError(
+            "neuron has no such variant, nothing was written",
+            where=f"--quant {request.quant}",
+            expected=f"{QUANT}, which encodes dense matrices, too; without it an FP8 source's stay in FP8",
+        )
+    every = request.quant == QUANT
+    return Coding(RESCALES[request.neuron_rescale or "2"], request.neuron_scale == "reciprocal", every)
 
 
 def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
@@ -53,7 +62,7 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
     """
     made = code(model.family, model.facts, model.logical, coding)
     scales = made.scales
-    if not scales.read:
+    if not scales.read and not made.encoded:
         return replace(model, logical=made.logical), (), None
     by = next(name for name, number in RESCALES.items() if number == coding.by)
     config = {
@@ -61,16 +70,20 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(made.block) if made.block else None,
+        **({"modules_to_not_convert": list(made.plain)} if made.plain else {}),
         **({"weight_scale_semantics": "inverse"} if coding.reciprocal else {}),
     }
     left_out = {name: why for name, why in made.logical.left_out.items() if name != f"{KEY} of config.json"}
     logical = replace(made.logical, left_out=left_out)
     new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
-    note = (
+    notes = [
         f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
         f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
-    )
+    ]
+    if made.encoded:
+        notes.append(f"encoded: {made.encoded:,} dense matrices, with absmax / 240 of each row for its scale")
     record = {
+        **({"encoded": made.encoded} if made.encoded else {}),
         "read": scales.read,
         "kept": scales.kept,
         "requantised": scales.requantised,
@@ -78,4 +91,4 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
         "rescale": by,
         "scale": SCALES[coding.reciprocal],
     }
-    return new, (note,), record
+    return new, tuple(notes), record

@@ -184,7 +184,7 @@ def prepare_described(request: Request, model: Described) -> Job:
 
 def _again(request: Request, engine: str) -> Job:
     """A graph once more: its weights are under the graph's names, and any model's."""
-    reading = ("drop", "rename", "hf_config", "submodel", "teacher", "mup2llama", "with_eagle", "lengths")
+    reading = ("drop", "rename", "hf_config", "submodel", "teacher", "mup2llama", "with_eagle", "lengths", "ports")
     if given := [spelled(name) for name in reading if getattr(request, name)]:
         raise UsageError("a graph is written anew as it is, nothing was written", where=", ".join(given),
                          expected="--opset, --dtype, --quant, --shard-size", do="leave it out")  # fmt: skip

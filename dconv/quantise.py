@@ -180,7 +180,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Variant]]] = {
     },
 }
 #: FORMATs whose ``--quant`` is read elsewhere: their tensors are not HuggingFace's.
-BY_ITSELF: Final = ("gguf", "mlx", "onnx")
+BY_ITSELF: Final = ("gguf", "mlx", "onnx", "neuron", "hf2neuron")
 #: Options that only variants have, with what stands for them where they are not given.
 OPTIONS: Final = {"block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None}
 

@@ -17,6 +17,7 @@ FORMATS: Final = {
     "huggingface": "huggingface", "hf": "huggingface", "safetensors": "huggingface", "megatron2hf": "huggingface",
     "megatron": "megatron", "hf2megatron": "megatron",
     "fp8": "huggingface", "mx": "huggingface", "gptq": "huggingface", "awq": "huggingface", "neuron": "neuron",
+    "hf2neuron": "neuron",
     "gguf": "gguf", "mlx": "mlx", "pt": "pt", "bmtrain": "bmtrain", "modelcenter": "bmtrain",
     "onnx": "onnx", "torch_export": "torch_export", "pt2": "torch_export", "torchscript": "torchscript",
 }  # fmt: skip
@@ -67,6 +68,8 @@ class Request:
         opset: of ONNX; None is the exporter's own.
         lengths: tokens of a text, and of what came before it, that an ONNX graph is for; None is for any.
         for_codes: such a graph's compiler will give its activations codes (`dconv.hw.static_graph` says so).
+        ports: whose inputs and outputs an ONNX graph of given lengths has: ``genie``'s (`dconv.export.genie`); None is
+            onnxruntime-genai's. No option says it.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
     """
 
@@ -105,6 +108,7 @@ class Request:
     opset: int | None = None
     lengths: tuple[int, int] | None = None
     for_codes: bool = False
+    ports: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None
 

@@ -71,6 +71,8 @@ HALF: Final = 2e-2
 CODES: Final = 0.1
 
 _GRAPH: Final = {"sequence": TOKENS}
+#: What the repository is told, and few samples for the codes that it takes.
+_CLOUD: Final = {"model_size": "0_5B", "group_size": 64, "nsamples": 4, "seqlen": 32}
 _STEP: Final = {"sequence": 1, "past": TOKENS - 1}
 ROWS: Final = (
     Row("rk", "RK3588", {"toolkit": "rknn", "dtype": "fp16", **_GRAPH}, "simulator", HALF, "rknn"),
@@ -82,10 +84,12 @@ ROWS: Final = (
     Row("qnn", "SM8750", {"dtype": "w8a16", **_GRAPH}, "binary", SAME, "qnn"),
     Row("qnn", "SM8650", {"dtype": "fp16", **_GRAPH}, "binary", SAME, "qnn"),
     Row("qnn", "SM8650", {"dtype": "w8a16", **_GRAPH}, "binary", SAME, "qnn"),
-    Row("litert", "", _GRAPH, "litert", SAME, "litert"),
     Row("mtk", "MT6991", {"toolkit": "litert", "aot": False, **_GRAPH}, "litert", SAME, "litert"),
     Row("rk", "RK3588", {"toolkit": "rkllm", "dtype": "w8a8"}, "bundle", SAME, "rkllm", (("model.rkllm", 1),)),
     Row("rk", "RK3576", {"toolkit": "rkllm", "dtype": "w4a16_g32"}, "bundle", SAME, "rkllm", (("model.rkllm", 1),)),
+    Row("mtk", "MT6991", _CLOUD, "bundle", SAME, "mtk_cloud", (("*.tflite", 2),)),
+    Row("neuron", "trn2", {"tp_degree": 1, "seq_len": 128}, "bundle", SAME, "neuron",
+        (("model.pt", 1), ("weights/tp*_sharded_checkpoint.safetensors", 1), ("neuron_config.json", 1))),
     Row(
         "ax", "AX650", {"weight_type": "s8"}, "bundle", SAME, "pulsar2",
         (("*_l*_together.axmodel", 0), ("*_post.axmodel", 1), ("model.embed_tokens.weight.bfloat16.bin", 1)),
@@ -286,21 +290,15 @@ def by_binary(case: Case, row: Row) -> Shown:
 
 
 def by_litert(case: Case, row: Row) -> Shown:
-    """By the command where the target has one; else LiteRT's driver on the directory that dconv makes for it."""
-    folder = case.out(row, "ran")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    if row.target == "litert":
-        convert(case.shards, "hf", "--dtype", "f32", "-o", folder / "hf")
-        job = {"source": {"hf": "hf"}, "out": "out", "platform": "", "settings": dict(row.settings)}
-        out = drive("litert", "compile", folder, job)
-    else:
-        out, _ = hand(case, row)
+    """A .tflite without code for an NPU, whose compiler is not public."""
+    out, made = hand(case, row)
     (artifact,) = sorted(out.glob("*.tflite"))
+    folder = case.out(row, "ran")
+    folder.mkdir(exist_ok=True)
     np.savez(folder / "inputs.npz", **case.inputs(row))  # pyright: ignore[reportArgumentType]
     job = {"source": {"artifact": str(artifact), "inputs": "inputs.npz"}, "out": "ran"}
     words, off = agreement(case, row, np.load(drive("litert", "run", folder, job) / "outputs.npz")["logits"])
-    return Shown({artifact.name: artifact.stat().st_size}, "logits in LiteRT on the CPU", words, off)
+    return Shown(listed(made, ".tflite"), "logits in LiteRT on the CPU", words, off)
 
 
 def by_stand_in(case: Case, row: Row) -> Shown:
@@ -315,9 +313,10 @@ def by_stand_in(case: Case, row: Row) -> Shown:
     ran("compile.sh", ["bash", handed / "compile.sh"], **stand_ins.environment(row.toolchain, elsewhere))
     parts = [(sorted((handed / "out").glob(pattern)), count or case.layers) for pattern, count in row.parts]
     whole = all(len(paths) == count and all(path.stat().st_size for path in paths) for paths, count in parts)
-    (checkpoint,) = {path.parent for path in handed.glob("*/*.safetensors")}
+    models = {path.parent for path in handed.glob("*/*.safetensors")}
+    (checkpoint,) = (at for at in models if "quantization_config" not in (at / "config.json").read_text())
     words, off = agreement(case, row, asked(checkpoint, case.tokens)[0])
-    words = f"{sum(len(paths) for paths, _ in parts)} parts, {'all' if whole else 'not all'} there; {words}"
+    words = f"{sum(len(paths) for paths, _ in parts)} of {sum(count for _, count in parts)} files; {words}"
     size = {"bundle": sum(listed(made, "").values())}
     return Shown(size, "the stand-in's contract; its checkpoint's logits", words, off if whole else np.inf)
 

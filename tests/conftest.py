@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def _history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of tests are nobody's past runs."""
+    monkeypatch.setenv("DCONV_HISTORY", "off")
+
+
+@pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """`dconv.launch` takes the process's signals over, which pytest needs back."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -55,6 +55,14 @@ KEYS: dict[str, dict[str, Any]] = {
     "megatron-bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "bert": {"head_dim": None, "hidden_act": "gelu", "type_vocab_size": 2},
     "deepseek": {**_LATE, "head_dim": None},
+    "minicpmv": {
+        "version": 2.6, "query_num": 5, "drop_vision_last_layer": False, "use_sliding_window": False,
+        "slice_config": {"max_slice_nums": 9, "patch_size": 4, "model_type": "minicpmv"},
+        "vision_config": {
+            "model_type": "siglip", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "image_size": 17, "patch_size": 4,
+        },
+    },
     "glm4_moe": {**_LATE, "use_qk_norm": True, "attention_bias": True, "num_nextn_predict_layers": 1},
     "deepseek_v2": {**_LATE, **_LATENT, "q_lora_rank": None},
     "mamba2": {"num_heads": 8, "n_groups": 4, "state_size": 6, "chunk_size": 8},

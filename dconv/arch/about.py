@@ -52,6 +52,7 @@ ABOUT: Final[dict[str, About]] = {
     "nemotron_h": About("Nemotron-H", "mixers, attention, feed-forward layers and experts in any pattern", LOGITS),
     "bamba": About("Bamba", "a layer is two of Megatron's: mixer or attention, feed-forward", LOGITS),
     "llava": About("LLaVA", "CLIP tower, projector, a Llama, Mistral or Qwen2 language model", LOGITS),
+    "minicpmv": About("MiniCPM-V 2.6", "SigLIP tower and resampler travel beside its Qwen2", REFERENCE),
     "minicpm": About("MiniCPM 1B, 2B, 4, 4.1", "muP scalars, longrope and sparse_config travel in the args", REFERENCE),
     "minicpm_moe": About("MiniCPM-MoE", "muP scalars travel in the args", REFERENCE),
     "minicpm_blockffn": About("MiniCPM with BlockFFN", "block-sparse layers are those that have the tensors", LAWS),

@@ -22,6 +22,8 @@ from dconv.sharding.region import Index
 
 #: The output layer of nearly all of HuggingFace's decoders.
 TIED_HEAD: Final = "lm_head.weight"
+#: What Megatron's names of a vision tower begin with.
+TOWER: Final = "vision_model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ class Family:
     also: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] = ()
     mup: Mup | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is a vision tower, in Megatron's model or beside it."""
+        return any(row.megatron.startswith((TOWER, "beside_the_model.vision.")) for row in self.rows)
 
     def published(self, name: str) -> str:
         """The table's name for a tensor, however a version of transformers begins it."""

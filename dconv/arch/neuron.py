@@ -27,7 +27,7 @@ contribution, whn09/neuronx-distributed-inference 1638fba (branch contrib/MiniMa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -195,6 +195,36 @@ def loaded_from(stored: str) -> str:
     elif attention and rest.startswith("o_proj.") and not rest.startswith("o_proj.o_proj."):
         rest = f"o_proj.{rest}"
     return layer + attention + rest
+
+
+#: Ends of matrices whose modules are no parallel linear layers, so that no reader makes FP8 layers of them.
+_NEVER_FP8: Final = ("embed_tokens.weight", "norm.weight", "linear_router.weight")
+#: The output layer has a module of its own where it is tied to the embedding, too.
+_HEAD: Final = "lm_head"
+
+
+def left_plain(shapes: Mapping[str, Index], quantised: Collection[str]) -> tuple[str, ...]:
+    """``modules_to_not_convert``: the linear modules that are stored without FP8, and no others.
+
+    NxD makes FP8 layers of all parallel linear modules but those whose dotted name has an entry *somewhere in it*
+    (``_convert_initialized_float_to_initialized_quantized`` of neuronx_distributed's ``quantization/quantize.py``).
+    So an entry is the last part of such modules' name where that is in no quantised module's name, else a whole name.
+
+    Args:
+        shapes: of all tensors, under Neuron's names.
+        quantised: those in FP8; the list is empty where there are none.
+    """
+    if not quantised:
+        return ()
+    linear = [name for name, shape in shapes.items() if len(shape) > 1 and name.endswith(".weight")]
+    modules = [name.removesuffix(".weight") for name in linear if not name.endswith(_NEVER_FP8)]
+    coded = [name.removesuffix(".weight") for name in quantised]
+    found: dict[str, None] = {}
+    for module in dict.fromkeys([_HEAD, *modules]):
+        if f"{module}.weight" not in quantised:
+            last = module.rpartition(".")[2]
+            found[module if any(last in other for other in coded) else last] = None
+    return tuple(found)
 
 
 def scale_of(weight: str) -> str:

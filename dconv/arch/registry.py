@@ -19,6 +19,7 @@ from dconv.arch import (
     llava,
     mamba,
     minicpm,
+    minicpmv,
     moe,
     olmo,
     phi,
@@ -30,7 +31,8 @@ from dconv.arch.generic_moe import GENERIC_MOE, has_experts
 from dconv.errors import Refused, group_names
 
 _MODULES: Final = (
-    llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava
+    llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava,
+    minicpmv,
 )  # fmt: skip
 _BUILT_IN: Final = {family.name: family for module in _MODULES for family in module.FAMILIES}
 

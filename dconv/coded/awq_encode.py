@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dconv.codec import awq
 from dconv.coded.awq import BITS, METHOD, PER_WORD, Numbers
@@ -25,6 +25,10 @@ from dconv.sharding.tensor import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+#: How the language model of one that sees begins where transformers 5 has all of it inside of ``model``, and takes an
+#: entry for the beginning of a module's name there.
+_INSIDE: Final = "language_model."
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class AWQ:
             base = Counter(sizes.values()).most_common(1)[0][0]
             others = [name for name, size in sizes.items() if size != base]
             raise unfit(group_names(others), f"groups of {sizes[others[0]]}", f"groups of {base}, as the others have")
+        if any(name.startswith(_INSIDE) for name in coded):
+            plain = [*plain, *(f"model.{entry}" for entry in plain)]
         return {
             "quant_method": METHOD,
             "bits": BITS,

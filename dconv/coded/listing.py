@@ -117,8 +117,9 @@ def right_list(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> 
         plain: stored modules without FP8, by class.
         quantised: stored modules in FP8.
     """
+    quantised = list(quantised)
     others = {form for module in quantised for form in (module, loaded_as(module))}
-    right: list[Entry] = []
+    right = [Entry(root) for root in _apart(plain, quantised)]
     for kind, modules in plain.items():
         loaded = list(dict.fromkeys(loaded_as(module) for module in modules))
         out = {loaded_as(module) for module in modules if any(_leaves_out(entry, module) for entry in right)}
@@ -133,6 +134,13 @@ def right_list(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> 
         found = next(fits, None)
         right += [found] if found else [Entry(module) for module in left]
     return [entry.text for entry in right]
+
+
+def _apart(plain: Mapping[str, Sequence[str]], quantised: Iterable[str]) -> list[str]:
+    """Blocks of a model of which nothing is in FP8, by the first part of their modules' names: a vision tower."""
+    inside = {module.partition(".")[0] for module in quantised}
+    found = dict.fromkeys(module.partition(".")[0] for modules in plain.values() for module in modules if "." in module)
+    return [root for root in found if inside and root not in inside and Entry(root).readable]
 
 
 def _leaves_out(entry: Entry, module: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.arch.neuron import BLOCKS, ROWS, Held, Scales, count_scales, lay_out, scale_of
+from dconv.arch.neuron import BLOCKS, ROWS, Held, Scales, count_scales, lay_out, left_plain, scale_of
 from dconv.codec import neuron
 from dconv.codec.minifloat import E4M3
 from dconv.coded.fp8 import FP8, SUFFIX, Decode
@@ -42,10 +42,12 @@ class Coding:
     Attributes:
         by: what codes are divided by and scales multiplied by.
         reciprocal: scales are written so that they divide, as some older notes ask for.
+        every: matrices that have a scale a row are encoded where the source has them dense, too.
     """
 
     by: Fraction = neuron.HALVED
     reciprocal: bool = False
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ class Coded:
         scales: what became of the source's.
         block: rows and columns of HuggingFace's matrices that share a scale; None where no scale was kept.
         fixed: tensors that ``--dtype`` has no say in.
+        encoded: how many matrices were dense in the source.
+        plain: the modules that a reader must not make FP8 layers of (`dconv.arch.neuron.left_plain`).
     """
 
     logical: Logical
     scales: Scales
     block: tuple[int, int] | None
     fixed: frozenset[str]
+    encoded: int
+    plain: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,16 +110,19 @@ def code(family: Family, facts: Facts, logical: Logical, coding: Coding) -> Code
     """What Neuron's tensors are made of, the source's FP8 codes kept where they can be.
 
     Raises:
-        Refused: experts that are only partly in FP8, or with scales that Neuron cannot keep.
+        Refused: experts that are only partly in FP8, or with scales that Neuron cannot keep; dense ones, where every
+            matrix is to be encoded.
     """
     making = _Making(logical, coding, _decoded(logical))
     held = lay_out(family, facts, dict.fromkeys(making.source, FP8))
     block: tuple[int, int] | None = None
+    encoded = 0
     for one in held:
         coded = [spec.name for specs in one.sources for spec in specs if spec.name in making.source]
-        if coded and one.fp8 == ROWS:
+        if one.fp8 == ROWS and (coded or coding.every):
             _by_row(making, one.sources[0][0])
-        elif coded and one.fp8 == BLOCKS:
+            encoded += not coded
+        elif one.fp8 == BLOCKS and (coded or coding.every):
             block = _block_of(making, one, block)
             _by_block(making, one, block)
     pieces = {**logical.pieces, **making.pieces}
@@ -128,7 +137,9 @@ def code(family: Family, facts: Facts, logical: Logical, coding: Coding) -> Code
         derived=derived,
         files={name: stamp for name, stamp in logical.files.items() if name in behind},
     )
-    return Coded(new, count_scales(held), block, frozenset(making.specs))
+    fixed = frozenset(making.specs)
+    plain = left_plain({one.name: one.shape for one in held}, {o.name for o in held if o.sources[0][0].name in fixed})
+    return Coded(new, count_scales(held), block, fixed, encoded, plain)
 
 
 def with_scales(held: Iterable[Held], specs: Mapping[str, TensorSpec]) -> Iterator[Held]:
@@ -193,7 +204,9 @@ def _block_of(making: _Making, one: Held, block: tuple[int, int] | None) -> tupl
             f"{len(plain)} of {len(whole)} matrices of one tensor of Neuron's are not in FP8, nothing was written",
             where=f"{group_names(plain)}\nin {one.name}",
             expected="all or none",
-            do="dconv convert MODEL hf  decodes all;  convert what it writes",
+            do="dconv convert MODEL fp8  chooses their scales, by block;  convert what it writes"
+            if making.coding.every
+            else "dconv convert MODEL hf  decodes all;  convert what it writes",
         )
     block = block or making.source[whole[0]].recipe.block
     for name in whole:

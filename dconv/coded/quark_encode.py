@@ -49,7 +49,10 @@ class Quark:
         An entry of ``exclude`` is a whole name or, after ``re:``, an expression to vLLM, a pattern to amd-quark.
         """
         del coded
-        ends = [(entry, f"*.{entry}", f"re:(.*[.])?{entry.replace('.', '[.]')}$") for entry in plain]
+        ends = [
+            (entry, f"*.{entry}", f"{entry}.*", f"*.{entry}.*", f"re:(.*[.])?{entry.replace('.', '[.]')}([.]|$)")
+            for entry in plain
+        ]
         kind = next(name for name, (fmt, _) in DTYPES.items() if fmt == self.fmt)
         return {
             "quant_method": METHOD,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from dconv.errors import Refused
 from dconv.export.prompt import Kind
 
 #: Lengths that stand for axes of any length while a model is traced: none is 0 or 1, and no two are alike, so that
@@ -24,12 +23,14 @@ class Port:
 
     Attributes:
         axes: lengths; a name of `LENGTHS` for one that is any.
-        whole: int64; else of the model's own dtype.
+        whole: whole numbers; else of the model's own dtype.
+        bits: of a whole number.
     """
 
     name: str
     axes: tuple[int | str, ...]
     whole: bool = False
+    bits: int = 64
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,11 +60,7 @@ class Graph:
 
 
 def graph_of(model: Any, kind: Kind) -> Graph:
-    """The graph of a model that `dconv.net.skeleton.built` made.
-
-    Raises:
-        Refused: a model that sees.
-    """
+    """The graph of a model that `dconv.net.skeleton.built` made, and that does not see."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = Port("input_ids", (BATCH, SEQUENCE), True)
     if kind == "encoder":
@@ -73,31 +70,24 @@ def graph_of(model: Any, kind: Kind) -> Graph:
             Port("token_type_ids", (BATCH, SEQUENCE), True),
         )
         outputs = (Port("logits", (BATCH, SEQUENCE, vocabulary)), Port("seq_relationship_logits", (BATCH, 2)))
-        return Graph(_module(model, _encode), inputs, outputs)
+        return Graph(module_of(model, _encode), inputs, outputs)
     if kind == "encoder-decoder":
         inputs = (
             tokens,
             Port("attention_mask", (BATCH, SEQUENCE), True),
             Port("decoder_input_ids", (BATCH, REPLIES), True),
         )
-        return Graph(_module(model, _answer), inputs, (Port("logits", (BATCH, REPLIES, vocabulary)),))
-    if kind == "sighted":
-        raise Refused(
-            "models that see are not traced, nothing was written",
-            found=type(model).__name__,
-            expected="a text model",
-            do="FORMAT hf, megatron or pt",
-        )
+        return Graph(module_of(model, _answer), inputs, (Port("logits", (BATCH, REPLIES, vocabulary)),))
     logits = Port("logits", (BATCH, SEQUENCE, vocabulary))
     if kind == "hybrid":
-        return Graph(_module(model, _read), (tokens, Port("attention_mask", (BATCH, SEQUENCE), True)), (logits,))
+        return Graph(module_of(model, _read), (tokens, Port("attention_mask", (BATCH, SEQUENCE), True)), (logits,))
     masks = (Port("attention_mask", (BATCH, TOTAL), True), Port("position_ids", (BATCH, SEQUENCE), True))
     past, present = [], []
     for layer, (key, value) in enumerate(_cache_shapes(model)):
         for name, (heads, width) in (("key", key), ("value", value)):
             past.append(Port(f"past_key_values.{layer}.{name}", (BATCH, heads, PAST, width)))
             present.append(Port(f"present.{layer}.{name}", (BATCH, heads, TOTAL, width)))
-    return Graph(_module(model, _continue), (tokens, *masks, *past), (logits, *present), 3)
+    return Graph(module_of(model, _continue), (tokens, *masks, *past), (logits, *present), 3)
 
 
 def fixed(graph: Graph, sequence: int, past: int) -> Graph:
@@ -126,10 +116,12 @@ def sample(port: Port, dtype: Any, device: str) -> Any:
     import torch
 
     fill = torch.ones if port.name == "attention_mask" else torch.zeros
-    return fill(port.shape, dtype=torch.long if port.whole else dtype, device=device)
+    whole = torch.int32 if port.bits == 32 else torch.long
+    return fill(port.shape, dtype=whole if port.whole else dtype, device=device)
 
 
-def _module(model: Any, forward: Any) -> Any:
+def module_of(model: Any, forward: Any) -> Any:
+    """What is traced: ``forward`` of a model and of plain tensors."""
     import torch
 
     class Traced(torch.nn.Module):

@@ -65,7 +65,9 @@ def runtime_of(model: Any) -> str:
     import transformers
 
     theirs = f"transformers {transformers.__version__}"
-    return f"dconv's layers on {theirs}" if hasattr(model, "expert_parts") else theirs
+    if not hasattr(model, "expert_parts"):
+        return theirs
+    return f"dconv's layers on {theirs}" + (", with words alone" if model.stored_under else "")
 
 
 def largest(answers: Answers, path: Path) -> float:

@@ -18,7 +18,7 @@ from dconv.checkpoint.source import Source, seal, side_bytes
 from dconv.coded.nbits_encode import VARIANTS, Blocks
 from dconv.describe import Described
 from dconv.errors import UsageError
-from dconv.export import onnx_again, onnx_run
+from dconv.export import genie, onnx_again, onnx_run
 from dconv.export.genai import FILE as GENAI
 from dconv.export.genai import config_of as genai_config
 from dconv.export.graph import fixed
@@ -52,6 +52,8 @@ def export(request: Request, model: Described) -> Export:
     found = weightless(model, request)
     dtype = found.dtype
     graphs = halves_of(found.net) if kind == "encoder-decoder" else {NAME: found.graph}
+    if request.ports is not None:
+        graphs = {NAME: genie.graph_of(found.net, found.graph)}
     if request.lengths is not None:
         graphs = {name: fixed(graph, *request.lengths) for name, graph in graphs.items()}
     made: dict[str, Any] = {}

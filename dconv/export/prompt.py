@@ -12,7 +12,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.arch.family import Family
+from dconv.arch.family import TOWER, Family
 from dconv.arch.layouts import Facts, size
 
 Kind = Literal["decoder", "hybrid", "encoder", "encoder-decoder", "sighted"]
@@ -50,10 +50,10 @@ class Prompt:
 
 
 def kind_of(family: Family) -> Kind:
-    """How models of a family are asked."""
+    """How models of a family are asked; see `prompt_for` of those whose tower travels beside Megatron's model."""
     names = [row.megatron for row in family.rows]
     blocks = {name.split(".layers.")[0] for name in names}
-    if any(name.startswith("vision_model.") for name in names):
+    if family.sees:
         return "sighted"
     if "encoder" in blocks:
         return "encoder-decoder" if "decoder" in blocks else "encoder"
@@ -61,7 +61,8 @@ def kind_of(family: Family) -> Kind:
 
 
 def prompt_for(family: Family, facts: Facts, config: Mapping[str, object]) -> Prompt:
-    """Random tokens, of an image random pixels, within what the model knows.
+    """Random tokens, of an image random pixels, within what the model knows; a model whose tower travels beside
+    Megatron's is asked with words alone.
 
     Args:
         facts, config: `dconv.arch.family.Family.facts` of a config.json, and this.
@@ -69,7 +70,9 @@ def prompt_for(family: Family, facts: Facts, config: Mapping[str, object]) -> Pr
     draw = np.random.default_rng(0)
     kind, vocabulary = kind_of(family), size(facts, "vocab")
     if kind == "sighted":
-        return _sighted(draw, vocabulary, facts, config)
+        if any(row.megatron.startswith(TOWER) for row in family.rows):
+            return _sighted(draw, vocabulary, facts, config)
+        kind = "decoder"  # what every runtime has of it
     tokens = draw.integers(0, vocabulary, (2, _LENGTH), np.int64)
     types = replies = None
     if kind == "encoder":

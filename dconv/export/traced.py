@@ -124,6 +124,13 @@ def weightless(model: Described, request: Request) -> Weightless:
     short = request.dtype or _common(model)
     config = with_dtype(model.config, TO_TORCH[short])
     kind = kind_of(model.family)
+    if kind == "sighted":
+        raise Refused(
+            "models that see are not traced, nothing was written",
+            found=model.family.name,
+            expected="a text model",
+            do="FORMAT hf, megatron or pt",
+        )
     with tempfile.TemporaryDirectory(prefix="dconv-graph-") as scratch:
         folder = Path(scratch)
         (folder / "config.json").write_text(json.dumps(config))

@@ -120,17 +120,25 @@ def bundled(adapter: Adapter, handing: Handing, ask: Ask, how: Finish) -> dict[s
     return manifest.read(how.out)
 
 
-def again(adapter: Adapter, source: Path, how: Finish) -> dict[str, Any]:
+def again(adapter: Adapter, source: Path, how: Finish, adopted: Terms | None = None) -> dict[str, Any]:
     """A hand-off's folder once more: judged anew, and put together anew; returns the new manifest.
+
+    Args:
+        adopted: what is known of it where it has no manifest.
 
     Raises:
         Damaged: it is not as it was written.
         VerifyFailed: what was compiled is not what it should be.
     """
-    said = rejudged(adapter, source)
+    if adopted is None:
+        said = rejudged(adapter, source)
+        names = list(said["files"])
+    else:
+        said = {**_said("compiled", adopted, how), "evidence": dict(adapter.judge(adopted, source, ""))}
+        names = [path.relative_to(source).as_posix() for path in manifest.files_of(source)]
     how.work.mkdir(parents=True)
     try:
-        for name in said["files"]:
+        for name in names:
             path = how.work / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, path)

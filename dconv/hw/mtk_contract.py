@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -42,7 +42,7 @@ VLM: Final = "run_example_vlm_cybertron.sh"
 #: At byte 4 of every .tflite.
 MAGIC: Final = b"TFL3"
 
-#: Keys of ``--quantization-config``. All but the last two are the repository's variables in lower case.
+#: Keys of ``--quantization-config``: the repository's variables in lower case, and `_OURS`.
 KNOWN: Final[Mapping[str, Setting]] = {
     "model_size": settings.among(None, *SIZES),
     "weight_bit": settings.among(4, 4, 8),
@@ -58,10 +58,15 @@ KNOWN: Final[Mapping[str, Setting]] = {
     "use_optimized_convert": settings.flag(True),
     "conda_env": settings.text(),
     "mtk_cloud_path": settings.text(),
+    "gptq_path": settings.text(),
+    "group_size": settings.among(128, -1, 32, 64, 128, 256, 512, 1024),
+    "nsamples": settings.whole(128, 1, 1 << 20),
+    "seqlen": settings.whole(2048, 1, 1 << 20),
+    "fold_mup": settings.flag(True),
     "parts": settings.whole(None, 1, 1024),
 }
 #: Keys that are dconv's and no variable.
-_OURS: Final = ("mtk_cloud_path", "parts")
+_OURS: Final = ("mtk_cloud_path", "gptq_path", "group_size", "nsamples", "seqlen", "fold_mup", "parts")
 #: What the public wrapper says where no environment of conda is to be entered.
 _NO_CONDA: Final = "SKIP_CONDA_ACTIVATION"
 #: Keys of a config.json that only models that see have.
@@ -328,35 +333,8 @@ def _missing(made: Collection[str], parts: int | None) -> list[str]:
 
 
 def _around(log: str, at: int) -> str:
-    """The line that says it, and the last one."""
-    line = log[log.rfind("\n", 0, at) + 1 :].split("\n", 1)[0]
-    last = (log.strip().splitlines() or [""])[-1]
-    return line[:200] if line == last else f"{line[:200]}\n… {last[:200]}"
-
-
-Seen = Mapping[Path, tuple[int, int]]
-
-
-def seen(folders: Iterable[Path]) -> Seen:
-    """Every .tflite below some folders, with its size and time: what there was before the script ran."""
-    return {
-        path: (path.stat().st_size, path.stat().st_mtime_ns)
-        for folder in folders
-        for path in folder.rglob("*.tflite")
-        if path.is_file()
-    }
-
-
-def require_inside(before: Seen, after: Seen, out: Path) -> None:
-    """Raise where the script wrote a part, but not into its ``OUTPUT_DIR``.
-
-    Args:
-        before, after: of the same folders: the repository, and those around ``out``.
-
-    Raises:
-        VerifyFailed: with all such files.
-    """
-    beside = [path for path, state in after.items() if before.get(path) != state and not path.is_relative_to(out)]
-    if beside:
-        raise VerifyFailed("mtk_cloud wrote beside the folder that it was given", expected=f"all parts in {out}",
-                           found="\n".join(map(str, sorted(beside)[:8])))  # fmt: skip
+    """The line that says it, which of a traceback is its last."""
+    lines = log[log.rfind("\n", 0, at) + 1 :].splitlines()
+    if lines[0].startswith("Traceback"):
+        lines = [line for line in lines[1:] if not line.startswith(" ")] or lines
+    return lines[0][:400]

@@ -1,85 +1,11 @@
-"""Qualcomm: an ONNX graph of given lengths becomes a context binary for the HTP of a chip, by onnxruntime-qnn."""
+"""Qualcomm: any graph by onnxruntime-qnn, decoders that Genie is to run by the QAIRT SDK where they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 from typing import Final
 
-from dconv.describe import Described
-from dconv.errors import Refused, UsageError, VerifyFailed
-from dconv.hw import prompts, settings, static_graph
-from dconv.hw.driver import Driver
-from dconv.hw.target import Ask, Handing, Terms, Tool
-from dconv.request import Request
+from dconv.hw.onnxruntime_qnn import OnnxruntimeQnn
+from dconv.hw.qairt import Qairt
+from dconv.hw.toolkits import Toolkits
 
-_DTYPES: Final = ("fp16", "w8a16", "w8a8")
-#: Chips by how their HTP computes: those of the second line have no half precision (compiled for by QNN 2.51).
-_WITH_HALF: Final = (
-    "SM8850", "SM8845", "SM8750", "SM8650", "SM8550", "SM8450", "SM8350", "SA8255", "SA8295", "SA8540", "SA8620P",
-    "SA8797", "SXR2230P", "SXR2330P", "QCS8300", "QCS8550", "QCS9100", "SC8380XP", "SC8480XP",
-)  # fmt: skip
-_WITHOUT_HALF: Final = (
-    "SAR2230P", "SW6100", "SC8280X", "QCS6490", "SM7550", "SM7635", "SM7675", "SM8635", "SM8735",
-)  # fmt: skip
-_FILES: Final = ["model_ctx.onnx", "model_ctx_qnn.bin"]
-
-
-@dataclass(frozen=True)
-class Qualcomm:
-    """The adapter."""
-
-    title: str = "Qualcomm QNN"
-    install: str = "bash scripts/toolchains.sh qnn"
-
-    @property
-    def platforms(self) -> Mapping[str, str]:
-        said: dict[str, str] = dict.fromkeys(_WITH_HALF, ", ".join(_DTYPES))
-        return {**said, **dict.fromkeys(_WITHOUT_HALF, ", ".join(_DTYPES[1:]))}
-
-    @property
-    def _driver(self) -> Driver:
-        return Driver("qnn", self.install)
-
-    def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
-        chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
-        known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES)}
-        found = settings.settled(ask.settings, known, ask.where)
-        dtype = ask.quant or found["dtype"]
-        if dtype not in _DTYPES:
-            raise UsageError("there is no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
-        if dtype == "fp16" and chip in _WITHOUT_HALF:
-            raise Refused(f"the HTP of {chip} has no half precision, nothing was written", where=f"{chip} and fp16",
-                          expected=", ".join(_DTYPES[1:]), do="--quant w8a16")  # fmt: skip
-        quantised = dtype != "fp16"
-        step, facts, notes = static_graph.planned(model, request, found, quantised, self.title)
-        if quantised and ask.calibration is None:
-            notes = (*notes, prompts.WARNING)
-        weights = sum(prod(spec.shape) for spec in model.logical.specs.values())
-        return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=12 * weights)
-
-    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
-        return self._driver.find(ask)
-
-    def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
-        agreed, source = dict(handing.terms.settings), {"onnx": static_graph.FILE}
-        if agreed["dtype"] != "fp16":
-            static_graph.calibrate(handing, work, ask)
-            source["calibration"] = static_graph.CALIBRATION
-        self._driver.lay_out(handing, work, source, agreed)
-
-    def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
-        said = self._driver.result(out)
-        if sorted(said["files"]) != _FILES:
-            raise VerifyFailed("QNN writes a wrapper and a binary", expected=", ".join(_FILES),
-                               found=", ".join(said["files"]))  # fmt: skip
-        if f"soc_type={terms.platform};".encode() not in (out / _FILES[1]).read_bytes():
-            raise VerifyFailed("the binary does not say that it is for this chip", where=_FILES[1],
-                               expected=terms.platform)  # fmt: skip
-        return dict(said["evidence"])
-
-
-ADAPTER: Final = Qualcomm()
+ADAPTER: Final = Toolkits("Qualcomm QNN", {"onnxruntime": OnnxruntimeQnn(), "qairt": Qairt()}, lambda _: "onnxruntime")

@@ -11,14 +11,24 @@ from dconv.hw.target import Adapter
 
 _GROUP: Final = "dconv.hw"
 #: FORMAT -> its target's module in this room, which has ``ADAPTER``.
-_OURS: Final = {"rk": "rk", "qnn": "qnn", "ax": "ax"}
+_OURS: Final = {"mtk": "mtk", "rk": "rk", "qnn": "qnn", "ax": "ax", "neuron": "neuron"}
 #: Other spellings.
 _SPELLED: Final = {f"hf2{name}": name for name in _OURS}
+#: FORMATs of a checkpoint as well, which is what they mean where no chip is named.
+TWO_MEANINGS: Final = ("neuron",)
+#: Layout options that a target's compiler takes.
+LAYOUTS: Final[Mapping[str, tuple[str, ...]]] = {"neuron": ("tp",)}
 
 
-def target_of(format: str) -> str | None:
-    """The target that a FORMAT means; None where it is no hardware compiler's."""
+def target_of(format: str, *, named: bool = True) -> str | None:
+    """The target that a FORMAT means; None where it is no hardware compiler's.
+
+    Args:
+        named: whether a chip is.
+    """
     name = _SPELLED.get(format, format)
+    if name in TWO_MEANINGS and not named:
+        return None
     if name in _OURS or any(point.name == name for point in entry_points(group=_GROUP)):
         return name
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dconv.describe import Described
 from dconv.request import Request
@@ -33,6 +33,7 @@ class Ask:
         task: ``text-generation`` or ``image-text-to-text``; None reads the config.
         calibration: a file of samples; None for the text that ships.
         quant: ``--quant``: the precision.
+        tp: ``--tp``, of a target that takes it.
     """
 
     platform: str | None
@@ -43,6 +44,7 @@ class Ask:
     task: str | None = None
     calibration: str | None = None
     quant: str | None = None
+    tp: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,5 +161,18 @@ class Adapter(Protocol):
 
         Raises:
             VerifyFailed: a file that is empty, cut, of another kind, or missing.
+        """
+        ...
+
+
+@runtime_checkable
+class Adopting(Protocol):
+    """An adapter that knows what its compiler writes where another tool ran it."""
+
+    def adopt(self, folder: Path, ask: Ask) -> Terms | None:
+        """What such a folder is judged by; None where it is something else.
+
+        Raises:
+            UsageError: nobody says for which chip it is.
         """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dconv.launch.process import Stop, tolerate
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dconv.errors import UsageError
     from dconv.launch.options import add_run_options, add_target_options, parse
     from dconv.launch.worker import main as run_rank
-    from dconv.launch.worker import place, report
+    from dconv.launch.worker import place, recorded, report
 
     name = "python -m dconv.launch"
     usage = f"{name} MODEL FORMAT [-o OUT] [options]"
@@ -33,7 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first:
             report(error, as_json="--json" in words)
         return error.exit_code
-    return run_rank(args, where, stop)
+    if where.rank:
+        return run_rank(args, where, stop)
+    record = recorded([*words, *(["--nproc", str(where.world)] if where.world > 1 else [])], args, where.world)
+    code = 1
+    try:
+        code = run_rank(args, replace(where, record=record), stop)
+    finally:
+        record.end(code)
+    return code
 
 
 if __name__ == "__main__":

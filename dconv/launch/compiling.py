@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.describe import describe_model
-from dconv.errors import DconvError, Refused, ToolMissing
+from dconv.errors import DconvError, Refused, ToolMissing, UsageError
 from dconv.export.runtimes import available_memory
 from dconv.hw import finish, manifest, settings
-from dconv.hw.registry import adapter, target_of
-from dconv.hw.target import Adapter, Ask, Handing, Tool
+from dconv.hw.registry import adapter
+from dconv.hw.target import Adapter, Adopting, Ask, Handing, Terms, Tool
 from dconv.launch import worker
-from dconv.launch.options import to_request
+from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, Stopped, preempted, say
+from dconv.pipeline import prepare as plan_conversion
 from dconv.request import Request
+from dconv.sharding.coords import Parallel
 from dconv.sharding.receipt import RECEIPT, read_receipt
 
+#: What ``--model-type`` said where tasks had no option of their own.
+_OLDER: Final = {"text-generation": "text-generation", "image-classification": "image-text-to-text"}
 #: Lines of a compiler that tell how far it is.
 _PROGRESS: Final = re.compile(r"dconv-progress (\d+)/(\d+) ?(.*)")
 
@@ -41,6 +45,7 @@ class Compilation:
         handing: None where the source is a hand-off's folder already.
         tool: None where nothing is compiled here.
         work: the folder that artifacts are prepared in; the same for the same request, so that a run goes on.
+        adopted: what is known of a source that another tool compiled.
     """
 
     target: str
@@ -51,6 +56,7 @@ class Compilation:
     work: Path
     handing: Handing | None
     tool: Tool | None
+    adopted: Terms | None = None
 
 
 def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
@@ -64,30 +70,49 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
         Refused: the compiler needs more memory than there is.
         ToolMissing: the compiler is not here, and no bundle was asked for.
     """
-    target = str(target_of(args.format))
-    found = adapter(target)
-    request = to_request(args)
+    name = str(target(args))
+    found = adapter(name)
+    request, task = _tasked(to_request(args), args.task)
     given, where = settings.read(request.quantization_config)
     ask = Ask(
-        args.platform, given, where, args.toolchain_python, os.environ, args.task, request.calibration, request.quant
-    )
+        args.platform, given, where, args.toolchain_python, os.environ, task, request.calibration, request.quant,
+        args.tp,
+    )  # fmt: skip
     out = request.output
     if manifest.is_here(request.model):
         said = manifest.read(request.model)
-        if said["target"] != target:
+        if said["target"] != name:
             raise Refused("this was handed to another compiler, nothing was written", where=str(request.model),
-                          expected=target, found=said["target"],
+                          expected=name, found=said["target"],
                           do=f"FORMAT {said['target']}, or its own source")  # fmt: skip
-        return Compilation(target, found, ask, request.model, out, _work(out, "again"), None, None)
-    base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None)
+        return Compilation(name, found, ask, request.model, out, _work(out, "again"), None, None)
+    if isinstance(found, Adopting) and (adopted := found.adopt(request.model, ask)) is not None:
+        return Compilation(name, found, ask, request.model, out, _work(out, "again"), None, None, adopted)
+    base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None,
+                   parallel=Parallel())  # fmt: skip
     handing = found.plan(_described(base), base, ask)
     tool = found.find(ask, handing.terms) if finding and not args.bundle else None
     if tool is not None:
         _require_memory(handing, args.max_host_memory, tool)
     plain = repr([(step.role, step.request) for step in handing.steps])
-    said = json.dumps([target, handing.terms.platform, handing.terms.settings, plain], sort_keys=True, default=str)
-    name = hashlib.sha256(said.encode()).hexdigest()[:12]
-    return Compilation(target, found, ask, request.model, out, _work(out, name), handing, tool)
+    said = json.dumps([name, handing.terms.platform, handing.terms.settings, plain], sort_keys=True, default=str)
+    work = _work(out, hashlib.sha256(said.encode()).hexdigest()[:12])
+    return Compilation(name, found, ask, request.model, out, work, handing, tool)
+
+
+def _tasked(request: Request, task: str | None) -> tuple[Request, str | None]:
+    """The request and its task, which an older command line called ``--model-type``.
+
+    Raises:
+        UsageError: two tasks.
+    """
+    older = _OLDER.get(request.model_type or "")
+    if older is None:
+        return request, task
+    if task not in (None, older):
+        raise UsageError("two tasks are named, nothing was written", where=f"--task {task}",
+                         found=f"--model-type {request.model_type}")  # fmt: skip
+    return replace(request, model_type=None), older
 
 
 def _work(out: Path, name: str) -> Path:
@@ -129,6 +154,9 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
             if job.handing and _is_done_by_others(job, job.handing, where):
                 return 0
             finish.require_place(job.out, args.overwrite)
+            if job.handing and len(job.handing.steps) > 1:  # what a later one refuses, none before it has worked for
+                for step in job.handing.steps:
+                    plan_conversion(replace(step.request, out=job.work / step.role))
     except Stopped:
         return worker.failed(preempted(), args, where)
     except (DconvError, OSError) as error:
@@ -199,10 +227,11 @@ def _again(args: argparse.Namespace, where: worker.Place, job: Compilation, stop
     if where.rank:
         return 0
     try:
-        said = finish.again(job.adapter, job.source, _how(args, job, stop, {}))
+        how = _how(args, job, stop, {"path": str(job.source.resolve())})
+        said = finish.again(job.adapter, job.source, how, job.adopted)
     except (DconvError, OSError) as error:
         return worker.failed(error, args, where)
-    return _told(args, where, said, f"{said['kind']} before, and whole")
+    return _told(args, where, said, f"{said['kind']} before, and {'not by dconv' if job.adopted else 'whole'}")
 
 
 def _how(args: argparse.Namespace, job: Compilation, stop: Stop, source: dict[str, object]) -> finish.Finish:

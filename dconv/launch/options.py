@@ -13,11 +13,12 @@ from dconv.checkpoint.rename import SUBMODELS
 from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
-from dconv.hw.registry import target_of
+from dconv.hw import manifest, settings
+from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, target_of
 from dconv.launch.config_file import read_config
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.net.device import check as check_device
-from dconv.neuron import RESCALES, SCALES
+from dconv.neuron import QUANT, RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
 from dconv.request import CALIBRATED
@@ -126,7 +127,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher-only", action="store_true", help="leave the student out of it")
     group = parser.add_argument_group("Megatron layout")
     for name, text in (
-        ("tp", "tensor parallel size (of pt: files to cut it into)"),
+        ("tp", "tensor parallel size (of pt: files to cut it into; of neuron for a chip: cores to compile for)"),
         ("pp", "pipeline parallel size"),
         ("vpp", "virtual pipeline chunks a stage"),
         ("ep", "expert parallel size (of gptq and awq: ranks that divide a layer's experts while they calibrate)"),
@@ -195,8 +196,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 def add_compiler_options(parser: argparse.ArgumentParser) -> None:
     """A hardware compiler's."""
-    group = parser.add_argument_group("hardware compiler (FORMAT rk, qnn, ax)")
-    group.add_argument("--platform", metavar="CHIP", help="what is compiled for, such as RK3588")
+    group = parser.add_argument_group("hardware compiler (FORMAT mtk, rk, qnn, ax, neuron)")
+    group.add_argument("--platform", metavar="CHIP", help="what is compiled for, such as RK3588 or trn2")
     group.add_argument("--task", choices=("text-generation", "image-text-to-text"),
                        help="what the model is for (normally read from the config)")  # fmt: skip
     group.add_argument("--toolchain-python", type=Path, metavar="PYTHON",
@@ -252,7 +253,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 def _variants() -> str:
     known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
     return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)",
-                      f"onnx {', '.join(ONNX_VARIANTS)}"])  # fmt: skip
+                      f"onnx {', '.join(ONNX_VARIANTS)}", f"neuron {QUANT}"])  # fmt: skip
 
 
 def block_size(text: str) -> tuple[int, int]:
@@ -323,6 +324,20 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
+def target(args: argparse.Namespace) -> str | None:
+    """The hardware compiler that parsed options mean; None where they mean a conversion alone.
+
+    A FORMAT of two meanings is a compiler's where a chip is named, or MODEL is what was handed to it before.
+
+    Raises:
+        DconvError: see `dconv.hw.settings.read`.
+    """
+    name = target_of(args.format)
+    if name not in TWO_MEANINGS or args.platform is not None or manifest.is_here(Path(args.model)):
+        return name
+    return target_of(args.format, named=settings.PLATFORM in settings.read(args.quantization_config)[0])
+
+
 def to_request(args: argparse.Namespace) -> Request:
     """The request that parsed options describe.
 
@@ -334,8 +349,10 @@ def to_request(args: argparse.Namespace) -> Request:
         raise UsageError("--teacher-only without a teacher", where="--teacher-only", expected="--teacher DIR beside it")
     _check_fake(args)
     check_device(args.device)
-    engine = FORMATS.get(args.format) or ("huggingface" if target_of(args.format) else "megatron")
+    compiler = target(args)
+    engine = "huggingface" if compiler else FORMATS.get(args.format, "megatron")
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
+    known = LAYOUTS.get(compiler, ()) if compiler else known
     known = ("ep",) if args.format in CALIBRATED else known
     given = [name for name, otherwise in _LAYOUT.items() if getattr(args, name) not in (None, otherwise)]
     given = [name for name in given if name not in known]
@@ -343,8 +360,8 @@ def to_request(args: argparse.Namespace) -> Request:
         raise UsageError(
             f"{args.format} has no such layout, nothing was written",
             where=", ".join("--" + name.replace("_", "-") for name in given),
-            expected="these options with FORMAT megatron only (--tp also with pt, --ep with gptq, awq): they say how "
-            "the output is cut, not the source",
+            expected="these options with FORMAT megatron only (--tp also with pt and neuron --platform, --ep with "
+            "gptq, awq): they say how the output is cut, not the source",
             do="leave them out",
         )
     sized = ("huggingface", "neuron", "gguf", "mlx", "onnx")

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
-from dconv.hw.registry import target_of
-from dconv.launch.options import to_request
+from dconv.launch.history import Record
+from dconv.launch.history import place as history_place
+from dconv.launch.options import target, to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
@@ -42,12 +43,13 @@ _PATIENCE: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process stands in a run. ``local`` counts ranks on this machine."""
+    """Where this process stands in a run. ``local`` counts ranks on this machine; ``record`` is kept of the run."""
 
     rank: int
     world: int
     local: int
     launched: float
+    record: Record = field(default_factory=Record)
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
@@ -97,7 +99,11 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         stop: made earlier in this process, if it was.
         request: a step of what ``args`` ask for; its summary is not printed.
     """
-    if request is None and target_of(args.format):
+    try:
+        handed = request is None and target(args) is not None
+    except (DconvError, OSError) as fault:
+        return failed(fault, args, where)
+    if handed:
         from dconv.launch import compiling  # it runs this function for each of its steps
 
         return compiling.main(args, where, stop)
@@ -121,6 +127,7 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         last_words()
         return Preempted.exit_code
     except DconvError as error:
+        where.record.note(error=str(error))
         if where.local == 0:
             report(error, args.json)
         else:
@@ -128,9 +135,14 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         return error.exit_code
     except (OSError, MemoryError) as fault:
         return failed(fault, args, where)
+    plan = job.plan
+    where.record.note(
+        plan=plan.id, family=job.family.name, bytes_read=plan.bytes_read, bytes_written=plan.bytes_written
+    )
     try:
         return _run(job, args, where, began, stop, told=request is None)
     except DconvError as error:
+        where.record.note(error=str(error))
         common = _is_common(error, job)
         if where.local == 0 or not common:
             report(error, args.json, None if common else where)
@@ -144,6 +156,7 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
 def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
     """The exit code of a fault, which is printed; of one that all ranks meet, by one of each machine."""
     if isinstance(fault, DconvError):
+        where.record.note(error=str(fault))
         if where.local == 0:
             report(fault, args.json)
         return fault.exit_code
@@ -151,6 +164,7 @@ def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, 
         error = StorageFault(f"the file system failed: {fault}")
     else:
         error = StorageFault("out of memory", do="a smaller --max-memory")
+    where.record.note(error=str(error))
     report(error, args.json, where)
     return error.exit_code
 
@@ -208,6 +222,17 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         elif not args.quiet:
             say("\n".join([f"already done: {job.request.output}", *_sentences(verified)]))
     return 0
+
+
+def recorded(words: Sequence[str], args: argparse.Namespace, ranks: int) -> Record:
+    """The record of a run that begins here, where the options make sense and a history is kept."""
+    record = Record(history_place())
+    try:
+        target = to_request(args).output
+    except (DconvError, argparse.ArgumentTypeError):
+        return Record()  # said by the run itself
+    record.begin(words, args.model, args.format, target, ranks)
+    return record
 
 
 def _was_there(job: Job, since: float) -> bool:
@@ -299,7 +324,7 @@ def report(error: DconvError, as_json: bool, where: Place | None = None) -> None
     say(f"{prefix}{error}", sys.stderr)
 
 
-def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
+def local(argv: Sequence[str], args: argparse.Namespace, count: int, record: Record) -> int:
     """Run ``count`` ranks on this machine: this process is rank 0, the others are children with the same options."""
     import subprocess
 
@@ -317,7 +342,7 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int) -> int:
     ]
     threading.Thread(target=_tell, args=(stop, children), daemon=True).start()
     try:
-        code = main(args, Place(0, count, 0, launched), stop)
+        code = main(args, Place(0, count, 0, launched, record), stop)
     finally:
         codes = [_finish(child, stop=bool(code)) for child in children]
     failed = [c for c in (code, *codes) if c]

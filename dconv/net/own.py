@@ -1,9 +1,10 @@
 """Models of families that transformers lacks, from config.json alone: code of a checkpoint is never run.
 
 MiniCPM (1B, 2B, 4) is Granite with other names for its scalars, and DeepSeek-MoE a Llama; so transformers' layers of
-those two families compute them, with experts of our own (`dconv.net.experts`) in the place of feed-forward layers.
-Sources: OpenBMB's ``modeling_minicpm.py``, DeepSeek's ``modeling_deepseek.py``; how the scalars are read is
-`dconv.arch.mup`'s.
+those two families compute them, with experts of our own (`dconv.net.experts`) in the place of feed-forward layers. Of
+MiniCPM-V there is the language model alone, a Qwen2 under a prefix: what it makes of words.
+Sources: OpenBMB's ``modeling_minicpm.py`` and ``modeling_minicpmv.py``, DeepSeek's ``modeling_deepseek.py``; how the
+scalars are read is `dconv.arch.mup`'s.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from dconv.errors import Refused
 #: By the family's name, what an expert's gate, up and down are called in its checkpoints.
 _USUAL: Final = ("gate_proj", "up_proj", "down_proj")
 _EXPERT_PARTS: Final[dict[str, tuple[str, ...]]] = {
-    "minicpm": (), "minicpm_moe": ("w1", "w3", "w2"), "deepseek": _USUAL, "generic_moe": _USUAL,
+    "minicpm": (), "minicpm_moe": ("w1", "w3", "w2"), "deepseek": _USUAL, "generic_moe": _USUAL, "minicpmv": (),
 }  # fmt: skip
+#: What a language model's tensors begin with in the checkpoints of a family that sees.
+_PREFIXES: Final = {"minicpmv": "llm."}
+#: Keys of a config.json that say nothing of its language model, or another class.
+_NOT_OF_WORDS: Final = ("architectures", "model_type", "auto_map", "vision_config", "slice_config", "version")
 #: Of a ``sparse_config`` that does not say it: ``MiniCPMInfLLMv2Attention`` of MiniCPM4's ``modeling_minicpm.py``.
 _DENSE_LENGTH: Final = 8192
 
@@ -101,7 +106,8 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
         dtype: torch's name of the parameters' dtype.
 
     Returns:
-        A model of transformers; ``expert_parts`` is what an expert's gate, up and down are called in its checkpoint.
+        A model of transformers; ``expert_parts`` is what an expert's gate, up and down are called in its checkpoint,
+        ``stored_under`` what the names of its tensors begin with there.
 
     Raises:
         Damaged: see `dconv.arch.translate.Config.facts`.
@@ -114,14 +120,21 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
     _refuse(family, config)
     defaults = declared.defaults if isinstance(declared, DecoderConfig) else {}
     facts, said = declared.facts(config), _without_stretch({**defaults, **config})
-    kin, settled = (
-        ("Granite", _as_granite(family.mup, said, facts)) if family.mup else ("Llama", mup.llama(said, facts))
-    )
+    if family.mup:
+        kin, settled = "Granite", _as_granite(family.mup, said, facts)
+    elif family.name in _PREFIXES:
+        kin, settled = "Qwen2", {key: value for key, value in said.items() if key not in _NOT_OF_WORDS}
+    else:
+        kin, settled = "Llama", mup.llama(said, facts)
     named = config.get("architectures")
     kind: Any = type(
         str(named[0]) if isinstance(named, list) and named else declared.architecture,
         (getattr(transformers, f"{kin}ForCausalLM"),),
-        {"__module__": __name__, "expert_parts": _EXPERT_PARTS[family.name]},
+        {
+            "__module__": __name__,
+            "expert_parts": _EXPERT_PARTS[family.name],
+            "stored_under": _PREFIXES.get(family.name, ""),
+        },
     )
     plain = getattr(transformers, f"{kin}Config").from_dict({**settled, "tie_word_embeddings": facts["tied"]})
     net = kind._from_config(plain, dtype=getattr(torch, dtype), attn_implementation=attention)

@@ -58,9 +58,13 @@ def _map(logical: Logical, model: Any, wanted: dict[str, Any], found: dict[str, 
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     place: tuple[str, Any] = (model.base_model_prefix, wanted)  # transformers 5.0 names them otherwise
+    prefix = getattr(model, "stored_under", "")
     unused = []
     for source in sorted(logical.specs, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, *place)
+        if not source.startswith(prefix):
+            unused.append(source)
+            continue
+        name, pattern = rename_source_key(source.removeprefix(prefix), renamings, converters, *place)
         if name not in wanted and source in wanted:
             name, pattern = source, None
         if name not in wanted:

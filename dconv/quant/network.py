@@ -35,7 +35,8 @@ class Network:
         device: torch's name of where layers compute.
         budget: bytes that weights outside of the layers may take at a time.
         peers: that have the experts of a layer between them.
-        family: of the model, for one that transformers lacks (`dconv.net.own`).
+        family: of the model, for one that transformers lacks (`dconv.net.own`), or one that sees: the layers are then
+            those of its language model.
 
     Raises:
         ToolMissing: transformers does not build the model.
@@ -54,19 +55,24 @@ class Network:
     ) -> None:
         import torch
 
+        sees = family is not None and family.sees
+        auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
         plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
         with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
             (Path(scratch) / "config.json").write_text(json.dumps(plain))
             try:
-                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "sdpa", family)
+                net = built(Path(scratch), auto, logical.root, "sdpa", family)
             except ToolMissing:  # some attention is written out alone (Gemma 2 caps its scores)
-                net = built(Path(scratch), "AutoModelForCausalLM", logical.root, "eager", family)
+                net = built(Path(scratch), auto, logical.root, "eager", family)
         self._net = net.eval().requires_grad_(False)
         with torch.no_grad():
             fill_computed(self._net, self._net)
         self.device, self._peers = device, peers
         self.weights = Weights(logical, self._net)
         found = dict(layers_of(self._net))
+        if sees:  # calibrated with words: no image, so that the tower's layers are never run
+            words = f"{_name_of(self._net.get_decoder(), self._net)}."
+            found = {name: layer for name, layer in found.items() if name.startswith(words)}
         stacks = {name.rpartition(".")[0] for name in found}
         if len(stacks) != 1:
             raise Refused(
@@ -229,6 +235,10 @@ class Layer:
         with torch.no_grad():
             made = self.module(hidden, *args, **kwargs)
         return made[0] if isinstance(made, tuple) else made
+
+
+def _name_of(member: Any, net: Any) -> str:
+    return next(name for name, module in net.named_modules() if module is member)
 
 
 def _moved(value: Any, device: str) -> Any:

@@ -22,7 +22,7 @@ SIZES: list[dict[str, object]] = [
     {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True},
 ]
 #: Families whose class comes with their checkpoints only.
-NO_CLASS = {"blockffn", "blockffn_mla", "deepseek", "minicpm", "minicpm_moe", "minicpm_blockffn"}
+NO_CLASS = {"blockffn", "blockffn_mla", "deepseek", "minicpm", "minicpm_moe", "minicpm_blockffn", "minicpmv"}
 #: What a family's class cannot be asked for: OLMoE's norms have the width of the hidden state, whatever a head's is.
 IMPOSSIBLE = {"olmoe": {"head_dim"}}
 #: Keys that a class insists on, or that dconv refuses by name.

@@ -30,3 +30,11 @@ def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rkllm(tmp_path: Path) -> Path:
     """An interpreter that has RKLLM's toolkit, as far as anyone can see."""
     return stand_ins.python("rkllm", tmp_path)
+
+
+@pytest.fixture
+def neuron(tmp_path: Path) -> Path:
+    return neuron_in(tmp_path)
+
+
+neuron_in = stand_ins.neuron

@@ -318,7 +318,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], type[DconvError], 
     "a family without a table": ("qwen3", {}, {}, Refused, "names of qwen3 are not known"),
     "another rescaling": ("llama", {}, {"neuron_rescale": "3"}, UsageError, "no such way"),
     "another FORMAT": ("llama", {}, {"neuron_scale": "reciprocal", "format": "hf"}, UsageError, "no such option"),
-    "a variant": ("llama", {}, {"quant": "fp8_block"}, UsageError, "is not quantised"),
+    "a variant": ("llama", {}, {"quant": "fp8_block"}, UsageError, "no such variant"),
+    "experts without scales": ("mixtral", {"quantised": lambda _: False}, {"quant": "fp8"}, Refused, "not in FP8"),
 }
 
 

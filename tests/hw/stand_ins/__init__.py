@@ -75,13 +75,43 @@ def python(name: str, folder: Path) -> Path:
     return made
 
 
+def neuron(folder: Path) -> Path:
+    """An interpreter that has NxD Inference, as far as anyone can see."""
+    packages, bins = folder / "toolchain", folder / "toolchain" / "bin"
+    nxd = packages / "neuronx_distributed_inference"
+    for package in (bins, nxd / "models", packages / "torch_neuronx", packages / "neuronx_distributed"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (nxd / "__init__.py").touch()
+    shutil.copyfile(HERE / "neuron" / "inference_demo.py", nxd / "inference_demo.py")
+    shutil.copyfile(HERE / "neuron" / "application_base.py", nxd / "models" / "application_base.py")
+    for name, version in (
+        ("neuronx-distributed-inference", "0.9.0"), ("neuronx-distributed", "0.18.0"),
+        ("torch-neuronx", "2.9.0.2.12.0"), ("neuronx-cc", "2.23.1"),
+    ):  # fmt: skip
+        information = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    compiler = bins / "neuronx-cc"
+    compiler.write_text("#!/bin/sh\necho NeuronX Compiler version 2.23.1+stand-in\n")
+    compiler.chmod(0o755)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPATH="{bins}:$PATH" PYTHONPATH="{packages}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def environment(name: str, folder: Path) -> dict[str, str]:
     """What a bundle's ``compile.sh`` is told where a stand-in plays its toolchain.
 
     Args:
-        name: one of `PACKAGES`, or ``pulsar2``.
+        name: one of `PACKAGES`, or ``neuron``, ``mtk_cloud``, ``pulsar2``.
         folder: for what has to be written.
     """
     if name in PACKAGES:
         return {"TOOLCHAIN_PYTHON": str(python(name, folder))}
+    if name == "neuron":
+        return {"TOOLCHAIN_PYTHON": str(neuron(folder))}
+    if name == "mtk_cloud":
+        return {"MTK_CLOUD_PATH": str(shutil.copytree(HERE / "mtk_cloud", folder / "mtk_cloud"))}
     return {"PATH": f"{HERE / 'bin'}:{os.environ['PATH']}"}

@@ -1,0 +1,109 @@
+"""``dconv history``: past runs, one of them, and the same again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from dconv.errors import UsageError
+from dconv.launch import history
+from dconv.launch.process import say
+
+_SHOWN: Final = 20
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("verb", nargs="?", choices=("show", "rerun"), help="one run, by its number")
+    parser.add_argument("number", nargs="?", type=int, metavar="ID")
+    parser.add_argument("--all", action="store_true", help=f"all runs (the last {_SHOWN})")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help="show where an internal error happened")
+
+
+def run(parser: argparse.ArgumentParser, words: Sequence[str], convert: Callable[[list[str]], int]) -> int:
+    """Do it.
+
+    Args:
+        convert: runs ``dconv convert`` with some words.
+
+    Raises:
+        UsageError: no such run, or its directory is gone.
+        StorageFault: see `dconv.launch.history.runs`.
+    """
+    again = list(words[:1]) == ["rerun"]
+    args = parser.parse_args(words[:2] if again else words)
+    path = history.place()
+    if path is None:
+        raise UsageError("no history is kept", where=f"{history.VARIABLE}={os.environ.get(history.VARIABLE, '')}")
+    if args.verb is None:
+        found = history.runs(path, most=0 if args.all else _SHOWN)
+        say(json.dumps(found) if args.json else table(found) or f"no run yet in {path}")
+        return 0
+    if args.number is None:
+        raise UsageError(
+            "which run?", where=f"dconv history {args.verb}", do="its number stands first in dconv history"
+        )
+    one = next(iter(history.runs(path, number=args.number)), None)
+    if one is None:
+        raise UsageError("there is no such run", where=f"{args.verb} {args.number}", found=str(path))
+    if again:
+        return _again(one, words[2:], convert)
+    say(json.dumps(one) if args.json else _told(one))
+    return 0
+
+
+def _again(one: Mapping[str, Any], more: Sequence[str], convert: Callable[[list[str]], int]) -> int:
+    if not Path(one["directory"]).is_dir():
+        raise UsageError("the directory of that run is gone", where=one["directory"])
+    os.chdir(one["directory"])
+    return convert([*one["words"], *more])
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line a run."""
+    lines = [
+        (
+            str(one["id"]),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one["started"])),
+            one["state"],
+            _lasted(one["seconds"]),
+            f"{one['bytes_written'] / 1e9:.2f} GB" if one["bytes_written"] and one["state"] == "done" else "",
+            f"{one['source']} -> {one['format']}  {one['target']}",
+        )
+        for one in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    rate = f", {one['rate'] / 1e9:.2f} GB/s" if one["rate"] else ""
+    ranks = f"{one['ranks']} rank{'s' * (one['ranks'] > 1)} on {one['host']}"
+    said = {
+        "run": f"{one['id']}, {one['state']}" + (f" (exit code {one['code']})" if one["code"] else ""),
+        "command": f"dconv convert {' '.join(one['words'])}",
+        "in": one["directory"],
+        "when": f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['started']))}, {_lasted(one['seconds'])}",
+        "by": ranks,
+        "read": f"{one['bytes_read'] / 1e9:.2f} GB of {one['family']}" if one["bytes_read"] else "",
+        "wrote": f"{one['bytes_written'] / 1e9:.2f} GB{rate}  ->  {one['target']}" if one["bytes_written"] else "",
+        "plan": one["plan"] or "",
+        "source": f"{one['source']}  {one['source_digest'] or ''}",
+        "target": one["target_digest"] or "",
+        "error": (one["error"] or "").replace("\n", "\n         "),
+    }
+    return "\n".join(f"{key:<8} {value}".rstrip() for key, value in said.items() if value)
+
+
+def _lasted(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,119 @@
+"""MediaTek in public: a decoder as a .tflite by litert-torch, and code for the NPU by LiteRT where the SDK is there.
+
+Source for chips and types: LiteRT ``litert/python/aot/vendors/mediatek/target.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Final
+
+from dconv.arch.layouts import size
+from dconv.describe import Described
+from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.prompt import kind_of
+from dconv.hw import settings
+from dconv.hw.driver import Driver
+from dconv.hw.mtk_contract import MAGIC, PLATFORMS
+from dconv.hw.mup import folded
+from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.request import Request
+
+_ROLE: Final = "hf"
+_FILE: Final = "model.tflite"
+_MORE: Final = (
+    "MT6853", "MT6877", "MT6878", "MT6879", "MT6886", "MT6893", "MT6895", "MT6983", "MT6985", "MT6993", "MT8171",
+    "MT8188", "MT8189",
+)  # fmt: skip
+#: Chips whose code is the ninth Neuron's; the others have the eighth's.
+_NINTH: Final = ("MT6993",)
+_TYPES: Final = ("f32", "int8")
+
+
+@dataclass(frozen=True)
+class Litert:
+    """The adapter's part for the public toolchain."""
+
+    title: str = "MediaTek by LiteRT"
+    install: str = (
+        "bash scripts/toolchains.sh litert; code for an NPU needs NeuroPilot's SDK, too: pip install\n"
+        "ai-edge-litert-sdk-mediatek in that environment, where it can download its libraries"
+    )
+
+    @property
+    def platforms(self) -> Mapping[str, str]:
+        return {**PLATFORMS, **dict.fromkeys(_MORE, "LiteRT alone")}
+
+    @property
+    def _driver(self) -> Driver:
+        return Driver("litert", self.install)
+
+    def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        kind = kind_of(model.family)
+        if kind != "decoder":
+            raise Refused("litert-torch is given decoders of text, nothing was written",
+                          found=f"{model.family.name}, {kind}", expected="a decoder")  # fmt: skip
+        chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
+        known = {
+            "sequence": settings.whole(128, 1, 1 << 16),
+            "past": settings.whole(0, 0, 1 << 17),
+            "weights": settings.among("f32", *_TYPES),
+            "aot": settings.flag(True),
+            "cpu_ops": settings.flag(False),
+        }
+        found = settings.settled(ask.settings, known, ask.where)
+        weights = ask.quant or found["weights"]
+        if weights not in _TYPES:
+            raise UsageError("a .tflite has no such weights, nothing was written", where=f"--quant {weights}",
+                             expected=", ".join(_TYPES), do=settings.meant(str(weights), _TYPES))  # fmt: skip
+        step, mup, notes = folded(model, replace(request, dtype=request.dtype or "f32"))
+        if not found["aot"]:
+            notes = (
+                *notes,
+                f"nothing in it is code for {chip}: any LiteRT runs it on a CPU, or compiles it on the device",
+            )
+        facts = {"layers": size(model.facts, "layers"), "mup": mup}
+        parameters = sum(prod(spec.shape) for spec in model.logical.specs.values())
+        agreed = {**found, "weights": weights}
+        return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=16 * parameters)
+
+    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        tool = self._driver.find(ask)
+        if terms is None or not terms.settings["aot"]:
+            return tool
+        aot = tool.details.get("aot")
+        sdk = aot.get("v9" if terms.platform in _NINTH else "v8") if isinstance(aot, dict) else None
+        if not isinstance(sdk, dict) or not sdk.get("complete"):
+            raise ToolMissing(
+                f"nothing here compiles for {terms.platform}, nothing was written",
+                found=f"{tool.words}, without {sdk.get('lacks') if isinstance(sdk, dict) else 'the SDK'}",
+                do=f"{self.install}\nor a .tflite without code for an NPU: --quantization-config '{{\"aot\": false}}'",
+            )
+        return tool
+
+    def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        self._driver.lay_out(handing, work, {_ROLE: _ROLE}, handing.terms.settings)
+
+    def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        said = self._driver.result(out)
+        aot = bool(terms.settings["aot"])
+        wanted = [_FILE, *([f"model_{terms.platform}.tflite"] if aot else [])]
+        if said["files"] != wanted:
+            raise VerifyFailed("these are not the files that were asked for", expected=", ".join(wanted),
+                               found=", ".join(said["files"]))  # fmt: skip
+        for name in wanted:
+            with (out / name).open("rb") as file:
+                head = file.read(8)
+            if head[4:] != MAGIC:
+                raise VerifyFailed("this is no .tflite", where=name, expected=f"{MAGIC.decode()} at byte 4",
+                                   found=repr(head[4:]))  # fmt: skip
+        evidence: Mapping[str, object] = said["evidence"]
+        compiled = evidence.get("aot")
+        if aot and not (isinstance(compiled, dict) and compiled.get("npu_ops")):
+            raise VerifyFailed("nothing in it was compiled for the NPU", where=wanted[-1])
+        if not evidence.get("agreement"):
+            raise VerifyFailed("its logits were not compared with the model's", where=_FILE)
+        return {"bytes": (out / _FILE).stat().st_size, "compiled_for": terms.platform if aot else "no NPU", **evidence}
