@@ -67,6 +67,7 @@ class Request:
         gguf_pretokenizer: llama.cpp's name for how a tokenizer splits text; None finds it out.
         opset: of ONNX; None is the exporter's own.
         lengths: tokens of a text, and of what came before it, that an ONNX graph is for; None is for any.
+        for_codes: such a graph's compiler will give its activations codes (`dconv.hw.static_graph` says so).
         ports: whose inputs and outputs an ONNX graph of given lengths has: ``genie``'s (`dconv.export.genie`); None is
             onnxruntime-genai's. No option says it.
         fake_weight_config: a file of sizes and values for that (`dconv.checkpoint.fake_config`).
@@ -106,6 +107,7 @@ class Request:
     gguf_pretokenizer: str | None = None
     opset: int | None = None
     lengths: tuple[int, int] | None = None
+    for_codes: bool = False
     ports: str | None = None
     fake_weight: bool = False
     fake_weight_config: Path | None = None

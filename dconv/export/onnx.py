@@ -28,6 +28,7 @@ from dconv.export.onnx_graph import OPSETS, require, traced
 from dconv.export.onnx_weights import Weight, lay_out, serialised, weights_of
 from dconv.export.prompt import Answers, Kind, Prompt, kind_of
 from dconv.export.traced import Export, weightless
+from dconv.net.finite_mask import HIDDEN, HIDDEN_IN_CODES
 from dconv.request import Request
 from dconv.sharding.plan import Target, TargetFile
 from dconv.targets import new_config
@@ -58,7 +59,8 @@ def export(request: Request, model: Described) -> Export:
     made: dict[str, Any] = {}
     taken: dict[str, list[Weight]] = {}
     for name, graph in graphs.items():
-        made[name] = traced(replace(found, graph=graph), request.opset)
+        hidden = HIDDEN_IN_CODES if request.for_codes else HIDDEN
+        made[name] = traced(replace(found, graph=graph), request.opset, hidden)
         taken[name] = weights_of(made[name], found.held, len(graph.inputs))
     notes = list(_notes(kind, dtype))
     logical = model.logical

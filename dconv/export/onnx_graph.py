@@ -16,7 +16,7 @@ from dconv.export.graph import Port
 from dconv.export.onnx_fixed import FOLDING, settle
 from dconv.export.onnx_opset import convert
 from dconv.export.traced import Weightless, exported, silent
-from dconv.net.finite_mask import finite_mask
+from dconv.net.finite_mask import HIDDEN, finite_mask
 from dconv.net.real_rotary import real_rotary
 from dconv.net.skeleton import quiet
 
@@ -58,11 +58,12 @@ def require(modules: tuple[str, ...] = MODULES) -> None:
         )
 
 
-def traced(model: Weightless, opset: int | None = None) -> Any:
+def traced(model: Weightless, opset: int | None = None, hidden: float = HIDDEN) -> Any:
     """The graph (``onnx_ir.Model``); weights are inputs behind the graph's own, under the names of its parameters.
 
     Args:
         opset: one of `OPSETS`; None leaves torch's.
+        hidden: of a graph of given lengths, what its masks add to a score.
 
     Raises:
         Refused: torch cannot trace the model for lengths of any kind, or the opset has not all of its operations.
@@ -72,7 +73,7 @@ def traced(model: Weightless, opset: int | None = None) -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
     is_fixed = model.graph.is_fixed
-    with real_rotary(), finite_mask() if is_fixed else nullcontext():
+    with real_rotary(), finite_mask(hidden) if is_fixed else nullcontext():
         program = exported(model)
     ports = (*model.graph.inputs, *model.graph.outputs)
     try:

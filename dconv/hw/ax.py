@@ -55,7 +55,8 @@ class Axera:
 
     @property
     def platforms(self) -> Mapping[str, str]:
-        return {"AX650": "AX650A, AX650N, AX8850", "AX620E": "AX630C and its kin"}
+        known = {"AX650": "AX650A, AX650N, AX8850", "AX620E": "AX630C and its kin"}
+        return {chip: f"{those}; weights {', '.join(_WEIGHTS)}" for chip, those in known.items()}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         kind = kind_of(model.family)

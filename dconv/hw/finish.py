@@ -87,18 +87,20 @@ def compiled(adapter: Adapter, handing: Handing, tool: Tool, ask: Ask, how: Fini
             stopped=how.stopped, words=tool.words,
         )  # fmt: skip
         evidence = adapter.judge(handing.terms, out, ran.log)
+        os.replace(how.log, out / LOG)
+        said = {**_said("compiled", handing.terms, how), "toolchain": {"words": tool.words, **tool.details},
+                "evidence": dict(evidence), "seconds": round(ran.seconds, 3)}  # fmt: skip
+        manifest.write(out, said)
+        _place(out, how)
     except Preempted:
         shutil.rmtree(out, ignore_errors=True)
         how.log.unlink(missing_ok=True)
         raise
     except (DconvError, OSError):
+        if not how.log.exists() and (out / LOG).exists():  # it was to be listed with the rest
+            os.replace(out / LOG, how.log)
         shutil.rmtree(how.work, ignore_errors=True)
         raise
-    os.replace(how.log, out / LOG)
-    said = {**_said("compiled", handing.terms, how), "toolchain": {"words": tool.words, **tool.details},
-            "evidence": dict(evidence), "seconds": round(ran.seconds, 3)}  # fmt: skip
-    manifest.write(out, said)
-    _place(out, how)
     shutil.rmtree(how.work, ignore_errors=True)
     return manifest.read(how.out)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -63,11 +64,11 @@ def run(
 
     Raises:
         ToolMissing: it failed, or took longer.
-        StorageFault: it found no room on the disk.
+        StorageFault: it found no room on the disk, or its words cannot be kept.
         Preempted: this process was asked to leave.
     """
     began = time.monotonic()
-    with log.open("wb") as kept:
+    with log.open("wb", buffering=0) as kept:
         try:
             process = subprocess.Popen(
                 argv, cwd=cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
@@ -75,9 +76,10 @@ def run(
             )  # fmt: skip
         except OSError as fault:
             raise ToolMissing(f"{words} does not start", where=argv[0], found=str(fault)) from fault
-        reader = threading.Thread(target=_read, args=(process, kept, told), daemon=True)
+        faults: list[OSError] = []
+        reader = threading.Thread(target=_read, args=(process, kept, told, faults), daemon=True)
         reader.start()
-        while process.poll() is None:
+        while process.poll() is None and not faults:
             late = time.monotonic() - began > timeout
             if late or stopped():
                 _end(process)
@@ -94,6 +96,8 @@ def run(
             time.sleep(_EVERY)
         _end(process)  # what it may have left in the background, which still holds the pipe
         reader.join(_PATIENCE)
+    if faults:
+        raise StorageFault(f"the words of {words} cannot be kept", where=str(log), found=str(faults[0])) from faults[0]
     said = log.read_text(errors="replace")
     if process.returncode:
         _raise(process.returncode, said, log, words)
@@ -113,11 +117,14 @@ def _raise(code: int, said: str, log: Path, words: str) -> None:
     )
 
 
-def _read(process: subprocess.Popen[bytes], kept: object, told: Callable[[str], None]) -> None:
+def _read(process: subprocess.Popen[bytes], kept: FileIO, told: Callable[[str], None], faults: list[OSError]) -> None:
     with contextlib.suppress(ValueError, OSError):  # the log is closed under a reader that was given up
         for line in process.stdout or ():
-            kept.write(line)  # type: ignore[attr-defined]
-            kept.flush()  # type: ignore[attr-defined]
+            try:
+                kept.write(line)
+            except OSError as fault:
+                faults.append(fault)  # unread, the compiler would wait for ever
+                return
             told(line.decode(errors="replace").rstrip())
 
 

@@ -49,7 +49,7 @@ class Rkllm:
 
     @property
     def platforms(self) -> Mapping[str, str]:
-        return {name: f"{cores} NPU core{'s' * (cores > 1)}" for name, (cores, _) in _RKLLM.items()}
+        return {name: ", ".join(dtypes) for name, (_, dtypes) in _RKLLM.items()}
 
     @property
     def _driver(self) -> Driver:

@@ -56,7 +56,7 @@ def planned(
             expected="past 0 of a decoder, or fp16",
         )
     made, mup, notes = folded(model, request)
-    made = replace(made, format="onnx", dtype="f32", lengths=(sequence, past), opset=_OPSET)
+    made = replace(made, format="onnx", dtype="f32", lengths=(sequence, past), opset=_OPSET, for_codes=quantised)
     facts: dict[str, object] = {
         "layers": size(model.facts, "layers"), "mup": mup, "sequence": sequence, "past": past, "kind": kind,
     }  # fmt: skip

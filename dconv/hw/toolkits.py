@@ -35,10 +35,11 @@ class Toolkits:
 
     @property
     def platforms(self) -> Mapping[str, str]:
-        found: dict[str, str] = {}
-        for one in self.toolkits.values():
-            found = {**one.platforms, **found}
-        return found
+        found: dict[str, list[str]] = {}
+        for name, one in self.toolkits.items():
+            for chip, words in one.platforms.items():
+                found.setdefault(chip, []).append(f"{name} {words}")
+        return {chip: "; ".join(words) for chip, words in found.items()}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         named, inner = self._asked(ask)

@@ -1,4 +1,4 @@
-"""What ``dconv formats`` says: the conversion matrix, and every container, scheme and type by name."""
+"""What ``dconv formats`` says: the conversion matrix, every container, scheme and type by name, compilers and chips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dconv.checkpoint.detect import CONTAINERS
 from dconv.codec.gguf import BLOCKS
 from dconv.coded.decode import METHODS
 from dconv.gguf import TYPES
+from dconv.hw.registry import adapters
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.quantise import VARIANTS
 from dconv.request import FORMATS
@@ -26,6 +27,7 @@ def known() -> dict[str, Any]:
         "gguf": {"architectures": sorted(ARCHS), "types": sorted(BLOCKS), "encode": sorted(TYPES)},
         "mlx": {"encode": list(MLX_VARIANTS)},
         "matrix": dict(matrix.rows()),
+        "compile": {name: {"title": one.title, "platforms": dict(one.platforms)} for name, one in adapters().items()},
     }
 
 
@@ -43,6 +45,12 @@ def lines() -> list[str]:
     for format, variants in said["encode"].items():
         shown += [f"encodes          {format} --quant {name}  {words}" for name, words in variants.items()]
     shown += [f"encodes          {name} --quant {', '.join(said[name]['encode'])}" for name in ("gguf", "mlx")]
+    for target, one in said["compile"].items():
+        kinds: dict[str, list[str]] = {}
+        for chip, what in one["platforms"].items():
+            kinds.setdefault(what, []).append(chip)
+        words = f"hands over       {target} --platform"
+        shown += [f"{words} {', '.join(chips)}  {one['title']}: {what}" for what, chips in kinds.items()]
     return shown
 
 

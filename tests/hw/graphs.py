@@ -92,14 +92,16 @@ def _export(model: nn.Module, example: Tensor, path: Path, given: str, made: str
     return path
 
 
-def graph(path: Path, steps: Sequence[str], axes: Sequence[int | str] = (1, 4, 4), opset: int = OPSET) -> Path:
-    """x -> y through operators by name, of which MatMul has a random 4 x 4 matrix."""
+def graph(
+    path: Path, steps: Sequence[str], axes: Sequence[int | str] = (1, 4, 4), opset: int = OPSET, columns: int = 4
+) -> Path:
+    """x -> y through operators by name, of which MatMul has a random matrix of 4 rows."""
     names = ["x", *(f"after{k}" for k in range(len(steps) - 1)), "y"]
     nodes = [
         helper.make_node(step, [names[k], *(["w"] if step == "MatMul" else [])], [names[k + 1]])
         for k, step in enumerate(steps)
     ]
-    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 4), np.float32), "w")
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, columns), np.float32), "w")
     ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, axes)]
     out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     made = helper.make_graph(nodes, "graph", ports, out, [weight])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,25 @@ def test_doctor_finds_a_toolchain_where_it_is_told_to_look(rkllm: Path, capsys: 
 
     assert found() != "RKLLM 1.3.0"
     assert found("--toolchain-python", str(rkllm)) == "RKLLM 1.3.0"
+
+
+def test_formats_lists_every_compiler_with_its_chips(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["compile"]
+    assert said.keys() == adapters().keys()
+    assert "w4a16" in said["rk"]["platforms"]["RK3576"]
+    assert main(["formats"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hands over")]
+    for name, adapter in adapters().items():
+        for chip, what in adapter.platforms.items():
+            (line,) = (one for one in lines if f" {name} --platform " in one and chip in re.split(r"[ ,]+", one))
+            assert line.endswith(f"{adapter.title}: {what}")
+
+
+def test_listing_formats_waits_for_no_framework() -> None:
+    code = "import sys; from dconv.cli import main; main(['formats']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("kind", ["compiled", "bundle"])

@@ -272,6 +272,19 @@ def test_w4a16_is_for_chips_that_have_it(tmp_path: Path, mlp: Path) -> None:
 
 
 @rknn
+@pytest.mark.parametrize(("tokens", "turned"), [(16, 1), pytest.param(1, 0, marks=pytest.mark.long)])
+def test_wide_logits_of_several_tokens_are_turned_on_the_cpu(tmp_path: Path, tokens: int, turned: int) -> None:
+    """What the compiler says of a channel that is too large is true of a Transpose; the matrix is on the NPU."""
+    path = graphs.graph(tmp_path / "graph.onnx", ["MatMul"], (1, tokens, 4), columns=49152)
+    done = drive("rknn", "compile", tmp_path, "RK3588", {"onnx": path})
+    evidence = done.result["evidence"]
+    assert evidence["cpu"].get("Transpose", 0) == turned
+    assert not {"MatMul", "Conv"} & set(evidence["cpu"])
+    said = (done.out / "rknn.log").read_text(errors="replace")
+    assert ("channel is too large" in said) == bool(turned)
+
+
+@rknn
 @pytest.mark.parametrize(
     ("platform", "steps", "opset", "says"),
     [

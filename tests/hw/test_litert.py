@@ -100,10 +100,16 @@ def expected(model: Any, given: dict[str, Any]) -> dict[str, NDArray[Any]]:
 
 
 @pytest.fixture(scope="module")
-def cached(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer: LiteRT's converter takes seconds for each."""
+    return hf.save(hf.tiny("llama", num_hidden_layers=1)[1], tmp_path_factory.mktemp("litert") / "llama")
+
+
+@pytest.fixture(scope="module")
+def cached(layer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the .tflite of a small Llama, for several tokens and for one, over a past."""
     folder = tmp_path_factory.mktemp("litert")
-    answer = compiled(llama, folder, sequence=[SEQUENCE, 1], past=PAST)
+    answer = compiled(layer, folder, sequence=[SEQUENCE, 1], past=PAST)
     assert answer["evidence"]["signatures"] == [f"sequence_{SEQUENCE}", "sequence_1"]
     return folder
 
@@ -124,8 +130,8 @@ def test_probe_says_what_is_really_there() -> None:
 
 
 @pytest.mark.parametrize("length", [SEQUENCE, 1])
-def test_logits_and_cache_are_transformers_s(llama: Path, cached: Path, length: int) -> None:
-    model = loaded(llama)
+def test_logits_and_cache_are_transformers_s(layer: Path, cached: Path, length: int) -> None:
+    model = loaded(layer)
     config = model.config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     given = inputs(config.vocab_size, config.num_hidden_layers, heads, width, length)
@@ -136,15 +142,16 @@ def test_logits_and_cache_are_transformers_s(llama: Path, cached: Path, length: 
         assert np.abs(said[name] - values).max() < 1e-4, name
 
 
-def test_both_signatures_share_the_weights(llama: Path, cached: Path) -> None:
+def test_both_signatures_share_the_weights(layer: Path, cached: Path) -> None:
     answer = json.loads((cached / "out" / "result.json").read_text())
-    parameters = sum(tensor.numel() for tensor in loaded(llama).parameters())
+    parameters = sum(tensor.numel() for tensor in loaded(layer).parameters())
     assert 4 * parameters <= answer["evidence"]["weights"]["FLOAT32"] < 4 * parameters * 1.1
 
 
-def test_int8_weights_without_a_past(llama: Path, tmp_path: Path) -> None:
-    answer = compiled(llama, tmp_path, sequence=SEQUENCE, weights="int8")
-    model = loaded(llama)
+@pytest.mark.long
+def test_int8_weights_without_a_past(layer: Path, tmp_path: Path) -> None:
+    answer = compiled(layer, tmp_path, sequence=SEQUENCE, weights="int8")
+    model = loaded(layer)
     given = inputs(model.config.vocab_size)
     said, meant = ran(tmp_path, given)["logits"], expected(model, given)["logits"]
     assert answer["evidence"]["weights"]["INT8"] > 20 * answer["evidence"]["weights"].get("FLOAT32", 0)
@@ -152,8 +159,8 @@ def test_int8_weights_without_a_past(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["lacks", "adds", "shape", "type", "signature", "empty"])
-def test_wrong_inputs_are_not_run(llama: Path, cached: Path, tmp_path: Path, wrong: str) -> None:
-    config = loaded(llama).config
+def test_wrong_inputs_are_not_run(layer: Path, cached: Path, tmp_path: Path, wrong: str) -> None:
+    config = loaded(layer).config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     given = inputs(config.vocab_size, config.num_hidden_layers, heads, width)
     artifact, signature = cached / "out" / "model.tflite", f"sequence_{SEQUENCE}"
@@ -238,15 +245,15 @@ FORGED = b"\x7fELF" + b"\0" * 60 + b"NeuronCompilation_create\0"
         (None, "without its download"),
         (b"", "no library with"),
         (b"\x7fELF" + b"\0" * 4096, "no library with"),
-        (FORGED, "compiler failed for MediaTek_MT6991"),
+        pytest.param(FORGED, "compiler failed for MediaTek_MT6991", marks=pytest.mark.long),
     ],
     ids=["no package", "no download", "0 bytes", "another library", "forged"],
 )
 def test_compiling_ahead_of_time_without_the_sdk_leaves_nothing(
-    llama: Path, tmp_path: Path, adapter: Any, words: str
+    layer: Path, tmp_path: Path, adapter: Any, words: str
 ) -> None:
     packages = None if adapter == "no package" else sdk(tmp_path, adapter)
-    job = {"source": {"hf": str(llama)}, "out": "out", "platform": "MT6991",
+    job = {"source": {"hf": str(layer)}, "out": "out", "platform": "MT6991",
            "settings": {"sequence": SEQUENCE, "aot": True, "check": False}}  # fmt: skip
     done = drive("compile", tmp_path, job, packages)
     assert done.returncode == 1

@@ -110,6 +110,25 @@ def test_rockchip_compiles_and_its_simulator_agrees(llama: Path, tmp_path: Path)
     assert np.abs(found - wanted).max() / np.abs(wanted).max() < 2e-2  # the NPU computes in half precision
 
 
+def test_masks_leave_room_for_codes(llama: Path, tmp_path: Path) -> None:
+    """Scores and masks share a scale: -16384 among them, 8 bits would have one code for all that is seen."""
+    import onnx
+    import onnxruntime
+
+    settings = {"toolkit": "rknn", "sequence": 16, "dtype": "w8a8", "nsamples": 2}
+    tokens = text(llama, 16)
+    np.save(tmp_path / "ids.npy", tokens[0].repeat(4))
+    told = ["--bundle", "--calibration", str(tmp_path / "ids.npy")]
+    assert hand(llama, "rk", tmp_path / "bundle", "RK3588", settings, *told) == 0
+    path = tmp_path / "bundle" / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    inside = [onnx.numpy_helper.to_array(it) for it in graph.initializer if not it.external_data]
+    assert min(it.min() for it in inside if it.dtype == np.float32 and it.size) == -128
+    inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(16)[None]}
+    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], inputs)[0]
+    assert np.abs(found - expected(llama, tokens)).max() < 1e-4  # type: ignore[operator]
+
+
 @needs("rknn")
 def test_rockchip_finds_codes_by_calibration(llama: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "ids.npy"
