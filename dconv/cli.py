@@ -298,6 +298,18 @@ def _doctor(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     return 0
 
 
+def _batch_options(parser: argparse.ArgumentParser) -> None:
+    from dconv.commands import batch
+
+    batch.options(parser)
+
+
+def _batch(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    from dconv.commands import batch
+
+    return batch.run(parser, words)
+
+
 def _history_options(parser: argparse.ArgumentParser) -> None:
     from dconv.commands import history
 
@@ -375,6 +387,21 @@ COMMANDS: Final[dict[str, Command]] = {
         "  dconv doctor\n  dconv doctor --toolchain-python ~/rkllm/bin/python --json",
         _doctor_options,
         _doctor,
+    ),
+    "batch": Command(
+        "run many conversions of one file, some at a time; run again, it goes on",
+        "FILE ",
+        """  dconv batch jobs.yaml --workers 2 --max-retries 3
+
+  # jobs.yaml: options of convert, for all models or for one
+  format: megatron
+  tp: 4
+  models:
+    - llama-8b
+    - {model: qwen3-30b, out: qwen-ep8, ep: 8, nproc: 8}
+    - {model: run/iter_0001000, format: gguf, quant: q8_0, tp: 1}""",
+        _batch_options,
+        _batch,
     ),
     "history": Command(
         "list past runs, show one, or run it again",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,25 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
     Raises:
         UsageError: no such file, an option that is not known, or a value that it cannot have.
     """
-    actions = {**_actions(whole), **_actions(parser)}
     mine = {action.dest for action in parser._actions}
+    return {name: value for name, value in typed(_load(path), path, parser, whole).items() if name in mine}
+
+
+def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, object]:
+    """Values of options as these have them, by their ``dest``; what is null is left out.
+
+    Args:
+        path: of the file that they stand in, for errors.
+        parsers: that know the options; an earlier one counts more.
+
+    Raises:
+        UsageError: an option that is not known, or a value that it cannot have.
+    """
+    actions: dict[str, argparse.Action] = {}
+    for parser in parsers:
+        actions = {**_actions(parser), **actions}
     found: dict[str, object] = {}
-    for key, value in _load(path).items():
+    for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
         if action is None:
             import difflib
@@ -31,11 +46,8 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
             raise UsageError(
                 f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"
             )
-        if value is None:  # null is how YAML says "not given"
-            continue
-        typed = _typed(action, value, path)
-        if action.dest in mine:
-            found[action.dest] = typed
+        if value is not None:  # null is how YAML says "not given"
+            found[action.dest] = _typed(action, value, path)
     return found
 
 
@@ -70,12 +82,12 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
     if isinstance(value, bool) or not isinstance(value, str if text_only else str | int | float):
         raise wrong("is text" if text_only else "is text or a number")
     try:
-        typed = convert(str(value))
+        made = convert(str(value))
     except (argparse.ArgumentTypeError, ValueError, OverflowError) as fault:
         raise UsageError(f"{action.dest}: {fault}", where=str(path)) from fault
-    if action.choices is not None and typed not in action.choices:
+    if action.choices is not None and made not in action.choices:
         raise UsageError(f"{action.dest} cannot be {value!r}", where=str(path), expected=", ".join(action.choices))
-    return typed
+    return made
 
 
 def _load(path: Path) -> dict[Any, Any]:

@@ -1,0 +1,235 @@
+"""Many conversions, some at a time, each a process of its own; what is done already is seen by its receipt.
+
+There is no state beside the outputs: a batch that was interrupted goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from dconv.checkpoint.small_config import read_mapping
+from dconv.errors import Preempted, StorageFault, UsageError
+from dconv.launch.config_file import typed
+from dconv.launch.options import add_launch_options, add_run_options, add_target_options, to_request
+
+MODELS: Final = "models"
+#: Seconds before a second attempt; twice as many before each further one.
+_BACK_OFF: Final = 2.0
+_LONGEST: Final = 60.0
+#: Seconds that a conversion has to leave once it was told to.
+_PATIENCE: Final = 35.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of the conversions.
+
+    Attributes:
+        words: after ``dconv convert``.
+        title: for a person.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    Attributes:
+        state: waiting, running, done, failed, or stopped.
+        said: what the last attempt printed, its result or its error.
+        seconds: of all attempts.
+    """
+
+    job: Job
+    state: str = "waiting"
+    attempts: int = 0
+    code: int = 0
+    said: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "model": self.job.title, "out": str(self.job.out), "words": list(self.job.words), "state": self.state,
+            "attempts": self.attempts, "code": self.code, "seconds": round(self.seconds, 3), "said": self.said,
+        }  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dconv convert", add_help=False, allow_abbrev=False)
+    for add in (add_target_options, add_run_options, add_launch_options):
+        add(parser)
+    return parser
+
+
+def read(path: Path) -> list[Job]:
+    """The jobs of a file: its ``models``, each with any options of ``dconv convert``; those beside them are everyone's.
+
+    Raises:
+        UsageError: no such file, an option that is not known, one that cannot be, or two jobs with one output.
+        Refused, Damaged: see `dconv.launch.options.to_request` and `dconv.checkpoint.small_config.read_mapping`.
+    """
+    values = read_mapping(path, "batch", expected=f"{MODELS}: a list")
+    entries = values.pop(MODELS, None)
+    if not isinstance(entries, list) or not entries:
+        raise UsageError("there is nothing to convert", where=str(path), expected=f"{MODELS}: a list of models")
+    jobs = [_job(path, number, values, entry) for number, entry in enumerate(entries, 1)]
+    places: dict[Path, Job] = {}
+    for job in jobs:
+        if (other := places.setdefault(job.out.resolve(), job)) is not job:
+            raise UsageError("two conversions have one output, nothing was written", where=str(job.out),
+                             found=f"{other.title}\n{job.title}", do="out: another one for each")  # fmt: skip
+    return jobs
+
+
+def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) -> Job:
+    own = {"model": entry} if isinstance(entry, str) else entry
+    where = f"{path}, {MODELS}, number {number}"
+    if not isinstance(own, Mapping):
+        raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",
+                         found=f"{entry!r:.80}")  # fmt: skip
+    parser = _parser()
+    found = typed({**everyone, **own}, Path(where), parser)
+    for name in ("config", "debug", "json"):
+        if found.pop(name, None):
+            raise UsageError(f"{name} is the batch's own", where=where)
+    for name in ("model", "format"):
+        if name not in found:
+            raise UsageError(f"{name.upper()} is missing", where=where)
+    parser.set_defaults(**found)
+    args = parser.parse_args([])
+    try:
+        out = to_request(args).output
+    except UsageError as error:
+        error.where = f"{where}: {error.where}" if error.where else where
+        raise
+    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, found)), out)
+
+
+def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list[str]:
+    """Options as they stand on a line."""
+    words = [str(found["model"]), str(found["format"])]
+    for action in parser._actions:
+        value = found.get(action.dest)
+        if not action.option_strings or value is None or value is False:
+            continue
+        option = action.option_strings[-1]
+        if value is True:
+            words.append(option)
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                words += [option, _spelled(one)]
+    return words
+
+
+def _spelled(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Batch:
+    """A run of jobs.
+
+    Args:
+        told: called with all results whenever one changes.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], workers: int, retries: int, stop: threading.Event,
+        told: Callable[[Result, Sequence[Result]], None],
+    ) -> None:  # fmt: skip
+        self.results = [Result(job) for job in jobs]
+        self._workers, self._retries, self._stop, self._told = workers, retries, stop, told
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def run(self) -> int:
+        """Do all of them; the exit code: 0, that of the first that failed, or that of a stop."""
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(over,), daemon=True)
+        watcher.start()
+        with ThreadPoolExecutor(self._workers) as pool:
+            list(pool.map(self._do, range(len(self.results))))
+        over.set()
+        watcher.join()
+        if any(result.state in ("waiting", "stopped") for result in self.results):
+            return Preempted.exit_code
+        return next((result.code for result in self.results if result.code), 0)
+
+    def _watch(self, over: threading.Event) -> None:
+        """Pass a stop on."""
+        while not over.wait(0.1):
+            if self._stop.is_set():
+                with self._lock:
+                    for process in self._running:
+                        process.terminate()
+                return
+
+    def _do(self, number: int) -> None:
+        while not self._stop.is_set():
+            result = self._attempt(number)
+            if result.state != "failed" or not _passes(result.code) or result.attempts > self._retries:
+                return
+            self._set(number, state="waiting")
+            self._stop.wait(min(_BACK_OFF * 2 ** (result.attempts - 1), _LONGEST))
+
+    def _attempt(self, number: int) -> Result:
+        job = self.results[number].job
+        self._set(number, state="running", attempts=self.results[number].attempts + 1)
+        began = time.monotonic()
+        words = [sys.executable, "-m", "dconv", "convert", *job.words, "--resume", "--json"]
+        with self._lock:  # between a look at the stop and the list of those who are told of it nothing starts
+            if self._stop.is_set():
+                process = None
+            else:
+                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                           stdin=subprocess.DEVNULL, text=True)  # fmt: skip
+                self._running.add(process)
+        if process is None:
+            return self._set(number, state="stopped", code=Preempted.exit_code)
+        said, code = self._heard(process), process.returncode
+        with self._lock:
+            self._running.discard(process)
+        code = 128 - code if code < 0 else code
+        stopped = self._stop.is_set() and code in (Preempted.exit_code, 128 + 15)
+        state = "stopped" if stopped else "failed" if code else "done"
+        seconds = self.results[number].seconds + time.monotonic() - began
+        return self._set(number, state=state, code=code, said=said, seconds=seconds)
+
+    def _heard(self, process: subprocess.Popen[str]) -> Mapping[str, Any]:
+        """What a conversion printed, once it has ended."""
+        while True:
+            try:
+                out, err = process.communicate(timeout=_PATIENCE)
+                break
+            except subprocess.TimeoutExpired:
+                if self._stop.is_set():  # it was told a while ago
+                    process.kill()
+        for line in reversed(out.splitlines()):
+            if line.startswith("{"):
+                return json.loads(line)
+        return {"error": (err.strip().splitlines() or [""])[-1][:400]}
+
+    def _set(self, number: int, **changes: Any) -> Result:
+        with self._lock:
+            self.results[number] = replace(self.results[number], **changes)
+            self._told(self.results[number], self.results)
+            return self.results[number]
+
+
+def _passes(code: int) -> bool:
+    """Whether the same conversion may go well the next time: storage, a preemption, or a process that was killed."""
+    return code in (StorageFault.exit_code, Preempted.exit_code) or code > 128
