@@ -189,8 +189,13 @@ def _difference(job: Job, out: Path, side: _Side) -> tuple[float, float]:
     if job.request.lengths is not None:
         prompt = Lengths(*job.request.lengths).cut(prompt)
     try:
-        where = side.path if side.path.is_file() else model.source.root
-        references = runtime_of(side.container).answers_of(where, prompt, **side.options)
+        if model.source.coded:  # what its codes are worth: runtimes of codes round activations, or are not there
+            from dconv.export import layerwise
+
+            references = layerwise.answers_of(_widened(model), prompt, max(available_memory() // 2, 1))
+        else:
+            where = side.path if side.path.is_file() else model.source.root
+            references = runtime_of(side.container).answers_of(where, prompt, **side.options)
         named = {"model_type": job.family.name} if side.options.get("model_type") else {}
         results = runtime_of(as_run(target, *side.within)).answers_of(out, prompt, **named, **side.within)
     except (Refused, Damaged) as error:

@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("matrix")
     plain = hf.save(hf.tiny("llama", **SIZES)[1].to(torch.bfloat16), root / "huggingface")
     gguf_tokenizers.byte_pairs(plain, small=True)
-    np.save(root / "ids.npy", np.random.default_rng(0).integers(0, 320, (12, 512)))
+    np.save(root / "ids.npy", np.random.default_rng(0).integers(0, test_meta.VOCAB, (12, 512)))  # the smallest one
     made: dict[str, Path] = {"huggingface": plain}
 
     def to(format: str, **options: Any) -> Callable[[Path], object]:
