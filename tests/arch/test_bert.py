@@ -57,7 +57,7 @@ def run(
     return found
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [pytest.param(1, 1, marks=pytest.mark.long), (2, 2)])
 def test_megatron_core_computes_what_transformers_does_both_ways(tp: int, pp: int, tmp_path: Path) -> None:
     _, model = hf.tiny("megatron-bert", vocab_size=301)
     source = hf.save(model, tmp_path / "hf")

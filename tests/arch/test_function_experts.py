@@ -54,7 +54,10 @@ def test_megatron_core_computes_what_transformers_does(
     assert not differing(_cut(sources, layout[-1]), layout, tmp_path, None if every else turn)
 
 
-@pytest.mark.parametrize("turn", range(1, 4), ids=[_name(layout) for layout in LAYOUTS[1:4]])
+WROTE = [pytest.param(turn, id=_name(LAYOUTS[turn]), marks=[pytest.mark.long] * (turn > 1)) for turn in range(1, 4)]
+
+
+@pytest.mark.parametrize("turn", WROTE)
 def test_checkpoints_that_megatron_core_wrote_convert(
     turn: int, sources: Sources, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

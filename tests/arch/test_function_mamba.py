@@ -53,7 +53,11 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
     return found
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 2), (4, 1)], ids=lambda layout: "tp{}pp{}".format(*layout))
+@pytest.mark.parametrize(
+    "layout",
+    [(1, 1), (2, 2), pytest.param((4, 1), marks=pytest.mark.long)],
+    ids=lambda layout: "tp{}pp{}".format(*layout),
+)
 def test_megatron_core_computes_what_transformers_does(
     layout: tuple[int, int], sources: Sources, tmp_path: Path
 ) -> None:

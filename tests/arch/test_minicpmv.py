@@ -102,7 +102,7 @@ def test_what_makes_no_sense_is_damaged() -> None:
             FAMILY.config.facts({**PUBLISHED, **keys})
 
 
-@pytest.mark.parametrize("container", ["torch_dist", "legacy"])
+@pytest.mark.parametrize("container", [pytest.param("torch_dist", marks=pytest.mark.long), "legacy"])
 def test_the_language_model_is_a_qwen2(container: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """megatron-core computes of what was converted what transformers' Qwen2 does; and dconv's own of the checkpoint."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed: the oracle cannot run")

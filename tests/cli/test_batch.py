@@ -132,7 +132,7 @@ def test_told_to_stop_it_leaves_and_goes_on_later(
         "import sys, subprocess; from dconv.launch import batch\n"
         "real = subprocess.Popen\n"
         "def slow(words, **more):\n"
-        "    hang = ['sh', '-c', 'trap \"exit 75\" TERM; sleep 60 & wait']\n"
+        "    hang = ['sh', '-c', 'trap \"exit 75\" TERM; sleep 60 >/dev/null 2>&1 & wait']\n"
         "    return real(hang if 'two' in words else words, **more)\n"
         "batch.subprocess.Popen = slow\n"
         "from dconv.cli import main; sys.exit(main(['batch', sys.argv[1]]))"

@@ -88,9 +88,9 @@ np.save(sys.argv[3], answers[0])
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("llama", {"intermediate_size": 3072}),
+        pytest.param("llama", {"intermediate_size": 3072}, marks=pytest.mark.long),
         ("mixtral", {"intermediate_size": 1024}),
-        ("deepseek_v3", {"intermediate_size": 3072, "moe_intermediate_size": 512}),
+        pytest.param("deepseek_v3", {"intermediate_size": 3072, "moe_intermediate_size": 512}, marks=pytest.mark.long),
     ],
 )
 def test_memory_does_not_grow_with_the_model(family: str, sizes: dict[str, int], tmp_path: Path) -> None:

@@ -108,7 +108,13 @@ def test_an_encoder_and_its_two_heads() -> None:
 
 @pytest.mark.parametrize(
     ("name", "sequence", "past", "opset"),
-    [("llama", 11, 0, None), ("llama", 1, 8, 18), ("mixtral", 11, 0, 18), ("bert", 9, 0, 18), ("t5", 16, 0, None)],
+    [
+        ("llama", 11, 0, None),
+        ("llama", 1, 8, 18),
+        ("mixtral", 11, 0, 18),
+        ("bert", 9, 0, 18),
+        pytest.param("t5", 16, 0, None, marks=pytest.mark.long),
+    ],
 )
 def test_all_is_numbers(name: str, sequence: int, past: int, opset: int | None) -> None:
     one = fixed(name, sequence, past, opset)

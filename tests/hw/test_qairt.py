@@ -99,6 +99,7 @@ def test_graphs_over_one_cache_compute_the_model(model: Path, bundle: Path) -> N
     require_logits(model, bundle)
 
 
+@pytest.mark.long
 def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
     phi = with_tokenizer(hf.save(hf.tiny("phi3", num_hidden_layers=2, rope_parameters=rope)[1], tmp_path / "phi"))
@@ -129,6 +130,7 @@ def test_the_compiler_of_the_other_toolkit_leaves_nothing_of_a_graph_to_the_cpu(
     assert said["inputs"]["position_ids_cos"][3] == 8
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("sdk")
 def test_a_bundle_for_genie_in_half_precision(model: Path, tmp_path: Path) -> None:
     assert hand(model, tmp_path / "out") == 0

@@ -263,6 +263,7 @@ def through_expert_files(rank: int, world: int, init_method: str, root: str) -> 
     return found
 
 
+@pytest.mark.long
 def test_experts_come_back_from_files_of_every_layout(tmp_path: Path) -> None:
     results = megatron.spawn(through_expert_files, 4, str(tmp_path), timeout=300)
     for name, cases in zip(("shared", "latent"), zip(*results, strict=True), strict=True):
