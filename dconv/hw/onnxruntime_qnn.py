@@ -65,11 +65,7 @@ class OnnxruntimeQnn:
         return self._driver.find(ask)
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
-        agreed, source = dict(handing.terms.settings), {"onnx": static_graph.FILE}
-        if agreed["dtype"] != "fp16":
-            static_graph.calibrate(handing, work, ask)
-            source["calibration"] = static_graph.CALIBRATION
-        self._driver.lay_out(handing, work, source, agreed)
+        static_graph.lay_out(self._driver, handing, work, ask)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
         said = self._driver.result(out)

@@ -13,6 +13,7 @@ from dconv.arch.layouts import size
 from dconv.describe import Described
 from dconv.errors import Refused
 from dconv.export.prompt import kind_of
+from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
 from dconv.hw.settings import Setting, whole
 from dconv.hw.target import Ask, Handing, Step
@@ -63,12 +64,21 @@ def planned(
     return Step(ROLE, made), facts, notes
 
 
-def calibrate(handing: Handing, work: Path, ask: Ask) -> None:
-    """Write samples, an array [samples, *shape] an input: texts of the length that the graph has, nothing masked.
+def lay_out(driver: Driver, handing: Handing, work: Path, ask: Ask) -> None:
+    """Write what a driver compiles beside the graph: its job, and samples where the compiler chooses codes.
 
     Raises:
         DconvError: see `dconv.quant.data.load`.
     """
+    agreed, source = dict(handing.terms.settings), {"onnx": FILE}
+    if agreed["dtype"] != "fp16":
+        _calibrate(handing, work, ask)
+        source["calibration"] = CALIBRATION
+    driver.lay_out(handing, work, source, agreed)
+
+
+def _calibrate(handing: Handing, work: Path, ask: Ask) -> None:
+    """Write samples, an array [samples, *shape] an input: texts of the length that the graph has, nothing masked."""
     facts, found = handing.terms.facts, handing.terms.settings
     sequence, count = int(str(facts["sequence"])), int(str(found["nsamples"]))
     asked = Calibration(ask.calibration, count, sequence)
