@@ -15,7 +15,9 @@ from dconv.checking import Checked
 from dconv.compare import diff
 from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
-from dconv.launch.options import add_run_options, add_target_options, byte_count, parse, to_request
+from dconv.launch.options import add_target_options, parse, to_request
+from dconv.launch.run_options import add_run_options
+from dconv.launch.values import byte_count
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.request import QUANTISED
 from dconv.sharding.commit import Outcome, Settings

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv import __version__
-from dconv.errors import DconvError, StorageFault, ToolMissing, UsageError
+from dconv.errors import DconvError, StorageFault, ToolMissing
 from dconv.launch.process import say, tolerate
 
 _EXITS: Final = """exit codes:
@@ -50,67 +50,20 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:
-    from dconv.launch.options import add_launch_options, add_run_options, add_target_options
+    from dconv.commands import convert
 
-    add_target_options(parser)
-    add_run_options(parser)
-    add_launch_options(parser)
+    convert.options(parser)
 
 
 def _convert(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    from dconv.launch import worker
-    from dconv.launch.options import add_launch_options, parse
+    from dconv.commands import convert
 
-    args = parse(parser, words)
-    code = _by_an_engine_from_outside(parser, args)
-    if code is not None:
-        return code
-    here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_launch_options(here)
-    others = here.parse_known_args(words)[1]  # the started ranks know the other options only
-    where = worker.place()
-    if args.nproc > 1 and where.world > 1:
-        raise UsageError(
-            "two launchers at once",
-            where=f"--nproc {args.nproc}",
-            found=f"this process is already rank {where.rank} of {where.world}",
-            do="leave --nproc out: the launcher's ranks are used",
-        )
-    record = worker.recorded(words, args, args.nproc) if where.rank == 0 else where.record
-    code = 1
-    try:
-        if args.nproc == 1:
-            code = worker.main(args, replace(where, record=record))
-        else:
-            code = worker.local(others, args, args.nproc, record)
-    finally:
-        record.end(code)
-    return code
-
-
-def _by_an_engine_from_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int | None:
-    """Convert by an entry point's engine, told the options that were given; None where FORMAT is one of ours."""
-    from dconv.request import FORMATS
-
-    if args.format in FORMATS:
-        return None
-    from dconv.formats import outside
-
-    engine = outside(args.format)
-    if engine is None:
-        return None
-    ours = ("model", "format", "out", "config", "json", "quiet", "debug")
-    given = {
-        name: value for name, value in vars(args).items() if name not in ours and value != parser.get_default(name)
-    }
-    went, said = engine.convert(args.model, args.out or f"{args.model.resolve().name}-{args.format}", **given)
-    shown = said or {}
-    say(json.dumps(shown) if args.json else str(shown.get("error") or f"{args.format}: {'done' if went else 'failed'}"))
-    return 0 if went else int(shown.get("exit_code", ToolMissing.exit_code))
+    return convert.run(parser, words)
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    from dconv.launch.options import add_target_options, positive
+    from dconv.launch.options import add_target_options
+    from dconv.launch.values import positive
 
     add_target_options(parser)
     parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
@@ -210,7 +163,7 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
-    from dconv.launch.options import byte_count
+    from dconv.launch.values import byte_count
 
     _source_options(parser)
     group = parser.add_argument_group("run")
@@ -339,6 +292,8 @@ COMMANDS: Final[dict[str, Command]] = {
         """  dconv convert llama-8b megatron --tp 4 --pp 2              HuggingFace -> Megatron torch_dist
   dconv convert llama-8b megatron --tp 4 --megatron-format legacy --nproc 4 -o out
   dconv convert megatron-run hf --dtype bf16 --verify digest  the newest iteration, back to HuggingFace
+  dconv convert llama-8b megatron --tp 8 --launcher slurm --nodes 4 --nproc 8 --partition main --wait
+  dconv convert llama-8b megatron --tp 8 --launcher ray --address auto --nproc 8
   torchrun --nproc-per-node 8 -m dconv.launch llama-8b megatron --tp 8    the same under a launcher""",
         _convert_options,
         _convert,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dconv.launch.batch import Batch, Result, read
-from dconv.launch.options import positive, whole
 from dconv.launch.process import Stop, say
+from dconv.launch.values import positive, whole
 
 
 def options(parser: argparse.ArgumentParser) -> None:

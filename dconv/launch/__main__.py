@@ -15,7 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerate()
 
     from dconv.errors import UsageError
-    from dconv.launch.options import add_run_options, add_target_options, parse
+    from dconv.launch.options import add_target_options, parse
+    from dconv.launch.run_options import add_run_options
     from dconv.launch.worker import main as run_rank
     from dconv.launch.worker import place, recorded, report
 

@@ -20,7 +20,8 @@ from typing import Any, Final
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
 from dconv.launch.config_file import typed
-from dconv.launch.options import add_launch_options, add_run_options, add_target_options, to_request
+from dconv.launch.options import add_target_options, to_request
+from dconv.launch.run_options import add_launch_options, add_run_options
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +14,8 @@ from dconv.gguf import TYPES, is_rounded
 from dconv.hw import manifest, settings
 from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, target_of
 from dconv.launch.config_file import read_config
+from dconv.launch.run_options import add_launch_options, add_run_options
+from dconv.launch.values import block_size, byte_count, dtype, lengths, positive, pp_layout, seconds, whole
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.net.device import check as check_device
 from dconv.neuron import QUANT, RESCALES, SCALES
@@ -23,60 +23,13 @@ from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
 from dconv.request import CALIBRATED
 from dconv.sharding.coords import Parallel
-from dconv.sharding.digest import ALGORITHMS
-from dconv.sharding.dtypes import OPTION
 
-_UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-                 "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
-#: Bytes that no file system's offset reaches.
-_LARGEST: Final = 2.0**63
 #: The options that only a Megatron target has, with what stands for them where they are not given.
 _LAYOUT: Final = {
     "tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": None, "pp_layout": None,
     "first_stage_layers": None, "last_stage_layers": None, "count_embedding": False, "count_loss": False,
     "megatron_format": "torch_dist", "transformer_impl": "transformer_engine", "make_vocab_size_divisible_by": 128,
 }  # fmt: skip
-
-
-def byte_count(text: str | int) -> int:
-    """``256MiB``, ``5GB``, ``1048576`` → bytes.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 256MiB or 5GB")
-    count = float(match[1]) * unit
-    if not 1 <= count < _LARGEST:
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no size such as 256MiB or 5GB")
-    return int(count)
-
-
-def dtype(text: str) -> str:
-    if text not in OPTION:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(OPTION)}")
-    return OPTION[text]
-
-
-def pp_layout(text: str) -> tuple[int, ...]:
-    """Layer counts of the pipeline's chunks in the order the model runs through them.
-
-    Chunks are parted by ``|``; each is a number (``3|4|4|2``) or in Megatron's letters with its repetitions
-    (``Ettt|(tttt|)*2ttL``). Source of the letters: ``megatron/core/transformer/pipeline_parallel_layer_layout.py``.
-    """
-    spelled = str(text).replace(",", "").replace(" ", "")
-    for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtL|])\*(\d+)"):
-        spelled = re.sub(pattern, lambda found: found[1] * min(int(found[2]), 10_000), spelled)
-    chunks = spelled.split("|")
-    if all(chunk.isdecimal() for chunk in chunks):
-        return tuple(int(chunk) for chunk in chunks)
-    letters = "".join(chunks)
-    if letters[:1] != "E" or letters[-1:] != "L" or set(letters[1:-1]) - {"t"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pipeline layout such as 3|4|4|2 or Ettt|tttt|ttL")
-    return tuple(chunk.count("t") for chunk in chunks)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -210,96 +163,10 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
                        help="do not compile: write what is compiled, with compile.sh, for elsewhere")  # fmt: skip
 
 
-def seconds(text: str | float) -> float:
-    """A time that is more than none.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no number of seconds")
-    return found
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """How to run it; none of these changes an output byte."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--max-memory", type=byte_count, default=byte_count("256MiB"), metavar="SIZE",
-                       help="bytes that one rank's buffers may take (256MiB)")  # fmt: skip
-    group.add_argument("--threads", type=positive, default=1, metavar="N", help="threads a rank (1)")
-    group.add_argument("--resume", action="store_true", help="go on after a kill; done already counts as success")
-    group.add_argument("--overwrite", action="store_true", help="replace an OUT of dconv once the new one is whole")
-    group.add_argument("--digest", choices=sorted(ALGORITHMS), default="xxh3", help="digest kept in the receipt")
-    group.add_argument("--verify", choices=("none", "digest", "logits"), default="none",
-                       help="read the output back, or compare logits with the source (of codes, weights by their "
-                            "bound, and logits are told)")  # fmt: skip
-    group.add_argument("--json", action="store_true", help="print the result as JSON")
-    group.add_argument("--quiet", action="store_true", help="no progress")
-
-
-def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Who runs it: ``dconv convert``'s own; a rank under another launcher has no say in them."""
-    group = parser.add_argument_group("launch")
-    group.add_argument("--nproc", type=positive, default=1, metavar="N", help="ranks to start on this machine (1)")
-    group.add_argument("--launcher", choices=("local",), default="local",
-                       help="who starts them; under torchrun or srun: python -m dconv.launch")  # fmt: skip
-    group.add_argument("--debug", action="store_true", help="show where an internal error happened")
-
-
 def _variants() -> str:
     known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
     return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)",
                       f"onnx {', '.join(ONNX_VARIANTS)}", f"neuron {QUANT}"])  # fmt: skip
-
-
-def block_size(text: str) -> tuple[int, int]:
-    """``128x128`` → rows and columns.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    if not re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", str(text), re.ASCII):
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no block such as 128x128")
-    rows, columns = map(int, text.split("x"))
-    return rows, columns
-
-
-def lengths(text: str | int) -> tuple[int, int]:
-    """``128`` or ``1+1024`` → tokens of a text, and tokens in the cache.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    found = re.fullmatch(r"([1-9]\d{0,8})(?:\+(0|[1-9]\d{0,8}))?", str(text), re.ASCII)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} are no lengths such as 128 or 1+1024")
-    return int(found[1]), int(found[2] or 0)
-
-
-def whole(text: str | int) -> int:
-    """A whole number; `Parallel` refuses those that are no size.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    if not re.fullmatch(r"[+-]?\d{1,18}", str(text), re.ASCII):  # more digits are no size of anything
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no whole number")
-    return int(text)
-
-
-def positive(text: str | int) -> int:
-    """A count of 1 or more.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no such thing.
-    """
-    if not re.fullmatch(r"0*[1-9]\d{0,17}", str(text), re.ASCII):  # more digits are no count of anything
-        raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no count of 1 or more")
-    return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from dconv.errors import Refused, UsageError
 from dconv.export import onnx_opset
 from dconv.export.onnx_run import Runs
 from dconv.export.prompt import kind_of
-from dconv.launch.options import lengths
+from dconv.launch.values import lengths
 from dconv.pipeline import prepare, run
 from dconv.request import Request
 from dconv.sharding.commit import Settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dconv.errors import Refused, UsageError
-from dconv.launch.options import pp_layout
+from dconv.launch.values import pp_layout
 from dconv.sharding.coords import Parallel
 
 CASES = [
