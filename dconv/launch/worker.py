@@ -25,7 +25,7 @@ from dconv.launch.progress import Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
-from dconv.sharding.commit import Outcome, Settings
+from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from pathlib import Path
 import xxhash
 
 from dconv.errors import StorageFault
-from dconv.sharding.execute import Done, Outputs
+from dconv.sharding.execute import Done
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Task
 
 

@@ -18,7 +18,7 @@ from dconv.errors import Damaged, StorageFault
 from dconv.launch.__main__ import main
 from dconv.launch.progress import Board
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
 from tests.hostile.conftest import CONTAINERS, DAMAGED, REFUSED, STORAGE, USAGE, Attempt, check_form
 from tests.models import tree_digest
