@@ -54,8 +54,7 @@ def run_rank(
     if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
         remove(aside_of(out, partial))  # of a run that was killed before it came to that
         return Outcome(False, True, 0, 0, 0)
-    tasks = plan.share(settings.rank, settings.world)
-    share = sum(task.nbytes for task in tasks)
+    share = sum(task.nbytes for task in plan.share(settings.rank, settings.world))
     with _locked(partial):
         # Looked at again: another process of this plan may have committed while this one waited for the lock.
         launched = min(settings.launched, began)
@@ -68,16 +67,18 @@ def run_rank(
         outputs, journal = _open(partial, plan)
     run = Rank(plan, out, partial, kernel, settings, outputs, journal)
     try:
+        if settings.meet:
+            _meet(run, settings.meet)
         if work:
             work(run)
-            share, written, kept = run.share, run.written, run.share - run.written
+            share, kept = run.share, run.share - run.written
         else:
-            written, kept = run.do_share(tasks, share)
+            kept = run.do_share()
         committed = commit(run)
         complete = committed or not run.is_ours()
         if complete and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
-        return Outcome(committed, complete, share, written, kept)
+        return Outcome(committed, complete, share, run.written, kept)
     except DconvError as error:
         if not run.is_ours() and is_result(plan, out):
             return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
@@ -168,6 +169,15 @@ def _commit_locked(run: Rank) -> bool:
     done = {task: line.digest for task, line in noted.items()}
     conclude(run.plan, run.out, run.partial, done, run.settings)
     return True
+
+
+def _meet(run: Rank, meet: Callable[[Path], None]) -> None:
+    try:
+        meet(run.state)
+    except DconvError:
+        if not run.journal.read():  # nothing that a later run could go on with
+            _abandon(run)
+        raise
 
 
 def _abandon(run: Rank) -> None:

@@ -251,10 +251,12 @@ def run_tasks(
     stop: threading.Event | None = None,
     log: ReadLog | None = None,
     reader: Callable[[int], BoxReader] | None = None,
+    skip: Callable[[Task], bool] = lambda _: False,
 ) -> bool:
     """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
 
-    ``on_done`` is called from this thread, once a task. Returns False when ``stop`` was set before all were done.
+    ``on_done`` is called from this thread, once a task; ``skip`` just before a task begins, which it may leave out.
+    Returns False when ``stop`` was set before all were done.
 
     Raises:
         DconvError: the first failure; tasks that were under way are finished or dropped.
@@ -269,29 +271,29 @@ def run_tasks(
             for task in tasks:
                 if stop.is_set():
                     return False
-                on_done(workers[0].do(task))
+                if not skip(task):
+                    on_done(workers[0].do(task))
             return True
-        return _run_threads(workers, tasks, on_done, stop)
+        return _run_threads(workers, (task for task in tasks if not skip(task)), on_done, stop)
     finally:
         for worker in workers:
             worker.reader.close()
 
 
 def _run_threads(
-    workers: Sequence[Worker], tasks: Sequence[Task], on_done: Callable[[Done], None], stop: threading.Event
+    workers: Sequence[Worker], tasks: Iterator[Task], on_done: Callable[[Done], None], stop: threading.Event
 ) -> bool:
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
 
-    queue = iter(tasks)
     with ThreadPoolExecutor(len(workers), thread_name_prefix="dconv") as pool:
         free = list(workers)
         busy: dict[Future[Done], Worker] = {}
         while True:
-            while free and not stop.is_set() and (task := next(queue, None)) is not None:
+            while free and not stop.is_set() and (task := next(tasks, None)) is not None:
                 worker = free.pop()
                 busy[pool.submit(worker.do, task)] = worker
             if not busy:
-                return next(queue, None) is None
+                return next(tasks, None) is None
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
                 free.append(busy.pop(future))
                 on_done(future.result())

@@ -92,10 +92,15 @@ class Outputs:
             except OSError as fault:
                 raise self._fault("flush to disk", file, fault) from fault
 
-    def close(self) -> None:
+    def close_files(self) -> None:
+        """They are opened anew when they are next needed; to be called when nothing is under way."""
         for fd in self._open.values():
-            os.close(fd)
+            with contextlib.suppress(OSError):  # a network file system tells here of writes that failed; they were told
+                os.close(fd)
         self._open.clear()
+
+    def close(self) -> None:
+        self.close_files()
         if self.folder >= 0:
             os.close(self.folder)
             self.folder = -1

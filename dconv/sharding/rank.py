@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Plan, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.receipt import update_from_file
+from dconv.sharding.stealing import Stealing
+from dconv.sharding.transient import Tries
 
 #: Tasks that a rank which is done looks at again before it asks the journal what the others did meanwhile.
 _LOOK: Final = 8
@@ -37,6 +40,11 @@ class Settings:
             newer was committed by another rank of the same run.
         progress: called with (bytes finished by this rank, bytes of its share).
         stop: set to leave after the tasks under way.
+        steal: after its share a rank goes on with what the others have not done, until all is done: for ranks that run
+            at one time.
+        meet: called once the partial folder is open, with its folder of working state; to make sure that all ranks
+            work in the same one. What it raises ends the run.
+        told: called with lines for a person, of what went wrong and was made good.
     """
 
     rank: int = 0
@@ -51,6 +59,9 @@ class Settings:
     log: ReadLog | None = None
     about: Mapping[str, object] = field(default_factory=dict)
     algorithm: str = DEFAULT
+    steal: bool = False
+    meet: Callable[[Path], None] | None = None
+    told: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +102,8 @@ class Rank:
     """One process at work in an open partial folder.
 
     Attributes:
-        written: bytes put into files by `do`.
-        share, finished: bytes that `do` will be asked for in all, and those that it is done with.
+        written: bytes put into files.
+        share, finished: bytes that this rank will be asked for in all, and those that it is done with.
         reader: opens what reads the source, given its scratch buffer's size; None reads its files.
     """
 
@@ -107,6 +118,7 @@ class Rank:
     share: int = 0
     finished: int = 0
     reader: Callable[[int], BoxReader] | None = None
+    _stealing: Stealing | None = None
 
     @property
     def state(self) -> Path:
@@ -132,16 +144,39 @@ class Rank:
         """
         left = self.unfinished(tasks)
         self.finished += sum(task.nbytes for task in tasks) - sum(task.nbytes for task in left)
-        self.written += self._do(left, self.finished, self.share)
-        self.finished += sum(task.nbytes for task in left)
+        self._do(left)
         self.settings.progress(self.finished, self.share)
 
-    def do_share(self, tasks: Sequence[Task], share: int) -> tuple[int, int]:
-        """Do ``tasks``, less those that an earlier run finished: (bytes written, bytes kept)."""
+    def do_share(self) -> int:
+        """Do this rank's share, less what an earlier run finished (bytes, returned); then help the others."""
+        settings = self.settings
+        tasks = self.plan.share(settings.rank, settings.world)
+        self.share = sum(task.nbytes for task in tasks)
         left = self.unfinished(tasks)
-        kept = share - sum(task.nbytes for task in left)
-        self.settings.progress(kept, share)
-        return self._do(left, kept, share), kept
+        self.finished = kept = self.share - sum(task.nbytes for task in left)
+        settings.progress(kept, self.share)
+        if not settings.steal or settings.world == 1:
+            self._do(left)
+            return kept
+        self._stealing = Stealing(
+            self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, settings.threads
+        )
+        self._do(left, self._stealing.is_taken)
+        self._steal(self._stealing)
+        settings.progress(self.finished, self.finished)
+        return kept
+
+    def _steal(self, stealing: Stealing) -> None:
+        """Do what the other ranks have not, until all is done or one of them has committed."""
+        waiting = self.settings.stop or threading.Event()
+        while (tasks := stealing.next()) is not None:
+            if waiting.is_set():
+                raise self._preempted()
+            if tasks:
+                self.journal.claim(tasks)
+                self._do(tasks)
+            else:
+                waiting.wait(stealing.wait())
 
     def _recheck(self, tasks: Iterable[Task], noted: Mapping[int, Noted]) -> tuple[list[Task], list[Task]]:
         """Which journaled tasks still have the noted bytes on disk, and which do not."""
@@ -154,15 +189,31 @@ class Rank:
             (intact if good else spoilt).append(task)
         return intact, spoilt
 
-    def _do(self, tasks: Sequence[Task], finished: int, share: int) -> int:
-        written = 0
+    def _do(self, tasks: Sequence[Task], skip: Callable[[Task], bool] = lambda _: False) -> None:
+        """Do tasks, and those again whose error may pass; not those that are to be skipped when it comes to them."""
+        tries = Tries(self.settings.told, self.settings.stop)
+        while True:
+            try:
+                return self._try(tasks, skip)
+            except StorageFault as fault:
+                noted = self.journal.read().keys() - self.journal.doubtful
+                left = [task for task in tasks if task.index not in noted]
+                tries.failed(fault, progress=len(left) < len(tasks))
+                tasks = left
+                self.outputs.close_files()
+
+    def _try(self, tasks: Sequence[Task], skip: Callable[[Task], bool]) -> None:
+        last = time.monotonic()
         with Flusher(self.outputs, self.journal) as flush:
 
             def on_done(done: Done) -> None:
-                nonlocal finished, written
-                finished += done.task.nbytes
-                written += done.written
-                self.settings.progress(finished, share)
+                nonlocal last
+                self.finished += done.task.nbytes
+                self.written += done.written
+                self.settings.progress(self.finished, self.share)
+                if self._stealing is not None:
+                    self._stealing.took((now := time.monotonic()) - last)
+                    last = now
                 flush(done)
 
             whole = run_tasks(
@@ -177,10 +228,10 @@ class Rank:
                 stop=self.settings.stop,
                 log=self.settings.log,
                 reader=self.reader,
+                skip=skip,
             )
         if not whole:
             raise self._preempted()
-        return written
 
     def _preempted(self) -> Preempted:
         return Preempted(
@@ -212,7 +263,7 @@ class Rank:
             looked_at.update(task.index for task in some)
             if spoilt:
                 self.journal.retract(spoilt)
-                self._do(spoilt, 0, sum(task.nbytes for task in spoilt))
+                self._do(spoilt)
 
     def _is_old(self, line: Noted) -> bool:
         return line.journal != self.journal.name and line.opened < self.settings.launched
