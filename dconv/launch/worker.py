@@ -217,6 +217,7 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         steal=where.world > 1,
         meet=lambda state: where.machines.meet(state, stop, told_of),
         told=told_of,
+        stage_dir=args.stage_dir,
     )
     with contextlib.ExitStack() as stack:
         shown = None
