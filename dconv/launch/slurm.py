@@ -22,7 +22,6 @@ from dconv.errors import DconvError, Preempted, ToolMissing
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, say
 from dconv.launch.progress import Board, Display
-from dconv.launch.values import positive
 from dconv.pipeline import check_space, prepare
 from dconv.request import CALIBRATED
 from dconv.sharding.plan import Plan
@@ -186,7 +185,7 @@ def _wait(args: argparse.Namespace, job: Submitted) -> None:
         ToolMissing: the controller has not answered for long.
     """
     stop = Stop()
-    world = (positive(str(args.nodes)) if args.nodes else 1) * args.nproc
+    world = (args.nodes or 1) * args.nproc
     quiet = args.quiet or args.json
     pause, said, heard = _POLL, "", time.monotonic()
     with contextlib.ExitStack() as stack:
