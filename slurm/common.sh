@@ -44,7 +44,7 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
         exit 7
     }
     python=$(dirname -- "$TORCHRUN")/python
-    HEAD_ADDR=${HEAD_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    [[ ${HEAD_ADDR:-} ]] || read -r HEAD_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # Below the ports that systems give away by themselves (32768 and up).
     export HEAD_ADDR RDZV_PORT="${RDZV_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
     local state=${DCONV_STATE:-$SLURM_SUBMIT_DIR}/.dconv-job-$SLURM_JOB_ID
@@ -57,8 +57,8 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
     ((${SLURM_RESTART_COUNT:-0} == 0)) || words+=(--resume) # what the run before has committed is done
 
     if [[ ! $told ]]; then
-        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$cores" \
-            --kill-on-bad-exit=0 ${GPUS:+--gpus-per-node="$GPUS"} bash "$here/node.sh" "${words[@]}" &
+        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+            --cpus-per-task="$cores" --kill-on-bad-exit=0 ${GPUS:+--gpus-per-node="$GPUS"} bash "$here/node.sh" "${words[@]}" &
         step=$!
         while true; do
             heard=''

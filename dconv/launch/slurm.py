@@ -225,9 +225,7 @@ def _ended(job: Submitted) -> None:
     """
     facts = _facts(job.number)
     state, code = facts.get("JobState", ""), int(facts.get("ExitCode", "0:0").partition(":")[0] or 0)
-    finished = (read_receipt(job.out) or {}).get("finished")
-    made = isinstance(finished, float) and finished >= job.began - _CLOCKS
-    if state == "COMPLETED" or (not state and (made or job.plan is None)):
+    if state == "COMPLETED" or (not state and _is_made(job)):
         return
     where = f"SLURM job {job.number}, log {job.log}"
     again = "run the same command again (with --resume) to go on"
@@ -241,6 +239,14 @@ def _ended(job: Submitted) -> None:
     raise ToolMissing("the job ended without a result", where=where,
                       found=f"{state or 'SLURM has forgotten it'}, exit code {facts.get('ExitCode', 'unknown')}",
                       do=f"see the log; {again}")  # fmt: skip
+
+
+def _is_made(job: Submitted) -> bool:
+    """Whether the output is there, and of this job; a compiler's has no receipt, but is made anew."""
+    finished = (read_receipt(job.out) or {}).get("finished")
+    if job.plan is None and job.out.exists():
+        finished = job.out.stat().st_mtime
+    return isinstance(finished, float) and finished >= job.began - _CLOCKS
 
 
 def _own_words(log: Path | None, begins: Callable[[str], bool]) -> str:
