@@ -3,8 +3,8 @@
 #
 #   bash scripts/cluster.sh
 #
-# Needs root and apt-get; without them it says so and ends well, and those tests are skipped with the reason. Starts no
-# service. A second call with everything there returns at once.
+# Needs root and apt-get; without them it says so and ends well, and those tests are skipped with the reason. The tests
+# start daemons of their own. A second call with everything there returns at once.
 set -euo pipefail
 
 packages=(slurmctld slurmd slurm-client munge)
@@ -29,8 +29,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 export DEBIAN_FRONTEND=noninteractive
 install() {
-    # Daemons that a package would start are for a machine of their own.
-    RUNLEVEL=1 apt-get install -y --no-install-recommends "${packages[@]}" </dev/null >"$log" 2>&1
+    apt-get install -y --no-install-recommends "${packages[@]}" </dev/null >"$log" 2>&1
 }
 install || { apt-get update >"$log" 2>&1 && install; } || {
     tail -n 20 "$log"

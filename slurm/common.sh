@@ -10,7 +10,7 @@
 # RDZV_PORT        and the port (default: from the job's number)
 # LOCAL_ADDR       what torchrun calls a node's own address, where its full name does not resolve
 # GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    the interface over which ranks that calibrate talk
-# DCONV_STATE      a folder that all nodes share, for the job's notes on itself (default: where sbatch was called)
+# DCONV_STATE      a folder that all nodes share, for the job's notes on itself (default: the one it runs in)
 # IDLE_REQUEUES    requeues in a row that finished nothing before the job gives up (default: 3)
 set -euo pipefail
 
@@ -26,11 +26,19 @@ say() {
 
 tell() { # a signal came: pass it on to the step; to srun itself it would mean to kill the ranks
     told=1 heard=1
-    for _ in {1..30}; do
-        [[ $step ]] && kill -0 "$step" 2>/dev/null || return 0
-        scancel --quiet --signal=TERM "$job.0" && return 0
-        sleep 1 # srun has not come to its step yet
+    while is_alive && [[ ! $(squeue --noheader --steps "$job.0" --format %i 2>/dev/null) ]]; do
+        sleep 0.5 # srun has not made its step yet, and scancel would not say so
     done
+    while is_alive; do
+        scancel --signal=TERM "$job.0" || true
+        for _ in {1..15}; do # a node whose task had not begun has not heard it
+            ! is_alive || sleep 1
+        done
+    done
+}
+
+is_alive() {
+    [[ $step ]] && kill -0 "$step" 2>/dev/null
 }
 trap tell USR1 TERM
 
@@ -44,10 +52,11 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
         exit 7
     }
     python=$(dirname -- "$TORCHRUN")/python
-    [[ ${HEAD_ADDR:-} ]] || read -r HEAD_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [[ -x $python ]] || python=python3
+    [[ ${HEAD_ADDR:-} ]] || read -r HEAD_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || HEAD_ADDR=$HOSTNAME
     # Below the ports that systems give away by themselves (32768 and up).
     export HEAD_ADDR RDZV_PORT="${RDZV_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
-    local state=${DCONV_STATE:-$SLURM_SUBMIT_DIR}/.dconv-job-$SLURM_JOB_ID
+    local state=${DCONV_STATE:-$PWD}/.dconv-job-$SLURM_JOB_ID
     export DCONV_CODES=$state/codes
     rm -rf -- "$DCONV_CODES"
     mkdir -p -- "$DCONV_CODES" || {
@@ -58,8 +67,9 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
 
     if [[ ! $told ]]; then
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-            --cpus-per-task="$cores" --kill-on-bad-exit=0 ${GPUS:+--gpus-per-node="$GPUS"} bash "$here/node.sh" "${words[@]}" &
+            --cpus-per-task="$cores" --kill-on-bad-exit=0 bash "$here/node.sh" "${words[@]}" &
         step=$!
+        [[ ! $told ]] || tell # it came in between
         while true; do
             heard=''
             wait "$step" && code=0 || code=$?
