@@ -104,18 +104,12 @@ conclude() { # what came of it, by the codes that the ranks left: torchrun ends 
 
 requeue() { # never returns
     local before=0 idle=0 finished
+    # Else SLURM itself ends the job (cancelled, out of time), or starts it again.
+    scontrol show job -o "$job" | grep 'JobState=RUNNING ' >/dev/null || leave 75
     [[ ! -s $state/requeued ]] || read -r before idle <"$state/requeued"
     finished=$("$python" -m dconv.launch.left "${words[@]}") || finished=$before
     idle=$((finished > before ? 0 : idle + 1))
     printf '%s %s\n' "$finished" "$idle" >"$state/requeued"
-    case $(scontrol show job -o "$job" | grep -o 'JobState=[A-Z_]*') in
-    JobState=RUNNING) ;;
-    JobState=CANCELLED) leave 75 ;;
-    *) # SLURM itself ends the job, or starts it again
-        say "stopped with $finished tasks finished"
-        exit 75
-        ;;
-    esac
     if ((idle > ${IDLE_REQUEUES:-3})); then
         say "stopped $idle times with nothing finished in between: not requeued; a longer --time?"
         leave 75

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol
 #: Seconds that a daemon has to leave before it is killed.
 LEAVE = 10
 
-#: cred_expire is also how long a requeued job waits (120 s otherwise), and 6 is the least that is taken.
+#: cred_expire is also how long a requeued job waits (120 s otherwise; a job that is started earlier all the same finds
+#: its credential revoked), and 6 is the least that is taken.
 CONFIG = """
 ClusterName=dconvtest
 SlurmctldHost={host}(127.0.0.1)
@@ -115,7 +116,7 @@ class Slurm:
         self.until(lambda: not self.call("squeue", "-h", "-j", job, check=False).strip(), job)
         return self.facts(job)
 
-    def until(self, condition, job: str) -> None:
+    def until(self, condition: Callable[[], bool], job: str) -> None:
         """Poll until it is so; what the job wrote is shown where it never is."""
         limit = time.monotonic() + PATIENCE
         while not condition():
@@ -171,7 +172,7 @@ def _start(cluster: Slurm) -> None:
         ["slurmd", "-N", "n0", "-f", f"{top}/slurm.conf"],
         ["slurmd", "-N", "n1", "-f", f"{top}/slurm.conf"],
     ):  # fmt: skip
-        cluster.call(_which(command[0]), *command[1:])
+        cluster.call(_which(command[0]) or command[0], *command[1:])
     limit = time.monotonic() + 60
     while "n[0-1]" not in cluster.call("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False) and (
         cluster.call("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).strip() != "2"

@@ -147,10 +147,9 @@ class Held:
         ]
 
     def goes_on(self) -> dict[str, str]:
-        """Wait until it is in the queue again, let it start at once and without being held up; its end."""
+        """Wait until it is in the queue again, and let it run without being held up; its end."""
         self.slurm.until(lambda: self.slurm.facts(self.job)["Restarts"] == "1", self.job)
         self._hold.unlink()
-        self.slurm.call("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
         return self.slurm.until_ended(self.job)
 
 

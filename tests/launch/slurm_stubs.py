@@ -26,7 +26,7 @@ STUBS = {
 }
 
 
-def write(folder: Path, *, facts: str = "JobId=7 JobState=RUNNING", states: str = "gone") -> Path:
+def write(folder: Path, *, facts: str = "JobId=7 JobState=RUNNING Reason=None", states: str = "gone") -> Path:
     """The commands, in ``folder``.
 
     Args:
