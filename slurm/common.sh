@@ -67,7 +67,8 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
 
     if [[ ! $told ]]; then
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-            --cpus-per-task="$cores" --kill-on-bad-exit=0 bash "$here/node.sh" "${words[@]}" &
+            --cpus-per-task="$cores" --kill-on-bad-exit=0 --export=ALL \
+            bash "$here/node.sh" "${words[@]}" &
         step=$!
         [[ ! $told ]] || tell # it came in between
         while true; do

@@ -174,13 +174,14 @@ def test_preempted(slurm: Slurm, model: Path, expected: dict[str, str], tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["requeue", "by another job", "by another job, with grace"])
+@pytest.mark.parametrize("how", ["requeue", "by another job", "by another job, with grace", "time limit"])
 def test_stopped_by_slurm(slurm: Slurm, model: Path, expected: dict[str, str], tmp_path: Path, how: str) -> None:
-    """An operator's requeue, and a partition that goes first: TERM to the ranks, or USR1 to the batch shell."""
-    held = Held(slurm, tmp_path, model, *(["--partition=grace"] if "grace" in how else []), "--exclusive")
+    """An operator's requeue, a partition that goes first (TERM to the ranks, or USR1 to the batch shell), and time."""
+    options = {"by another job, with grace": ["--partition=grace"], "time limit": ["--time=4"]}
+    held = Held(slurm, tmp_path, model, *options.get(how, []), "--exclusive")
     if how == "requeue":
         slurm.call("scontrol", "requeue", held.job)
-    else:
+    elif how != "time limit":
         slurm.call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
     has_resumed(held, held.goes_on(), expected)
 
