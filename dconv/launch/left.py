@@ -16,6 +16,7 @@ from dconv.errors import DconvError
 from dconv.launch.options import add_target_options, parse, to_request
 from dconv.launch.process import say
 from dconv.launch.run_options import add_run_options
+from dconv.sharding.journal import good_words
 
 
 def finished(out: Path) -> int:
@@ -26,8 +27,7 @@ def finished(out: Path) -> int:
             done: set[str] = set()
             for path in partial.glob(".dconv/journal/*"):
                 with contextlib.suppress(OSError):  # committed meanwhile
-                    lines = (line.split() for line in path.read_text("utf-8", "replace").splitlines())
-                    done |= {words[1] for words in lines if len(words) == 4 and words[0] == "done"}
+                    done |= {words[1] for words in good_words(path.read_bytes()) if words[0] == "done"}
             count += len(done)
     return count
 

@@ -132,7 +132,7 @@ def _command(args: argparse.Namespace, folder: Path, words: Sequence[str]) -> li
     script = "quantise" if args.format in CALIBRATED else "convert"
     gpus = os.environ.get("GPUS") if script == "quantise" else None
     asked = {"nodes": args.nodes, "partition": args.partition, "account": args.account, "time": args.time,
-             "cpus-per-task": args.nproc * args.threads, "gpus-per-node": gpus}  # fmt: skip
+             "cpus-per-task": args.nproc * max(args.threads, 1), "gpus-per-node": gpus}  # fmt: skip
     return [
         "sbatch", "--parsable", "--export=ALL", *(f"--{name}={value}" for name, value in asked.items() if value),
         *args.sbatch, str(folder / f"{script}.sbatch"), *words,

@@ -132,7 +132,7 @@ class Held:
     def journaled(self) -> list[int]:
         """Finished tasks of each rank."""
         paths = sorted(self.folder.glob("out.partial-*/.dconv/journal/*"))
-        return [path.read_text().count("\n") for path in paths]
+        return [path.read_text().count("done ") for path in paths]
 
     def said(self) -> str:
         return self.slurm.log(self.folder, self.job)

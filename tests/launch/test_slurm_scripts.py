@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from tests.launch import slurm_stubs
 from tests.launch.slurm_stubs import calls
@@ -92,8 +93,10 @@ def test_no_endless_requeues(stubs: Path, tmp_path: Path) -> None:
         return said
 
     assert "stopped with 0 tasks finished: requeued" in stopped(0)
-    (journal / "1").write_text("done 0 aa cc\ndone 1 bb cc\n")
-    (journal / "2").write_text("done 1 bb cc\n")
+    for number, tasks in ((1, [0, 1]), (2, [1])):  # the second noted again what it found whole
+        lines = [f"done {task} {task:032x}" for task in tasks]
+        checked = [f"{line} {xxhash.xxh3_64_hexdigest(line.encode())}\n" for line in lines]
+        (journal / f"{number}-1-a").write_text("".join(checked) + "done 5 torn")
     assert "stopped with 2 tasks finished: requeued" in stopped(1)
     assert "stopped with 2 tasks finished: requeued" in stopped(2)
     assert "not requeued" in stopped(3)
