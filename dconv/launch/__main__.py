@@ -7,10 +7,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dconv.launch.process import Stop, tolerate
+from dconv.launch.process import Stop, leave_code, tolerate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    code = 1
+    try:
+        code = _run(argv)
+    except SystemExit as left:  # argparse's way out
+        code = left.code if isinstance(left.code, int) else 2
+        raise
+    finally:
+        leave_code(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     stop = Stop()  # before the imports that take a while
     tolerate()
 

@@ -20,6 +20,8 @@ from dconv.errors import Preempted
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that a stopped planning has to unwind. A download's threads are waited for on the way, and they hear nothing.
 _UNWIND: Final = 2.0
+#: Names a folder in which every rank leaves its exit code: torchrun ends with 1, whatever its ranks said.
+CODES: Final = "DCONV_CODES"
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,12 +83,21 @@ class Stop(threading.Event):
 
     def _leave(self) -> NoReturn:
         self._last_words()
+        leave_code(Preempted.exit_code)
         os._exit(Preempted.exit_code)
 
 
 def preempted() -> Preempted:
     """The error of a run that was stopped before its first byte."""
     return Preempted("stopped by a signal, nothing was written", do="run the same command again")
+
+
+def leave_code(code: int) -> None:
+    """Leave this rank's exit code where the launcher asked for it (`CODES`)."""
+    if folder := os.environ.get(CODES):
+        rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ), "0")
+        with contextlib.suppress(OSError, ValueError):  # a code that is missing is no success
+            Path(folder, rank).write_text(f"{code}\n")
 
 
 def tolerate() -> None:

@@ -89,6 +89,24 @@ def test_a_launcher_stops_the_other_ranks_and_the_refusal_is_said(tmp_path: Path
     assert seconds < 9
 
 
+@pytest.mark.parametrize("planning", ["alone", "with_threads"])
+def test_a_rank_leaves_its_code_when_it_is_stopped(tmp_path: Path, planning: str) -> None:
+    """Also where it cannot wait for its own end: a launcher ends with another code than its ranks."""
+    codes = tmp_path / "codes"
+    codes.mkdir()
+    stopped(tmp_path, planning, signal.SIGTERM, DCONV_CODES=str(codes), RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert {path.name: path.read_text() for path in codes.iterdir()} == {"1": "75\n"}
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--tp", "3"], 3), (["--no-such-option"], 2), (["--help"], 0)])
+def test_a_rank_leaves_its_code(model: Path, tmp_path: Path, words: list[str], code: int) -> None:
+    codes = tmp_path / "codes"
+    codes.mkdir()
+    given = one_rank(model, "megatron", "-o", tmp_path / "out", *words)
+    assert call(*given, DCONV_CODES=str(codes), SLURM_PROCID="0")[0] == code
+    assert {path.name: path.read_text() for path in codes.iterdir()} == {"0": f"{code}\n"}
+
+
 @pytest.mark.parametrize("fault", [PermissionError(13, "not yours"), MemoryError()])
 def test_what_the_planning_meets(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception
