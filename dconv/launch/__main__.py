@@ -6,8 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
-from dconv.launch.process import Stop, tolerate
+from dconv.launch.process import Stop, leave_code, tolerate
+
+if TYPE_CHECKING:
+    from dconv.launch.worker import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,24 +20,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerate()
 
     from dconv.errors import UsageError
+    from dconv.launch.worker import place, report
+
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        where = place()
+    except UsageError as error:
+        report(error, as_json="--json" in words)
+        return error.exit_code
+    leave_code(where.rank, None)
+    stop.leaving = partial(leave_code, where.rank)
+    code = 1
+    try:
+        code = _run(words, where, stop)
+    finally:
+        leave_code(where.rank, code)
+    return code
+
+
+def _run(words: Sequence[str], where: Place, stop: Stop) -> int:
+    from dconv.errors import UsageError
     from dconv.launch.options import add_target_options, parse
     from dconv.launch.run_options import add_run_options
     from dconv.launch.worker import main as run_rank
-    from dconv.launch.worker import place, recorded, report
+    from dconv.launch.worker import recorded, report
 
     name = "python -m dconv.launch"
     usage = f"{name} MODEL FORMAT [-o OUT] [options]"
     parser = argparse.ArgumentParser(name, usage=usage, description=__doc__, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
-    words = sys.argv[1:] if argv is None else argv
-    first = True
     try:
-        where = place()
-        first = where.local == 0
         args = parse(parser, words)
     except UsageError as error:
-        if first:
+        if where.local == 0:
             report(error, as_json="--json" in words)
         return error.exit_code
     if where.rank:

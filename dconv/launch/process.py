@@ -20,6 +20,8 @@ from dconv.errors import Preempted
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that a stopped planning has to unwind. A download's threads are waited for on the way, and they hear nothing.
 _UNWIND: Final = 2.0
+#: Names a folder of whoever started the ranks, for their exit codes: torchrun ends with 1 whatever a rank ended with.
+EXIT_CODES: Final = "DCONV_EXIT_CODES"
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,6 +37,8 @@ class Stop(threading.Event):
         self._ending = False
         self._grace = 0.0
         self._last_words: Callable[[], None] = lambda: None
+        #: Told the exit code where the process ends at once.
+        self.leaving: Callable[[int], None] = lambda _: None
         for number in SIGNALS:
             signal.signal(number, lambda number, _: self._told(number))
 
@@ -81,6 +85,7 @@ class Stop(threading.Event):
 
     def _leave(self) -> NoReturn:
         self._last_words()
+        self.leaving(Preempted.exit_code)
         os._exit(Preempted.exit_code)
 
 
@@ -123,3 +128,27 @@ def tell_torchrun(text: str) -> None:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):  # it is said on standard error as well
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def leave_code(rank: int, code: int | None) -> None:
+    """Leave the exit code of a rank where `EXIT_CODES` asks for it; None takes an earlier start's away."""
+    folder = os.environ.get(EXIT_CODES)
+    if not folder:
+        return
+    file = Path(folder) / str(rank)
+    with contextlib.suppress(OSError):  # the process itself ends with it, too
+        if code is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_text(f"{code}\n")
+
+
+def left_codes(folder: Path, ranks: int) -> list[int | None]:
+    """What each rank left in a folder that `EXIT_CODES` named; None for one that was killed before it could."""
+    codes: list[int | None] = []
+    for rank in range(ranks):
+        try:
+            codes.append(int((folder / str(rank)).read_text()))
+        except (OSError, ValueError):
+            codes.append(None)
+    return codes
