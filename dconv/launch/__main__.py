@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dconv.launch.process import Stop, leave_code, tolerate
+from dconv.launch.process import Stop, leave_code, no_restart, tolerate
 
 if TYPE_CHECKING:
     from dconv.launch.worker import Place
@@ -33,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         code = _run(words, where, stop)
+    except SystemExit as end:  # argparse's
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     finally:
         leave_code(where.rank, code)
+        if not stop.is_set():
+            no_restart(code)
     return code
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
-from dconv.errors import Preempted
+from dconv.errors import Damaged, Preempted, Refused, ToolMissing, UsageError, VerifyFailed
 
 #: The signals of a preemption, and Ctrl-C.
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -22,6 +22,8 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _UNWIND: Final = 2.0
 #: Names a folder of whoever started the ranks, for their exit codes: torchrun ends with 1 whatever a rank ended with.
 EXIT_CODES: Final = "DCONV_EXIT_CODES"
+#: How a conversion ends that ends the same way when it is started again.
+_ANSWERS: Final = frozenset(error.exit_code for error in (UsageError, Refused, Damaged, VerifyFailed, ToolMissing))
 
 
 class Stopped(KeyboardInterrupt):
@@ -152,3 +154,19 @@ def left_codes(folder: Path, ranks: int) -> list[int | None]:
         except (OSError, ValueError):
             codes.append(None)
     return codes
+
+
+def no_restart(code: int) -> None:
+    """End torchrun where it would start this rank again for an exit code that is an answer.
+
+    torchrun starts ranks again whatever they ended with, and none after a signal of its own. One rank of a machine
+    tells it: a second signal would end it before its ranks.
+    """
+    variables = os.environ
+    left = int(variables.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(variables.get("TORCHELASTIC_RESTART_COUNT", 0))
+    error_file = variables.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/LOCAL RANK/error.json
+    if code not in _ANSWERS or left <= 0 or not error_file:
+        return
+    with contextlib.suppress(OSError):
+        (Path(error_file).parents[1] / "answered").touch(exist_ok=False)
+        os.kill(os.getppid(), signal.SIGTERM)
