@@ -6,10 +6,10 @@
 #   NPROC=8 NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh --config run.yaml --tp 8 --pp 4
 #
 # NPROC           ranks on this machine (default: the number of cores, at most 8)
-# NNODES          machines in the run (1); start this script once on each, with the same MODEL, OUT and options.
-#                 With RDZV_ENDPOINT also MIN:MAX: those that have come after 30 s do it, and those that are left do the rest
+# NNODES          machines in the run (1); start this script once on each, with the same MODEL, OUT and options
 # MAX_RESTARTS    new starts of the ranks when one of them is lost (3; between machines only with RDZV_ENDPOINT).
-#                 What is finished is kept. A refusal is said once, and a signal is no reason to start again
+#                 What is finished is kept. A refusal is said once, and a signal is no reason to start again.
+#                 A machine that is lost is not made good: run the same again, on as many as there are
 # RDZV_ENDPOINT   where the machines meet: HOST:PORT of one of them. They agree on their numbers themselves
 # RDZV_ID         names this run to them, where several have one endpoint (dconv)
 # LOCAL_ADDR      the address by which the other machines reach this one (default: what its name stands for)

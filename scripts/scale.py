@@ -90,9 +90,9 @@ def plans_table(found: Mapping[str, Any], _: Assumed) -> Table:
     rows = []
     for name, plan in found["plans"].items():
         layout = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in plan["layout"].items())
-        rows.append((name, f"{plan['parameters'] / 1e9:,.0f} B", f"`{layout}`", plan["source_files"], count(plan["tensors"]),
-                     count(plan["tasks"]), plan["target_files"], f"{plan['seconds']:.1f} s",
-                     f"{plan['peak'] / 2**20:.0f} MiB"))  # fmt: skip
+        size, peak = f"{plan['parameters'] / 1e9:,.0f} B", f"{plan['peak'] / 2**20:.0f} MiB"
+        counts = (plan["source_files"], count(plan["tensors"]), count(plan["tasks"]), plan["target_files"])
+        rows.append((name, size, f"`{layout}`", *counts, f"{plan['seconds']:.1f} s", peak))
     return table(
         ("model", "parameters", "layout", "files in", "tensors", "tasks", "files out", "planning", "peak"), rows
     )
@@ -140,11 +140,13 @@ def times_table(found: Mapping[str, Any], given: Assumed) -> Table:
             whole = total(spent)
             longest = max(spent, key=lambda phase: spent[phase])
             share = plan["worlds"][str(nodes)]
-            even = share["largest_rank"] * nodes * RANKS_PER_NODE / plan["written"]
+            ranks = nodes * RANKS_PER_NODE
+            even = (
+                f"{share['largest_rank'] * ranks / plan['written']:.2f}{' (own shards)' if share['own_shards'] else ''}"
+            )
             cost = whole * nodes / 3600 * given.price
-            rows.append((name, nodes, nodes * RANKS_PER_NODE, f"{even:.2f}{' (own shards)' if share['own_shards'] else ''}",
-                         seconds(whole), f"{alone / whole / nodes:.0%}", f"{longest}, {spent[longest] / whole:.0%}",
-                         dollars(cost)))  # fmt: skip
+            rows.append((name, nodes, ranks, even, seconds(whole), f"{alone / whole / nodes:.0%}",
+                         f"{longest}, {spent[longest] / whole:.0%}", dollars(cost)))  # fmt: skip
     return table(("model", "nodes", "ranks", "largest share", "time", "efficiency", "longest phase", "cost"), rows)
 
 
