@@ -20,8 +20,8 @@ from dconv.launch.run_options import add_run_options
 from dconv.launch.values import byte_count
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.request import QUANTISED
-from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.rank import Outcome, Settings
 
 __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 

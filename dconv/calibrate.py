@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from dconv.quant.network import Network
     from dconv.quant.peers import Peers
     from dconv.quant.ranks import Ranks
-    from dconv.sharding.commit import Rank
     from dconv.sharding.plan import Task
+    from dconv.sharding.rank import Rank
     from dconv.sharding.tensor import Logical
 
 _FOLDER: Final = "calibration"

@@ -14,11 +14,13 @@ from dconv.errors import StorageFault
 from dconv.live.ranks import Ranks
 from dconv.live.shards import Places
 from dconv.pipeline import Job, check_space
-from dconv.sharding.commit import Outcome, Settings, conclude, hash_task
-from dconv.sharding.execute import Done, Outputs, run_tasks
+from dconv.sharding.commit import conclude
+from dconv.sharding.execute import Done, run_tasks
 from dconv.sharding.finish import cannot
 from dconv.sharding.journal import sync_folder
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Plan, Task
+from dconv.sharding.rank import Outcome, Settings, hash_task
 from dconv.sharding.receipt import check_output, partial_folder
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.errors import Refused, StorageFault
+from dconv.errors import Refused
 from dconv.sharding.allocation import keep_freed_memory
 from dconv.sharding.derived import open_reader
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE, Cast, Derive, Kernel, Scale
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.region import Region
@@ -32,8 +28,6 @@ if TYPE_CHECKING:
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 _TILE_BYTES: Final = 1 << 20
-#: Source files, journals, libraries.
-_OTHER_FILES: Final = 512
 #: The usual block of a file system: a hole is made of whole ones.
 _BLOCK: Final = 4096
 
@@ -48,105 +42,6 @@ class Done:
     task: Task
     digest: str
     written: int
-
-
-class Outputs:
-    """The files being written, sized on first use. Shared between threads.
-
-    Held by the open directory ``folder``, not by its path: when another process of the plan commits (renames it),
-    this one goes on writing the same bytes to the same files and leaves nothing at the old path.
-    """
-
-    def __init__(self, root: Path, plan: Plan) -> None:
-        self._root = root
-        self.folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._files = plan.target.files
-        self._open: dict[int, int] = {}
-        self._lock = threading.Lock()
-        _allow_files(len(self._files))
-
-    def fd(self, file: int) -> int:
-        with self._lock:
-            fd = self._open.get(file)
-            if fd is None:
-                fd = self._open[file] = self._create(file)
-            return fd
-
-    def _create(self, file: int) -> int:
-        path = self._files[file].path
-        try:
-            for parent in reversed(Path(path).parents[:-1]):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=self.folder)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=self.folder)
-            if os.fstat(fd).st_size != self._files[file].size:
-                os.ftruncate(fd, self._files[file].size)
-        except OSError as fault:
-            raise self._fault("create", file, fault) from fault
-        return fd
-
-    def _fault(self, what: str, file: int, fault: OSError) -> StorageFault:
-        full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
-        return StorageFault(
-            f"cannot {what}: {fault.strerror}",
-            where=str(self._root / self._files[file].path),
-            do="free the space and run again with --resume: what is finished is kept and continued" if full else "",
-        )
-
-    def write(self, file: int, data: memoryview, offset: int) -> None:
-        fd = self.fd(file)
-        try:
-            done = os.pwrite(fd, data, offset)
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], offset + done)
-        except OSError as fault:
-            raise self._fault("write", file, fault) from fault
-
-    def blank(self, file: int, offset: int, nbytes: int) -> None:
-        """Leave a stretch a hole; bytes that something put there (a spoilt partial output) are zeroed."""
-        fd = self.fd(file)
-        end = offset + nbytes
-        try:
-            while (offset := _next_data(fd, offset, end)) < end:
-                data = os.pread(fd, min(_TILE_BYTES, end - offset), offset)
-                if data.count(0) < len(data):
-                    self.write(file, memoryview(bytes(len(data))), offset)
-                offset += len(data)
-        except OSError as fault:
-            raise self._fault("read back", file, fault) from fault
-
-    def sync(self, files: Sequence[int]) -> None:
-        for file in files:
-            try:
-                os.fsync(self.fd(file))
-            except OSError as fault:
-                raise self._fault("flush to disk", file, fault) from fault
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-        if self.folder >= 0:
-            os.close(self.folder)
-            self.folder = -1
-
-
-def _allow_files(count: int) -> None:
-    """Let this process hold as many files open as it may write, as far as it is allowed to."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(hard, count + _OTHER_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _next_data(fd: int, offset: int, end: int) -> int:
-    """Where data begin at or after ``offset``, ``end`` when there are none before it."""
-    try:
-        return min(end, os.lseek(fd, offset, os.SEEK_DATA))
-    except OSError as fault:
-        if fault.errno == errno.ENXIO:  # no data up to the end of the file
-            return end
-        raise
 
 
 class Worker:
@@ -356,10 +251,12 @@ def run_tasks(
     stop: threading.Event | None = None,
     log: ReadLog | None = None,
     reader: Callable[[int], BoxReader] | None = None,
+    skip: Callable[[Task], bool] = lambda _: False,
 ) -> bool:
     """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
 
-    ``on_done`` is called from this thread, once a task. Returns False when ``stop`` was set before all were done.
+    ``on_done`` is called from this thread, once a task; ``skip`` just before a task begins, which it may leave out.
+    Returns False when ``stop`` was set before all were done.
 
     Raises:
         DconvError: the first failure; tasks that were under way are finished or dropped.
@@ -374,29 +271,29 @@ def run_tasks(
             for task in tasks:
                 if stop.is_set():
                     return False
-                on_done(workers[0].do(task))
+                if not skip(task):
+                    on_done(workers[0].do(task))
             return True
-        return _run_threads(workers, tasks, on_done, stop)
+        return _run_threads(workers, (task for task in tasks if not skip(task)), on_done, stop)
     finally:
         for worker in workers:
             worker.reader.close()
 
 
 def _run_threads(
-    workers: Sequence[Worker], tasks: Sequence[Task], on_done: Callable[[Done], None], stop: threading.Event
+    workers: Sequence[Worker], tasks: Iterator[Task], on_done: Callable[[Done], None], stop: threading.Event
 ) -> bool:
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
 
-    queue = iter(tasks)
     with ThreadPoolExecutor(len(workers), thread_name_prefix="dconv") as pool:
         free = list(workers)
         busy: dict[Future[Done], Worker] = {}
         while True:
-            while free and not stop.is_set() and (task := next(queue, None)) is not None:
+            while free and not stop.is_set() and (task := next(tasks, None)) is not None:
                 worker = free.pop()
                 busy[pool.submit(worker.do, task)] = worker
             if not busy:
-                return next(queue, None) is None
+                return next(tasks, None) is None
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
                 free.append(busy.pop(future))
                 on_done(future.result())
