@@ -25,15 +25,17 @@ from scale_model import (
     CLUSTERS,
     GPTQ_CPU_SECONDS,
     MOVES,
-    NOTES,
     Assumed,
     counted,
+    expected,
     gptq_seconds,
     operations,
     phases,
+    running,
     straggling,
     syncs,
     total,
+    waiting,
     work_of,
 )
 
@@ -102,12 +104,12 @@ def counts_table(found: Mapping[str, Any], _: Assumed) -> Table:
     names = ("source", "journal", "progress", "output, lock")
     rows = []
     for run in found["metadata"]:
-        seen = counted(run["counts"])
-        said = operations(run["ranks"], run["source_files"], run["target_files"], run["share"])
+        seen, looks = counted(run["counts"])
+        said = operations(run["ranks"], run["source_files"], run["target_files"], run["share"], looks)
         cells = [f"{count(seen[name])} / {count(said[name])}" for name in names]
         most = syncs(run["ranks"], run["tasks"])
-        rows.append((run["ranks"], run["source_files"], *cells, f"{count(seen['fsync'])} / {count(most)}"))
-    return table(("ranks", "files in", *names, "fsync"), rows)
+        rows.append((run["ranks"], run["source_files"], looks.looks, *cells, f"{count(seen['fsync'])} / {count(most)}"))
+    return table(("ranks", "files in", "looks", *names, "fsync"), rows)
 
 
 # ------------------------------------------------------------------------------------------------ what follows
@@ -202,16 +204,39 @@ def metadata_table(found: Mapping[str, Any], given: Assumed) -> Table:
     rows = []
     for name, plan in found["plans"].items():
         for nodes in (1, 8, 64):
-            ranks = nodes * RANKS_PER_NODE
-            asked = operations(ranks, plan["source_files"], plan["target_files"], plan["worlds"][str(nodes)])
+            ranks, share = nodes * RANKS_PER_NODE, plan["worlds"][str(nodes)]
+            asked = operations(ranks, plan["source_files"], plan["target_files"], share, expected(ranks))
             whole = sum(asked.values())
-            notes = 2 * NOTES * ranks
             rows.append((name, ranks, *map(count, asked.values()), count(syncs(ranks, plan["tasks"])), count(whole),
-                         f"{seconds(whole / 10e3)} to {seconds(whole / 50e3)}",
-                         f"{count(notes)}/s, {notes / given.metadata:.0%}"))  # fmt: skip
-    return table(
-        ("model", "ranks", *asked, "fsync, at most", "in all", "at 10k to 50k a second", "progress while it runs"), rows
-    )
+                         f"{seconds(whole / 10e3)} to {seconds(whole / 50e3)}"))  # fmt: skip
+    head = ("model", "ranks", *asked, "fsync, at most", "in all", "at 10k to 50k a second")
+    rates = [
+        (ranks, count(running(ranks)), f"{running(ranks) / given.metadata:.0%}", count(waiting(ranks, given)),
+         f"{waiting(ranks, given) / given.metadata:.0%}")
+        for ranks in (8, 64, 512)
+    ]  # fmt: skip
+    return [
+        *table(head, rows),
+        "",
+        *table(("ranks", "a second while all work", "of what servers do", "while all but a few wait", "of it"), rates),
+    ]
+
+
+def breaks_table(found: Mapping[str, Any], given: Assumed) -> Table:
+    work = work_of(found["rates"], MOVES)
+    moved = ("processors", "nodes' clients", "file system")
+    rows = []
+    for name, plan in found["plans"].items():
+        runs = {nodes: phases(plan, nodes, RANKS_PER_NODE, work, given) for nodes in NODES}
+        alone = total(runs[1])
+        useful = max(nodes for nodes, spent in runs.items() if alone / total(spent) / nodes >= 0.5)
+        fastest = min(runs, key=lambda nodes: total(runs[nodes]))
+        after = runs[min(2 * fastest, NODES[-1])]
+        others = sorted((phase for phase in after if phase not in moved), key=lambda phase: -after[phase])
+        rows.append((name, useful, f"{fastest}, {seconds(total(runs[fastest]))}",
+                     ", ".join(f"{phase} {seconds(after[phase])}" for phase in others[:2])))  # fmt: skip
+    head = ("model", "nodes at half efficiency or more", "fastest", "what costs most with twice as many, bytes apart")
+    return table(head, rows)
 
 
 def gptq_table(_: Mapping[str, Any], given: Assumed) -> Table:
@@ -229,6 +254,7 @@ TABLES: Final = {
     "rates": rates_table, "plans": plans_table, "counts": counts_table, "assumed": assumed_table,
     "times": times_table, "phases": phases_table, "clusters": clusters_table, "kinds": kinds_table,
     "stragglers": straggler_table, "metadata": metadata_table, "gptq": gptq_table,
+    "breaks": breaks_table,
 }  # fmt: skip
 
 

@@ -112,8 +112,9 @@ print(json.dumps({
 """
 
 #: Loaded by every process of a counted run: what it asks the file system for below COUNT_UNDER, by what it asks about.
+#: No rank begins with its first task before all are there, and tasks take a while: else the first rank does everything.
 _COUNTING: Final = """
-import atexit, builtins, collections, functools, io, json, os, threading
+import atexit, builtins, collections, functools, io, json, os, threading, time
 if os.environ.get("COUNT_INTO"):
     counts, lock, under, real_open = collections.Counter(), threading.Lock(), os.environ["COUNT_UNDER"], builtins.open
     def about(path, options):
@@ -122,7 +123,7 @@ if os.environ.get("COUNT_INTO"):
         if isinstance(path, int):
             return "an open file"
         path = os.fsdecode(path)
-        marks = (("/journal", "journal"), ("/ranks", "progress"), (".lock", "lock"), ("/source", "source"))
+        marks = (("/journal", "journal"), ("/ranks", "progress"), ("/stealing", "stealing"), ("/source", "source"))
         if not path.startswith(under):
             return ""
         return next((name for mark, name in marks if mark in path), "output")
@@ -143,6 +144,17 @@ if os.environ.get("COUNT_INTO"):
         with real_open(os.path.join(os.environ["COUNT_INTO"], os.environ.get("RANK", "0")), "w") as file:
             json.dump(counts, file)
     atexit.register(leave)
+    from dconv.sharding.execute import Worker
+    real_do, here = Worker.do, os.path.join(os.environ["COUNT_INTO"], "here-" + os.environ.get("RANK", "0"))
+    def do(self, task):
+        if not os.path.exists(here):
+            real_open(here, "w").close()
+        into, all_ranks = os.environ["COUNT_INTO"], int(os.environ["COUNT_ALL"])
+        while sum(name.startswith("here-") for name in os.listdir(into)) < all_ranks:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return real_do(self, task)
+    Worker.do = do
 """
 
 
@@ -229,22 +241,26 @@ def metadata(work: Path) -> list[dict[str, Any]]:
             (folder / "hook" / "sitecustomize.py").write_text(_COUNTING)
             (folder / "config").mkdir()
             (folder / "config" / "config.json").write_text(json.dumps(config))
-            source = folder / "source"
+            source = folder / "run" / "source"
+            source.parent.mkdir()
             made = ["convert", str(folder / "config"), "hf", "--fake-weight", "--shard-size", shard_size]
             _python("-m", "dconv", *made, "-o", str(source), "--quiet")
             worlds = (1, 2, 4, 8)
             words = [str(source), str(folder / "never"), '{"tp": 2, "pp": 2}', "1", *map(str, worlds)]
             planned = json.loads(_python("-c", _PLAN, *words))
             for ranks in worlds:
-                into = folder / f"counts-{ranks}"
+                into, out = folder / f"counts-{ranks}", folder / "run" / f"out-{ranks}"
                 into.mkdir()
-                out = folder / f"out-{ranks}"
                 _python(
                     "-m", "dconv", "convert", str(source), "megatron", "--tp", "2", "--pp", "2", "-o", str(out),
                     "--nproc", str(ranks), "--quiet",
-                    COUNT_INTO=str(into), COUNT_UNDER=str(folder), PYTHONPATH=f"{folder / 'hook'}:{ROOT}",
+                    COUNT_INTO=str(into), COUNT_UNDER=str(source.parent), COUNT_ALL=str(ranks),
+                    PYTHONPATH=f"{folder / 'hook'}:{ROOT}",
                 )  # fmt: skip
-                counts = sum((Counter(json.loads(path.read_text())) for path in into.iterdir()), Counter())
+                counts = sum(
+                    (Counter(json.loads(path.read_text())) for path in into.iterdir() if path.name.isdecimal()),
+                    Counter(),
+                )
                 files = planned["source_files"]
                 found.append({
                     "ranks": ranks, "source_files": files, "target_files": planned["target_files"],

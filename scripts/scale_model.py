@@ -12,8 +12,10 @@ from typing import Any, Final
 
 #: The kind of work whose bytes are moved as they are.
 MOVES: Final = "relayout (moves)"
-#: Notes of progress that a rank writes in a second at most, two operations each (`dconv.launch.progress`).
+#: Notes of progress that a rank writes in a second at most (`dconv.launch.progress`).
 NOTES: Final = 5
+#: Looks in a second, at most, at whether other ranks take tasks (`dconv.sharding.stealing`).
+LOOKS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,28 @@ def work_of(rates: Mapping[str, Any], kind: str) -> Work:
 # ---------------------------------------------------------------------------------------------------- metadata
 
 
-def operations(ranks: int, sources: int, targets: int, share: Mapping[str, int]) -> dict[str, int]:
-    """Metadata operations of all ranks, by what they are about; at most, where it depends on who meets whom.
+@dataclass(frozen=True)
+class Seen:
+    """How often all ranks together did what depends on who meets whom.
+
+    Attributes:
+        looks: at the journals of all ranks.
+        reads: of the notes of all ranks.
+        notes: of progress, written.
+    """
+
+    looks: int
+    reads: int
+    notes: int
+
+
+def expected(ranks: int) -> Seen:
+    """Of a run whose ranks end together: 4.5 looks a rank were counted. Notes depend on time, see `running`."""
+    return Seen(5 * ranks, 2 * ranks, 2 * ranks)
+
+
+def operations(ranks: int, sources: int, targets: int, share: Mapping[str, int], seen: Seen) -> dict[str, int]:
+    """Metadata operations of all ranks, by what they are about; at most, since not all ranks are there at each look.
 
     Args:
         sources, targets: files of the source and of the output.
@@ -82,23 +104,35 @@ def operations(ranks: int, sources: int, targets: int, share: Mapping[str, int])
     """
     opened, made = share["sources_opened"], share["outputs_opened"]
     return {
-        "source": ranks * (7 * sources + 51) + sources + opened,  # each rank plans; the one that commits looks again
-        "journal": 2 * ranks**2 + 7 * ranks + 8,  # each rank reads every rank's, at its start and at its end
-        "progress": 2 * ranks**2 + 8 * ranks + 7,  # each rank reads every rank's at its end
-        "output, lock": 34 * ranks + 2 * made + targets + 60,
+        "source": ranks * (7 * sources + 57) + sources + opened,  # each rank plans; the one that commits looks again
+        "journal": seen.looks * (ranks + 1) + ranks**2 + 4 * ranks + 8,
+        "progress": 3 * seen.notes + seen.reads * (2 * ranks + 1) + 3 * ranks + 6,
+        "output, lock": 34 * ranks + seen.looks * ranks + 2 * made + targets + 68,
     }
 
 
-def counted(counts: Mapping[str, int]) -> dict[str, int]:
-    """What was counted, by the same names; fsyncs apart."""
-    found = {"source": 0, "journal": 0, "progress": 0, "output, lock": 0, "fsync": 0}
+def counted(counts: Mapping[str, int]) -> tuple[dict[str, int], Seen]:
+    """What was counted, by the same names, with fsyncs and what `running` is about apart."""
+    found = {"source": 0, "journal": 0, "progress": 0, "output, lock": 0, "fsync": 0, "stealing": 0}
     for words, count in counts.items():
         name, _, about = words.partition(" ")
         if name == "fsync":
             found["fsync"] += count
         else:
             found[about if about in found else "output, lock"] += count
-    return found
+    seen = Seen(counts["listdir journal"], counts["listdir progress"], counts["mkdir progress"])
+    return found, seen
+
+
+def running(ranks: int) -> float:
+    """Operations a second while all work: notes of progress (mkdir, stat, open), and whether anyone takes tasks."""
+    return ranks * (3 * NOTES + LOOKS)
+
+
+def waiting(ranks: int, assumed: Assumed) -> float:
+    """Operations a second while all but a few ranks wait for these: a look may cost a rank a tenth of its time."""
+    look = 2 * ranks * assumed.latency
+    return ranks * 2 * ranks / (max(1 / LOOKS, 10 * look) + look)
 
 
 def syncs(ranks: int, tasks: int) -> int:
@@ -113,7 +147,7 @@ def phases(plan: Mapping[str, Any], nodes: int, per_node: int, work: Work, assum
     """Seconds of each phase. Of what runs at once (processors, nodes' clients, the file system) the slowest counts."""
     share = plan["worlds"][str(nodes)]
     ranks, sources = nodes * per_node, plan["source_files"]
-    asked = operations(ranks, sources, plan["target_files"], share)
+    asked = operations(ranks, sources, plan["target_files"], share, expected(ranks))
     moved = {
         "processors": share["largest_rank"] / work.rate,
         "nodes' clients": work.traffic * share["largest_node"] / assumed.client,
@@ -123,10 +157,10 @@ def phases(plan: Mapping[str, Any], nodes: int, per_node: int, work: Work, assum
     return {
         "start": assumed.start,
         "planning": plan["seconds"],
-        "source's metadata": max((7 * sources + 51) * assumed.latency, asked["source"] / assumed.metadata),
+        "source's metadata": max((7 * sources + 57) * assumed.latency, asked["source"] / assumed.metadata),
         "opening": ranks * (2 * assumed.sync + 12 * assumed.latency),  # one rank after another, under a lock
         slowest: moved[slowest],
-        "journals": max(4 * ranks * assumed.latency, (asked["journal"] + asked["progress"]) / assumed.metadata),
+        "journals": max(10 * ranks * assumed.latency, (asked["journal"] + asked["progress"]) / assumed.metadata),
         "commit": (4 * ranks + sources + 60) * assumed.latency + 12 * assumed.sync,
     }
 
