@@ -43,6 +43,9 @@ DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PAGE: Final = DOCS / "scale.md"
 RATES: Final = DOCS / "scale.json"
 
+#: The phases of which one stands for the bytes.
+MOVED: Final = frozenset({"processors", "nodes' clients", "file system"})
+
 Table = list[str]
 
 
@@ -182,12 +185,9 @@ def kinds_table(found: Mapping[str, Any], given: Assumed) -> Table:
         if "read" not in one:
             continue
         work = work_of(found["rates"], kind)
-        cells = []
-        for plan in found["plans"].values():
-            spent = phases(plan, 8, RANKS_PER_NODE, work, given)
-            cells.append(f"{seconds(total(spent))}, {dollars(total(spent) * 8 / 3600 * given.price)}")
-        bound = next(phase for phase in spent if phase in ("processors", "nodes' clients", "file system"))
-        rows.append((kind, *cells, bound))
+        runs = [phases(plan, 8, RANKS_PER_NODE, work, given) for plan in found["plans"].values()]
+        cells = [f"{seconds(total(spent))}, {dollars(total(spent) * 8 / 3600 * given.price)}" for spent in runs]
+        rows.append((kind, *cells, ", ".join(sorted({phase for spent in runs for phase in spent} & MOVED))))
     return table(("kind", *found["plans"], "bytes are bound by"), rows)
 
 
@@ -201,15 +201,15 @@ def straggler_table(found: Mapping[str, Any], given: Assumed) -> Table:
 
 
 def metadata_table(found: Mapping[str, Any], given: Assumed) -> Table:
-    rows = []
+    rows, names = [], []
     for name, plan in found["plans"].items():
         for nodes in (1, 8, 64):
             ranks, share = nodes * RANKS_PER_NODE, plan["worlds"][str(nodes)]
             asked = operations(ranks, plan["source_files"], plan["target_files"], share, expected(ranks))
-            whole = sum(asked.values())
+            names, whole = list(asked), sum(asked.values())
             rows.append((name, ranks, *map(count, asked.values()), count(syncs(ranks, plan["tasks"])), count(whole),
                          f"{seconds(whole / 10e3)} to {seconds(whole / 50e3)}"))  # fmt: skip
-    head = ("model", "ranks", *asked, "fsync, at most", "in all", "at 10k to 50k a second")
+    head = ("model", "ranks", *names, "fsync, at most", "in all", "at 10k to 50k a second")
     rates = [
         (ranks, count(running(ranks)), f"{running(ranks) / given.metadata:.0%}", count(waiting(ranks, given)),
          f"{waiting(ranks, given) / given.metadata:.0%}")
@@ -224,7 +224,6 @@ def metadata_table(found: Mapping[str, Any], given: Assumed) -> Table:
 
 def breaks_table(found: Mapping[str, Any], given: Assumed) -> Table:
     work = work_of(found["rates"], MOVES)
-    moved = ("processors", "nodes' clients", "file system")
     rows = []
     for name, plan in found["plans"].items():
         runs = {nodes: phases(plan, nodes, RANKS_PER_NODE, work, given) for nodes in NODES}
@@ -232,7 +231,7 @@ def breaks_table(found: Mapping[str, Any], given: Assumed) -> Table:
         useful = max(nodes for nodes, spent in runs.items() if alone / total(spent) / nodes >= 0.5)
         fastest = min(runs, key=lambda nodes: total(runs[nodes]))
         after = runs[min(2 * fastest, NODES[-1])]
-        others = sorted((phase for phase in after if phase not in moved), key=lambda phase: -after[phase])
+        others = sorted((phase for phase in after if phase not in MOVED), key=lambda phase: -after[phase])
         rows.append((name, useful, f"{fastest}, {seconds(total(runs[fastest]))}",
                      ", ".join(f"{phase} {seconds(after[phase])}" for phase in others[:2])))  # fmt: skip
     head = ("model", "nodes at half efficiency or more", "fastest", "what costs most with twice as many, bytes apart")
@@ -287,8 +286,9 @@ def main() -> None:
     scales = {"client": 1e9, "aggregate": 1e9}
     for field in fields(Assumed):
         scale = scales.get(field.name, 1)
+        default = getattr(Assumed(), field.name) / scale
         parser.add_argument(f"--{field.name}", type=float, metavar="X",
-                            help=f"assumed; {field.default / scale:g}{' GB/s' if scale > 1 else ''}")  # fmt: skip
+                            help=f"assumed; {default:g}{' GB/s' if scale > 1 else ''}")  # fmt: skip
     args = parser.parse_args()
     given = {
         field.name: getattr(args, field.name) * scales.get(field.name, 1)

@@ -46,7 +46,7 @@ class Board:
         self._last = 0.0
 
     def note(self, done: int, total: int) -> None:
-        """Note this rank's bytes; at most every tick, and at the end. A rank that helps others has done more than all."""
+        """Note this rank's bytes; at most every tick, and at the end. Who helps others does more than its all."""
         now = time.monotonic()
         if done != total and now - self._last < _TICK:
             return

@@ -67,6 +67,7 @@ def test_a_lost_rank_is_started_again(model: Path, expected: dict[str, str], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gate", "out"]
 
 
+@pytest.mark.long
 def test_a_lost_rank_without_restarts_is_told(model: Path, tmp_path: Path) -> None:
     """As a shell tells a process that was killed; the ranks that were stopped for it do not pass for a preemption."""
     out, gate = tmp_path / "out", Gate(tmp_path / "gate")
