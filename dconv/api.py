@@ -169,6 +169,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         max_memory=args.max_memory,
         threads=args.threads,
+        stage_dir=args.stage_dir,
         overwrite=args.overwrite,
         resume=args.resume,
         algorithm=args.digest,

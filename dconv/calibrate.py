@@ -260,7 +260,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     by_weight, parts = tasks_of(plan), {}
     later = {index for found in by_weight.values() for index in found}
     plain = [task for task in plan.share(settings.rank, settings.world) if task.index not in later]
-    rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader)
+    rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader, rank.stage)
 
     def write(results: Mapping[str, Any]) -> None:
         held.arrays = {}

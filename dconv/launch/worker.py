@@ -214,9 +214,10 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         progress=progress,
         stop=stop,
         algorithm=args.digest,
-        steal=where.world > 1,
+        steal=where.world > 1 and told,  # after a step the rank that ends it goes on alone, and moves what is there
         meet=lambda state: where.machines.meet(state, stop, told_of),
         told=told_of,
+        stage_dir=args.stage_dir,
     )
     with contextlib.ExitStack() as stack:
         shown = None

@@ -22,6 +22,7 @@ from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Plan, Task
 from dconv.sharding.rank import Outcome, Settings, hash_task
 from dconv.sharding.receipt import check_output, partial_folder
+from dconv.sharding.tuning import Tuner
 
 
 def start(job: Job, settings: Settings) -> Path:
@@ -87,7 +88,7 @@ def _write_own(
             on_done,
             kernel=apply,
             max_memory=settings.max_memory,
-            threads=settings.threads,
+            tuner=Tuner(settings.threads, settings.max_memory),
             algorithm=settings.algorithm,
             reader=lambda _: MemoryReader(shards.file, shards.memory),
         )

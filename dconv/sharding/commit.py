@@ -34,6 +34,7 @@ from dconv.sharding.receipt import (
     read_receipt,
     to_json,
 )
+from dconv.sharding.staging import Stage
 
 
 def run_rank(
@@ -67,8 +68,7 @@ def run_rank(
         outputs, journal = _open(partial, plan)
     run = Rank(plan, out, partial, kernel, settings, outputs, journal)
     try:
-        if settings.meet:
-            _meet(run, settings.meet)
+        _begin(run)
         if work:
             work(run)
             share, kept = run.share, run.share - run.written
@@ -88,6 +88,8 @@ def run_rank(
             raise fault from None
         raise
     finally:
+        if run.stage is not None:
+            run.stage.close()
         outputs.close()
         journal.close()
 
@@ -171,9 +173,14 @@ def _commit_locked(run: Rank) -> bool:
     return True
 
 
-def _meet(run: Rank, meet: Callable[[Path], None]) -> None:
+def _begin(run: Rank) -> None:
+    """What is to be made sure of before the first byte."""
+    settings, source = run.settings, run.plan.source
     try:
-        meet(run.state)
+        if settings.meet:
+            settings.meet(run.state)
+        if settings.stage_dir is not None and source.reader is None:
+            run.stage = Stage(settings.stage_dir, run.plan.id, source.files, settings.told)
     except DconvError:
         if not run.journal.read():  # nothing that a later run could go on with
             _abandon(run)

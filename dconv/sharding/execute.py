@@ -20,6 +20,8 @@ from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.region import Region
 from dconv.sharding.replicas import disagreement, equal
+from dconv.sharding.staging import Stage
+from dconv.sharding.tuning import Tuner
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -51,6 +53,7 @@ class Worker:
         kernel: applies numeric ops.
         budget: bytes that its buffers may take together.
         reader: opens a reader with a scratch buffer of so many bytes; None reads the source's files.
+        stage: has copies of these on this machine.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Worker:
         algorithm: str,
         log: ReadLog | None = None,
         reader: Callable[[int], BoxReader] | None = None,
+        stage: Stage | None = None,
     ) -> None:
         # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
         self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 24))
@@ -71,7 +75,7 @@ class Worker:
         self._tile = np.empty(self._tile_bytes, np.uint8)
         self._algorithm = algorithm
         self.reader: BoxReader = (
-            reader(self._tile_bytes) if reader else open_reader(plan.source, self._tile_bytes, kernel, log)
+            reader(self._tile_bytes) if reader else open_reader(plan.source, self._tile_bytes, kernel, log, stage=stage)
         )
 
     def do(self, task: Task) -> Done:
@@ -246,14 +250,15 @@ def run_tasks(
     *,
     kernel: Kernel,
     max_memory: int,
-    threads: int,
+    tuner: Tuner,
     algorithm: str,
     stop: threading.Event | None = None,
     log: ReadLog | None = None,
     reader: Callable[[int], BoxReader] | None = None,
     skip: Callable[[Task], bool] = lambda _: False,
+    stage: Stage | None = None,
 ) -> bool:
-    """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
+    """Do ``tasks`` with as many threads as ``tuner`` says inside ``max_memory`` bytes of buffers.
 
     ``on_done`` is called from this thread, once a task; ``skip`` just before a task begins, which it may leave out.
     Returns False when ``stop`` was set before all were done.
@@ -263,37 +268,72 @@ def run_tasks(
     """
     if any(copy.op is not MOVE for copies in plan.copies for copy in copies[:1]):
         keep_freed_memory()
-    threads = max(1, min(threads, len(tasks)))
-    stop = stop or threading.Event()
-    workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log, reader) for _ in range(threads)]
+    crew = _Crew(
+        lambda: Worker(plan, outputs, kernel, max_memory // tuner.most, algorithm, log, reader, stage),
+        (task for task in tasks if not skip(task)), on_done, stop or threading.Event(), tuner,
+    )  # fmt: skip
     try:
-        if threads == 1:
-            for task in tasks:
-                if stop.is_set():
-                    return False
-                if not skip(task):
-                    on_done(workers[0].do(task))
-            return True
-        return _run_threads(workers, (task for task in tasks if not skip(task)), on_done, stop)
+        while not crew.stop.is_set() and not crew.is_done:
+            if tuner.threads == 1:
+                crew.alone()
+            else:
+                crew.together()
+        return crew.is_done
     finally:
-        for worker in workers:
+        for worker in crew.workers:
             worker.reader.close()
 
 
-def _run_threads(
-    workers: Sequence[Worker], tasks: Iterator[Task], on_done: Callable[[Done], None], stop: threading.Event
-) -> bool:
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
+class _Crew:
+    """The workers of one `run_tasks`, of which as many work as the tuner says."""
 
-    with ThreadPoolExecutor(len(workers), thread_name_prefix="dconv") as pool:
-        free = list(workers)
-        busy: dict[Future[Done], Worker] = {}
-        while True:
-            while free and not stop.is_set() and (task := next(tasks, None)) is not None:
-                worker = free.pop()
-                busy[pool.submit(worker.do, task)] = worker
-            if not busy:
-                return next(tasks, None) is None
-            for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                free.append(busy.pop(future))
-                on_done(future.result())
+    def __init__(
+        self, make: Callable[[], Worker], tasks: Iterator[Task], on_done: Callable[[Done], None],
+        stop: threading.Event, tuner: Tuner,
+    ) -> None:  # fmt: skip
+        self._make, self._tasks, self._on_done, self.stop, self._tuner = make, tasks, on_done, stop, tuner
+        self.workers: list[Worker] = []
+        self._free: list[Worker] = []
+        self.is_done = False
+
+    def alone(self) -> None:
+        """One task after the other in this thread, as long as it is to be one."""
+        worker = self._worker()
+        while self._tuner.threads == 1 and not self.stop.is_set() and (task := self._next()) is not None:
+            self._finished(worker.do(task))
+        self._free.append(worker)
+
+    def together(self) -> None:
+        """In threads, as long as they are to be several."""
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
+
+        with ThreadPoolExecutor(self._tuner.most, thread_name_prefix="dconv") as pool:
+            busy: dict[Future[Done], Worker] = {}
+            while True:
+                while (
+                    1 < self._tuner.threads > len(busy)
+                    and not self.stop.is_set()
+                    and (task := self._next()) is not None
+                ):
+                    worker = self._worker()
+                    busy[pool.submit(worker.do, task)] = worker
+                if not busy:
+                    return
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    self._free.append(busy.pop(future))
+                    self._finished(future.result())
+
+    def _worker(self) -> Worker:
+        if not self._free:
+            self.workers.append(self._make())
+            self._free.append(self.workers[-1])
+        return self._free.pop()
+
+    def _next(self) -> Task | None:
+        task = next(self._tasks, None)
+        self.is_done = task is None
+        return task
+
+    def _finished(self, done: Done) -> None:
+        self._tuner.done(done.task.nbytes)
+        self._on_done(done)

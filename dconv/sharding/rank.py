@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +22,10 @@ from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Plan, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.receipt import update_from_file
+from dconv.sharding.staging import Stage
 from dconv.sharding.stealing import Stealing
 from dconv.sharding.transient import Tries
+from dconv.sharding.tuning import Tuner
 
 #: Tasks that a rank which is done looks at again before it asks the journal what the others did meanwhile.
 _LOOK: Final = 8
@@ -34,6 +37,7 @@ class Settings:
 
     Attributes:
         max_memory: bytes that one rank's buffers may take.
+        threads: that it works with; `dconv.sharding.tuning.AUTO` finds a number.
         overwrite: replace an existing output at commit.
         resume: an output that this very plan already wrote counts as done.
         launched: when the ranks of this run were started (seconds since the epoch); an output of this plan that is
@@ -45,6 +49,7 @@ class Settings:
         meet: called once the partial folder is open, with its folder of working state; to make sure that all ranks
             work in the same one. What it raises ends the run.
         told: called with lines for a person, of what went wrong and was made good.
+        stage_dir: on a disk of this machine, for copies of what is read (`dconv.sharding.staging`).
     """
 
     rank: int = 0
@@ -62,6 +67,7 @@ class Settings:
     steal: bool = False
     meet: Callable[[Path], None] | None = None
     told: Callable[[str], None] = lambda _: None
+    stage_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,7 @@ class Rank:
         written: bytes put into files.
         share, finished: bytes that this rank will be asked for in all, and those that it is done with.
         reader: opens what reads the source, given its scratch buffer's size; None reads its files.
+        stage: has copies of these on this machine.
     """
 
     plan: Plan
@@ -118,7 +125,12 @@ class Rank:
     share: int = 0
     finished: int = 0
     reader: Callable[[int], BoxReader] | None = None
+    stage: Stage | None = None
     _stealing: Stealing | None = None
+
+    @cached_property
+    def _tuner(self) -> Tuner:
+        return Tuner(self.settings.threads, self.settings.max_memory)
 
     @property
     def state(self) -> Path:
@@ -159,7 +171,7 @@ class Rank:
             self._do(left)
             return kept
         self._stealing = Stealing(
-            self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, settings.threads
+            self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, self._tuner
         )
         self._do(left, self._stealing.is_taken)
         self._steal(self._stealing)
@@ -223,12 +235,13 @@ class Rank:
                 on_done,
                 kernel=self.kernel,
                 max_memory=self.settings.max_memory,
-                threads=self.settings.threads,
+                tuner=self._tuner,
                 algorithm=self.settings.algorithm,
                 stop=self.settings.stop,
                 log=self.settings.log,
                 reader=self.reader,
                 skip=skip,
+                stage=self.stage,
             )
         if not whole:
             raise self._preempted()

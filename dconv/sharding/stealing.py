@@ -17,6 +17,7 @@ from typing import Final
 
 from dconv.sharding.follow import Follower
 from dconv.sharding.plan import Plan, Task
+from dconv.sharding.tuning import Tuner
 
 #: Tasks that are taken at once, at most: so that many helpers share what is left.
 _TAKE: Final = 8
@@ -42,14 +43,14 @@ class Stealing:
         name: of this rank's own journal.
         since: when the ranks of this run were started (seconds since the epoch).
         share: of a rank, in the order in which it works through it; of all ranks together every task.
-        threads: tasks that a rank has under way at once.
+        tuner: says how many tasks a rank has under way at once.
     """
 
     def __init__(
-        self, plan: Plan, state: Path, name: str, since: float, rank: int, world: int, threads: int,
+        self, plan: Plan, state: Path, name: str, since: float, rank: int, world: int, tuner: Tuner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._plan, self._rank, self._world, self._busy, self._clock = plan, rank, world, threads, clock
+        self._plan, self._rank, self._world, self._tuner, self._clock = plan, rank, world, tuner, clock
         self._mark = state / _MARK
         self._journals = Follower(state / "journal", name, since)
         self._looked = -1e9
@@ -60,7 +61,7 @@ class Stealing:
 
     def took(self, seconds: float) -> None:
         """Note the time between the ends of two tasks of this rank, whose threads are at one each."""
-        self._slowest = max(self._slowest, seconds * self._busy)
+        self._slowest = max(self._slowest, seconds * self._tuner.threads)
 
     def is_taken(self, task: Task) -> bool:
         """Whether another rank has a task of this rank's share, or has done it. Quick: the journals are read seldom."""
@@ -108,7 +109,7 @@ class Stealing:
         mine = self._journals.mine
         held = {task for task, at in self._claimed.items() if now - at < patience}
         free = [task for task in left if task.index not in held or task.index in mine]
-        return free if lost else free[self._busy :]
+        return free if lost else free[self._tuner.threads :]
 
     def _look(self) -> None:
         began = self._clock()

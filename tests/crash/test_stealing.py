@@ -19,6 +19,7 @@ from dconv.sharding.plan import Task
 from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import partial_folder
 from dconv.sharding.stealing import Stealing
+from dconv.sharding.tuning import Tuner
 from tests.crash.conftest import CONTAINERS, Launch, check_result, job_of, journal_lines, options, until
 
 
@@ -163,7 +164,7 @@ def test_what_is_under_way_is_left_alone(held: tuple[Job, Path]) -> None:
     job, state = held
     mine, other, third = (Journal(state / "journal") for _ in range(3))
     clock = Clock()
-    ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, 1, clock)
+    ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, Tuner(1, 1), clock)
     share = job.plan.share(1, 2)
     mine.append([Done(task, "x", 0) for task in job.plan.share(0, 2)])
     first = ours.next()
@@ -188,7 +189,7 @@ def test_an_owner_leaves_out_what_was_taken(held: tuple[Job, Path]) -> None:
     job, state = held
     mine, other = Journal(state / "journal"), Journal(state / "journal")
     clock = Clock()
-    owner = Stealing(job.plan, state, mine.name, 0.0, 0, 2, 1, clock)
+    owner = Stealing(job.plan, state, mine.name, 0.0, 0, 2, Tuner(1, 1), clock)
     share = job.plan.share(0, 2)
     assert not any(map(owner.is_taken, share))
     other.claim(share[-3:])
@@ -203,13 +204,13 @@ def test_claims_of_an_earlier_run_are_none(held: tuple[Job, Path]) -> None:
     earlier.claim(job.plan.share(0, 2))
     mine = Journal(state / "journal")
     (state / "stealing").touch()
-    owner = Stealing(job.plan, state, mine.name, time.time() + 1, 0, 2, 1, Clock())
+    owner = Stealing(job.plan, state, mine.name, time.time() + 1, 0, 2, Tuner(1, 1), Clock())
     assert not any(map(owner.is_taken, job.plan.share(0, 2)))
 
 
 def test_a_committed_folder_leaves_nothing(held: tuple[Job, Path]) -> None:
     job, state = held
     mine = Journal(state / "journal")
-    ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, 1)
+    ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, Tuner(1, 1))
     (state / "journal").rename(state / "gone")
     assert ours.next() is None
