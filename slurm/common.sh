@@ -57,9 +57,9 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
     # Below the ports that systems give away by themselves (32768 and up).
     export HEAD_ADDR RDZV_PORT="${RDZV_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
     local state=${DCONV_STATE:-$PWD}/.dconv-job-$SLURM_JOB_ID
-    export DCONV_CODES=$state/codes
-    rm -rf -- "$DCONV_CODES"
-    mkdir -p -- "$DCONV_CODES" || {
+    export DCONV_EXIT_CODES=$state/codes
+    rm -rf -- "$DCONV_EXIT_CODES"
+    mkdir -p -- "$DCONV_EXIT_CODES" || {
         say "the job cannot keep its notes: DCONV_STATE=/a/shared/folder sbatch … names a place"
         exit 5
     }
@@ -83,7 +83,7 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
 conclude() { # what came of it, by the codes that the ranks left: torchrun ends with 1 whatever they say
     local code=$1 said failed='' stopped='' ranks=0 file
     ((code == 0)) && [[ ! $told ]] && leave 0
-    for file in "$DCONV_CODES"/*; do
+    for file in "$DCONV_EXIT_CODES"/*; do
         [[ -s $file ]] || continue
         read -r said <"$file"
         ranks=$((ranks + 1))

@@ -6,45 +6,59 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
-from dconv.launch.process import Stop, leave_code, tolerate
+from dconv.launch.process import Stop, leave_code, no_restart, tolerate
+
+if TYPE_CHECKING:
+    from dconv.launch.worker import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    code = 1
-    try:
-        code = _run(argv)
-    except SystemExit as left:  # argparse's way out
-        code = left.code if isinstance(left.code, int) else 2
-        raise
-    finally:
-        leave_code(code)
-    return code
-
-
-def _run(argv: Sequence[str] | None) -> int:
     stop = Stop()  # before the imports that take a while
     tolerate()
 
     from dconv.errors import UsageError
+    from dconv.launch.worker import place, report
+
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        where = place()
+    except UsageError as error:
+        report(error, as_json="--json" in words)
+        return error.exit_code
+    leave_code(where.rank, None)
+    stop.leaving = partial(leave_code, where.rank)
+    code = 1
+    try:
+        code = _run(words, where, stop)
+    except SystemExit as end:  # argparse's
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        leave_code(where.rank, code)
+        if not stop.is_set():
+            no_restart(code)
+    return code
+
+
+def _run(words: Sequence[str], where: Place, stop: Stop) -> int:
+    from dconv.errors import UsageError
     from dconv.launch.options import add_target_options, parse
     from dconv.launch.run_options import add_run_options
     from dconv.launch.worker import main as run_rank
-    from dconv.launch.worker import place, recorded, report
+    from dconv.launch.worker import recorded, report
 
     name = "python -m dconv.launch"
     usage = f"{name} MODEL FORMAT [-o OUT] [options]"
     parser = argparse.ArgumentParser(name, usage=usage, description=__doc__, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
-    words = sys.argv[1:] if argv is None else argv
-    first = True
     try:
-        where = place()
-        first = where.local == 0
         args = parse(parser, words)
     except UsageError as error:
-        if first:
+        if where.local == 0:
             report(error, as_json="--json" in words)
         return error.exit_code
     if where.rank:

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
-from dconv.errors import Preempted
+from dconv.errors import Damaged, Preempted, Refused, ToolMissing, UsageError, VerifyFailed
 
 #: The signals of a preemption, and Ctrl-C.
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 #: Seconds that a stopped planning has to unwind. A download's threads are waited for on the way, and they hear nothing.
 _UNWIND: Final = 2.0
-#: Names a folder in which every rank leaves its exit code: torchrun ends with 1, whatever its ranks said.
-CODES: Final = "DCONV_CODES"
+#: Names a folder of whoever started the ranks, for their exit codes: torchrun ends with 1 whatever a rank ended with.
+EXIT_CODES: Final = "DCONV_EXIT_CODES"
+#: How a conversion ends that ends the same way when it is started again.
+_ANSWERS: Final = frozenset(error.exit_code for error in (UsageError, Refused, Damaged, VerifyFailed, ToolMissing))
 
 
 class Stopped(KeyboardInterrupt):
@@ -37,6 +39,8 @@ class Stop(threading.Event):
         self._ending = False
         self._grace = 0.0
         self._last_words: Callable[[], None] = lambda: None
+        #: Told the exit code where the process ends at once.
+        self.leaving: Callable[[int], None] = lambda _: None
         for number in SIGNALS:
             signal.signal(number, lambda number, _: self._told(number))
 
@@ -83,21 +87,13 @@ class Stop(threading.Event):
 
     def _leave(self) -> NoReturn:
         self._last_words()
-        leave_code(Preempted.exit_code)
+        self.leaving(Preempted.exit_code)
         os._exit(Preempted.exit_code)
 
 
 def preempted() -> Preempted:
     """The error of a run that was stopped before its first byte."""
     return Preempted("stopped by a signal, nothing was written", do="run the same command again")
-
-
-def leave_code(code: int) -> None:
-    """Leave this rank's exit code where the launcher asked for it (`CODES`)."""
-    if folder := os.environ.get(CODES):
-        rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ), "0")
-        with contextlib.suppress(OSError, ValueError):  # a code that is missing is no success
-            Path(folder, rank).write_text(f"{code}\n")
 
 
 def tolerate() -> None:
@@ -134,3 +130,43 @@ def tell_torchrun(text: str) -> None:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):  # it is said on standard error as well
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def leave_code(rank: int, code: int | None) -> None:
+    """Leave the exit code of a rank where `EXIT_CODES` asks for it; None takes an earlier start's away."""
+    folder = os.environ.get(EXIT_CODES)
+    if not folder:
+        return
+    file = Path(folder) / str(rank)
+    with contextlib.suppress(OSError):  # the process itself ends with it, too
+        if code is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_text(f"{code}\n")
+
+
+def left_codes(folder: Path, ranks: int) -> list[int | None]:
+    """What each rank left in a folder that `EXIT_CODES` named; None for one that was killed before it could."""
+    codes: list[int | None] = []
+    for rank in range(ranks):
+        try:
+            codes.append(int((folder / str(rank)).read_text()))
+        except (OSError, ValueError):
+            codes.append(None)
+    return codes
+
+
+def no_restart(code: int) -> None:
+    """End torchrun where it would start this rank again for an exit code that is an answer.
+
+    torchrun starts ranks again whatever they ended with, and none after a signal of its own. One rank of a machine
+    tells it: a second signal would end it before its ranks.
+    """
+    variables = os.environ
+    left = int(variables.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(variables.get("TORCHELASTIC_RESTART_COUNT", 0))
+    error_file = variables.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/LOCAL RANK/error.json
+    if code not in _ANSWERS or left <= 0 or not error_file:
+        return
+    with contextlib.suppress(OSError):
+        (Path(error_file).parents[1] / "answered").touch(exist_ok=False)
+        os.kill(os.getppid(), signal.SIGTERM)

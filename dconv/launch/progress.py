@@ -46,9 +46,9 @@ class Board:
         self._last = 0.0
 
     def note(self, done: int, total: int) -> None:
-        """Note this rank's bytes; at most every tick, and at the end."""
+        """Note this rank's bytes; at most every tick, and at the end. Who helps others does more than its all."""
         now = time.monotonic()
-        if done < total and now - self._last < _TICK:
+        if done != total and now - self._last < _TICK:
             return
         self._last = now
         with contextlib.suppress(OSError):  # a lost note costs a redraw, nothing else

@@ -196,7 +196,7 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
 
     def progress(done: int, total: int) -> None:
         board.note(done, total)
-        if done >= total:
+        if done == total:  # not after each task that is done for another rank: all ranks' notes are many files
             notes.update(board.read())
 
     def told_of(line: str) -> None:

@@ -19,7 +19,7 @@ STUBS = {
     "scancel": ': >"$STUBS/cancelled"',
     # The ranks of a step leave the codes that the test says, and the step ends with CODE.
     "srun": (
-        'rank=0; for said in $RANKS; do echo "$said" >"$DCONV_CODES/$rank"; rank=$((rank + 1)); done; '
+        'rank=0; for said in $RANKS; do echo "$said" >"$DCONV_EXIT_CODES/$rank"; rank=$((rank + 1)); done; '
         'if [[ ${SIGNAL:-} ]]; then kill "-$SIGNAL" "$PPID"; until [[ -e $STUBS/cancelled ]]; do sleep 0.02; done; fi; '
         'exit "$CODE"'
     ),

@@ -94,7 +94,7 @@ def test_a_rank_leaves_its_code_when_it_is_stopped(tmp_path: Path, planning: str
     """Also where it cannot wait for its own end: a launcher ends with another code than its ranks."""
     codes = tmp_path / "codes"
     codes.mkdir()
-    stopped(tmp_path, planning, signal.SIGTERM, DCONV_CODES=str(codes), RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    stopped(tmp_path, planning, signal.SIGTERM, DCONV_EXIT_CODES=str(codes), RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     assert {path.name: path.read_text() for path in codes.iterdir()} == {"1": "75\n"}
 
 
@@ -103,7 +103,7 @@ def test_a_rank_leaves_its_code(model: Path, tmp_path: Path, words: list[str], c
     codes = tmp_path / "codes"
     codes.mkdir()
     given = one_rank(model, "megatron", "-o", tmp_path / "out", *words)
-    assert call(*given, DCONV_CODES=str(codes), SLURM_PROCID="0")[0] == code
+    assert call(*given, DCONV_EXIT_CODES=str(codes), SLURM_PROCID="0")[0] == code
     assert {path.name: path.read_text() for path in codes.iterdir()} == {"0": f"{code}\n"}
 
 

@@ -37,6 +37,15 @@ def test_board_ignores_ranks_of_a_killed_run(tmp_path: Path) -> None:
     assert run(job, Settings()).committed
 
 
+def test_a_rank_that_helps_others_notes_now_and_then(tmp_path: Path) -> None:
+    """Its own end at once; after it no note for each task of another rank, but the last."""
+    (tmp_path / ".dconv").mkdir()
+    board = Board(tmp_path, 0, 0.0)
+    for done, total, noted in ((5, 10, 5), (10, 10, 10), (11, 10, 10), (12, 10, 10), (12, 12, 12)):
+        board.note(done, total)
+        assert board.read()[0]["done"] == noted
+
+
 def test_display_line() -> None:
     """One line says bytes, rate, time left and ranks, at the start and at the end too."""
     board = Board(Path("nowhere"), 0, 0.0)
