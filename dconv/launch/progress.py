@@ -51,9 +51,13 @@ class Board:
         if done != total and now - self._last < _TICK:
             return
         self._last = now
+        text = json.dumps({"done": done, "total": total, "peak": peak_memory()})
         with contextlib.suppress(OSError):  # a lost note costs a redraw, nothing else
-            self.folder.mkdir(exist_ok=True)
-            self._mine.write_text(json.dumps({"done": done, "total": total, "peak": peak_memory()}))
+            try:
+                self._mine.write_text(text)
+            except FileNotFoundError:
+                self.folder.mkdir()
+                self._mine.write_text(text)
 
     def read(self) -> dict[int, dict[str, int]]:
         """Every rank's latest note."""

@@ -51,6 +51,7 @@ class Place:
         launched: when the ranks were started (seconds since the epoch); inf where it is alone.
         record: what is kept of the run.
         machines: that the ranks are on.
+        again: the launcher starts them once more, since some were lost.
     """
 
     rank: int
@@ -59,6 +60,7 @@ class Place:
     launched: float
     record: Record = field(default_factory=Record)
     machines: Machines = Machines(0, 1, "", speaks=True)
+    again: bool = False
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
@@ -87,7 +89,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
             # The parent of a lone rank may be a shell of hours ago: what it made since is not of this run.
             launched = _parent_started() if found[1] > 1 else math.inf
             here = machines(environment, found[1], found[2])
-            return Place(found[0], found[1], found[2], launched, machines=here)
+            again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            return Place(found[0], found[1], found[2], launched, machines=here, again=again)
     return Place(0, 1, 0, math.inf)
 
 
@@ -211,6 +214,7 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         overwrite=args.overwrite,
         resume=args.resume,
         launched=where.launched,
+        again=where.again,
         progress=progress,
         stop=stop,
         algorithm=args.digest,

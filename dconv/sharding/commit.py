@@ -74,7 +74,8 @@ def run_rank(
             share, kept = run.share, run.share - run.written
         else:
             kept = run.do_share()
-        committed = commit(run)
+        while not (committed := commit(run)) and run.help_on():
+            pass
         complete = committed or not run.is_ours()
         if complete and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
@@ -149,27 +150,21 @@ def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], sett
 
 def commit(run: Rank) -> bool:
     """Commit if every task is journaled. True when this call did it."""
-    if not run.is_all_noted():
+    # Ranks that help each other all come here at one time: whoever has the lock looks at the journals, the others wait.
+    if not run.settings.steal and run.all_noted() is None:
         return False  # another rank is still at work, or committed already
     with _locked(run.partial):
-        if not run.is_ours():
+        if not run.is_ours() or (noted := run.all_noted()) is None:
             return False
         try:
-            return _commit_locked(run)
+            # Looked at here, too: it may have come while this run was at work.
+            check_output(run.plan, run.out, overwrite=run.settings.overwrite, resume=False, launched=math.inf)
+            if fault := _source_fault(run.plan):
+                raise fault
+            done = {task: line.digest for task, line in noted.items()}
+            conclude(run.plan, run.out, run.partial, done, run.settings)
         except OSError as fault:
             raise cannot("commit", run.partial, fault) from fault
-
-
-def _commit_locked(run: Rank) -> bool:
-    noted = run.journal.read()
-    if len(noted) < len(run.plan.tasks):
-        return False
-    # Looked at here, too: it may have come while this run was at work.
-    check_output(run.plan, run.out, overwrite=run.settings.overwrite, resume=False, launched=math.inf)
-    if fault := _source_fault(run.plan):
-        raise fault
-    done = {task: line.digest for task, line in noted.items()}
-    conclude(run.plan, run.out, run.partial, done, run.settings)
     return True
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
 from dconv.errors import StorageFault
-from dconv.sharding.journal import good_words, opened_at
-
-#: A network file system's words for a folder that another machine has removed.
-_GONE = (errno.ENOENT, errno.ESTALE)
+from dconv.sharding.journal import GONE, good_words, opened_at
 
 
 class Follower:
@@ -47,7 +43,7 @@ class Follower:
             for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
                 self._look_at(path)
         except OSError as fault:
-            if fault.errno not in _GONE:
+            if fault.errno not in GONE:
                 raise StorageFault(f"cannot read the journal: {fault.strerror}", where=str(self._folder)) from fault
             self.gone = True
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import xxhash
 
@@ -26,6 +28,9 @@ from dconv.errors import StorageFault
 from dconv.sharding.execute import Done
 from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Task
+
+#: A file system's words for a folder that another machine has removed: another process committed.
+GONE: Final = (errno.ENOENT, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,15 @@ class Journal:
         #: Tasks whose lines were written and may not be on disk: they count as not noted by this process.
         self.doubtful: set[int] = set()
 
-    def read(self) -> dict[int, Noted]:
-        """Finished tasks as of now, each by this process's line or else the newest; none when the folder is gone."""
+    def read(self, before: float = math.inf) -> dict[int, Noted]:
+        """Finished tasks as of now, each by this process's line or else the newest; none when the folder is gone.
+
+        Args:
+            before: seconds since the epoch; journals of others that were opened later are not read.
+        """
         done: dict[int, list[Noted]] = {}
         retracted: set[tuple[str, int]] = set()
-        for name, words in self._all():
+        for name, words in self._all(before):
             if words[0] == "done":
                 done.setdefault(int(words[1]), []).append(Noted(name, opened_at(name), words[2]))
             elif words[0] == "retract":
@@ -84,16 +93,18 @@ class Journal:
         self._append([f"done {item.task.index} {item.digest}" for item in items])
         self.doubtful -= tasks
 
-    def _all(self) -> Iterator[tuple[str, list[str]]]:
-        """Every good line with its journal's name, oldest journal first."""
+    def _all(self, before: float = math.inf) -> Iterator[tuple[str, list[str]]]:
+        """Every good line with its journal's name, oldest journal first; see `read`."""
         try:
             # A network file system names what was removed while open: .nfs…
             for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
+                if path.name != self.name and opened_at(path.name) >= before:
+                    continue
                 for words in good_words(path.read_bytes()):
                     yield path.name, words
-        except FileNotFoundError:
-            return  # another process committed
         except OSError as fault:
+            if fault.errno in GONE:
+                return
             raise StorageFault(f"cannot read the journal: {fault.strerror}", where=str(self._folder)) from fault
 
     def _append(self, lines: list[str]) -> None:

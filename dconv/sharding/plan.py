@@ -217,6 +217,16 @@ class Plan:
         last = len(edges) if rank == world - 1 else bisect_right(edges, high)
         return self.tasks[first:last]
 
+    def shares(self, world: int) -> list[tuple[Task, ...]]:
+        """The tasks of each rank; see `share`."""
+        files = self.target.files
+        if world != self.target.world or any(file.owner < 0 for file in files):
+            return [self.share(rank, world) for rank in range(world)]
+        found: list[list[Task]] = [[] for _ in range(world)]
+        for task in self.tasks:
+            found[files[task.file].owner].append(task)
+        return list(map(tuple, found))
+
     @cached_property
     def _edges(self) -> list[float]:
         # A task belongs to the stretch that its middle lies in; one byte more gives empty tasks a place, too.

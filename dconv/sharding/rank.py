@@ -42,6 +42,7 @@ class Settings:
         resume: an output that this very plan already wrote counts as done.
         launched: when the ranks of this run were started (seconds since the epoch); an output of this plan that is
             newer was committed by another rank of the same run.
+        again: ranks of this run were lost, and are started once more: what they noted counts as an earlier run's.
         progress: called with (bytes finished by this rank, bytes of its share).
         stop: set to leave after the tasks under way.
         steal: after its share a rank goes on with what the others have not done, until all is done: for ranks that run
@@ -59,6 +60,7 @@ class Settings:
     overwrite: bool = False
     resume: bool = False
     launched: float = math.inf
+    again: bool = False
     progress: Callable[[int, int], None] = lambda *_: None
     stop: threading.Event | None = None
     log: ReadLog | None = None
@@ -139,7 +141,8 @@ class Rank:
 
     def unfinished(self, tasks: Sequence[Task]) -> list[Task]:
         """Those that no run has finished; what earlier runs noted is looked at."""
-        noted = self.journal.read()
+        # Ranks of this run are at other tasks, and there are many of them.
+        noted = self.journal.read(math.inf if self.settings.again else self.settings.launched)
         intact, spoilt = self._recheck([task for task in tasks if task.index in noted], noted)
         # Noted anew, so that this run's last rank need not look again. Nothing is taken back before it is looked at:
         # a kill during the check loses nothing.
@@ -174,9 +177,18 @@ class Rank:
             self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, self._tuner
         )
         self._do(left, self._stealing.is_taken)
+        self._stealing.end_of_share()
         self._steal(self._stealing)
         settings.progress(self.finished, self.finished)
         return kept
+
+    def help_on(self) -> bool:
+        """Go on where all ranks are done with their shares, and something is not; False if this rank does not help."""
+        if self._stealing is None or not self.is_ours():
+            return False
+        self._stealing.doubt()
+        self._steal(self._stealing)
+        return True
 
     def _steal(self, stealing: Stealing) -> None:
         """Do what the other ranks have not, until all is done or one of them has committed."""
@@ -257,8 +269,8 @@ class Rank:
         """Whether the partial folder at its path is still the one that this process works in."""
         return same(os.fstat(self.outputs.folder), self.partial)
 
-    def is_all_noted(self) -> bool:
-        """Whether every task is in the journal, this rank's and all others'.
+    def all_noted(self) -> Mapping[int, Noted] | None:
+        """Every task's line, this rank's and all others'; None while one lacks.
 
         Lines of earlier runs count only after a second look at the bytes; the ranks of this run usually took it.
         """
@@ -266,10 +278,10 @@ class Rank:
         while True:
             noted = self.journal.read()
             if len(noted) < len(self.plan.tasks):
-                return False
+                return None
             old = [i for i, line in noted.items() if self._is_old(line) and i not in looked_at]
             if not old:
-                return True
+                return noted
             # From the end: the rank whose share this is goes from the start, and what it noted meanwhile drops out.
             some = [self.plan.tasks[i] for i in sorted(old)[-_LOOK:]]
             _, spoilt = self._recheck(some, noted)

@@ -14,6 +14,7 @@ import pytest
 from dconv.pipeline import Job, run
 from dconv.sharding import stealing
 from dconv.sharding.execute import Done, Worker
+from dconv.sharding.follow import Follower
 from dconv.sharding.journal import Journal
 from dconv.sharding.plan import Task
 from dconv.sharding.rank import Outcome, Settings
@@ -167,6 +168,7 @@ def test_what_is_under_way_is_left_alone(held: tuple[Job, Path]) -> None:
     ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, Tuner(1, 1), clock)
     share = job.plan.share(1, 2)
     mine.append([Done(task, "x", 0) for task in job.plan.share(0, 2)])
+    ours.end_of_share()
     first = ours.next()
     assert first
     assert first == list(share[-len(first) :])
@@ -212,5 +214,47 @@ def test_a_committed_folder_leaves_nothing(held: tuple[Job, Path]) -> None:
     job, state = held
     mine = Journal(state / "journal")
     ours = Stealing(job.plan, state, mine.name, 0.0, 0, 2, Tuner(1, 1))
-    (state / "journal").rename(state / "gone")
+    ours.end_of_share()
+    state.rename(state.with_name("gone"))
     assert ours.next() is None
+    ours.end_of_share()
+
+
+def test_who_is_done_reads_no_journal(held: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the others have had no more time than it had, and not when all say that they are done."""
+    job, state = held
+    journals = [Journal(state / "journal") for _ in range(2)]
+    clock = Clock()
+    ranks = [
+        Stealing(job.plan, state, journals[rank].name, 0.0, rank, 2, Tuner(1, 1), clock) for rank in range(2)
+    ]  # fmt: skip
+    monkeypatch.setattr(Follower, "look", lambda _: pytest.fail("it looked"))
+    clock.now += 10
+    ranks[0].end_of_share()
+    assert ranks[0].next() == []
+    clock.now += 0.9
+    assert ranks[0].next() == []
+    ranks[1].end_of_share()
+    assert ranks[0].next() is None
+    assert ranks[1].next() is None
+
+
+def test_few_of_many_help(held: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 ranks one is not done: eight look at the journals. All do when nothing comes of it for long."""
+    job, state = held
+    clock, world, lost = Clock(), 200, 77
+    ranks: dict[int, Stealing] = {}
+    for rank in set(range(world)) - {lost}:
+        name = Journal(state / "journal").name
+        ranks[rank] = Stealing(job.plan, state, name, 0.0, rank, world, Tuner(1, 1), clock)
+    looked: list[int] = []
+    for rank in ranks.values():
+        rank.end_of_share()
+    monkeypatch.setattr(Follower, "look", lambda _: looked.append(1))
+    for rank in ranks.values():
+        rank.next()
+    assert len(looked) == stealing._HELPERS
+    clock.now += stealing._LONG * stealing._PATIENCE
+    for rank in ranks.values():
+        rank.next()
+    assert len(looked) >= world - 1

@@ -1,0 +1,62 @@
+"""Which ranks have come to the end of their share: one empty file each, so that one listing tells about all.
+
+What thousands of ranks note is in as many journals; to read them all, all ranks would open a million files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from dconv.errors import StorageFault
+from dconv.sharding.journal import GONE, opened_at
+
+_FOLDER: Final = "ends"
+
+
+class Ends:
+    """The ranks of one run of a plan that are at the end of their share.
+
+    Args:
+        state: the folder of working state.
+        since: when the ranks of this run were started (seconds since the epoch); older files are of another one.
+    """
+
+    def __init__(self, state: Path, world: int, since: float) -> None:
+        self._folder, self._world, self._since = state / _FOLDER, world, since
+
+    def mark(self, rank: int, journal: str) -> None:
+        """Say that a rank has noted all of its share; done by others, or by itself.
+
+        Args:
+            journal: its name, which tells when it was opened.
+
+        Raises:
+            StorageFault: the file cannot be made.
+        """
+        try:
+            self._folder.mkdir(exist_ok=True)
+            os.close(os.open(self._folder / f"{journal}-{self._world}-{rank}", os.O_WRONLY | os.O_CREAT, 0o644))
+        except OSError as fault:
+            if fault.errno not in GONE:  # committed meanwhile, by one that took what this rank was at
+                raise StorageFault(f"cannot write: {fault.strerror}", where=str(self._folder)) from fault
+
+    def missing(self) -> set[int] | None:
+        """The ranks that are not; None where another process has committed.
+
+        Raises:
+            StorageFault: the folder cannot be read.
+        """
+        try:
+            names = os.listdir(self._folder)
+        except OSError as fault:
+            if fault.errno in GONE:
+                return None
+            raise StorageFault(f"cannot read: {fault.strerror}", where=str(self._folder)) from fault
+        found = set(range(self._world))
+        for name in names:
+            journal, world, rank = name.rsplit("-", 2)
+            if world == str(self._world) and opened_at(journal) >= self._since:
+                found.discard(int(rank))
+        return found
