@@ -21,7 +21,7 @@ from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
 from dconv.launch.options import target, to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
-from dconv.launch.progress import Board, Display, peak_memory
+from dconv.launch.progress import NOTES, Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 
+#: When a launcher started this run's ranks, in seconds since the epoch: one that knows better than their parent's age.
+LAUNCHED: Final = "DCONV_LAUNCHED"
 #: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
 _GRACE: Final = 10.0
 #: Seconds that a rank with nothing to report waits before it ends: its end makes a launcher stop the one that reports,
@@ -76,9 +78,15 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
                 )
             found = [int(value) for value in values]
             # The parent of a lone rank may be a shell of hours ago: what it made since is not of this run.
-            launched = _parent_started() if found[1] > 1 else math.inf
+            launched = _launched(environment) if found[1] > 1 else math.inf
             return Place(found[0], found[1], found[2], launched)
     return Place(0, 1, 0, math.inf)
+
+
+def _launched(environment: Mapping[str, str]) -> float:
+    with contextlib.suppress(KeyError, ValueError):
+        return float(environment[LAUNCHED])
+    return _parent_started()
 
 
 def _parent_started() -> float:
@@ -118,11 +126,7 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
     grace = _GRACE if where.local == 0 and where.world > 1 else 0.0
     try:
         with stop.planning(grace, last_words):
-            job = prepare(request or to_request(args))
-            if args.verify == "logits":
-                from dconv import logits
-
-                logits.require(job)
+            job = planned(args, request)
     except Stopped:
         last_words()
         return Preempted.exit_code
@@ -151,6 +155,20 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         return error.exit_code
     except (OSError, MemoryError) as fault:
         return failed(fault, args, where)
+
+
+def planned(args: argparse.Namespace, request: Request | None = None) -> Job:
+    """Plan what was asked for, with what ``--verify`` needs: reads headers only, writes nothing.
+
+    Raises:
+        DconvError: see `dconv.pipeline.prepare`.
+    """
+    job = prepare(request or to_request(args))
+    if args.verify == "logits":
+        from dconv import logits
+
+        logits.require(job)
+    return job
 
 
 def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
@@ -203,7 +221,7 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
     )
     with contextlib.ExitStack() as stack:
         shown = None
-        if where.rank == 0 and not args.quiet and not args.json:
+        if where.rank == 0 and not args.quiet and not args.json and NOTES not in os.environ:
             shown = stack.enter_context(Display(board, job.plan.bytes_written, where.world))
         outcome = run(job, settings)
         if shown is not None and not outcome.complete:
