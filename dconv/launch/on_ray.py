@@ -95,26 +95,32 @@ class _Driver:
             ToolMissing: the cluster has no room for one rank.
         """
         most = _RESTARTS if self._args.max_restarts is None else max(self._args.max_restarts, 0)
-        for start in range(most + 1):
-            ended = self._start(again=start > 0)
-            whole = self._is_whole()
-            if self._is_over(ended, whole):
-                return ended.code
+        ended = self._start(again=False)
+        restarts = 0
+        while not self._is_over(ended):
             if self._stop.is_set():
                 raise self._preempted("stopped by a signal; what is finished is kept")
-            if start < most:
-                say(f"not all is done: the ranks start again ({start + 1} of {most})", sys.stderr)
+            if restarts == most:
+                raise self._fault(ended, most)
+            restarts += 1
+            say(f"not all is done: the ranks start again ({restarts} of {most})", sys.stderr)
+            ended = self._start(again=True)
+        return ended.code
+
+    def _fault(self, ended: Ended, restarts: int) -> DconvError:
+        """What is wrong where so many starts have not sufficed."""
         if not ended.lost:
-            raise StorageFault(
+            return StorageFault(
                 "all ranks have done their share, and the output is not there",
                 where=str(to_request(self._args).output),
                 do="put OUT where all nodes see the same files; the nodes write to one file system",
             )
-        raise self._preempted(f"ranks were lost in {most + 1} starts; what is finished is kept")
+        return self._preempted(f"ranks were lost in {restarts + 1} starts; what is finished is kept")
 
-    def _is_over(self, ended: Ended, whole: bool | None) -> bool:
+    def _is_over(self, ended: Ended) -> bool:
         if ended.code:
             return True
+        whole = self._is_whole()
         if not ended.lost:
             return whole is not False
         # The one that commits prints the result, after it has verified it.

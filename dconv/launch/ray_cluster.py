@@ -6,6 +6,7 @@ Ray is imported when it is asked for, and never before.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -80,7 +81,7 @@ def reached(address: str | None) -> Iterator[Any]:
     _knock(named)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as fault:
         raise _unreached(named or "this machine", str(fault)) from fault
     finally:

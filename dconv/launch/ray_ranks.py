@@ -94,9 +94,10 @@ class Ranks:
                 max_concurrency=CALLS,
                 max_restarts=0,
                 scheduling_strategy=In(group, bundle),
-            ).remote()  # fmt: skip
+            ).remote()
             for bundle in range(count)
         ]
+        self._held: dict[int, list[Heard]] = {}
         self._gpus = share.gpus
         self._codes: dict[int, int] = {}
         self._lost: dict[int, str] = {}
