@@ -1,0 +1,3 @@
+"""Real clusters on this machine, as fixtures."""
+
+from tests.cluster.ray_cluster import ray_cluster as ray_cluster
