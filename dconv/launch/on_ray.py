@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from dconv.errors import DconvError, Preempted, StorageFault, ToolMissing
 from dconv.launch import worker
@@ -50,8 +50,9 @@ def run(args: argparse.Namespace, words: Sequence[str], record: Record) -> int:
             record.note(
                 plan=plan.id, family=job.family.name, bytes_read=plan.bytes_read, bytes_written=plan.bytes_written
             )
+        out = sys.stdout
         with reached(args.address) as ray:
-            return _Driver(ray, args, words, share, job, stop).run()
+            return _Driver(ray, args, words, share, job, stop, out).run()
     except Stopped:
         worker.report(preempted(), args.json)
         return Preempted.exit_code
@@ -81,9 +82,11 @@ class _Driver:
     """Starts ranks until the output is there."""
 
     def __init__(
-        self, ray: Any, args: argparse.Namespace, words: Sequence[str], share: Share, job: Job | None, stop: Stop
-    ) -> None:
-        self._ray, self._args, self._words, self._share, self._job, self._stop = ray, args, words, share, job, stop
+        self, ray: Any, args: argparse.Namespace, words: Sequence[str], share: Share, job: Job | None, stop: Stop,
+        out: TextIO,
+    ) -> None:  # fmt: skip
+        self._ray, self._args, self._words, self._share = ray, args, words, share
+        self._job, self._stop, self._out = job, stop, out
         self._together = job.calibrating is not None if job else args.format in CALIBRATED
 
     def run(self) -> int:
@@ -168,7 +171,9 @@ class _Driver:
         say(f"waiting for {self._share.words} on the Ray cluster, {count} times", sys.stderr)
 
     def _ranks(self, group: Any, count: int, words: Sequence[str]) -> Ended:
-        ranks = Ranks(self._ray, group, self._share, count, self._stop, together=self._together and count > 1)
+        ranks = Ranks(
+            self._ray, group, self._share, count, self._stop, self._out, together=self._together and count > 1
+        )
         try:
             with contextlib.ExitStack() as stack:
                 if self._job is not None and not self._args.quiet and not self._args.json:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,8 @@ def share_of(cpus: float | None, gpus: float | None) -> Share:
 
 @contextlib.contextmanager
 def reached(address: str | None) -> Iterator[Any]:
-    """Ray, connected to the cluster.
+    """Ray, connected to the cluster. What is printed meanwhile goes to standard error; a result wants `sys.stdout` of
+    before.
 
     Args:
         address: None is RAY_ADDRESS, else the cluster of this machine, else one that is started here for the while.
@@ -88,7 +90,8 @@ def reached(address: str | None) -> Iterator[Any]:
         for number, handler in handlers.items():  # Ray would end this process at once
             signal.signal(number, handler)
     try:
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells on standard output of workers that died
+            yield ray
     finally:
         ray.shutdown()
 

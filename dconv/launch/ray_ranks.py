@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from dconv.errors import Preempted, ToolMissing
 from dconv.launch.process import Stop, say
@@ -25,16 +25,21 @@ _STARTING: Final = 600.0
 
 
 class Said:
-    """What ranks print, live; what several say alike, each because it cannot know of the others, is said once."""
+    """What ranks print, live; what several say alike, each because it cannot know of the others, is said once.
 
-    def __init__(self) -> None:
+    Args:
+        out: where a result goes.
+    """
+
+    def __init__(self, out: TextIO) -> None:
         self.result = False
+        self._out = out
         self._printed: dict[str, Counter[str]] = {"out": Counter(), "err": Counter()}
         self._of_rank: dict[tuple[str, int], Counter[str]] = {}
 
     def hear(self, rank: int, heard: Heard) -> None:
         """Print what no other rank has said."""
-        for name, text, stream in (("out", heard.out, sys.stdout), ("err", heard.err, sys.stderr)):
+        for name, text, stream in (("out", heard.out, self._out), ("err", heard.err, sys.stderr)):
             own, printed = self._of_rank.setdefault((name, rank), Counter()), self._printed[name]
             for line in text.removesuffix("\n").split("\n") if text else ():
                 own[line] += 1
@@ -78,13 +83,16 @@ class Ranks:
     """So many actors in a placement group, each with one rank.
 
     Args:
+        out: where their result goes.
         together: the ranks talk to each other, so that without one of them the others wait in vain.
     """
 
-    def __init__(self, ray: Any, group: Any, share: Share, count: int, stop: Stop, *, together: bool) -> None:
+    def __init__(
+        self, ray: Any, group: Any, share: Share, count: int, stop: Stop, out: TextIO, *, together: bool
+    ) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as In
 
-        self.said, self.notes = Said(), Notes()
+        self.said, self.notes = Said(out), Notes()
         self._ray, self._stop, self._together = ray, stop, together
         actor = ray.remote(Keeper)
         self._keepers: list[Any] = [

@@ -39,6 +39,8 @@ def expected(model: Path) -> dict[str, str]:
     return tree_digest(out)
 
 
+#: Of a calibrated result; what else it has names its settings.
+WEIGHTS = (".safetensors", "config.json")
 OPTIONS = ["--tp", "2", "--pp", "2", "--make-vocab-size-divisible-by", "8"]
 
 
@@ -185,9 +187,9 @@ def test_gptq_on_two_ranks(ray_cluster: RayCluster, tmp_path: Path, lose: bool) 
     assert ("all start again" in err) == lose, err
     assert "with 2 ranks" in out
     weights = [
-        {name: digest for name, digest in tree_digest(tmp_path / one).items() if name.endswith((".safetensors", "config.json"))}
+        {name: digest for name, digest in tree_digest(tmp_path / one).items() if name.endswith(WEIGHTS)}
         for one in ("one", "two")
-    ]  # fmt: skip
+    ]
     assert weights[0] == weights[1]
 
 
