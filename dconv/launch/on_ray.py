@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -146,15 +147,14 @@ class _Driver:
             patience = _QUEUE if fits >= count and not again else _GROWING
             waiting = threading.Timer(_QUIET, self._waits, (count,))
             waiting.start()
-            with places(self._ray, self._share, count, patience, self._stop) as group:
+            with places(self._ray, self._share, count, patience, partial(self._has_no_use, again, count)) as group:
                 waiting.cancel()
                 if group is not None:
                     return self._ranks(group, count, words)
             fits = room(self._ray, self._share)
-            fewer = min(fits, count // 2) if fits >= count else fits
             if count == 1 or not fits:
                 break
-            count = max(1, fewer)
+            count = fits if fits < count else max(1, count // 2)
             say(f"the cluster has room for {count} of {self._args.nproc} ranks: they do it all", sys.stderr)
         if self._stop.is_set():
             raise self._preempted("stopped by a signal; what is finished is kept")
@@ -166,6 +166,10 @@ class _Driver:
             found=f"{_total(self._ray) or 'nothing'} in all" + (", in use by others" if fits else ""),
             do="--cpus-per-rank, --gpus-per-rank; or another --address",
         )
+
+    def _has_no_use(self, again: bool, count: int) -> bool:
+        """Whether there is no use in waiting for so many places; a lost node is known to be lost after a while."""
+        return self._stop.is_set() or (again and room(self._ray, self._share) < count)
 
     def _waits(self, count: int) -> None:
         say(f"waiting for {self._share.words} on the Ray cluster, {count} times", sys.stderr)

@@ -12,9 +12,8 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -131,16 +130,19 @@ def room(ray: Any, share: Share) -> int:
 
 
 @contextlib.contextmanager
-def places(ray: Any, share: Share, count: int, seconds: float, stop: threading.Event) -> Iterator[Any | None]:
-    """A placement group for so many ranks, over as many nodes as there are; None where it is not ready in time."""
+def places(ray: Any, share: Share, count: int, seconds: float, given_up: Callable[[], bool]) -> Iterator[Any | None]:
+    """A placement group for so many ranks, over as many nodes as there are; None where it is not ready in time.
+
+    Args:
+        given_up: looked at while it waits.
+    """
     from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group([share.bundle] * count, strategy="SPREAD")
     try:
         until = time.monotonic() + seconds
-        ready = False
-        while not ready and not stop.is_set() and time.monotonic() < until:
-            ready = group.wait(_TICK)
+        while not (ready := group.wait(_TICK)) and not given_up() and time.monotonic() < until:
+            pass
         yield group if ready else None
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
