@@ -11,10 +11,10 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import ToolMissing, UsageError
@@ -64,8 +64,7 @@ def share_of(cpus: float | None, gpus: float | None) -> Share:
 
 @contextlib.contextmanager
 def reached(address: str | None) -> Iterator[Any]:
-    """Ray, connected to the cluster. What is printed meanwhile goes to standard error; a result wants `sys.stdout` of
-    before.
+    """Ray, connected to the cluster. What is printed meanwhile goes nowhere; a result wants `sys.stdout` of before.
 
     Args:
         address: None is RAY_ADDRESS, else the cluster of this machine, else one that is started here for the while.
@@ -89,7 +88,8 @@ def reached(address: str | None) -> Iterator[Any]:
         for number, handler in handlers.items():  # Ray would end this process at once
             signal.signal(number, handler)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Ray tells on standard output of workers that died
+        # Ray prints pages of what a node or a worker that died has noted of itself.
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield ray
     finally:
         ray.shutdown()

@@ -218,7 +218,7 @@ class Ranks:
                     self._last_words(rank)
                     self._over(rank, answer)
             except self._ray.exceptions.RayError as fault:
-                self._lose(rank, f"its actor: {_last_line(fault)}")
+                self._lose(rank, f"its actor: {type(fault).__name__}")
                 self._ray.kill(self._keepers[rank])  # one that only cannot be reached must not go on for long
 
     def _last_words(self, rank: int) -> None:

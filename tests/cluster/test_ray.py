@@ -108,6 +108,20 @@ def test_a_lost_rank_is_done_again(
     check(tmp_path, expected)
 
 
+@pytest.mark.long
+def test_no_start_too_many(ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path) -> None:
+    """What is left waits for the next run where ranks may not start again."""
+    ray_cluster.hold(3)
+    driver = ray_cluster.driver(*four, "--max-restarts", "0")
+    ray_cluster.until_held(driver, 3)
+    os.kill(ray_cluster.rank(3)[0], signal.SIGKILL)
+    code, out, err = ended(driver)
+    assert (code, err.count("preempted (75)"), out) == (75, 1, ""), err
+    assert "rank 3 was lost (signal 9)" in err
+    assert call(sys.executable, "-m", "dconv", "convert", *four)[0] == 0
+    check(tmp_path, expected)
+
+
 def test_a_lost_node(ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path) -> None:
     """The ranks of the other node go on; what is left is done by as many as have room, which are two."""
     ray_cluster.hold(2, 3)
