@@ -51,9 +51,9 @@ def run(args: argparse.Namespace, words: Sequence[str], record: Record) -> int:
             record.note(
                 plan=plan.id, family=job.family.name, bytes_read=plan.bytes_read, bytes_written=plan.bytes_written
             )
-        out = sys.stdout
-        with reached(args.address) as ray:
-            return _Driver(ray, args, words, share, job, stop, out).run()
+        out, directory = sys.stdout, str(Path.cwd())  # a job's may be unpacked anew under its feet
+        with reached(args.address, lambda error: record.end(worker.failed(error, args, here))) as ray:
+            return _Driver(ray, args, words, share, job, stop, out, directory).run()
     except Stopped:
         worker.report(preempted(), args.json)
         return Preempted.exit_code
@@ -84,10 +84,10 @@ class _Driver:
 
     def __init__(
         self, ray: Any, args: argparse.Namespace, words: Sequence[str], share: Share, job: Job | None, stop: Stop,
-        out: TextIO,
+        out: TextIO, directory: str,
     ) -> None:  # fmt: skip
         self._ray, self._args, self._words, self._share = ray, args, words, share
-        self._job, self._stop, self._out = job, stop, out
+        self._job, self._stop, self._out, self._directory = job, stop, out, directory
         self._together = job.calibrating is not None if job else args.format in CALIBRATED
 
     def run(self) -> int:
@@ -182,7 +182,7 @@ class _Driver:
             with contextlib.ExitStack() as stack:
                 if self._job is not None and not self._args.quiet and not self._args.json:
                     stack.enter_context(Display(ranks.notes, self._job.plan.bytes_written, count))
-                return ranks.run(words, str(Path.cwd()))
+                return ranks.run(words, self._directory)
         finally:
             ranks.close()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import Preempted
 from dconv.launch.batch import Attempt, Job
+from dconv.launch.process import say
 from dconv.launch.ray_cluster import Share, reached, share_of
 from dconv.launch.ray_keeper import CALLS, Heard, Keeper
 
@@ -29,7 +31,7 @@ def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Iter
         UsageError: a rank that asks for nothing.
     """
     share = share_of(cpus, gpus)
-    with reached(address) as ray:
+    with reached(address, lambda error: say(error, sys.stderr)) as ray:
         yield Cluster(ray, share)
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from dconv.launch.process import SIGNALS
 
 #: Seconds for a cluster to take a connection. Ray itself tries for minutes, and then ends the process.
 _PATIENCE: Final = 10.0
+#: Seconds for the connection itself, where something listens: nodes name each other by addresses that may lead nowhere.
+_CONNECTING: Final = 90.0
 #: Between looks at whether places are ready.
 _TICK: Final = 0.5
 
@@ -63,11 +66,12 @@ def share_of(cpus: float | None, gpus: float | None) -> Share:
 
 
 @contextlib.contextmanager
-def reached(address: str | None) -> Iterator[Any]:
+def reached(address: str | None, last_words: Callable[[ToolMissing], object]) -> Iterator[Any]:
     """Ray, connected to the cluster. What is printed meanwhile goes nowhere; a result wants `sys.stdout` of before.
 
     Args:
         address: None is RAY_ADDRESS, else the cluster of this machine, else one that is started here for the while.
+        last_words: called just before this process ends because Ray neither connects nor gives up.
 
     Raises:
         ToolMissing: Ray is not installed, or no cluster answers.
@@ -79,12 +83,21 @@ def reached(address: str | None) -> Iterator[Any]:
         raise ToolMissing("ray is not installed, nothing was written", where="--launcher ray", found=str(fault),
                           do="pip install 'dconv[ray]', here and on the nodes of the cluster") from fault  # fmt: skip
     _knock(named)
+
+    def end() -> None:
+        last_words(_unreached(named or "this machine", f"no answer in {_CONNECTING:.0f} s"))
+        os._exit(ToolMissing.exit_code)
+
+    patience = threading.Timer(_CONNECTING, end)
+    patience.daemon = True
+    patience.start()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as fault:
         raise _unreached(named or "this machine", str(fault)) from fault
     finally:
+        patience.cancel()
         for number, handler in handlers.items():  # Ray would end this process at once
             signal.signal(number, handler)
     try:

@@ -243,3 +243,19 @@ def test_without_ray(model: Path, tmp_path: Path) -> None:
     code, _, err = call(sys.executable, "-c", hide, *words)
     assert (code, "pip install" in err) == (7, True), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_connection_that_comes_to_nothing(model: Path, tmp_path: Path) -> None:
+    """Ray tries for ever where a cluster's nodes name themselves by addresses that lead nowhere from here."""
+    code = (
+        "import sys, time, types; ray = sys.modules['ray'] = types.ModuleType('ray')\n"
+        "ray.init = lambda *_, **more: time.sleep(600)\n"
+        "from dconv.launch import ray_cluster; ray_cluster._CONNECTING = 0.2\n"
+        "from dconv.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["convert", str(model), "hf", "-o", str(tmp_path / "out"), "--launcher", "ray"]
+    history = tmp_path / "history.sqlite"
+    code, _, err = call(sys.executable, "-c", code, *words, DCONV_HISTORY=str(history))
+    assert (code, err.count("tool (7)")) == (7, 1), err
+    with contextlib.closing(sqlite3.connect(history)) as file:
+        assert file.execute("SELECT code FROM runs").fetchall() == [(7,)]
