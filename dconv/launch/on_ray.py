@@ -172,7 +172,8 @@ class _Driver:
         return self._stop.is_set() or (again and room(self._ray, self._share) < count)
 
     def _waits(self, count: int) -> None:
-        say(f"waiting for {self._share.words} on the Ray cluster, {count} times", sys.stderr)
+        ranks = f"each of {count} ranks" if count > 1 else "a rank"
+        say(f"waiting for room on the Ray cluster: {self._share.words} for {ranks}", sys.stderr)
 
     def _ranks(self, group: Any, count: int, words: Sequence[str]) -> Ended:
         ranks = Ranks(
