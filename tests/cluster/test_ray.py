@@ -225,22 +225,6 @@ def test_a_batch(ray_cluster: RayCluster, model: Path, expected: dict[str, str],
     assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two") == expected
 
 
-@pytest.mark.long
-def test_nodes_without_dconv(ray_cluster: RayCluster, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "dconv.py").write_text("raise ModuleNotFoundError(\"No module named 'dconv'\")")
-    code = (
-        "import sys, ray; init = ray.init\n"
-        "ray.init = lambda *_, **more: init(runtime_env={'env_vars': {'PYTHONPATH': sys.argv[1]}}, **more)\n"
-        "from dconv.cli import main; sys.exit(main(sys.argv[2:]))"
-    )
-    words = ["convert", str(model), "hf", "-o", str(tmp_path / "out"), "--launcher", "ray"]
-    code, _, err = call(
-        sys.executable, "-c", code, str(tmp_path / "none"), *words, **LOOPBACK, RAY_ADDRESS=ray_cluster.address
-    )
-    assert (code, err.count("tool (7)"), "cannot start dconv" in err) == (7, 1, True), err
-
-
 # ----------------------------------------------------------------------------------------------- without a cluster
 
 
