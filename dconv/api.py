@@ -20,8 +20,8 @@ from dconv.launch.run_options import add_run_options
 from dconv.launch.values import byte_count
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.request import QUANTISED
-from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.rank import Outcome, Settings
 
 __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 
@@ -169,6 +169,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
         max_memory=args.max_memory,
         threads=args.threads,
+        stage_dir=args.stage_dir,
         overwrite=args.overwrite,
         resume=args.resume,
         algorithm=args.digest,

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from dconv.quant.network import Network
     from dconv.quant.peers import Peers
     from dconv.quant.ranks import Ranks
-    from dconv.sharding.commit import Rank
     from dconv.sharding.plan import Task
+    from dconv.sharding.rank import Rank
     from dconv.sharding.tensor import Logical
 
 _FOLDER: Final = "calibration"
@@ -260,7 +260,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     by_weight, parts = tasks_of(plan), {}
     later = {index for found in by_weight.values() for index in found}
     plain = [task for task in plan.share(settings.rank, settings.world) if task.index not in later]
-    rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader)
+    rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader, rank.stage)
 
     def write(results: Mapping[str, Any]) -> None:
         held.arrays = {}

@@ -26,9 +26,10 @@ from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
 from dconv.quantise import quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request, spelled
-from dconv.sharding.commit import Outcome, Settings, run_rank
+from dconv.sharding.commit import run_rank
 from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, build_plan
+from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 from dconv.targets import GRAPHS, TARGETS, engine_of, graph_engine, lay_out_megatron, megatron_model

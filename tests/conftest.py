@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from dconv.export import megatron_cpu
+from dconv.sharding import transient
 from tests import processes
 
 # what tests hand to ranks lies in modules that import these
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _history(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of tests are nobody's past runs."""
     monkeypatch.setenv("DCONV_HISTORY", "off")
+
+
+@pytest.fixture(autouse=True)
+def _no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that fails in a test fails for good, or not at the next try."""
+    monkeypatch.setattr(transient, "_BACK_OFF", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from dconv.errors import Damaged, ToolMissing
 from dconv.export import huggingface
 from dconv.export.prompt import Answers, Prompt
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 
 
 def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:

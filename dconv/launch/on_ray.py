@@ -1,7 +1,7 @@
 """``--launcher ray``: an actor for each rank, and this process, which outlives them.
 
-Relayout needs no communication, so that a lost rank stops no other one: what it has left is done by another start,
-with as many ranks as the cluster has room for then. Any number of ranks resumes any plan.
+Relayout needs no communication, so that a lost rank stops no other one, and the others do what it has left. What they
+cannot do is done by another start, with as many ranks as the cluster has room for then: any number resumes any plan.
 """
 
 from __future__ import annotations

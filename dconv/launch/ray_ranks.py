@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +181,8 @@ class Ranks:
         from dconv.launch.worker import LAUNCHED
 
         nodes = [node for node, _ in places]
+        machines = list(dict.fromkeys(nodes))
+        run = uuid.uuid4().hex
         common = {
             "WORLD_SIZE": str(len(places)),
             "MASTER_ADDR": addresses(self._ray).get(nodes[0], "127.0.0.1"),
@@ -195,6 +198,9 @@ class Ranks:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(nodes[:rank].count(node)),
                 "LOCAL_WORLD_SIZE": str(nodes.count(node)),
+                "GROUP_RANK": str(machines.index(node)),
+                "GROUP_WORLD_SIZE": str(len(machines)),
+                "DCONV_RUN": f"{run} {node}",
             }
             for rank, node in enumerate(nodes)
         ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Final
 
 from dconv.errors import UsageError
-from dconv.launch.values import byte_count, number, positive, whole
+from dconv.launch.values import byte_count, number, positive, threads, whole
 from dconv.sharding.digest import ALGORITHMS
+from dconv.sharding.tuning import AUTO
 
 LAUNCHERS: Final = ("local", "torchrun", "ray", "slurm")
 #: Options of ``dconv convert`` that only some launchers have.
@@ -24,7 +26,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--max-memory", type=byte_count, default=byte_count("256MiB"), metavar="SIZE",
                        help="bytes that one rank's buffers may take (256MiB)")  # fmt: skip
-    group.add_argument("--threads", type=positive, default=1, metavar="N", help="threads a rank (1)")
+    group.add_argument("--threads", type=threads, default=AUTO, metavar="N",
+                       help="threads a rank (auto: found by the first tasks, more while that is faster)")  # fmt: skip
+    group.add_argument("--stage-dir", type=Path, metavar="DIR",
+                       help="on a disk of each machine: what is read from a slow file system is fetched there first, "
+                            "once and in large pieces")  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on after a kill; done already counts as success")
     group.add_argument("--overwrite", action="store_true", help="replace an OUT of dconv once the new one is whole")
     group.add_argument("--digest", choices=sorted(ALGORITHMS), default="xxh3", help="digest kept in the receipt")

@@ -8,6 +8,7 @@ import re
 from typing import Final
 
 from dconv.sharding.dtypes import OPTION
+from dconv.sharding.tuning import AUTO
 
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -130,3 +131,12 @@ def number(text: str | float) -> float:
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no number of 0 or more")
     return found
+
+
+def threads(text: str | int) -> int:
+    """A number of threads, or ``auto``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
+    """
+    return AUTO if text == "auto" else positive(text)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Final
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
+from dconv.launch.meeting import Machines, machines
 from dconv.launch.options import target, to_request
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import NOTES, Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
-from dconv.sharding.commit import Outcome, Settings
+from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
 if TYPE_CHECKING:
@@ -45,13 +46,21 @@ _PATIENCE: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process stands in a run. ``local`` counts ranks on this machine; ``record`` is kept of the run."""
+    """Where this process stands in a run.
+
+    Attributes:
+        local: its number among the ranks of this machine.
+        launched: when the ranks were started (seconds since the epoch); inf where it is alone.
+        record: what is kept of the run.
+        machines: that the ranks are on.
+    """
 
     rank: int
     world: int
     local: int
     launched: float
     record: Record = field(default_factory=Record)
+    machines: Machines = Machines(0, 1, "", speaks=True)
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
@@ -79,7 +88,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
             found = [int(value) for value in values]
             # The parent of a lone rank may be a shell of hours ago: what it made since is not of this run.
             launched = _launched(environment) if found[1] > 1 else math.inf
-            return Place(found[0], found[1], found[2], launched)
+            here = machines(environment, found[1], found[2])
+            return Place(found[0], found[1], found[2], launched, machines=here)
     return Place(0, 1, 0, math.inf)
 
 
@@ -207,6 +217,10 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         if done >= total:
             notes.update(board.read())
 
+    def told_of(line: str) -> None:
+        if not args.quiet:
+            say(f"[rank {where.rank}] {line}" if where.world > 1 else line, sys.stderr)
+
     settings = Settings(
         rank=where.rank,
         world=where.world,
@@ -218,6 +232,10 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         progress=progress,
         stop=stop,
         algorithm=args.digest,
+        steal=where.world > 1 and told,  # after a step the rank that ends it goes on alone, and moves what is there
+        meet=lambda state: where.machines.meet(state, stop, told_of),
+        told=told_of,
+        stage_dir=args.stage_dir,
     )
     with contextlib.ExitStack() as stack:
         shown = None
@@ -363,6 +381,11 @@ def local(argv: Sequence[str], args: argparse.Namespace, count: int, record: Rec
         code = main(args, Place(0, count, 0, launched, record), stop)
     finally:
         codes = [_finish(child, stop=bool(code)) for child in children]
+    lost = [rank for rank, c in enumerate(codes, 1) if c > 128]
+    if code == 0 and lost and args.verify == "none" and not args.quiet and not stop.is_set():
+        say(f"rank {', '.join(map(str, lost))} was killed; the others have done its part", sys.stderr)
+    if code == 0 and args.verify == "none":
+        codes = [c for c in codes if c <= 128]  # what the lost were at is done: this rank ends at a whole output only
     failed = [c for c in (code, *codes) if c]
     preempted = Preempted.exit_code
     return next((c for c in failed if c != preempted), failed[0] if failed else 0)

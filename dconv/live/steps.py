@@ -18,8 +18,8 @@ from dconv.live.ranks import Ranks
 from dconv.live.shards import Places, describe, proved
 from dconv.live.write import start, write
 from dconv.pipeline import Job, Request
-from dconv.sharding.commit import Outcome, Settings
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.rank import Outcome, Settings
 
 
 def handoff(

@@ -14,12 +14,15 @@ from dconv.errors import StorageFault
 from dconv.live.ranks import Ranks
 from dconv.live.shards import Places
 from dconv.pipeline import Job, check_space
-from dconv.sharding.commit import Outcome, Settings, conclude, hash_task
-from dconv.sharding.execute import Done, Outputs, run_tasks
+from dconv.sharding.commit import conclude
+from dconv.sharding.execute import Done, run_tasks
 from dconv.sharding.finish import cannot
 from dconv.sharding.journal import sync_folder
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Plan, Task
+from dconv.sharding.rank import Outcome, Settings, hash_task
 from dconv.sharding.receipt import check_output, partial_folder
+from dconv.sharding.tuning import Tuner
 
 
 def start(job: Job, settings: Settings) -> Path:
@@ -85,7 +88,7 @@ def _write_own(
             on_done,
             kernel=apply,
             max_memory=settings.max_memory,
-            threads=settings.threads,
+            tuner=Tuner(settings.threads, settings.max_memory),
             algorithm=settings.algorithm,
             reader=lambda _: MemoryReader(shards.file, shards.memory),
         )

@@ -23,6 +23,7 @@ from dconv.sharding.plan import Copy
 from dconv.sharding.reader import BoxReader, Reader, ReadLog
 from dconv.sharding.region import Index, Region, row_major
 from dconv.sharding.replicas import disagreement, equal
+from dconv.sharding.staging import Stage
 from dconv.sharding.tensor import Logical, Piece
 
 #: Elements that a recipe is asked for at once, at most: its temporaries stay in the processor's caches.
@@ -118,14 +119,16 @@ def open_reader(
     kernel: Kernel,
     log: ReadLog | None = None,
     over: Callable[[BoxReader], BoxReader] = lambda reader: reader,
+    stage: Stage | None = None,
 ) -> BoxReader:
     """What reads the boxes of a checkpoint, computed ones included.
 
     Args:
         over: puts what reads `Logical.held` over what reads the files.
+        stage: has copies of the files on this machine.
     """
     reader = logical.reader(scratch_bytes) if logical.reader else None
-    reader = over(reader or Reader(logical.root, logical.files, scratch_bytes, log))
+    reader = over(reader or Reader(logical.root, logical.files, scratch_bytes, log, stage))
     return DerivedReader(reader, logical.derived, kernel, scratch_bytes) if logical.derived else reader
 
 

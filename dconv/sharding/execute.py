@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.errors import Refused, StorageFault
+from dconv.errors import Refused
 from dconv.sharding.allocation import keep_freed_memory
 from dconv.sharding.derived import open_reader
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE, Cast, Derive, Kernel, Scale
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.region import Region
 from dconv.sharding.replicas import disagreement, equal
+from dconv.sharding.staging import Stage
+from dconv.sharding.tuning import Tuner
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 _TILE_BYTES: Final = 1 << 20
-#: Source files, journals, libraries.
-_OTHER_FILES: Final = 512
 #: The usual block of a file system: a hole is made of whole ones.
 _BLOCK: Final = 4096
 
@@ -50,105 +46,6 @@ class Done:
     written: int
 
 
-class Outputs:
-    """The files being written, sized on first use. Shared between threads.
-
-    Held by the open directory ``folder``, not by its path: when another process of the plan commits (renames it),
-    this one goes on writing the same bytes to the same files and leaves nothing at the old path.
-    """
-
-    def __init__(self, root: Path, plan: Plan) -> None:
-        self._root = root
-        self.folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._files = plan.target.files
-        self._open: dict[int, int] = {}
-        self._lock = threading.Lock()
-        _allow_files(len(self._files))
-
-    def fd(self, file: int) -> int:
-        with self._lock:
-            fd = self._open.get(file)
-            if fd is None:
-                fd = self._open[file] = self._create(file)
-            return fd
-
-    def _create(self, file: int) -> int:
-        path = self._files[file].path
-        try:
-            for parent in reversed(Path(path).parents[:-1]):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=self.folder)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=self.folder)
-            if os.fstat(fd).st_size != self._files[file].size:
-                os.ftruncate(fd, self._files[file].size)
-        except OSError as fault:
-            raise self._fault("create", file, fault) from fault
-        return fd
-
-    def _fault(self, what: str, file: int, fault: OSError) -> StorageFault:
-        full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
-        return StorageFault(
-            f"cannot {what}: {fault.strerror}",
-            where=str(self._root / self._files[file].path),
-            do="free the space and run again with --resume: what is finished is kept and continued" if full else "",
-        )
-
-    def write(self, file: int, data: memoryview, offset: int) -> None:
-        fd = self.fd(file)
-        try:
-            done = os.pwrite(fd, data, offset)
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], offset + done)
-        except OSError as fault:
-            raise self._fault("write", file, fault) from fault
-
-    def blank(self, file: int, offset: int, nbytes: int) -> None:
-        """Leave a stretch a hole; bytes that something put there (a spoilt partial output) are zeroed."""
-        fd = self.fd(file)
-        end = offset + nbytes
-        try:
-            while (offset := _next_data(fd, offset, end)) < end:
-                data = os.pread(fd, min(_TILE_BYTES, end - offset), offset)
-                if data.count(0) < len(data):
-                    self.write(file, memoryview(bytes(len(data))), offset)
-                offset += len(data)
-        except OSError as fault:
-            raise self._fault("read back", file, fault) from fault
-
-    def sync(self, files: Sequence[int]) -> None:
-        for file in files:
-            try:
-                os.fsync(self.fd(file))
-            except OSError as fault:
-                raise self._fault("flush to disk", file, fault) from fault
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
-        if self.folder >= 0:
-            os.close(self.folder)
-            self.folder = -1
-
-
-def _allow_files(count: int) -> None:
-    """Let this process hold as many files open as it may write, as far as it is allowed to."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(hard, count + _OTHER_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _next_data(fd: int, offset: int, end: int) -> int:
-    """Where data begin at or after ``offset``, ``end`` when there are none before it."""
-    try:
-        return min(end, os.lseek(fd, offset, os.SEEK_DATA))
-    except OSError as fault:
-        if fault.errno == errno.ENXIO:  # no data up to the end of the file
-            return end
-        raise
-
-
 class Worker:
     """Does one task at a time with its own buffers.
 
@@ -156,6 +53,7 @@ class Worker:
         kernel: applies numeric ops.
         budget: bytes that its buffers may take together.
         reader: opens a reader with a scratch buffer of so many bytes; None reads the source's files.
+        stage: has copies of these on this machine.
     """
 
     def __init__(
@@ -167,6 +65,7 @@ class Worker:
         algorithm: str,
         log: ReadLog | None = None,
         reader: Callable[[int], BoxReader] | None = None,
+        stage: Stage | None = None,
     ) -> None:
         # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
         self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 24))
@@ -176,7 +75,7 @@ class Worker:
         self._tile = np.empty(self._tile_bytes, np.uint8)
         self._algorithm = algorithm
         self.reader: BoxReader = (
-            reader(self._tile_bytes) if reader else open_reader(plan.source, self._tile_bytes, kernel, log)
+            reader(self._tile_bytes) if reader else open_reader(plan.source, self._tile_bytes, kernel, log, stage=stage)
         )
 
     def do(self, task: Task) -> Done:
@@ -351,52 +250,90 @@ def run_tasks(
     *,
     kernel: Kernel,
     max_memory: int,
-    threads: int,
+    tuner: Tuner,
     algorithm: str,
     stop: threading.Event | None = None,
     log: ReadLog | None = None,
     reader: Callable[[int], BoxReader] | None = None,
+    skip: Callable[[Task], bool] = lambda _: False,
+    stage: Stage | None = None,
 ) -> bool:
-    """Do ``tasks`` with ``threads`` threads inside ``max_memory`` bytes of buffers.
+    """Do ``tasks`` with as many threads as ``tuner`` says inside ``max_memory`` bytes of buffers.
 
-    ``on_done`` is called from this thread, once a task. Returns False when ``stop`` was set before all were done.
+    ``on_done`` is called from this thread, once a task; ``skip`` just before a task begins, which it may leave out.
+    Returns False when ``stop`` was set before all were done.
 
     Raises:
         DconvError: the first failure; tasks that were under way are finished or dropped.
     """
     if any(copy.op is not MOVE for copies in plan.copies for copy in copies[:1]):
         keep_freed_memory()
-    threads = max(1, min(threads, len(tasks)))
-    stop = stop or threading.Event()
-    workers = [Worker(plan, outputs, kernel, max_memory // threads, algorithm, log, reader) for _ in range(threads)]
+    crew = _Crew(
+        lambda: Worker(plan, outputs, kernel, max_memory // tuner.most, algorithm, log, reader, stage),
+        (task for task in tasks if not skip(task)), on_done, stop or threading.Event(), tuner,
+    )  # fmt: skip
     try:
-        if threads == 1:
-            for task in tasks:
-                if stop.is_set():
-                    return False
-                on_done(workers[0].do(task))
-            return True
-        return _run_threads(workers, tasks, on_done, stop)
+        while not crew.stop.is_set() and not crew.is_done:
+            if tuner.threads == 1:
+                crew.alone()
+            else:
+                crew.together()
+        return crew.is_done
     finally:
-        for worker in workers:
+        for worker in crew.workers:
             worker.reader.close()
 
 
-def _run_threads(
-    workers: Sequence[Worker], tasks: Sequence[Task], on_done: Callable[[Done], None], stop: threading.Event
-) -> bool:
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
+class _Crew:
+    """The workers of one `run_tasks`, of which as many work as the tuner says."""
 
-    queue = iter(tasks)
-    with ThreadPoolExecutor(len(workers), thread_name_prefix="dconv") as pool:
-        free = list(workers)
-        busy: dict[Future[Done], Worker] = {}
-        while True:
-            while free and not stop.is_set() and (task := next(queue, None)) is not None:
-                worker = free.pop()
-                busy[pool.submit(worker.do, task)] = worker
-            if not busy:
-                return next(queue, None) is None
-            for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                free.append(busy.pop(future))
-                on_done(future.result())
+    def __init__(
+        self, make: Callable[[], Worker], tasks: Iterator[Task], on_done: Callable[[Done], None],
+        stop: threading.Event, tuner: Tuner,
+    ) -> None:  # fmt: skip
+        self._make, self._tasks, self._on_done, self.stop, self._tuner = make, tasks, on_done, stop, tuner
+        self.workers: list[Worker] = []
+        self._free: list[Worker] = []
+        self.is_done = False
+
+    def alone(self) -> None:
+        """One task after the other in this thread, as long as it is to be one."""
+        worker = self._worker()
+        while self._tuner.threads == 1 and not self.stop.is_set() and (task := self._next()) is not None:
+            self._finished(worker.do(task))
+        self._free.append(worker)
+
+    def together(self) -> None:
+        """In threads, as long as they are to be several."""
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait  # one thread does not pay for it
+
+        with ThreadPoolExecutor(self._tuner.most, thread_name_prefix="dconv") as pool:
+            busy: dict[Future[Done], Worker] = {}
+            while True:
+                while (
+                    1 < self._tuner.threads > len(busy)
+                    and not self.stop.is_set()
+                    and (task := self._next()) is not None
+                ):
+                    worker = self._worker()
+                    busy[pool.submit(worker.do, task)] = worker
+                if not busy:
+                    return
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    self._free.append(busy.pop(future))
+                    self._finished(future.result())
+
+    def _worker(self) -> Worker:
+        if not self._free:
+            self.workers.append(self._make())
+            self._free.append(self.workers[-1])
+        return self._free.pop()
+
+    def _next(self) -> Task | None:
+        task = next(self._tasks, None)
+        self.is_done = task is None
+        return task
+
+    def _finished(self, done: Done) -> None:
+        self._tuner.done(done.task.nbytes)
+        self._on_done(done)

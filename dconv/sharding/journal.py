@@ -3,8 +3,9 @@
 Each process appends to a file of its own under ``OUT.partial-<plan id>/.dconv/journal/``. A line is written only
 after the data it speaks of is flushed to disk. A line carries its own checksum, so a torn one counts as absent.
 
-Lines: ``done <task> <digest>``, and ``retract <journal> <task>``, by which a later process takes back an earlier
-process's line whose bytes it found changed. A journal's name begins with the time at which it was opened.
+Lines: ``done <task> <digest>``; ``retract <journal> <task>``, by which a later process takes back an earlier
+process's line whose bytes it found changed; and ``claim <task>``, by which a process says that it is at a task of
+another's share (`dconv.sharding.stealing`). A journal's name begins with the time at which it was opened.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 import xxhash
 
 from dconv.errors import StorageFault
-from dconv.sharding.execute import Done, Outputs
+from dconv.sharding.execute import Done
+from dconv.sharding.outputs import Outputs
 from dconv.sharding.plan import Task
 
 
@@ -44,6 +46,9 @@ class Journal:
         self.name = f"{time.time_ns():020}-{os.getpid()}-{os.urandom(6).hex()}"
         self._fd = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._durable = False
+        self._torn = False  # an append has failed, perhaps in the middle of a line: the next begins a new one
+        #: Tasks whose lines were written and may not be on disk: they count as not noted by this process.
+        self.doubtful: set[int] = set()
 
     def read(self) -> dict[int, Noted]:
         """Finished tasks as of now, each by this process's line or else the newest; none when the folder is gone."""
@@ -51,7 +56,7 @@ class Journal:
         retracted: set[tuple[str, int]] = set()
         for name, words in self._all():
             if words[0] == "done":
-                done.setdefault(int(words[1]), []).append(Noted(name, int(name.partition("-")[0]) / 1e9, words[2]))
+                done.setdefault(int(words[1]), []).append(Noted(name, opened_at(name), words[2]))
             elif words[0] == "retract":
                 retracted.add((words[1], int(words[2])))
         live = {task: [line for line in lines if (line.journal, task) not in retracted] for task, lines in done.items()}
@@ -68,15 +73,23 @@ class Journal:
             found = {(name, words[1]) for name, words in self._all() if words[0] == "done" and int(words[1]) in wanted}
             self._append([f"retract {name} {task}" for name, task in sorted(found) if name != self.name])
 
+    def claim(self, tasks: Iterable[Task]) -> None:
+        """Say that this process is at tasks of others."""
+        self._append([f"claim {task.index}" for task in tasks])
+
     def append(self, done: Iterable[Done]) -> None:
-        self._append([f"done {item.task.index} {item.digest}" for item in done])
+        items = list(done)
+        tasks = {item.task.index for item in items}
+        self.doubtful |= tasks
+        self._append([f"done {item.task.index} {item.digest}" for item in items])
+        self.doubtful -= tasks
 
     def _all(self) -> Iterator[tuple[str, list[str]]]:
         """Every good line with its journal's name, oldest journal first."""
         try:
             # A network file system names what was removed while open: .nfs…
             for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
-                for words in _lines(path):
+                for words in good_words(path.read_bytes()):
                     yield path.name, words
         except FileNotFoundError:
             return  # another process committed
@@ -88,9 +101,11 @@ class Journal:
             return
         try:
             data = "".join(f"{line} {_check(line)}\n" for line in lines).encode()
+            data, self._torn = b"\n" * self._torn + data, True
             while data:
                 data = data[os.write(self._fd, data) :]
             os.fsync(self._fd)
+            self._torn = False
             if not self._durable:
                 with contextlib.suppress(FileNotFoundError):
                     sync_folder(self._folder)
@@ -167,10 +182,16 @@ def _check(line: str) -> str:
     return f"{xxhash.xxh3_64_intdigest(line.encode()):016x}"
 
 
-def _lines(path: Path) -> list[list[str]]:
+def good_words(data: bytes) -> list[list[str]]:
+    """The words of every line that is whole."""
     good = []
-    for line in path.read_text("utf-8", "replace").splitlines():
+    for line in data.decode("utf-8", "replace").splitlines():
         body, _, check = line.rpartition(" ")
         if body and check == _check(body):
             good.append(body.split(" "))
     return good
+
+
+def opened_at(name: str) -> float:
+    """When a journal was opened (seconds since the epoch), by its name."""
+    return int(name.partition("-")[0]) / 1e9

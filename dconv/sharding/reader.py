@@ -19,6 +19,7 @@ import numpy as np
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import Copy
+from dconv.sharding.staging import Stage
 from dconv.sharding.tensor import FileStamp
 
 if TYPE_CHECKING:
@@ -52,12 +53,15 @@ class Reader:
         root: directory of the source.
         stamps: what each file was when the plan was made; another size, time or inode at opening is an error.
         scratch_bytes: size of the scratch buffer.
+        stage: has copies of the files on this machine.
     """
 
     def __init__(
-        self, root: Path, stamps: dict[str, FileStamp], scratch_bytes: int, log: ReadLog | None = None
-    ) -> None:
+        self, root: Path, stamps: dict[str, FileStamp], scratch_bytes: int, log: ReadLog | None = None,
+        stage: Stage | None = None,
+    ) -> None:  # fmt: skip
         self._root = root
+        self._stage = stage
         self._stamps = stamps
         self._scratch = np.empty(scratch_bytes, np.uint8)
         self._open: OrderedDict[str, int] = OrderedDict()
@@ -142,6 +146,8 @@ class Reader:
         if self._log is not None:
             self._log(file, offset, want)
         try:
+            if self._stage is not None and want:
+                fd = self._stage.fd(file, fd, self._stamps[file].size, offset, want)
             got = os.preadv(fd, [into], offset)
             while got < want:
                 more = os.preadv(fd, [into[got:]], offset + got)

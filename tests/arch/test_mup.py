@@ -28,8 +28,8 @@ from dconv.arch.registry import by_name  # noqa: E402
 from dconv.cli import main  # noqa: E402
 from dconv.errors import Damaged, DconvError, Refused, UsageError, VerifyFailed  # noqa: E402
 from dconv.pipeline import Request, convert, prepare, run  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from tests.arch.test_minicpm import TOKENS, longrope, write_model  # noqa: E402
 from tests.laws.test_handoff import Threads, chunks_of, each  # noqa: E402
 from tests.models import config_of, tensors, tree_digest, write_random  # noqa: E402

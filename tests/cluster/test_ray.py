@@ -93,10 +93,10 @@ def _environment(pid: int) -> dict[str, str]:
 def test_a_lost_rank_is_done_again(
     ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path, lost: str
 ) -> None:
-    """The actor, with which its process goes, or this alone: the others end, and what it had left is done."""
-    ray_cluster.hold(1, 2)
+    """The actor, with which its process goes, or this alone: the others do what it had left."""
+    ray_cluster.hold(0, 1, 2, 3)
     driver = ray_cluster.driver(*four, "--json")
-    ray_cluster.until_held(driver, 1, 2)
+    ray_cluster.until_held(driver, 0, 1, 2, 3)
     child, actor = ray_cluster.rank(1)
     os.kill(actor if lost == "actor" else child, signal.SIGKILL)
     until(lambda: not is_alive(child), driver)  # also where only its actor was killed: it leaves nobody behind
@@ -108,17 +108,24 @@ def test_a_lost_rank_is_done_again(
     check(tmp_path, expected)
 
 
-@pytest.mark.long
-def test_no_start_too_many(ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path) -> None:
-    """What is left waits for the next run where ranks may not start again."""
-    ray_cluster.hold(3)
-    driver = ray_cluster.driver(*four, "--max-restarts", "0")
-    ray_cluster.until_held(driver, 3)
-    os.kill(ray_cluster.rank(3)[0], signal.SIGKILL)
+@pytest.mark.parametrize("most", [3, pytest.param(0, marks=pytest.mark.long)])
+def test_with_the_last_rank_lost_another_start_does_the_rest(
+    ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path, most: int
+) -> None:
+    """As often as is allowed; else what is left waits for the next run."""
+    ray_cluster.hold(0)
+    driver = ray_cluster.driver(*four, "--nproc", "1", "--max-restarts", str(most))
+    ray_cluster.until_held(driver, 0)
+    child = ray_cluster.rank(0)[0]
+    os.kill(child, signal.SIGKILL)
+    ray_cluster.release()
     code, out, err = ended(driver)
-    assert (code, err.count("preempted (75)"), out) == (75, 1, ""), err
-    assert "rank 3 was lost (signal 9)" in err
-    assert call(sys.executable, "-m", "dconv", "convert", *four)[0] == 0
+    assert "rank 0 was lost (signal 9)" in err
+    if not most:
+        assert (code, err.count("preempted (75)"), out) == (75, 1, ""), err
+        code, out, err = call(sys.executable, "-m", "dconv", "convert", *four)
+    assert code == 0, err
+    assert "of an earlier run (checked)" in out
     check(tmp_path, expected)
 
 

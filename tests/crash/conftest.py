@@ -16,9 +16,9 @@ import xxhash
 from dconv.arch.registry import by_name
 from dconv.errors import Preempted
 from dconv.pipeline import Job, Request, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import LEAF_BYTES
+from dconv.sharding.rank import Settings
 from tests import processes
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import PATIENCE

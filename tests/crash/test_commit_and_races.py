@@ -16,9 +16,9 @@ from dconv.errors import Preempted, UsageError
 from dconv.launch import worker
 from dconv.launch.__main__ import main
 from dconv.pipeline import Job, Request, prepare, run
-from dconv.sharding import commit
 from dconv.sharding import finish as finish_module
-from dconv.sharding.commit import Outcome, Settings
+from dconv.sharding import rank
+from dconv.sharding.rank import Outcome, Settings
 from tests.crash.conftest import (
     CONTAINERS,
     Launch,
@@ -200,7 +200,7 @@ def test_sigterm_while_an_earlier_run_is_checked(model: Path, tmp_path: Path, mo
     stop_after(job, 30)
     stop = threading.Event()
     checked = 0
-    real = commit.hash_task
+    real = rank.hash_task
 
     def hash_task(*args: Any) -> str:
         nonlocal checked
@@ -209,7 +209,7 @@ def test_sigterm_while_an_earlier_run_is_checked(model: Path, tmp_path: Path, mo
             stop.set()
         return real(*args)
 
-    monkeypatch.setattr(commit, "hash_task", hash_task)
+    monkeypatch.setattr(rank, "hash_task", hash_task)
     with pytest.raises(Preempted):
         run(job, Settings(stop=stop))
     assert checked == 5

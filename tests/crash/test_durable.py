@@ -17,8 +17,8 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.errors import StorageFault, UsageError
 from dconv.pipeline import Job, Request, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tensors, tree_digest, write_random
 
 LLAMA = by_name("llama")

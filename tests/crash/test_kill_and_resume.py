@@ -16,9 +16,9 @@ from dconv.arch.registry import by_name
 from dconv.errors import Preempted
 from dconv.pipeline import Job, run
 from dconv.sharding import commit
-from dconv.sharding.commit import Settings
 from dconv.sharding.journal import Journal
 from dconv.sharding.plan import Task
+from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
 from tests.crash.conftest import (
     CONTAINERS,
@@ -124,7 +124,7 @@ def test_a_kill_during_the_check_of_an_earlier_run_loses_nothing(
     Launch(options(model, out, "torch_dist"), 1, hook, lines=30).end()
     first = journaled(out)
     assert len(first) == 30
-    code, _ = Launch(options(model, out, "torch_dist"), 1, hook, call="dconv.sharding.commit:hash_task:20").end()
+    code, _ = Launch(options(model, out, "torch_dist"), 1, hook, call="dconv.sharding.rank:hash_task:20").end()
     assert code == -signal.SIGKILL
     assert run(job, Settings()).kept == sum(job.plan.tasks[i].nbytes for i in first)
     check_result(out, undisturbed["torch_dist"])
@@ -217,7 +217,7 @@ def test_spoilt_bytes_in_another_ranks_share(
     out = tmp_path / "out"
     job = job_of(model, out)
     with monkeypatch.context() as patch:
-        patch.setattr(commit.Rank, "commit", lambda _: (_ for _ in ()).throw(Preempted("dies")))
+        patch.setattr(commit, "commit", lambda _: (_ for _ in ()).throw(Preempted("dies")))
         with pytest.raises(Preempted):
             run(job, Settings())
     assert journal_lines(out) == len(job.plan.tasks)

@@ -14,7 +14,7 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.errors import UsageError
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, tensors, write_random
 

@@ -14,7 +14,7 @@ import torch
 from dconv.export.onnx_run import Runs
 from dconv.pipeline import Job, prepare, run
 from dconv.request import Request
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.oracles import hf
 
 #: Two layers, so that a graph is traced in half the time.

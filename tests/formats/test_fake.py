@@ -18,8 +18,8 @@ from dconv.codec.fill import Fill, filled
 from dconv.compare import diff
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.arch.moe_published import V3
 from tests.models import config_of, tensors, tree_digest, write_random
 

@@ -18,8 +18,8 @@ from dconv.api import diff, inspect
 from dconv.codec.gguf import BLOCKS
 from dconv.errors import Damaged, DconvError, Refused, ToolMissing
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from dconv.trace import trace
 from tests.formats.gguf_files import Tensor, in_blocks, recorded, rewrite
 from tests.formats.gguf_models import write_model

@@ -13,7 +13,7 @@ from gguf.quants import dequantize, quantize
 
 from dconv.codec.gguf import BLOCKS
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.formats.gguf_files import Change, Tensor, in_blocks, recorded, rewrite
 from tests.formats.test_gguf_export import llama, only, read, said
 from tests.models import tree_digest

@@ -22,8 +22,8 @@ from dconv.errors import Refused, UsageError, VerifyFailed
 from dconv.gguf import TYPES
 from dconv.logits import compare
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from dconv.verify import reread
 from tests.formats.gguf_files import Tensor, in_blocks, recorded, rewrite
 from tests.formats.gguf_models import MODELS, write_model

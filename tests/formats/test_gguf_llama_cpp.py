@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.formats.gguf_models import MODELS, write_model
 from tests.formats.gguf_tokenizers import byte_pairs
 from tests.formats.test_gguf_export import llama, only

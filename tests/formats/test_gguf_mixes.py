@@ -16,7 +16,7 @@ from dconv.cli import main as cli
 from dconv.codec import ggml, gguf_encode
 from dconv.codec.gguf import BLOCKS
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.codec.test_ggml import needs_library, none_kept
 from tests.formats.test_gguf_export import TYPES as OF_QUANT
 from tests.formats.test_gguf_export import llama, only, read, said, source

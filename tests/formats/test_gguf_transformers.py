@@ -17,7 +17,7 @@ from dconv.checkpoint.gguf_header import read_header
 from dconv.checkpoint.gguf_tokenizer import side
 from dconv.logits import compare
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.formats.gguf_files import in_blocks, recorded, rewrite
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])

@@ -23,8 +23,8 @@ from dconv.errors import Refused, ToolMissing
 from dconv.examine import inspect
 from dconv.net.device import computing, placed
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import RECEIPT
 from tests.formats import graph_models
 from tests.formats.graph_models import DTYPES, FILES

@@ -17,8 +17,8 @@ from dconv.checking import check
 from dconv.cli import main
 from dconv.errors import Damaged, Refused
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.formats.house import edit, refused, source
 from tests.models import tensors, tree_digest
 from tests.oracles import hf

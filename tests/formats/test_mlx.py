@@ -19,8 +19,8 @@ from dconv.compare import diff
 from dconv.describe import describe_model
 from dconv.errors import Damaged, Refused, UsageError
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.formats.mlx_models import MODELS, SMALL, write_model
 from tests.models import config_of, tensors, tree_digest, write_random
 

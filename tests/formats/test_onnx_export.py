@@ -28,7 +28,7 @@ from dconv.export import onnx_run as engine
 from dconv.export.prompt import kind_of, prompt_for
 from dconv.pipeline import prepare, run
 from dconv.request import Request
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.formats import onnx_models as models
 from tests.oracles import hf
 

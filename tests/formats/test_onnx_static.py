@@ -27,7 +27,7 @@ from dconv.export.prompt import kind_of
 from dconv.launch.values import lengths
 from dconv.pipeline import prepare, run
 from dconv.request import Request
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.formats import onnx_models as models
 from tests.oracles import hf
 

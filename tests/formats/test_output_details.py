@@ -20,9 +20,9 @@ from dconv.checkpoint import dcp, safetensors, torch_dist  # noqa: E402
 from dconv.checkpoint.source import expected_specs  # noqa: E402
 from dconv.errors import Damaged  # noqa: E402
 from dconv.pipeline import Request, convert, prepare, run  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
 from dconv.sharding.dtypes import ITEMSIZE, TO_SAFETENSORS, TO_TORCH  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from dconv.sharding.tensor import TensorSpec  # noqa: E402
 from tests.models import config_of, tensors, write_random  # noqa: E402
 

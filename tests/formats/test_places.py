@@ -16,8 +16,9 @@ from dconv.export.huggingface import AUTO
 from dconv.export.prompt import kind_of
 from dconv.net.places import parameters
 from dconv.net.skeleton import built, quiet
-from dconv.sharding.commit import Settings, run_rank
+from dconv.sharding.commit import run_rank
 from dconv.sharding.plan import build_plan
+from dconv.sharding.rank import Settings
 from tests.oracles import hf
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dconv.arch.registry import by_name
 from dconv.errors import DconvError
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.hostile.conftest import CONTAINERS, check_form, megatron_of
 from tests.models import config_of, write_random
 

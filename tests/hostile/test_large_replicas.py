@@ -15,8 +15,8 @@ from dconv.compare import diff
 from dconv.errors import Damaged
 from dconv.pipeline import Job, Request, convert, prepare, run
 from dconv.sharding import plan
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tensors, write_random
 
 LLAMA = by_name("llama")

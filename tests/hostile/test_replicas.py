@@ -13,9 +13,9 @@ from dconv.cli import main
 from dconv.compare import diff
 from dconv.errors import Damaged
 from dconv.pipeline import Job, Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from dconv.sharding.execute import ReadLog
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tensors, write_random
 
 NORM = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"

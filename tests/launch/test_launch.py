@@ -15,8 +15,8 @@ from dconv.errors import UsageError
 from dconv.launch.__main__ import main
 from dconv.launch.worker import place
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import call, ended, local, one_rank, start
 

@@ -16,7 +16,7 @@ from dconv.arch.registry import by_name
 from dconv.launch import progress
 from dconv.launch.progress import Board, Display
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, write_random
 

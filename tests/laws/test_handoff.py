@@ -19,8 +19,8 @@ from dconv.arch.registry import by_name, families
 from dconv.errors import DconvError, Refused, UsageError
 from dconv.pipeline import Request, convert
 from dconv.sharding import plan as plan_module
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.rank import Settings
 from tests.laws.test_roundtrip import fits
 from tests.models import config_of, tensors, tree_digest, write_random
 

@@ -11,8 +11,8 @@ import pytest
 
 from dconv.arch.registry import by_name
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tree_digest, write_random
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dconv.arch.registry import by_name
 from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from dconv.sharding.reader import MIN_RUN
 from dconv.sharding.receipt import partial_folder
 from tests.models import config_of, write_random

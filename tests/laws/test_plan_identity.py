@@ -12,7 +12,7 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.errors import Damaged
 from dconv.pipeline import Job, Request, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.models import config_of, tensors, write_random
 
 LLAMA = by_name("llama")

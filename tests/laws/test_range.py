@@ -13,8 +13,8 @@ from dconv.arch.registry import by_name
 from dconv.checkpoint import safetensors
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.quant.models import values_of, write_normal
 
 NAME = "model.layers.2.mlp.down_proj.weight"

@@ -9,8 +9,9 @@ import pytest
 from dconv.checkpoint import huggingface, safetensors
 from dconv.checkpoint.files import stamp
 from dconv.codec.kernels import apply
-from dconv.sharding.commit import Settings, run_rank
+from dconv.sharding.commit import run_rank
 from dconv.sharding.plan import build_plan, check_pieces
+from dconv.sharding.rank import Settings
 from dconv.sharding.tensor import Logical, Piece, TensorSpec
 from tests.models import tensors
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dconv.arch.registry import by_name, families
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.sharding import plan as plan_module
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import config_of, facts_of, tree_digest, write_random
 
 WORLDS = (1, 2, 3, 4, 5, 8)

@@ -21,7 +21,7 @@ import dconv
 from dconv.errors import DconvError, ToolMissing
 from dconv.export import megatron_runtime as megatron
 from dconv.live import write as live_write
-from dconv.sharding import execute
+from dconv.sharding import outputs
 from tests.models import tree_digest
 
 LLAMA: dict[str, Any] = {
@@ -164,7 +164,7 @@ def fails(rank: int, world: int, init_method: str, root: str) -> dict[str, tuple
 
         with pytest.MonkeyPatch.context() as patch:
             if rank == 2:
-                patch.setattr(execute.Outputs, "write", full)
+                patch.setattr(outputs.Outputs, "write", full)
             hand("a full disk")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(live_write, "conclude", full)
@@ -232,7 +232,7 @@ def dies(rank: int, world: int, init_method: str, root: str) -> None:
         models = megatron.build_gpt(LLAMA)
         megatron.seed_weights(models, seed=1)
         if rank == 2:
-            execute.Outputs.write = lambda *_: os._exit(9)
+            outputs.Outputs.write = lambda *_: os._exit(9)
         dconv.handoff(models, "hf", f"{root}/out", args=LLAMA)
 
 

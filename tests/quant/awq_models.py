@@ -15,7 +15,7 @@ from dconv.net.weights import Weights
 from dconv.pipeline import Request, prepare, run
 from dconv.quant.gptq import Recipe
 from dconv.quant.grid import Numbers
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.quant.models import values_of
 
 _SIZES: dict[str, Any] = {

@@ -28,7 +28,7 @@ from dconv.quant.awq_probes import probes_of
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import nearest
 from dconv.quant.loop import Calibration
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from dconv.sharding.tensor import Logical
 from tests.models import config_of, facts_of
 from tests.quant.awq_models import (

@@ -20,7 +20,7 @@ from dconv.pipeline import Request, prepare, run  # noqa: E402
 from dconv.quant import loop  # noqa: E402
 from dconv.quant.gptq import Recipe  # noqa: E402
 from dconv.quant.grid import Numbers  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from tests.models import tree_digest  # noqa: E402
 from tests.processes import call  # noqa: E402
 from tests.quant.calibrated import FAMILIES, model_of, request_for  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.quant import compressed
 
 LINEAR = ["Linear"]

@@ -19,8 +19,8 @@ from dconv.quant.experts import Experts
 from dconv.quant.network import Network
 from dconv.quant.peers import Peers
 from dconv.quant.ranks import Ranks
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.quant import awq_models, calibrated
 from tests.quant.one_process import Threads, assert_same, calibrated_by
 from tests.quant.one_process import calibrated as calibrated_alone

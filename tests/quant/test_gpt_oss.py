@@ -20,9 +20,10 @@ from dconv.arch.registry import by_name
 from dconv.codec.kernels import apply
 from dconv.errors import Damaged, Refused
 from dconv.pipeline import Request, convert, prepare, run
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
-from dconv.sharding.execute import Outputs, Worker
+from dconv.sharding.execute import Worker
+from dconv.sharding.outputs import Outputs
+from dconv.sharding.rank import Settings
 from tests.models import tree_digest
 from tests.quant.models import values_of, write_normal
 

@@ -16,8 +16,8 @@ from dconv.arch.registry import by_name, families
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.quantise import VARIANTS
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from dconv.sharding.rank import Settings
 from tests.models import tree_digest
 from tests.quant.models import values_of, write_normal
 

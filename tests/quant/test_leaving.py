@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="calibration runs transformers' layer
 
 from dconv.errors import Preempted  # noqa: E402
 from dconv.pipeline import Request, prepare, run  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from tests.processes import ROOT, call, local  # noqa: E402
 from tests.quant.calibrated import model_of  # noqa: E402
 from tests.quant.test_calibrate import weights_digest  # noqa: E402

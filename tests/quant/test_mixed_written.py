@@ -23,7 +23,7 @@ from dconv.errors import DconvError, Preempted, Refused, UsageError, VerifyFaile
 from dconv.examine import inspect  # noqa: E402
 from dconv.pipeline import Request, prepare, run  # noqa: E402
 from dconv.quant import loop  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from tests.processes import call  # noqa: E402
 from tests.quant.calibrated import FAMILIES, model_of  # noqa: E402
 from tests.quant.test_calibrate import weights_digest  # noqa: E402

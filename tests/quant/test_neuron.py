@@ -21,8 +21,8 @@ from dconv.arch.registry import by_name  # noqa: E402
 from dconv.cli import main  # noqa: E402
 from dconv.errors import Damaged, DconvError, Refused, UsageError  # noqa: E402
 from dconv.pipeline import Request, convert, prepare, run  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from dconv.sharding.tensor import TensorSpec  # noqa: E402
 from tests.fp8 import BLOCK, linear, write_fp8  # noqa: E402
 from tests.models import config_of, tree_digest, write_random  # noqa: E402

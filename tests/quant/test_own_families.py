@@ -28,7 +28,7 @@ from dconv.pipeline import Request, prepare, run
 from dconv.quant.awq_loop import Layers
 from dconv.quant.gptq import Recipe, nearest
 from dconv.quant.grid import Numbers
-from dconv.sharding.commit import Settings
+from dconv.sharding.rank import Settings
 from tests.arch.test_minicpm import longrope, write_model
 from tests.oracles import deepseek, hf, minicpm
 from tests.quant.models import values_of

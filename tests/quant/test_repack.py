@@ -16,9 +16,9 @@ from dconv.arch.registry import by_name
 from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.quantise import VARIANTS
-from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from dconv.sharding.precision import numeric
+from dconv.sharding.rank import Settings
 from tests.models import tree_digest
 from tests.quant.models import write_normal
 from tests.quant.whole import Model, draw, linear, same, tensors_of, write_awq, write_gptq, write_packed

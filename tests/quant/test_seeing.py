@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="calibration runs tran
 
 from dconv.cli import main  # noqa: E402
 from dconv.pipeline import Request, prepare, run  # noqa: E402
-from dconv.sharding.commit import Settings  # noqa: E402
+from dconv.sharding.rank import Settings  # noqa: E402
 from tests.models import tensors  # noqa: E402
 from tests.oracles import hf, minicpmv  # noqa: E402
 
