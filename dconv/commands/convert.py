@@ -27,8 +27,9 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     Raises:
         DconvError: options that contradict each other; what a conversion meets is printed, and is its exit code.
     """
-    from dconv.launch import worker
+    from dconv.launch import local, worker
     from dconv.launch.options import parse
+    from dconv.launch.place import place
     from dconv.launch.run_options import add_launch_options, check_launch
 
     args = parse(parser, words)
@@ -39,7 +40,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_launch_options(here)
     others = here.parse_known_args(words)[1]  # the started ranks know the other options only
-    where = worker.place()
+    where = place()
     if (args.nproc > 1 or args.launcher != "local") and where.world > 1:
         raise UsageError(
             "two launchers at once",
@@ -65,7 +66,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         elif args.nproc == 1:
             code = worker.main(args, replace(where, record=record))
         else:
-            code = worker.local(others, args, args.nproc, record)
+            code = local.run(others, args, args.nproc, record)
     finally:
         record.end(code)
     return code

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dconv.launch.process import Stop, leave_code, no_restart, tolerate
 
 if TYPE_CHECKING:
-    from dconv.launch.worker import Place
+    from dconv.launch.place import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerate()
 
     from dconv.errors import UsageError
-    from dconv.launch.worker import place, report
+    from dconv.launch.place import place
+    from dconv.launch.worker import report
 
     words = sys.argv[1:] if argv is None else argv
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
@@ -38,11 +38,14 @@ class Job:
     Attributes:
         words: after ``dconv convert``.
         title: for a person.
+        ranks, launcher: how many it starts, and by whom.
     """
 
     title: str
     words: tuple[str, ...]
     out: Path
+    ranks: int = 1
+    launcher: str = "local"
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
     except UsageError as error:
         error.where = f"{where}: {error.where}" if error.where else where
         raise
-    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, found)), out)
+    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, found)), out, args.nproc, args.launcher)
 
 
 def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list[str]:
@@ -141,6 +144,53 @@ def _spelled(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+class Attempt(Protocol):
+    """A conversion under way."""
+
+    def stop(self) -> None:
+        """Tell it to leave."""
+        ...
+
+    def kill(self) -> None:
+        """End it."""
+        ...
+
+    def ended(self, seconds: float) -> tuple[int, str, str] | None:
+        """Exit code (128 and more is a signal's), standard output and standard error; None if it lasts longer."""
+        ...
+
+
+class Runner(Protocol):
+    """What starts conversions: `Here`, or a cluster."""
+
+    def start(self, job: Job, words: Sequence[str]) -> Attempt:
+        """Start ``python -m dconv`` with ``words``, which do the job."""
+        ...
+
+
+class Here:
+    """Conversions are processes of this machine."""
+
+    def start(self, job: Job, words: Sequence[str]) -> Attempt:  # noqa: ARG002 - where it runs, they share what is there
+        """See `Runner`."""
+        return _Process([sys.executable, "-m", "dconv", *words])
+
+
+class _Process:
+    def __init__(self, words: Sequence[str]) -> None:
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                         stdin=subprocess.DEVNULL, text=True)  # fmt: skip
+        self.stop, self.kill = self._process.terminate, self._process.kill
+
+    def ended(self, seconds: float) -> tuple[int, str, str] | None:
+        try:
+            out, err = self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        code = self._process.returncode
+        return 128 - code if code < 0 else code, out, err
+
+
 class Batch:
     """A run of jobs.
 
@@ -150,12 +200,13 @@ class Batch:
 
     def __init__(
         self, jobs: Sequence[Job], workers: int, retries: int, stop: threading.Event,
-        told: Callable[[Result, Sequence[Result]], None],
+        told: Callable[[Result, Sequence[Result]], None], runner: Runner,
     ) -> None:  # fmt: skip
         self.results = [Result(job) for job in jobs]
         self._workers, self._retries, self._stop, self._told = workers, retries, stop, told
+        self._runner = runner
         self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: set[Attempt] = set()
 
     def run(self) -> int:
         """Do all of them; the exit code: 0, that of the first that failed, or that of a stop."""
@@ -175,8 +226,8 @@ class Batch:
         while not over.wait(0.1):
             if self._stop.is_set():
                 with self._lock:
-                    for process in self._running:
-                        process.terminate()
+                    for attempt in self._running:
+                        attempt.stop()
                 return
 
     def _do(self, number: int) -> None:
@@ -191,38 +242,31 @@ class Batch:
         job = self.results[number].job
         self._set(number, state="running", attempts=self.results[number].attempts + 1)
         began = time.monotonic()
-        words = [sys.executable, "-m", "dconv", "convert", *job.words, "--resume", "--json"]
+        words = ["convert", *job.words, "--resume", "--json"]
         with self._lock:  # between a look at the stop and the list of those who are told of it nothing starts
-            if self._stop.is_set():
-                process = None
-            else:
-                process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                           stdin=subprocess.DEVNULL, text=True)  # fmt: skip
-                self._running.add(process)
-        if process is None:
+            attempt = None if self._stop.is_set() else self._runner.start(job, words)
+            if attempt is not None:
+                self._running.add(attempt)
+        if attempt is None:
             return self._set(number, state="stopped", code=Preempted.exit_code)
-        said, code = self._heard(process), process.returncode
+        code, said = self._heard(attempt)
         with self._lock:
-            self._running.discard(process)
-        code = 128 - code if code < 0 else code
+            self._running.discard(attempt)
         stopped = self._stop.is_set() and code in (Preempted.exit_code, 128 + 15)
         state = "stopped" if stopped else "failed" if code else "done"
         seconds = self.results[number].seconds + time.monotonic() - began
         return self._set(number, state=state, code=code, said=said, seconds=seconds)
 
-    def _heard(self, process: subprocess.Popen[str]) -> Mapping[str, Any]:
-        """What a conversion printed, once it has ended."""
-        while True:
-            try:
-                out, err = process.communicate(timeout=_PATIENCE)
-                break
-            except subprocess.TimeoutExpired:
-                if self._stop.is_set():  # it was told a while ago
-                    process.kill()
+    def _heard(self, attempt: Attempt) -> tuple[int, Mapping[str, Any]]:
+        """The exit code of a conversion, and what it printed, once it has ended."""
+        while (ended := attempt.ended(_PATIENCE)) is None:
+            if self._stop.is_set():  # it was told a while ago
+                attempt.kill()
+        code, out, err = ended
         for line in reversed(out.splitlines()):
             if line.startswith("{"):
-                return json.loads(line)
-        return {"error": (err.strip().splitlines() or [""])[-1][:400]}
+                return code, json.loads(line)
+        return code, {"error": (err.strip().splitlines() or [""])[-1][:400]}
 
     def _set(self, number: int, **changes: Any) -> Result:
         with self._lock:

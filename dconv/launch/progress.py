@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, Protocol, TextIO
 
 from dconv.launch.process import mute
 
+#: Names one more file for a rank's notes: a launcher that asks for it draws them itself.
+NOTES: Final = "DCONV_NOTES"
 #: Seconds between notes and between redraws.
 _TICK: Final = 0.2
 _PLAIN_TICK: Final = 5.0
@@ -43,6 +46,7 @@ class Board:
         self.folder = partial / ".dconv" / "ranks"
         self._since = since
         self._mine = self.folder / f"{rank}.json"
+        self._asked_for = os.environ.get(NOTES)
         self._last = 0.0
 
     def note(self, done: int, total: int) -> None:
@@ -58,6 +62,9 @@ class Board:
             except FileNotFoundError:
                 self.folder.mkdir()
                 self._mine.write_text(text)
+        if self._asked_for:
+            with contextlib.suppress(OSError):
+                Path(self._asked_for).write_text(text)
 
     def read(self) -> dict[int, dict[str, int]]:
         """Every rank's latest note."""
@@ -69,11 +76,27 @@ class Board:
                         notes[int(path.stem)] = json.loads(path.read_text())
         return notes
 
+    def is_in_use(self) -> bool:
+        """Whether ranks may still note something: the folder goes at the commit."""
+        return self.folder.exists()
+
+
+class Notes(Protocol):
+    """What a `Display` draws: a `Board`, or what a launcher has heard from its ranks."""
+
+    def read(self) -> dict[int, dict[str, int]]:
+        """Every rank's latest note."""
+        ...
+
+    def is_in_use(self) -> bool:
+        """Whether ranks may still note something."""
+        ...
+
 
 class Display:
     """Draws one line over all ranks until closed: a live bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, board: Board, total: int, world: int, stream: TextIO | None = None) -> None:
+    def __init__(self, board: Notes, total: int, world: int, stream: TextIO | None = None) -> None:
         self._board = board
         self._total = total
         self._world = world
@@ -98,7 +121,7 @@ class Display:
         if not self._live:
             return
         seen, changed = self._board.read(), time.monotonic()
-        while self._board.folder.exists() and time.monotonic() - changed < _PATIENCE and not stop.wait(_TICK):
+        while self._board.is_in_use() and time.monotonic() - changed < _PATIENCE and not stop.wait(_TICK):
             if (now := self._board.read()) != seen:
                 seen, changed = now, time.monotonic()
 

@@ -52,7 +52,7 @@ def _tell(stop: Stop, torchrun: subprocess.Popen[bytes]) -> None:
 
 
 def _outcome(code: int, left: Sequence[int | None], *, told: bool) -> int:
-    """The conversion's exit code, from torchrun's own and what the ranks left; see `worker.local`, which ends alike."""
+    """The conversion's exit code, from torchrun's own and what the ranks left, as of local ranks."""
     if code == 0:
         return 0
     failed = [one for one in left if one]

@@ -9,20 +9,17 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
-from dconv.launch.meeting import Machines, machines
 from dconv.launch.options import target, to_request
+from dconv.launch.place import Place
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
-from dconv.launch.progress import Board, Display, peak_memory
+from dconv.launch.progress import NOTES, Board, Display, peak_memory
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
@@ -30,7 +27,7 @@ from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import partial_folder, read_receipt
 
 if TYPE_CHECKING:
-    from subprocess import Popen
+    pass
 
 
 #: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
@@ -38,71 +35,6 @@ _GRACE: Final = 10.0
 #: Seconds that a rank with nothing to report waits before it ends: its end makes a launcher stop the one that reports,
 #: which may hardly have started.
 _POLITE: Final = 5.0
-#: Seconds that a rank of ours has to leave once another one has failed; launchers wait as long.
-_PATIENCE: Final = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process stands in a run.
-
-    Attributes:
-        local: its number among the ranks of this machine.
-        launched: when the ranks were started (seconds since the epoch); inf where it is alone.
-        record: what is kept of the run.
-        machines: that the ranks are on.
-        again: the launcher starts them once more, since some were lost.
-    """
-
-    rank: int
-    world: int
-    local: int
-    launched: float
-    record: Record = field(default_factory=Record)
-    machines: Machines = Machines(0, 1, "", speaks=True)
-    again: bool = False
-
-
-def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place, from torchrun's variables, else SLURM's, else alone.
-
-    Only ``srun`` sets SLURM_STEP_NUM_TASKS. A batch script has SLURM_PROCID 0 and SLURM_NTASKS, too, but is one
-    process: taken for rank 0 of many it would do a part and call it a success.
-
-    Raises:
-        UsageError: variables that are no rank of a world.
-    """
-    for rank, world, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ):
-        if rank in environment and world in environment:
-            values = [environment[rank], environment[world], environment.get(local, environment[rank])]
-            if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-                raise UsageError(
-                    "the launcher's variables name no rank of a world",
-                    where=f"{rank}, {world}, {local} of the environment",
-                    expected=f"numbers, {rank} below {world}",
-                    found=", ".join(values),
-                )
-            found = [int(value) for value in values]
-            # The parent of a lone rank may be a shell of hours ago: what it made since is not of this run.
-            launched = _parent_started() if found[1] > 1 else math.inf
-            here = machines(environment, found[1], found[2])
-            again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            return Place(found[0], found[1], found[2], launched, machines=here, again=again)
-    return Place(0, 1, 0, math.inf)
-
-
-def _parent_started() -> float:
-    """When the launcher of this machine's ranks started, in seconds since the epoch (inf where it cannot be told)."""
-    try:
-        stat = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
-        ticks = int(stat[19]) / os.sysconf("SC_CLK_TCK")
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - uptime + ticks
-    except (OSError, ValueError, IndexError):
-        return math.inf
 
 
 def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, request: Request | None = None) -> int:
@@ -131,11 +63,7 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
     grace = _GRACE if where.local == 0 and where.world > 1 else 0.0
     try:
         with stop.planning(grace, last_words):
-            job = prepare(request or to_request(args))
-            if args.verify == "logits":
-                from dconv import logits
-
-                logits.require(job)
+            job = planned(args, request)
     except Stopped:
         last_words()
         return Preempted.exit_code
@@ -164,6 +92,20 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
         return error.exit_code
     except (OSError, MemoryError) as fault:
         return failed(fault, args, where)
+
+
+def planned(args: argparse.Namespace, request: Request | None = None) -> Job:
+    """Plan what was asked for, with what ``--verify`` needs: reads headers only, writes nothing.
+
+    Raises:
+        DconvError: see `dconv.pipeline.prepare`.
+    """
+    job = prepare(request or to_request(args))
+    if args.verify == "logits":
+        from dconv import logits
+
+        logits.require(job)
+    return job
 
 
 def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, where: Place) -> int:
@@ -225,7 +167,7 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
     )
     with contextlib.ExitStack() as stack:
         shown = None
-        if where.rank == 0 and not args.quiet and not args.json:
+        if where.rank == 0 and not args.quiet and not args.json and NOTES not in os.environ:
             shown = stack.enter_context(Display(board, job.plan.bytes_written, where.world))
         outcome = run(job, settings)
         if shown is not None and not outcome.complete:
@@ -344,65 +286,3 @@ def report(error: DconvError, as_json: bool, where: Place | None = None) -> None
         return
     prefix = f"[rank {where.rank}] " if where is not None and where.world > 1 else ""
     say(f"{prefix}{error}", sys.stderr)
-
-
-def local(argv: Sequence[str], args: argparse.Namespace, count: int, record: Record) -> int:
-    """Run ``count`` ranks on this machine: this process is rank 0, the others are children with the same options."""
-    import subprocess
-
-    launched = time.time()
-    stop = Stop()  # before there are children, that a signal to this process must not leave behind
-    code = 1
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where calibrating ranks meet
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dconv.launch", *argv],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(1, count)
-    ]
-    threading.Thread(target=_tell, args=(stop, children), daemon=True).start()
-    try:
-        code = main(args, Place(0, count, 0, launched, record), stop)
-    finally:
-        codes = [_finish(child, stop=bool(code)) for child in children]
-    lost = [rank for rank, c in enumerate(codes, 1) if c > 128]
-    if code == 0 and lost and args.verify == "none" and not args.quiet and not stop.is_set():
-        say(f"rank {', '.join(map(str, lost))} was killed; the others have done its part", sys.stderr)
-    if code == 0 and args.verify == "none":
-        codes = [c for c in codes if c <= 128]  # what the lost were at is done: this rank ends at a whole output only
-    failed = [c for c in (code, *codes) if c]
-    preempted = Preempted.exit_code
-    return next((c for c in failed if c != preempted), failed[0] if failed else 0)
-
-
-def _tell(stop: Stop, children: Sequence[Popen[bytes]]) -> None:
-    """Pass a signal on, as launchers do: ranks that work together leave together."""
-    stop.wait()
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def _finish(child: Popen[bytes], *, stop: bool) -> int:
-    import subprocess
-
-    if stop and child.poll() is None:
-        child.terminate()
-    try:
-        code = child.wait(_PATIENCE if stop else None)
-    except subprocess.TimeoutExpired:  # it waits for a rank that is not there; what it has finished is kept
-        child.kill()
-        return Preempted.exit_code if child.wait() else 0
-    if stop and code == -signal.SIGTERM:  # it had not begun to listen
-        return Preempted.exit_code
-    return code if code >= 0 else 128 - code

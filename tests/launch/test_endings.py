@@ -14,8 +14,8 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.launch import worker
 from dconv.launch.__main__ import main
+from dconv.launch.place import place
 from dconv.launch.process import Stop
-from dconv.launch.worker import place
 from tests.models import config_of, write_random
 from tests.processes import call, ended, one_rank, start
 

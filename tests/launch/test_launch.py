@@ -13,7 +13,7 @@ import pytest
 from dconv.arch.registry import by_name
 from dconv.errors import UsageError
 from dconv.launch.__main__ import main
-from dconv.launch.worker import place
+from dconv.launch.place import place
 from dconv.pipeline import Request, prepare, run
 from dconv.sharding.coords import Parallel
 from dconv.sharding.rank import Settings
