@@ -55,7 +55,7 @@ def _run(rank: int, world: int, init: str, layout: tuple[int, int], checks: list
 
 @pytest.mark.parametrize(
     "layout",
-    [(1, 1), (2, 2), pytest.param((4, 1), marks=pytest.mark.long)],
+    [(2, 2), *(pytest.param(layout, marks=pytest.mark.long) for layout in ((1, 1), (4, 1)))],
     ids=lambda layout: "tp{}pp{}".format(*layout),
 )
 def test_megatron_core_computes_what_transformers_does(

@@ -36,7 +36,7 @@ def again(source: Path, out: Path, **options: object) -> Runs:
         ({"opset": 23}, 1e-6),
         ({"shard_size": 300_000}, 0.0),
         ({"dtype": "f16"}, 2e-2),
-        ({"quant": "int8"}, 0.2),
+        pytest.param({"quant": "int8"}, 0.2, marks=pytest.mark.long),
     ],
     ids=str,
 )

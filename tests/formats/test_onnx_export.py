@@ -144,6 +144,7 @@ def test_any_world_writes_the_same_bytes(world: int, tmp_path: Path) -> None:
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.long  # `test_graphs` and `test_matrix` have other processes trace
 def test_another_process_plans_the_same(tmp_path: Path) -> None:
     one = models.made("llama")
     words = [sys.executable, "-m", "dconv", "plan", str(one.source), "onnx", "--dtype", "f32", "--json"]

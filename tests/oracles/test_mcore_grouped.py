@@ -72,9 +72,9 @@ def build_grouped(module: str) -> Any:
         return megatron.build_gpt(MOE)
 
 
-#: Each layout with one of the modules, with --long both.
+#: Each layout of two ranks with one of the modules, with --long all with both.
 CASES = [
-    pytest.param(name, module, marks=[pytest.mark.long] if (i + j) % 2 else [])
+    pytest.param(name, module, marks=[pytest.mark.long] if (i + j) % 2 or "etp" in name else [])
     for i, name in enumerate(LAYOUTS)
     for j, module in enumerate(MODULES)
 ]

@@ -96,7 +96,9 @@ def digests(folder: Path) -> tuple[object, ...]:
     return receipt["tensors"], receipt["frames"], receipt["closing"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in ("dense", "cut experts"))) for name in MODELS]
+)
 def test_the_bytes_are_those_of_saving_and_converting(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
