@@ -18,6 +18,8 @@ NOTES: Final = "DCONV_NOTES"
 #: Seconds between notes and between redraws.
 _TICK: Final = 0.2
 _PLAIN_TICK: Final = 5.0
+#: Ranks with which redraws are as frequent as that; with more they are rarer.
+_RANKS: Final = 64
 #: Seconds without news after which a rank is not waited for: it may have died.
 _PATIENCE: Final = 10.0
 
@@ -102,6 +104,8 @@ class Display:
         self._world = world
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
+        # Every redraw reads a file of each rank.
+        self._tick = (_TICK if self._live else _PLAIN_TICK) * max(1.0, world / _RANKS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dconv-progress", daemon=True)
         self._began = time.monotonic()
@@ -126,7 +130,7 @@ class Display:
                 seen, changed = now, time.monotonic()
 
     def _run(self) -> None:
-        while not self._stop.wait(_TICK if self._live else _PLAIN_TICK):
+        while not self._stop.wait(self._tick):
             notes = self._board.read()
             line = self.line(sum(note["done"] for note in notes.values()), time.monotonic() - self._began)
             self._draw(f"\r\x1b[K{line}" if self._live else line + "\n")

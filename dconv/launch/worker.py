@@ -139,11 +139,6 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
     board = Board(partial_folder(job.request.output, job.plan), where.rank, since - 0.1)
     notes: dict[int, dict[str, int]] = {}
 
-    def progress(done: int, total: int) -> None:
-        board.note(done, total)
-        if done == total:  # not after each task that is done for another rank: all ranks' notes are many files
-            notes.update(board.read())
-
     def told_of(line: str) -> None:
         if not args.quiet:
             say(f"[rank {where.rank}] {line}" if where.world > 1 else line, sys.stderr)
@@ -157,7 +152,8 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         resume=args.resume,
         launched=where.launched,
         again=where.again,
-        progress=progress,
+        progress=board.note,
+        committing=lambda: notes.update(board.read()),  # they go at the commit, and to all other ranks they are nothing
         stop=stop,
         algorithm=args.digest,
         steal=where.world > 1 and told,  # after a step the rank that ends it goes on alone, and moves what is there

@@ -123,8 +123,9 @@ def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
     fresh = not partial.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(partial.parent)
-        sync_folder(partial)
+        if fresh:  # whoever made it has flushed it: ranks come here one after the other
+            sync_folder(partial.parent)
+            sync_folder(partial)
         return Outputs(partial, plan), Journal(folder)
     except OSError as fault:
         if fresh:
@@ -161,6 +162,7 @@ def commit(run: Rank) -> bool:
             check_output(run.plan, run.out, overwrite=run.settings.overwrite, resume=False, launched=math.inf)
             if fault := _source_fault(run.plan):
                 raise fault
+            run.settings.committing()
             done = {task: line.digest for task, line in noted.items()}
             conclude(run.plan, run.out, run.partial, done, run.settings)
         except OSError as fault:

@@ -50,6 +50,7 @@ class Settings:
         meet: called once the partial folder is open, with its folder of working state; to make sure that all ranks
             work in the same one. What it raises ends the run.
         told: called with lines for a person, of what went wrong and was made good.
+        committing: called by the rank that commits, just before.
         stage_dir: on a disk of this machine, for copies of what is read (`dconv.sharding.staging`).
     """
 
@@ -69,6 +70,7 @@ class Settings:
     steal: bool = False
     meet: Callable[[Path], None] | None = None
     told: Callable[[str], None] = lambda _: None
+    committing: Callable[[], None] = lambda: None
     stage_dir: Path | None = None
 
 
