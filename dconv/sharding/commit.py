@@ -152,7 +152,7 @@ def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], sett
 def commit(run: Rank) -> bool:
     """Commit if every task is journaled. True when this call did it."""
     # Ranks that help each other all come here at one time: whoever has the lock looks at the journals, the others wait.
-    if not run.settings.steal and run.all_noted() is None:
+    if not (run.is_ours() if run.settings.steal else run.all_noted() is not None):
         return False  # another rank is still at work, or committed already
     with _locked(run.partial):
         if not run.is_ours() or (noted := run.all_noted()) is None:

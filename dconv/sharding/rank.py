@@ -199,8 +199,10 @@ class Rank:
             if waiting.is_set():
                 raise self._preempted()
             if tasks:
+                stealing.begin()
                 self.journal.claim(tasks)
                 self._do(tasks)
+                stealing.end()
             else:
                 waiting.wait(stealing.wait())
 

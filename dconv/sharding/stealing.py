@@ -61,11 +61,10 @@ class Stealing:
         self, plan: Plan, state: Path, name: str, since: float, rank: int, world: int, tuner: Tuner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._name = name
         self._plan, self._rank, self._world, self._tuner, self._clock = plan, rank, world, tuner, clock
         self._mark = state / _MARK
         self._journals = Follower(state / "journal", name, since)
-        self._ends = Ends(state, world, since)
+        self._ends = Ends(state, name, rank, world, since)
         self._began = clock()
         self._arrived = 0.0  # when this rank had done its share
         self._due = 0.0  # the next look at the journals
@@ -94,7 +93,15 @@ class Stealing:
         """This rank has done its share."""
         self._arrived = self._clock()
         self._due = self._arrived + min(_PATIENCE, _GRACE * (self._arrived - self._began))
-        self._ends.mark(self._rank, self._name)
+        self._ends.mark()
+
+    def begin(self) -> None:
+        """This rank begins with tasks of others."""
+        self._ends.unmark()
+
+    def end(self) -> None:
+        """And is done with them."""
+        self._ends.mark()
 
     def doubt(self) -> None:
         """All ranks said that they were done, and something is not: believe the journals alone."""
@@ -106,7 +113,7 @@ class Stealing:
         if missing is None or not (missing or self._doubted):
             return None
         now = self._clock()
-        if not self._doubted and (now < self._due or not self._helps(missing, now)):
+        if now < self._due or not (self._doubted or self._helps(missing, now)):
             return []
         self._look()
         if self._journals.gone:

@@ -85,7 +85,13 @@ def test_torch_dist_loads_in_another_layout(sources: Sources, tmp_path: Path) ->
         assert close(ours, sources[name][1])
 
 
-@pytest.mark.parametrize("turn", range(3), ids=[_name(LAYOUTS[at]) for at in (0, 3, 4)])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        pytest.param(turn, id=_name(LAYOUTS[at]), marks=[pytest.mark.long] * (at == 0))
+        for turn, at in enumerate((0, 3, 4))
+    ],
+)
 def test_checkpoints_that_megatron_core_wrote_convert(
     turn: int, sources: Sources, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_lost_node(ray_cluster: RayCluster, four: list[str], expected: dict[st
     check(tmp_path, expected)
 
 
+@pytest.mark.long  # the driver's part; ranks that are told to leave are everyone's test
 def test_told_to_stop_it_stops_all_ranks_and_goes_on_later(
     ray_cluster: RayCluster, four: list[str], expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_gptq_on_two_ranks(ray_cluster: RayCluster, tmp_path: Path, lose: bool) 
     assert weights[0] == weights[1]
 
 
+@pytest.mark.long  # a batch of local conversions stands for it
 def test_a_batch(ray_cluster: RayCluster, model: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """Each on a node that has room for its ranks; one that fails is the batch's code; again, what is done is found."""
     (tmp_path / "jobs.yaml").write_text(

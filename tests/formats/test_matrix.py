@@ -94,7 +94,10 @@ def cells() -> list[Any]:
         for format, numbers in row.items():
             slow = numbers == "calibrated" and name not in CALIBRATED
             slow |= format in GRAPHS and numbers != "refused" and name not in ("huggingface", *GRAPHS)
-            slow |= (name, format) == ("huggingface", "onnx")  # what all of `test_onnx_export` does
+            slow |= (name, format) in (
+                ("huggingface", "onnx"),
+                ("onnx", "neuron"),
+            )  # what all of `test_onnx_export` does
             found.append(pytest.param(name, format, marks=[pytest.mark.long] * slow, id=f"{name}-{format}"))
     return found
 

@@ -33,7 +33,7 @@ def again(source: Path, out: Path, **options: object) -> Runs:
     ("options", "bound"),
     [
         ({}, 0.0),
-        ({"opset": 23}, 1e-6),
+        pytest.param({"opset": 23}, 1e-6, marks=pytest.mark.long),
         ({"shard_size": 300_000}, 0.0),
         ({"dtype": "f16"}, 2e-2),
         pytest.param({"quant": "int8"}, 0.2, marks=pytest.mark.long),

@@ -17,7 +17,7 @@ from dconv.codec import nbits
 from tests.formats import onnx_models as models
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
 def test_codes_are_those_of_onnxruntimes_quantiser(bits: int) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 

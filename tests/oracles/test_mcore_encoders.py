@@ -69,6 +69,7 @@ def everywhere(rank: int, world: int, init_method: str, root: str) -> dict[str, 
     return found
 
 
+@pytest.mark.long  # `test_bert`, `test_t5` and `test_mcore_classic` have one layout each
 def test_encoders_are_the_same_model_in_every_layout_and_container(tmp_path: Path) -> None:
     results = megatron.spawn(everywhere, 4, str(tmp_path), timeout=300)
     for name in ("bert", "t5"):
