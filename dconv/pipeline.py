@@ -338,11 +338,13 @@ def check_space(plan: Plan, out: Path) -> None:
     size, allocated = sum(s.size for s in stamps), sum(min(s.allocated, s.size) for s in stamps)
     share = allocated / size if size else 1.0
     needed = math.ceil(plan.bytes_written * min(1.0, share))
-    have = 0
-    with contextlib.suppress(FileNotFoundError):  # another rank may commit meanwhile
-        have = sum(path.stat().st_blocks * 512 for path in partial_folder(out, plan).rglob("*"))
     room = os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
+    if needed <= free:
+        return
+    have = 0  # of an earlier run; looked at last, since every rank would look at every file
+    with contextlib.suppress(FileNotFoundError):  # another rank may commit meanwhile
+        have = sum(path.stat().st_blocks * 512 for path in partial_folder(out, plan).rglob("*"))
     if needed - have > free:
         raise StorageFault(
             "not enough room for the output, nothing was written",

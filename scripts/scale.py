@@ -104,10 +104,10 @@ def plans_table(found: Mapping[str, Any], _: Assumed) -> Table:
 
 
 def counts_table(found: Mapping[str, Any], _: Assumed) -> Table:
-    names = ("source", "journal", "progress", "output, lock")
+    names = ("source", "journal", "progress", "ends", "output, lock")
     rows = []
     for run in found["metadata"]:
-        seen, looks = counted(run["counts"])
+        seen, looks = counted(run["counts"], run["ranks"])
         said = operations(run["ranks"], run["source_files"], run["target_files"], run["share"], looks)
         cells = [f"{count(seen[name])} / {count(said[name])}" for name in names]
         most = syncs(run["ranks"], run["tasks"])
@@ -218,7 +218,7 @@ def metadata_table(found: Mapping[str, Any], given: Assumed) -> Table:
     return [
         *table(head, rows),
         "",
-        *table(("ranks", "a second while all work", "of what servers do", "while all but a few wait", "of it"), rates),
+        *table(("ranks", "a second while all work", "of what servers do", "while all wait for one", "of it"), rates),
     ]
 
 

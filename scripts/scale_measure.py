@@ -123,7 +123,8 @@ if os.environ.get("COUNT_INTO"):
         if isinstance(path, int):
             return "an open file"
         path = os.fsdecode(path)
-        marks = (("/journal", "journal"), ("/ranks", "progress"), ("/stealing", "stealing"), ("/source", "source"))
+        marks = (("/journal", "journal"), ("/ranks", "progress"), ("/stealing", "stealing"), ("/source", "source"),
+                 ("/ends", "ends"))
         if not path.startswith(under):
             return ""
         return next((name for mark, name in marks if mark in path), "output")
@@ -253,7 +254,7 @@ def metadata(work: Path) -> list[dict[str, Any]]:
                 into.mkdir()
                 _python(
                     "-m", "dconv", "convert", str(source), "megatron", "--tp", "2", "--pp", "2", "-o", str(out),
-                    "--nproc", str(ranks), "--quiet",
+                    "--nproc", str(ranks), "--threads", "1", "--quiet",
                     COUNT_INTO=str(into), COUNT_UNDER=str(source.parent), COUNT_ALL=str(ranks),
                     PYTHONPATH=f"{folder / 'hook'}:{ROOT}",
                 )  # fmt: skip

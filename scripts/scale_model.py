@@ -16,6 +16,10 @@ MOVES: Final = "relayout (moves)"
 NOTES: Final = 5
 #: Looks in a second, at most, at whether other ranks take tasks (`dconv.sharding.stealing`).
 LOOKS: Final = 2
+#: Ranks that look at all journals for each that is not done, and seconds that a rank adds to the time between two looks
+#: (`_HELPERS`, `_EACH` there).
+HELPERS: Final = 8
+EACH: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,19 @@ class Seen:
     """How often all ranks together did what depends on who meets whom.
 
     Attributes:
-        looks: at the journals of all ranks.
-        reads: of the notes of all ranks.
-        notes: of progress, written.
+        looks: at the journals of all ranks, one before the commit; what else ranks list them for opens none.
+        notes: of progress, written, and read before the commit.
+        listings: of the ranks that are done.
     """
 
     looks: int
-    reads: int
     notes: int
+    listings: int
 
 
 def expected(ranks: int) -> Seen:
-    """Of a run whose ranks end together: 4.5 looks a rank were counted. Notes depend on time, see `running`."""
-    return Seen(5 * ranks, 2 * ranks, 2 * ranks)
+    """Of a run whose ranks end together. How often they note and list depends on time, see `running` and `waiting`."""
+    return Seen(1 + min(HELPERS, ranks), 3 * ranks, 3 * ranks)
 
 
 def operations(ranks: int, sources: int, targets: int, share: Mapping[str, int], seen: Seen) -> dict[str, int]:
@@ -105,34 +109,35 @@ def operations(ranks: int, sources: int, targets: int, share: Mapping[str, int],
     opened, made = share["sources_opened"], share["outputs_opened"]
     return {
         "source": ranks * (7 * sources + 57) + sources + opened,  # each rank plans; the one that commits looks again
-        "journal": seen.looks * (ranks + 1) + ranks**2 + 4 * ranks + 8,
-        "progress": 3 * seen.notes + seen.reads * (2 * ranks + 1) + 3 * ranks + 6,
+        "journal": seen.looks * (ranks + 1) + 6 * ranks + 14,
+        "progress": seen.notes + 3 * ranks + 8,
+        "ends": seen.listings + 5 * ranks + 10,
         "output, lock": 34 * ranks + seen.looks * ranks + 2 * made + targets + 68,
     }
 
 
-def counted(counts: Mapping[str, int]) -> tuple[dict[str, int], Seen]:
+def counted(counts: Mapping[str, int], ranks: int) -> tuple[dict[str, int], Seen]:
     """What was counted, by the same names, with fsyncs and what `running` is about apart."""
-    found = {"source": 0, "journal": 0, "progress": 0, "output, lock": 0, "fsync": 0, "stealing": 0}
+    found = {"source": 0, "journal": 0, "progress": 0, "ends": 0, "output, lock": 0, "fsync": 0, "stealing": 0}
     for words, count in counts.items():
         name, _, about = words.partition(" ")
         if name == "fsync":
             found["fsync"] += count
         else:
             found[about if about in found else "output, lock"] += count
-    seen = Seen(counts["listdir journal"], counts["listdir progress"], counts["mkdir progress"])
-    return found, seen
+    return found, Seen(counts["listdir journal"] - ranks, counts["open progress"], counts.get("listdir ends", 0))
 
 
 def running(ranks: int) -> float:
-    """Operations a second while all work: notes of progress (mkdir, stat, open), and whether anyone takes tasks."""
-    return ranks * (3 * NOTES + LOOKS)
+    """Operations a second while all work: notes of progress, and whether anyone takes tasks."""
+    return ranks * (NOTES + LOOKS)
 
 
 def waiting(ranks: int, assumed: Assumed) -> float:
-    """Operations a second while all but a few ranks wait for these: a look may cost a rank a tenth of its time."""
+    """Operations a second while all wait for one rank: each lists who is done, and few look at all journals."""
     look = 2 * ranks * assumed.latency
-    return ranks * 2 * ranks / (max(1 / LOOKS, 10 * look) + look)
+    helping = min(HELPERS, ranks) * 2 * ranks / (max(1 / LOOKS, EACH * ranks, 10 * look) + look)
+    return ranks / max(1 / LOOKS, EACH * ranks / 4) + helping
 
 
 def syncs(ranks: int, tasks: int) -> int:
@@ -158,9 +163,11 @@ def phases(plan: Mapping[str, Any], nodes: int, per_node: int, work: Work, assum
         "start": assumed.start,
         "planning": plan["seconds"],
         "source's metadata": max((7 * sources + 57) * assumed.latency, asked["source"] / assumed.metadata),
-        "opening": ranks * (2 * assumed.sync + 12 * assumed.latency),  # one rank after another, under a lock
+        "opening": 2 * assumed.sync + ranks * 12 * assumed.latency,  # one rank after another, under a lock
         slowest: moved[slowest],
-        "journals": max(10 * ranks * assumed.latency, (asked["journal"] + asked["progress"]) / assumed.metadata),
+        "journals": max(
+            4 * ranks * assumed.latency, (asked["journal"] + asked["progress"] + asked["ends"]) / assumed.metadata
+        ),  # by the rank that commits, whose looks nobody shares
         "commit": (4 * ranks + sources + 60) * assumed.latency + 12 * assumed.sync,
     }
 

@@ -39,7 +39,7 @@ def test_a_page_without_a_table_is_refused() -> None:
 def agrees(run: dict) -> bool:
     """Whether counted operations are within the formula's bound, and not so far below it that it says nothing."""
     model = script("scale_model")
-    seen, looks = model.counted(run["counts"])
+    seen, looks = model.counted(run["counts"], run["ranks"])
     said = model.operations(run["ranks"], run["source_files"], run["target_files"], run["share"], looks)
     close = all(seen[name] <= 1.05 * said[name] + 5 and said[name] <= 2 * seen[name] + 25 for name in said)
     return close and seen["fsync"] <= model.syncs(run["ranks"], run["tasks"])
