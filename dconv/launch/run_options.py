@@ -59,9 +59,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nodes", type=positive, metavar="N", help="nodes of the job (1)")
     group.add_argument("--partition", metavar="NAME", help="where it runs (the cluster's default)")
     group.add_argument("--account", metavar="NAME", help="who pays")
-    group.add_argument(
-        "--time", metavar="TIME", help="its limit, as sbatch spells it: 30, 4:00:00, 1-12 (the cluster's)"
-    )
+    group.add_argument("--time", metavar="TIME", help="its limit, as sbatch has it: 30, 4:00:00, 1-12 (the cluster's)")
     group.add_argument("--sbatch", action="append", default=[], metavar="ARGUMENT",
                        help="another argument of sbatch, such as --sbatch=--gres=gpu:8")  # fmt: skip
     group.add_argument("--wait", action="store_true", help="stay until the job has ended, and show its progress")
