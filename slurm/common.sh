@@ -54,8 +54,8 @@ run_ranks() { # run_ranks MODEL FORMAT [-o OUT] [options]
     python=$(dirname -- "$TORCHRUN")/python
     [[ -x $python ]] || python=python3
     [[ ${HEAD_ADDR:-} ]] || read -r HEAD_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || HEAD_ADDR=$HOSTNAME
-    # Below the ports that systems give away by themselves (32768 and up).
-    export HEAD_ADDR RDZV_PORT="${RDZV_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
+    # Below the ports that systems give away by themselves (32768 and up), and above those of Ray (10001 to 19999).
+    export HEAD_ADDR RDZV_PORT="${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 9000))}"
     local state=${DCONV_STATE:-$PWD}/.dconv-job-$SLURM_JOB_ID
     export DCONV_EXIT_CODES=$state/codes
     rm -rf -- "$DCONV_EXIT_CODES"
