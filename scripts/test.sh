@@ -17,7 +17,7 @@ try() { # run; a failure is kept for the end, so that one run tells everything
 try ruff check .
 try ruff format --check .
 try pyright
-try pytest -n auto --maxprocesses 8 --dist loadgroup --durations 60 --durations-min 4 "$@"
+try pytest -n auto --maxprocesses 8 --durations 60 --durations-min 4 "$@"
 
 if ((${#failed[@]})); then
     printf 'test.sh: failed: %s\n' "${failed[@]}" >&2

@@ -32,6 +32,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={ports[0]}
+FirstJobId={first}
 SlurmdPort={ports[1]}
 AuthType=auth/munge
 AuthInfo=socket={top}/run/munge.sock,cred_expire=6
@@ -164,7 +165,9 @@ def _start(cluster: Slurm) -> None:
     key = top / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    (top / "slurm.conf").write_text(CONFIG.format(top=top, host=socket.gethostname(), ports=_free_ports(4)))
+    # Ranks meet at a port by their job's number, and another cluster of these tests may be up on this machine.
+    given = {"top": top, "host": socket.gethostname(), "ports": _free_ports(4), "first": os.getpid() * 64 % 9000 + 1}
+    (top / "slurm.conf").write_text(CONFIG.format(**given))
     for command in (
         ["munged", f"--key-file={key}", f"--socket={top}/run/munge.sock", f"--pid-file={top}/run/munged.pid",
          f"--log-file={top}/log/munged.log", f"--seed-file={top}/munge/seed"],

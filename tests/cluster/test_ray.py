@@ -20,8 +20,6 @@ from tests.cluster.ray_cluster import LOOPBACK, RayCluster, is_alive, until
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import call, ended
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,14 +23,10 @@ from tests.processes import call
 WORLDS = (1, 2, 3, 4, 8)
 #: Run by default.
 SAMPLE = {("local", 3, False), ("torchrun", 3, True), ("ray", 3, True), ("slurm", 4, True)}
-#: Tests of one launcher share its cluster.
 CASES = [
     pytest.param(
         launcher, world, resumed,
-        marks=[
-            *[pytest.mark.xdist_group(launcher)] * (launcher in ("ray", "slurm")),
-            *[pytest.mark.long] * ((launcher, world, resumed) not in SAMPLE),
-        ],
+        marks=[pytest.mark.long] * ((launcher, world, resumed) not in SAMPLE),
         id=f"{launcher}-{world}{'-resumed' * resumed}",
     )
     for launcher in ("local", "torchrun", "ray", "slurm")

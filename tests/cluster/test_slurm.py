@@ -17,8 +17,6 @@ from tests.cluster.slurm import Slurm
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import ROOT, call
 
-pytestmark = pytest.mark.xdist_group("slurm")  # one cluster for all
-
 OPTIONS = ["--tp", 2, "--megatron-format", "legacy"]
 TWO_NODES = ("--nodes=2", "--cpus-per-task=1")
 PREEMPTED = 75
