@@ -63,10 +63,7 @@ def seconds(text: str | float) -> float:
     Raises:
         argparse.ArgumentTypeError: it is no such thing.
     """
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
+    found = _float(text)
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no number of seconds")
     return found
@@ -124,13 +121,17 @@ def number(text: str | float) -> float:
     Raises:
         argparse.ArgumentTypeError: it is no such thing.
     """
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
+    found = _float(text)
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{str(text)[:80]!r} is no number of 0 or more")
     return found
+
+
+def _float(text: str | float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def threads(text: str | int) -> int:

@@ -33,10 +33,11 @@ _LOOK: Final = 0.5
 #: Part of the time that it has worked for which a rank that is done waits for the others, before it looks at what they
 #: are at; they were given as much.
 _GRACE: Final = 0.1
-#: Ranks that help, for each that is not done; and what each rank of a run adds to the seconds between two looks.
+#: Ranks that help, for each that is not done.
 _HELPERS: Final = 8
 #: Times its patience after which a rank helps that was not to.
 _LONG: Final = 12
+#: Seconds that each rank of a run adds to the time between two looks.
 _EACH: Final = 0.02
 #: The first wait for others that are about to end; twice as long each time.
 QUICK: Final = 0.02

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dconv.arch.registry import by_name
-from dconv.pipeline import Request, prepare, run
+from dconv.pipeline import prepare, run
 from dconv.sharding.commit import Settings
-from dconv.sharding.coords import Parallel
 from tests.cluster.slurm import Slurm
-from tests.models import config_of, tree_digest, write_random
+from tests.launched import OPTIONS, by_one_rank, small_llama
+from tests.models import tree_digest
 from tests.processes import ROOT, call
 
-OPTIONS = ["--tp", 2, "--megatron-format", "legacy"]
 TWO_NODES = ("--nodes=2", "--cpus-per-task=1")
 PREEMPTED = 75
 
@@ -43,18 +41,13 @@ if "HOLD" in os.environ and "RANK" in os.environ:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = by_name("llama")
-    config = config_of(family, hidden_size=64, intermediate_size=192, vocab_size=301, head_dim=16)
-    return write_random(tmp_path_factory.mktemp("source") / "model", family, config, shard_size=200_000)
+    return small_llama(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, str]:
     """What one rank makes of `model` with `OPTIONS`."""
-    out = model.parent / "expected"
-    parallel = Parallel(tp=2, etp=2)
-    run(prepare(Request(model, "megatron", out, parallel=parallel, megatron_format="legacy")), Settings())
-    return tree_digest(out)
+    return by_one_rank(model)
 
 
 def litter(folder: Path) -> set[str]:

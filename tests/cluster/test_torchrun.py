@@ -13,35 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from dconv.arch.registry import by_name
 from dconv.errors import ToolMissing
 from dconv.launch import torchrun
 from dconv.launch.__main__ import main
 from dconv.launch.process import EXIT_CODES, left_codes
-from dconv.pipeline import Request, prepare, run
-from dconv.sharding.commit import Settings
-from dconv.sharding.coords import Parallel
+from tests import launched
 from tests.cluster.held import Gate, journals, until
-from tests.models import config_of, tree_digest, write_random
+from tests.launched import by_one_rank, small_llama
+from tests.models import tree_digest
 from tests.processes import ROOT, call, ended, start
 
-OPTIONS = ["--tp", "2", "--megatron-format", "legacy", "--max-memory", "1MiB", "--quiet"]
+OPTIONS = [*launched.OPTIONS, "--max-memory", "1MiB", "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = by_name("llama")
-    config = config_of(family, hidden_size=64, intermediate_size=192, vocab_size=301, num_hidden_layers=4, head_dim=16)
-    return write_random(tmp_path_factory.mktemp("source") / "model", family, config, shard_size=200_000)
+    return small_llama(tmp_path_factory.mktemp("source"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, str]:
     """What one rank makes of `model` with `OPTIONS`."""
-    out = model.parent / "expected"
-    parallel = Parallel(tp=2, etp=2)
-    run(prepare(Request(model, "megatron", out, parallel=parallel, megatron_format="legacy")), Settings())
-    return tree_digest(out)
+    return by_one_rank(model)
 
 
 def by_torchrun(ranks: int, *words: object) -> list[str]:

@@ -14,9 +14,7 @@ from dconv.arch.registry import by_name
 from dconv.errors import UsageError
 from dconv.launch.__main__ import main
 from dconv.launch.place import place
-from dconv.pipeline import Request, prepare, run
-from dconv.sharding.coords import Parallel
-from dconv.sharding.rank import Settings
+from tests.launched import OPTIONS, by_one_rank, small_llama
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import call, ended, local, one_rank, start
 
@@ -25,21 +23,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = by_name("llama")
-    config = config_of(family, hidden_size=64, intermediate_size=192, vocab_size=301, head_dim=16)
-    return write_random(tmp_path_factory.mktemp("source") / "model", family, config, shard_size=200_000)
+    return small_llama(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, str]:
     """What one rank makes of `model` with `OPTIONS`."""
-    out = model.parent / "expected"
-    parallel = Parallel(tp=2, etp=2)
-    run(prepare(Request(model, "megatron", out, parallel=parallel, megatron_format="legacy")), Settings())
-    return tree_digest(out)
-
-
-OPTIONS = ["--tp", "2", "--megatron-format", "legacy"]
+    return by_one_rank(model)
 
 
 # ------------------------------------------------------------------------------------------------------- torchrun
