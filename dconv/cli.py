@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv import __version__
-from dconv.errors import DconvError, StorageFault, ToolMissing
+from dconv.errors import DconvError, StorageFault, ToolMissing, storage_fault
 from dconv.launch.process import say, tolerate
 
 _EXITS: Final = """exit codes:
@@ -414,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DconvError as error:
         return _told(error, words)
     except OSError as fault:
-        return _told(StorageFault(f"the file system failed: {fault}"), words)
+        return _told(storage_fault(fault), words)
     except MemoryError:
         return _told(StorageFault("out of memory"), words)
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ ranges (``model.layers.{0..47}.mlp``), never one line a tensor; see `group_names
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class DconvError(Exception):
@@ -81,6 +82,24 @@ class StorageFault(DconvError):
 
     exit_code = 5
     label = "storage"
+
+
+@contextlib.contextmanager
+def storage_faults() -> Iterator[None]:
+    """What the operating system says of a file, in the words of dconv; also a decorator, ``@storage_faults()``.
+
+    Raises:
+        StorageFault: for an `OSError` that nobody had a better word for.
+    """
+    try:
+        yield
+    except OSError as fault:
+        raise storage_fault(fault) from fault
+
+
+def storage_fault(fault: OSError) -> StorageFault:
+    """A storage fault of which nothing is known beside the operating system's words."""
+    return StorageFault(f"the file system failed: {fault}")
 
 
 class VerifyFailed(DconvError):

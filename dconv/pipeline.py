@@ -21,7 +21,7 @@ from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, settle
-from dconv.errors import DconvError, Refused, StorageFault, UsageError
+from dconv.errors import DconvError, Refused, StorageFault, UsageError, storage_faults
 from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
 from dconv.quantise import quantised, scheme_of
@@ -71,6 +71,7 @@ class Job:
     worst: Mapping[str, float] = field(default_factory=dict)
 
 
+@storage_faults()
 def prepare(request: Request, *, config_alone: bool = False) -> Job:
     """Describe and plan: reads headers only, writes nothing.
 
@@ -287,6 +288,7 @@ def _first_replicas(logical: Logical) -> Logical:
     return replace(logical, replicas={}, left_out={**logical.left_out, what: "--replicas first"})
 
 
+@storage_faults()
 def run(job: Job, settings: Settings) -> Outcome:
     """Execute one rank's share of a planned job, and commit if this rank is the last.
 

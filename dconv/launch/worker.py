@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError
+from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
 from dconv.launch.options import target, to_request
@@ -116,7 +116,7 @@ def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, 
             report(fault, args.json)
         return fault.exit_code
     if isinstance(fault, OSError):
-        error = StorageFault(f"the file system failed: {fault}")
+        error = storage_fault(fault)
     else:
         error = StorageFault("out of memory", do="a smaller --max-memory")
     where.record.note(error=str(error))

@@ -53,7 +53,7 @@ def run_rank(
     began = time.time()
     partial = partial_folder(out, plan)
     if check_output(plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched):
-        remove(aside_of(out, partial))  # of a run that was killed before it came to that
+        _tidy(out, partial)
         return Outcome(False, True, 0, 0, 0)
     share = sum(task.nbytes for task in plan.share(settings.rank, settings.world))
     with _locked(partial):
@@ -95,17 +95,24 @@ def run_rank(
         journal.close()
 
 
+def _tidy(out: Path, partial: Path) -> None:
+    """Remove what a run left that was killed after its rename, before it came to that."""
+    remove(aside_of(out, partial))
+    if os.path.lexists(_lock_of(partial)):
+        with _locked(partial):
+            pass
+
+
+def _lock_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".lock")
+
+
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Alone among the processes of one plan. The lock's file lies beside ``partial`` and goes when that goes."""
-    path = partial.with_name(partial.name + ".lock")
+    path = _lock_of(partial)
     try:
-        while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if same(os.fstat(fd), path):
-                break
-            os.close(fd)  # whoever held it removed the file: the lock is now another file
+        fd = _lock(path)
     except OSError as fault:
         raise cannot("create the output", path, fault) from fault
     try:
@@ -117,6 +124,20 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _lock(path: Path) -> int:
+    """The file of a lock, open and locked."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if same(os.fstat(fd), path):
+                return fd
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)  # whoever held it removed the file: the lock is now another file
+
+
 def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
     """The partial folder, made if need be. Both hold it open, so that a commit by another process moves them along."""
     folder = partial / STATE / "journal"
@@ -126,7 +147,12 @@ def _open(partial: Path, plan: Plan) -> tuple[Outputs, Journal]:
         if fresh:  # whoever made it has flushed it: ranks come here one after the other
             sync_folder(partial.parent)
             sync_folder(partial)
-        return Outputs(partial, plan), Journal(folder)
+        outputs = Outputs(partial, plan)
+        try:
+            return outputs, Journal(folder)
+        except OSError:
+            outputs.close()
+            raise
     except OSError as fault:
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)

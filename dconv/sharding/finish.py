@@ -51,6 +51,7 @@ def finish(out: Path, partial: Path, overwrite: bool) -> None:
         sync_folders(partial)
         # The journal goes after the receipt is safe and before the rename, so that OUT never holds working state.
         _remove_state(partial / STATE)
+        sync_folder(partial)  # else a power cut may keep the rename and lose the removal
         _rename(out, partial, overwrite)
     except OSError as fault:
         raise cannot("commit", partial, fault) from fault

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dconv.sharding.coords import Parallel
 from dconv.sharding.plan import LEAF_BYTES
 from dconv.sharding.rank import Settings
 from tests import processes
+from tests.crash import cases
 from tests.models import config_of, tree_digest, write_random
 from tests.processes import PATIENCE
 
@@ -91,6 +94,33 @@ def undisturbed(model: Path) -> dict[str, dict[str, str]]:
         assert run(job_of(model, out, container), Settings()).committed
         found[container] = tree_digest(out)
     return found
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `tests.crash.cases`."""
+    return cases.model_in(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def results(small: Path) -> dict[str, dict[str, str]]:
+    """What every run must end with, by case."""
+    found = {}
+    for case in cases.ALL:
+        out = small.parent / "done" / case.replace(" ", "-")
+        out.parent.mkdir(exist_ok=True)
+        assert run(cases.job_of(small, case, out), cases.settings_of(case)).committed
+        found[case] = tree_digest(out)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, in memory where that is to be had: the matrices flush hundreds of thousands of times."""
+    memory = Path("/dev/shm")  # noqa: S108
+    made = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else tmp_path))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture
