@@ -75,8 +75,12 @@ def read(folder: Path) -> dict[str, Any]:
     data = read_small(path, what=NAME)
     said: dict[str, Any] = parse_json(data, where=str(path), what=NAME)
     if not is_unchanged(data, said, _ALGORITHM, last="files"):
-        raise Damaged(f"{NAME} changed since it was written", where=str(path),
-                      expected=f"bytes of the digest in its {OWN}", do="copy it again from where it was whole")  # fmt: skip
+        raise Damaged(
+            f"{NAME} changed since it was written",
+            where=str(path),
+            expected=f"bytes of the digest in its {OWN}",
+            do="copy the folder again from where it was whole",
+        )
     said.pop(OWN, None)
     wanted = {"kind": str, "target": str, "platform": str, "settings": dict, "files": dict}
     if any(not isinstance(said.get(key), of) for key, of in wanted.items()) or not all(

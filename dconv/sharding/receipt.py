@@ -151,7 +151,7 @@ def with_own(said: Mapping[str, object], algorithm: str, indent: int = 1) -> byt
     return data[: -len(_END)] + hash_bytes(data, algorithm).encode() + _END
 
 
-def is_unchanged(data: bytes, said: Mapping[str, object], algorithm: object, last: str = "tensors") -> bool:
+def is_unchanged(data: bytes, said: dict[str, object], algorithm: object, last: str = "tensors") -> bool:
     """Whether a file of `with_own` is as it was written, bit by bit; of an older one, without a digest, nobody knows.
 
     Args:
