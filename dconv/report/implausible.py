@@ -114,7 +114,8 @@ def of_graph(source: Source) -> Implausible | None:
         name: tuple(Piece(name, e.region, e.file, e.offset, e.strides, one.spec.dtype) for e in one.extents)
         for name, one in source.tensors.items()
     }
-    specs = {name: one.spec for name, one in source.tensors.items()}
+    # single numbers are the graph's own constants, an infinity of a mask among them
+    specs = {name: one.spec for name, one in source.tensors.items() if prod(one.spec.shape) > 1}
     return _look(Logical(source.root, specs, pieces, source.files), True, None)
 
 

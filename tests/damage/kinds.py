@@ -47,12 +47,14 @@ def flip_weight(made: Made, draw: Draw) -> Damage:
 
 def flip_between(made: Made, draw: Draw) -> Damage:
     """One bit of what is no tensor's in a file of weights: header, zip directory, pickle, padding."""
-    file = _one(draw, sorted({one.file for one in made.tensors} or {made.kind.seal}))
-    free = np.ones(len(made.content[file]), bool)
+    free = {file: np.ones(len(made.content[file]), bool) for file in {one.file for one in made.tensors}}
     for one in made.tensors:
-        if one.file == file:
-            free[one.begin : one.end] = False
-    at = np.flatnonzero(free)
+        free[one.file][one.begin : one.end] = False
+    files = sorted(file for file, where in free.items() if where.any())
+    if not files:
+        return flip_anywhere(made, draw)
+    file = _one(draw, files)
+    at = np.flatnonzero(free[file])
     return _flip(made, file, int(_one(draw, at)), int(draw.integers(8)))
 
 
@@ -162,13 +164,12 @@ def edit_receipt(made: Made, draw: Draw) -> Damage:
     lists = [key for key in ("tensors", "frames", "closing", "files") if said.get(key)]
     key = _one(draw, [*lists, "dconv"])
     if key == "dconv":
-        said[key] = "0.0.0"
+        said[key] = "9.9.9"
     else:
         name = _one(draw, sorted(said[key]))
         entry = said[key].pop(name)
         if draw.random() < 0.5:  # else it is no longer listed
-            one = json.dumps(entry)
-            said[key][name] = json.loads(one.replace("a", "b") if "a" in one else one.replace("1", "2"))
+            said[key][name] = _altered(entry)
     changed = json.dumps(said, indent=1).encode() + b"\n"
     return _write(made, {made.kind.seal: changed}, f"{key} of {made.kind.seal} edited")
 
@@ -188,6 +189,14 @@ TOTAL: Final = EACH * len(KINDS)
 def damages(rounds: range) -> list[tuple[int, Kind]]:
     """Seeds and kinds, in the order in which they are tried."""
     return [(number * len(KINDS) + i, kind) for number in rounds for i, kind in enumerate(KINDS)]
+
+
+def _altered(entry: Any) -> Any:
+    """Another digest, or what has one."""
+    if isinstance(entry, dict):
+        key = "digest" if "digest" in entry else "sha256"
+        return {**entry, key: _altered(entry[key])}
+    return f"{'1' if entry[0] == '0' else '0'}{entry[1:]}"
 
 
 def _one(draw: Draw, among: Any) -> Any:
