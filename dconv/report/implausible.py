@@ -31,8 +31,8 @@ from dconv.sharding.tensor import Logical, Piece, TensorSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Bytes that are read at a time; a few times as much is computed with.
-_TILE_BYTES: Final = 1 << 20
+#: Bytes that are read at a time; small enough that the allocator keeps what was computed with the last ones.
+_TILE_BYTES: Final = 1 << 19
 #: What is lost of a file at once: a page of memory, a block of a file system.
 PAGE: Final = 4096
 #: So many zeros in a row, of values that were decoded: a page of codes has more of them, but lies elsewhere.

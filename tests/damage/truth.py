@@ -69,7 +69,7 @@ def legacy(folder: Path) -> Iterator[Tensor]:
 
 
 def torch_dist(folder: Path) -> Iterator[Tensor]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     iteration = folder / "release"
     for index, info in FileSystemReader(iteration).read_metadata().storage_data.items():
