@@ -23,6 +23,8 @@ from dconv.export import llama_cpp
 from dconv.export.prompt import prompt_for
 from dconv.export.runtimes import as_run, available_memory, missing, obstacle, runtime_of, shortage
 from dconv.pipeline import Described, describe_model
+from dconv.report import implausible
+from dconv.report.implausible import Implausible
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.region import Region
 from dconv.sharding.torn import torn
@@ -41,6 +43,7 @@ class Checked:
         run: what the runtime computed; None when it was not run.
         not_run: why it was not.
         notes: what is odd but not wrong.
+        implausible: weights that look lost; None of a graph whose weights have no dtypes.
     """
 
     report: Report
@@ -48,12 +51,15 @@ class Checked:
     run: dict[str, object] | None
     not_run: str = ""
     notes: tuple[str, ...] = ()
+    implausible: Implausible | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         brief = {key: getattr(self.report, key) for key in ("path", "format", "family", "layers", "parameters")}
         read = asdict(self.reread) if self.reread else None
-        return {**brief, "receipt": read, "run": self.run, "not_run": self.not_run, "notes": list(self.notes)}
+        lint = self.implausible.to_dict() if self.implausible else None
+        said = {"receipt": read, "implausible": lint, "run": self.run, "not_run": self.not_run}
+        return {**brief, **said, "notes": list(self.notes)}
 
     def _whole(self) -> str:
         report = self.report
@@ -70,6 +76,8 @@ class Checked:
             *lines_of("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
                                  f"wrote them" if read else f"no {RECEIPT} to compare with"),
         ]  # fmt: skip
+        if self.implausible:
+            lines += lines_of("implausible", self.implausible.text())
         if self.run is None:
             lines += lines_of("not run", self.not_run)
         else:
@@ -99,8 +107,9 @@ def check(
     run: bool = True,
     force: bool = False,
     max_memory: int | None = None,
+    strict: bool = False,
 ) -> Checked:
-    """Read a checkpoint back, then run it in its own runtime.
+    """Read a checkpoint back, look for weights that seem lost, then run it in its own runtime.
 
     Bytes are compared first: a flipped bit in a header is better said by the receipt than by what it makes the
     header mean. What its own runtime does not compute, or not in this memory, transformers runs layer by layer.
@@ -109,9 +118,10 @@ def check(
         run: run the model after reading.
         force: run it also when fp32 weights do not seem to fit into memory.
         max_memory: bytes that weights may take at a time; by default half of the memory that is free.
+        strict: weights that look lost are damage, not a remark (`dconv.report.implausible`).
 
     Raises:
-        Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense.
+        Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense; see ``strict``.
         Refused: names or layouts that dconv does not know.
         ToolMissing: the runtime is not installed, or failed.
     """
@@ -130,7 +140,9 @@ def check(
     }
     source = open_source(path, source_format, rename=renaming_of(rename, submodel))
     if source.format in GRAPHS:
-        return _graph(path, source, options, read, run, force)
+        looked = implausible.of_graph(source)
+        _judge(looked, path, strict)
+        return replace(_graph(path, source, options, read, run, force), implausible=looked)
     model = describe_model(path, **options, with_eagle=with_eagle)
     check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
@@ -141,18 +153,31 @@ def check(
             do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
             "takes the first shard's",
         )
+    looked = implausible.of_model(model)
+    _judge(looked, model.source.root, strict)
     report = report_of(path, model, hf_config)
     notes = []
     if read and read.strangers:
         notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, MANY).splitlines())}")
     if not run:
-        return Checked(report, read, None, "not asked for", tuple(notes))
+        return Checked(report, read, None, "not asked for", tuple(notes), looked)
     found, why = _run(path, model, options, with_eagle, force, max_memory)
     if found is not None and why:
         notes.append(f"not run as it is: {why}")
     if found is not None and (unread := found.get("unread")):
         notes.append(f"not of transformers' model: {', '.join(group_names(unread, MANY).splitlines())}")
-    return Checked(report, read, found, "" if found else why, tuple(notes))
+    return Checked(report, read, found, "" if found else why, tuple(notes), looked)
+
+
+def _judge(looked: Implausible | None, where: Path, strict: bool) -> None:
+    """Raises Damaged where weights look lost and that is not to be."""
+    if strict and looked and looked.found:
+        raise Damaged(
+            f"{len(looked.found)} of {looked.tensors} tensors look lost",
+            where="\n".join([*looked.lines(), f"in {where}"]),
+            expected="weights that training leaves behind",
+            do="compare them with where they came from;  without --strict this is a remark",
+        )
 
 
 def _graph(

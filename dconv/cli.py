@@ -125,6 +125,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
                         help="what scales mean and codes cost, measured; of a plain model, --explain fp8")  # fmt: skip
     parser.add_argument("--scale-rule", choices=("floor", "ceil", "even"),
                         help="beside --explain, how MX formats find their powers of two")  # fmt: skip
+    parser.add_argument("--lint", action="store_true", help="read all weights, name those that look lost: zeros, NaN")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page: map of layers, scales, modules")
 
 
@@ -153,7 +154,8 @@ def _inspect(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.examine import inspect
 
     args = parser.parse_args(words)
-    report = inspect(args.path, **_described(args), explain=args.explain, scale_rule=args.scale_rule)
+    asked = {"explain": args.explain, "scale_rule": args.scale_rule, "lint": args.lint}
+    report = inspect(args.path, **_described(args), **asked)
     if args.html:
         from dconv.report.page import write
 
@@ -171,6 +173,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force-run", action="store_true", help="run it even if fp32 weights seem not to fit in memory")
     group.add_argument("--max-memory", type=byte_count, metavar="SIZE",
                        help="run it layer by layer where fp32 weights take more (half of what is free)")  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="weights that look lost (zeros, NaN) are damage: exit 4")
 
 
 def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -181,7 +184,7 @@ def _check(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     if manifest.is_here(args.path):
         return _check_hand_off(args)
-    run = {"run": not args.no_run, "force": args.force_run, "max_memory": args.max_memory}
+    run = {"run": not args.no_run, "force": args.force_run, "max_memory": args.max_memory, "strict": args.strict}
     found = check(args.path, **_described(args), **run)
     say(json.dumps(found.to_dict()) if args.json else found.text())
     return 0 if found.run or args.no_run else ToolMissing.exit_code
@@ -321,6 +324,7 @@ COMMANDS: Final[dict[str, Command]] = {
         """  dconv inspect llama-8b
   dconv inspect minimax-m2 --html m2.html           a page: layers by precision, scales, modules
   dconv inspect minimax-m2 --explain                what its FP8 means and costs; of a plain model, --explain fp8
+  dconv inspect llama-8b --lint                     reads all weights: which are zero, constant, NaN, cut out
   dconv inspect megatron-run --json                 the iteration that the tracker file names
   dconv inspect shards/ --hf-config llama-8b        bare mp_rank_* directories""",
         _inspect_options,

@@ -22,7 +22,8 @@ from dconv.codec.mx import Rule
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.pipeline import FORMATS, Described, Job, describe_model
 from dconv.report import explain as explaining
-from dconv.report import explained, mup, words
+from dconv.report import explained, implausible, mup, words
+from dconv.report.implausible import Implausible
 from dconv.report.page import page
 from dconv.report.precision import Precision, precision_of
 from dconv.sharding.execute import _TILE_BYTES
@@ -61,6 +62,7 @@ class Report:
         precision: dtypes, scales and what the config claims of them; None where only `check` asked, or where no more
             than the container's own names is known.
         explained: what ``explain`` asked for.
+        implausible: what ``lint`` asked for; None where it did not, or where a conversion would be refused.
     """
 
     path: str
@@ -85,13 +87,13 @@ class Report:
     mup: dict[str, Any] = field(default_factory=dict)
     precision: Precision | None = None
     explained: explaining.Explanation | None = None
+    implausible: Implausible | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        precision = self.precision.to_dict() if self.precision else None
-        explained = self.explained.to_dict() if self.explained else None
-        plain = asdict(replace(self, precision=None, explained=None))
-        return {**plain, "precision": precision, "explained": explained}
+        parts = {key: getattr(self, key) for key in ("precision", "explained", "implausible")}
+        plain = asdict(replace(self, **dict.fromkeys(parts)))
+        return {**plain, **{key: part.to_dict() if part else None for key, part in parts.items()}}
 
     def text(self) -> str:
         """For a person, at most 100 columns; what was asked to be explained, instead of all."""
@@ -126,6 +128,7 @@ class Report:
             ("made by", f"dconv, plan {self.receipt}" if self.receipt else ""),
             ("left out", "\n".join(_reasons(self.left_out))),
             ("muP", mup.text(self.mup)),
+            ("implausible", self.implausible.text() if self.implausible else ""),
             *precision,
             ("names", group_names(self.names, MANY) if self.refused else ""),
             ("refused", self.refused if full else ""),
@@ -173,12 +176,14 @@ def inspect(
     with_eagle: bool = False,
     explain: str | bool = False,
     scale_rule: Rule | None = None,
+    lint: bool = False,
 ) -> Report:
     """Describe a checkpoint from its headers and scales; what a conversion would refuse is reported, not raised.
 
     Args:
         explain: the scheme that its weights are in, True or "" for whatever that is, or an encoding of plain weights,
             to be explained by a sample of its weights (`dconv.report.explain`).
+        lint: read all weights, and name those that look lost (`dconv.report.implausible`).
         scale_rule: of what MX formats would cost; None as each has it by default.
 
     Raises:
@@ -220,6 +225,7 @@ def inspect(
         mup=mup.scalars_of(model.family, model.config, model.source.shapes),
         precision=precision_of(model.source, model.logical, model.source.config or model.config, head),
         explained=None if explain is False else explaining.explain(model, asked, scale_rule),
+        implausible=implausible.of_model(model) if lint else None,
     )
 
 

@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from dconv import logits
-from dconv.checkpoint.files import read_json
+from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged, DconvError, StorageFault, VerifyFailed, group_names
 from dconv.pipeline import Job
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import LEAF_BYTES
-from dconv.sharding.receipt import RECEIPT, hash_stretch
+from dconv.sharding.receipt import OWN, RECEIPT, hash_stretch, is_unchanged
 from dconv.sharding.region import Region
 
 _READ: Final = 1 << 20
@@ -70,7 +70,7 @@ def find_receipt(path: Path) -> Path | None:
     """The directory whose receipt covers ``path``: itself, or above it for a file or a Megatron root's iteration."""
     for folder in (path, path.absolute().parent):
         if (folder / RECEIPT).is_file():
-            receipt = read_json(folder / RECEIPT, what="the receipt")
+            receipt = _receipt(folder)
             inside = f"{path.absolute().name}/"
             frames = receipt.get("frames")
             covered = frames if isinstance(frames, dict) else {}
@@ -81,7 +81,26 @@ def find_receipt(path: Path) -> Path | None:
 
 def plan_of(folder: Path) -> str:
     """The plan id in a directory's receipt."""
-    return str(read_json(folder / RECEIPT, what="the receipt").get("plan"))
+    return str(_receipt(folder).get("plan"))
+
+
+def _receipt(folder: Path) -> dict[str, object]:
+    """A directory's receipt, held against its own digest before anything that it says is believed.
+
+    Raises:
+        Damaged: it is not as it was written.
+    """
+    path = folder / RECEIPT
+    data = read_small(path, what="the receipt")
+    receipt = parse_json(data, where=str(path), what="the receipt")
+    if not is_unchanged(data, receipt, receipt.get("digest")):
+        raise Damaged(
+            "the receipt changed since it was written",
+            where=str(path),
+            expected=f"bytes of the digest in its {OWN}",
+            do="copy it again from where it was whole: what it says of the tensors cannot be trusted",
+        )
+    return receipt
 
 
 def reread(folder: Path) -> Reread:
@@ -91,7 +110,7 @@ def reread(folder: Path) -> Reread:
         Damaged: there is no receipt, or it is broken itself.
         StorageFault: a file cannot be read.
     """
-    receipt = read_json(folder / RECEIPT, what="the receipt")
+    receipt = _receipt(folder)
     algorithm = str(receipt.get("digest"))
     if algorithm not in ALGORITHMS:
         raise _broken_receipt(folder, "digest", ", ".join(ALGORITHMS), algorithm)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from dconv import __version__
-from dconv.checkpoint.files import read_json
+from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged
+from dconv.sharding.receipt import OWN, is_unchanged, with_own
 
 NAME: Final = "manifest.json"
 #: The same digests, for ``sha256sum --check``.
 SUMS: Final = "SHA256SUMS"
+_ALGORITHM: Final = "sha256"
 _CHUNK: Final = 1 << 22
 
 
@@ -41,12 +42,14 @@ def write(folder: Path, said: Mapping[str, Any]) -> None:
     for path in files_of(folder):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         _sync(path)
-    sums = "".join(f"{one['sha256']}  {name}\n" for name, one in files.items())
-    (folder / SUMS).write_text(sums)
-    text = json.dumps({"dconv": __version__, **said, "files": files}, indent=2, ensure_ascii=False)
-    (folder / NAME).write_text(f"{text}\n")
+    (folder / SUMS).write_bytes(_sums(files))
+    (folder / NAME).write_bytes(with_own({"dconv": __version__, **said, "files": files}, _ALGORITHM, indent=2))
     for path in (folder / SUMS, folder / NAME, folder):
         _sync(path)
+
+
+def _sums(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    return "".join(f"{one['sha256']}  {name}\n" for name, one in files.items()).encode("utf-8", "surrogateescape")
 
 
 def _sync(path: Path) -> None:
@@ -66,9 +69,19 @@ def read(folder: Path) -> dict[str, Any]:
     """What a folder's manifest says, its files not looked at.
 
     Raises:
-        Damaged: it is none of dconv's.
+        Damaged: it is none of dconv's, or not as it was written.
     """
-    said: dict[str, Any] = read_json(folder / NAME, what=NAME)
+    path = folder / NAME
+    data = read_small(path, what=NAME)
+    said: dict[str, Any] = parse_json(data, where=str(path), what=NAME)
+    if not is_unchanged(data, said, _ALGORITHM, last="files"):
+        raise Damaged(
+            f"{NAME} changed since it was written",
+            where=str(path),
+            expected=f"bytes of the digest in its {OWN}",
+            do="copy the folder again from where it was whole",
+        )
+    said.pop(OWN, None)
     wanted = {"kind": str, "target": str, "platform": str, "settings": dict, "files": dict}
     if any(not isinstance(said.get(key), of) for key, of in wanted.items()) or not all(
         isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
@@ -92,6 +105,8 @@ def checked(folder: Path) -> dict[str, Any]:
     for name, one in listed.items():
         if name in there and (there[name].stat().st_size, sha256(there[name])) != (one["bytes"], one["sha256"]):
             wrong.append(f"{name}: {there[name].stat().st_size} bytes, not the {one['bytes']} that were written")
+    if not (folder / SUMS).is_file() or (folder / SUMS).read_bytes() != _sums(listed):
+        wrong.append(f"{SUMS}: not the digests of these files")
     if wrong:
         raise Damaged("this hand-off is not as it was written", where=str(folder), found="\n".join(wrong[:8]))
     return said

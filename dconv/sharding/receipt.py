@@ -17,7 +17,11 @@ from dconv.sharding.digest import ALGORITHMS, Hasher, tree
 from dconv.sharding.plan import Plan
 
 RECEIPT: Final = "dconv.json"
+#: The receipt's last key: the digest of all its other bytes. Receipts of before it end with their tensors.
+OWN: Final = "own_digest"
 _READ: Final = 1 << 20
+#: What follows the own digest.
+_END: Final = b'"\n}\n'
 
 
 def partial_folder(out: Path, plan: Plan) -> Path:
@@ -136,8 +140,31 @@ def make_receipt(
     }
 
 
-def to_json(value: dict[str, object]) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+def to_json(receipt: Mapping[str, object]) -> bytes:
+    return with_own(receipt, str(receipt["digest"]))
+
+
+def with_own(said: Mapping[str, object], algorithm: str, indent: int = 1) -> bytes:
+    """JSON with its own digest as the last key: that of the file without these digits."""
+    rest = {key: value for key, value in said.items() if key != OWN}
+    data = json.dumps({**rest, OWN: ""}, indent=indent).encode() + b"\n"
+    return data[: -len(_END)] + hash_bytes(data, algorithm).encode() + _END
+
+
+def is_unchanged(data: bytes, said: dict[str, object], algorithm: object, last: str = "tensors") -> bool:
+    """Whether a file of `with_own` is as it was written, bit by bit; of an older one, without a digest, nobody knows.
+
+    Args:
+        said: what ``data`` says, its keys in order.
+        last: the last key of an older one.
+    """
+    if next(reversed(said), "") == last and OWN not in said:
+        return True
+    own = said.get(OWN)
+    if not isinstance(own, str) or not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        return False
+    end = own.encode("utf-8", "surrogatepass") + _END
+    return data.endswith(end) and hash_bytes(data[: -len(end)] + _END, algorithm) == own
 
 
 def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:

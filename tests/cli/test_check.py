@@ -31,7 +31,9 @@ def receipt(folder: Path) -> dict[str, Any]:
 
 
 def edit_receipt(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As a receipt of before it had a digest of its own."""
     written = receipt(folder)
+    del written["own_digest"]
     change(written)
     (folder / "dconv.json").write_text(json.dumps(written))
 
