@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat as modes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +38,7 @@ def stamp(path: Path) -> FileStamp:
         raise Damaged("a file is missing", where=str(path), do="fetch it again; nothing was written") from fault
     except OSError as fault:
         raise StorageFault(f"cannot look at a file: {fault.strerror}", where=str(path)) from fault
-    if not os.path.isfile(path):
+    if not modes.S_ISREG(seen.st_mode):
         raise Damaged("not a regular file", where=str(path))
     return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_blocks * 512)
 
@@ -60,6 +62,35 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
     except OSError as fault:
         raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
     return {name: stamp(folder / name) for name in names}
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """The entries of a directory whose names match, sorted; none where it is no directory.
+
+    `Path.glob` takes a directory that may not be read for an empty one.
+
+    Raises:
+        StorageFault: it cannot be read.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if fnmatchcase(name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as fault:
+        raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
+
+
+def read_whole(fd: int, nbytes: int, offset: int) -> bytes:
+    """Bytes of an open file, however few come at a time; fewer only where it ends.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    parts = []
+    while nbytes and (part := os.pread(fd, nbytes, offset)):
+        parts.append(part)
+        offset, nbytes = offset + len(part), nbytes - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_plain_name(name: object, *, said_by: Path) -> str:

@@ -21,7 +21,7 @@ from dconv.arch.gguf_names import Box, boxes_of
 from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import gguf_tokenizer
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import listed, stamp
 from dconv.checkpoint.gguf_header import MAGIC, Header, Tensor, read_header
 from dconv.checkpoint.huggingface import small_values
 from dconv.checkpoint.rename import AS_STORED, Renaming
@@ -62,9 +62,7 @@ def find(path: Path) -> Path | None:
     """The GGUF that a path is, or the only one (the first of the only set) that lies in it."""
     if not path.is_dir():
         return path if is_file(path) else None
-    held = [
-        entry for entry in sorted(path.glob(f"*{SUFFIX}")) if entry.is_file() and not entry.name.startswith("mmproj")
-    ]
+    held = [entry for entry in listed(path, f"*{SUFFIX}") if entry.is_file() and not entry.name.startswith("mmproj")]
     sets = {match[1] if (match := _SPLIT.fullmatch(entry.name)) else entry.name: entry for entry in reversed(held)}
     return next(iter(sets.values())) if len(sets) == 1 else None
 
@@ -82,7 +80,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """
     first = find(path)
     if first is None:
-        names = sorted(entry.name for entry in path.glob(f"*{SUFFIX}")) if path.is_dir() else [path.name]
+        names = sorted(entry.name for entry in listed(path, f"*{SUFFIX}")) if path.is_dir() else [path.name]
         raise Damaged(
             "no GGUF that can be told apart",
             where=str(path),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import read_whole, stamp
 from dconv.codec.gguf import BLOCKS
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.region import Index
@@ -119,7 +119,7 @@ def raw_values(path: Path) -> dict[str, bytes]:
                 key = cursor.text("a key", _MAX_NAME)
                 start = cursor.at
                 _value(cursor, key)
-                found[key] = os.pread(fd, cursor.at - start, start)
+                found[key] = read_whole(fd, cursor.at - start, start)
         finally:
             os.close(fd)
     except OSError as fault:
@@ -144,7 +144,7 @@ class _Cursor:
             )
         low = self.at - self._from
         if low + count > len(self._held):
-            self._held, self._from, low = os.pread(self._fd, max(count, _WINDOW), self.at), self.at, 0
+            self._held, self._from, low = read_whole(self._fd, max(count, _WINDOW), self.at), self.at, 0
             if len(self._held) < count:
                 raise self.bad("cut off while it was read", f"{self.size:,} bytes", f"{self.at + len(self._held):,}")
         self.at += count

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint.files import parse_json, stamp
+from dconv.checkpoint.files import parse_json, read_whole, stamp
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.dtypes import FROM_SAFETENSORS, ITEMSIZE, TO_SAFETENSORS
 from dconv.sharding.region import Region, row_major
@@ -73,7 +73,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            head = os.pread(fd, 8, 0)
+            head = read_whole(fd, 8, 0)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise Damaged(
@@ -82,7 +82,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
                     expected=f"a header of 2 to {min(_MAX_HEADER, max(size - 8, 2))} bytes",
                     found=f"header length {length}, file of {size} bytes",
                 )
-            return os.pread(fd, length, 8)
+            return read_whole(fd, length, 8)
         finally:
             os.close(fd)
     except OSError as fault:
