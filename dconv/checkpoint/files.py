@@ -12,8 +12,13 @@ from typing import Final
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.tensor import FileStamp
 
+#: ``follow`` takes links wherever they lead.
+LINKS: Final = "DCONV_LINKS"
+
 #: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
 MAX_SMALL: Final = 256 << 20
+# Three bytes of JSON make a list of 56. A header of 100 MB that names tensors has some 8 M of these, a tokenizer 2 M.
+_MAX_VALUES: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +32,10 @@ def stamp(path: Path) -> FileStamp:
     """Size, time, inode and allocated bytes of a file.
 
     Raises:
-        Damaged: it is not there or not a regular file.
+        Damaged: it is not there, not a regular file, or a link that leads elsewhere (`check_link`).
         StorageFault: it cannot be looked at.
     """
+    check_link(path)
     try:
         seen = os.stat(path)
     except FileNotFoundError as fault:
@@ -39,6 +45,32 @@ def stamp(path: Path) -> FileStamp:
     if not os.path.isfile(path):
         raise Damaged("not a regular file", where=str(path))
     return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_blocks * 512)
+
+
+def check_link(path: Path) -> None:
+    """A checkpoint may come with links, and what they lead to would be read, and copied beside the weights.
+
+    The hub's cache is made of links, from ``snapshots/<revision>`` into ``blobs`` beside it. The directory that a
+    person names may itself be one.
+
+    Raises:
+        Damaged: a link that leads out of its directory, or nowhere.
+    """
+    if not path.is_symlink() or os.environ.get(LINKS) == "follow":
+        return
+    folder, target = os.path.realpath(path.parent), os.path.realpath(path)
+    before, snapshots, _ = folder.rpartition("/snapshots/")
+    inside = (folder, f"{before}/blobs") if snapshots else (folder,)
+    if not any(target.startswith(f"{place}/") for place in inside):
+        raise Damaged(
+            "a link leads out of the checkpoint's directory",
+            where=str(path),
+            expected="files, or links to files of this directory",
+            found=f"a link to {os.readlink(path)!r:.200}",
+            do=f"put the file itself there; where the links are your own: {LINKS}=follow",
+        )
+    if os.path.islink(target):  # what is left of one that leads back to itself
+        raise Damaged("a link leads nowhere", where=str(path), found=f"a link to {os.readlink(path)!r:.200}")
 
 
 def _is_text(name: str) -> bool:
@@ -112,6 +144,8 @@ def read_small(path: Path, *, what: str) -> bytes:
 
 def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
     """`read_json` for bytes at hand."""
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise Damaged(f"{what} holds more values than any", where=where, expected=f"at most {_MAX_VALUES:,}")
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates)
         if b"\\ud" in data.lower():  # half of a surrogate pair is no text: it could not be written again
