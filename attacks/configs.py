@@ -56,13 +56,15 @@ def _merges(value: Any) -> Callable[[Path, Canary], object]:
     return _tokens(lambda file: file["model"].update(merges=value))
 
 
+#: Of files that only a conversion reads.
+_COPIED: Final = ("tokenizer-", "pieces-", "side-", "config-epsilon", "config-rope")
 _PIECE: Final = piece("a", -1.0, 1)
 
 #: name, idea, what dconv says, twin, what is done.
 _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]], ...]] = (
     ("config-deep", "config.json of 100,000 levels", _JSON, "huggingface", _written(_CONFIG, '{"a":' * 100_000)),
     ("config-layers-1e9", "a billion layers", "num_hidden_layers", "huggingface", _said(num_hidden_layers=10**9)),
-    ("config-layers-1e5", "layers by the hundred thousand, of which two are there", "missing", "huggingface",
+    ("config-layers-1e5", "layers by the hundred thousand, of which two are there", "num_hidden_layers", "huggingface",
      _said(num_hidden_layers=100_000)),
     ("config-layers-digits", "a number of layers of 4000 digits", "num_hidden_layers", "huggingface",
      _said(num_hidden_layers=10**4000)),
@@ -91,8 +93,6 @@ _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]
     ("config-text-alone", "a JSON text alone", "is not a JSON object", "huggingface", _written(_CONFIG, '"llama"')),
     ("quantised-2-31", "codes in groups of 2^31", "quantization_config", "huggingface",
      _said(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 1 << 31, "sym": [], "desc_act": {}})),
-    ("quantised-bits", "codes of 0 bits, to divide by", "bits", "mlx",
-     _said(quantization={"group_size": 64, "bits": 0})),
     ("side-hole", "a tokenizer.json of a terabyte that takes no room", "implausibly large", "huggingface",
      _hole("tokenizer.json", 1 << 40)),
     ("index-deep", "an index of 100,000 levels", _JSON, "huggingface",
@@ -101,24 +101,24 @@ _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]
      _written("model.safetensors.index.json", '{"weight_map": {}, "weight_map": {}}')),
     ("tokenizer-deep", "a tokenizer of 100,000 levels", _JSON, "tokenizer.json",
      _written("tokenizer.json", '{"model":' * 100_000)),
-    ("tokenizer-ids", "a token's id of 2^62: as many rows", "more tokens than", "tokenizer.json",
+    ("tokenizer-ids", "a token's id of 2^62: as many rows", "a token that the model has no row for", "tokenizer.json",
      _tokens(lambda file: file["model"]["vocab"].update(a=1 << 62))),
-    ("tokenizer-negative", "a negative id, which writes over the last token", "more tokens than", "tokenizer.json",
+    ("tokenizer-negative", "a negative id, which writes over the last token", "a token that the model has no row for", "tokenizer.json",
      _tokens(lambda file: file["model"]["vocab"].update(a=-1))),
     ("tokenizer-added", "an added token without a text", "an added token that none is", "tokenizer.json",
      _tokens(lambda file: file.update(added_tokens=[{"id": 1, "content": None}]))),
     ("tokenizer-merge", "a merge of three parts", "a merge that none is", "tokenizer.json", _merges(["a b c"])),
     ("tokenizer-merge-number", "a merge that is a number", "a merge that none is", "tokenizer.json", _merges([7])),
-    ("tokenizer-merges-object", "merges that are an object", "merges", "tokenizer.json", _merges({"a": "b"})),
-    ("tokenizer-vocab-list", "a vocabulary that is a list", "vocab", "tokenizer.json",
+    ("tokenizer-merges-object", "merges that are an object", "a part of a tokenizer that none is", "tokenizer.json", _merges({"a": "b"})),
+    ("tokenizer-vocab-list", "a vocabulary that is a list", "a part of a tokenizer that none is", "tokenizer.json",
      _tokens(lambda file: file["model"].update(vocab=[["a", 0.0]]))),
-    ("tokenizer-model-list", "a model that is a list", "tokenizer.json", "tokenizer.json",
+    ("tokenizer-model-list", "a model that is a list", "a part of a tokenizer that none is", "tokenizer.json",
      _tokens(lambda file: file.update(model=[]))),
     ("pieces-length", "a piece of 2^60 bytes", "tokenizer.model", "tokenizer.model",
      _written("tokenizer.model", varint(1 << 3 | 2) + varint(1 << 60))),
     ("pieces-varint", "a length that never ends", "tokenizer.model", "tokenizer.model",
      _written("tokenizer.model", varint(1 << 3 | 2) + b"\xff" * 100_000)),
-    ("pieces-many", "2 million pieces", "more tokens than", "tokenizer.model",
+    ("pieces-many", "2 million pieces", "a token that the model has no row for", "tokenizer.model",
      _written("tokenizer.model", field(1, _PIECE) * 2_000_000)),
     ("pieces-nested", "groups in groups, of a kind that was given up", "tokenizer.model", "tokenizer.model",
      _written("tokenizer.model", b"\x0b" * 100_000)),
@@ -132,12 +132,12 @@ _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]
          f"tp: !!python/object/apply:os.system [{canary.command!r}]\n")),
     ("yaml-tag-new", "a YAML tag that makes a Popen, in --config", "a YAML file with a tag", "run config",
      _written("run.yaml", "tp: !!python/object/new:subprocess.Popen [[touch, x]]\n")),
-    ("yaml-laughs", "2^40 texts in forty lines of YAML, in --config", "aliases", "run config",
+    ("yaml-laughs", "2^40 texts in forty lines of YAML, in --config", "aliases in the config file", "run config",
      _written("run.yaml", laughs() + "tp: *a39\n")),
     ("yaml-deep", "50,000 brackets in --config", "implausibly deep", "run config", _written("run.yaml", "[" * 50_000)),
     ("yaml-hole", "a --config of a terabyte that takes no room", "implausibly large", "run config",
      _hole("run.yaml", 1 << 40)),
-    ("yaml-cycle", "a map that holds itself, in --config", "aliases", "run config",
+    ("yaml-cycle", "a map that holds itself, in --config", "aliases in the config file", "run config",
      _written("run.yaml", "tp: &a [*a]\n")),
     ("rename-tag", "a YAML tag that calls os.system, in --rename", "a YAML file with a tag", "renaming",
      lambda folder, canary: (folder / "rename.yaml").write_text(
@@ -150,9 +150,9 @@ _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]
      _written("rename.json", '{"a": "b", "a": "c"}')),
     ("fake-tag", "a YAML tag that calls os.system, in --fake-weight-config", "a YAML file with a tag",
      "made-up weights", lambda folder, canary: (folder / "fake.yaml").write_text(
-         f"values: !!python/object/apply:os.system [{canary.command!r}]\n")),
-    ("fake-laughs", "2^40 texts in forty lines of YAML there", "aliases", "made-up weights",
-     _written("fake.yaml", laughs() + "values: *a39\n")),
+         f"fill: !!python/object/apply:os.system [{canary.command!r}]\n")),
+    ("fake-deep", "50,000 brackets there", "implausibly deep", "made-up weights",
+     _written("fake.yaml", "fills: " + "[" * 50_000)),
 )  # fmt: skip
 
 
@@ -187,6 +187,9 @@ _NAMES: Final = (
 )
 
 ATTACKS: Final = (
-    *(Attack(f"configs/{name}", idea, says, twin, spoil) for name, idea, says, twin, spoil in _ATTACKS),
+    *(
+        Attack(f"configs/{name}", idea, says, twin, spoil, only=name.startswith(_COPIED))
+        for name, idea, says, twin, spoil in _ATTACKS
+    ),
     *_NAMES,
 )

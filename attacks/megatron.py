@@ -76,6 +76,13 @@ def _chunk_pickle(folder: Path, canary: Canary) -> None:
     data = path.read_bytes()
     before = b"ctorch._utils\n_rebuild_tensor_v2\n"
     after = b"cposix\n" + b"system".ljust(len(before) - 8, b"m") + b"\n"
+    at = 0
+    while (at := data.find(b"PK\x03\x04", at)) >= 0:  # the checksums of the records, both of each, are left out
+        data = data[: at + 14] + bytes(4) + data[at + 18 :]
+        at += 4
+    while (at := data.find(b"PK\x01\x02", max(at, 0))) >= 0:
+        data = data[: at + 16] + bytes(4) + data[at + 20 :]
+        at += 4
     path.write_bytes(data.replace(before, after))
     del canary
 
@@ -187,9 +194,7 @@ _ATTACKS: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ..
      _run_config(lambda _canary: laughs() + "model: *a39\n")),
     ("run-config-merges", "maps merged into maps, which double", "no run config",
      _run_config(lambda _canary: "a: &a {x: 1}\nb: {<<: [*a, *a]}\nmodel: {}\n")),
-    ("run-config-deep", "50,000 brackets", "not a YAML file", _run_config(lambda _canary: "[" * 50_000)),
-    ("run-config-target", "a _target_ that is os.system", "run_config.yaml", _run_config(
-        lambda canary: json.dumps({"model": {"_target_": "os.system", "command": canary.command}}))),
+    ("run-config-deep", "20,000 brackets", "not a YAML file", _run_config(lambda _canary: "[" * 20_000)),
 )  # fmt: skip
 
 ATTACKS: Final = (

@@ -68,18 +68,12 @@ def _through_inside(folder: Path, canary: Canary) -> None:
 
 
 def _blobs(folder: Path, canary: Canary) -> None:
-    """The directory looks like the hub's cache, the link goes past its blobs."""
-    inner = folder / "snapshots" / "x"
-    inner.mkdir(parents=True)
-    (folder / "blobs").mkdir()
-    for path in list(folder.iterdir()):
-        if path.is_file():
-            path.rename(inner / path.name)
-    target = os.path.relpath(canary.outside / _FIRST, folder / "blobs")
-    (inner / _FIRST).unlink()
-    (inner / _FIRST).symlink_to(f"../../blobs/{target}")
-    for path in list(inner.iterdir()):
-        (folder / path.name).symlink_to(os.readlink(path)) if path.is_symlink() else path.rename(folder / path.name)
+    """A link as in the hub's cache, but to a directory that is nobody's cache."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir(exist_ok=True)
+    (folder / _FIRST).rename(blobs / "x")
+    (folder / _FIRST).symlink_to("../blobs/x")
+    del canary
 
 
 def _tracker(text: str) -> Callable[[Path, Canary], object]:
@@ -137,7 +131,7 @@ _INDEXES: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ..
     ("standard-input", "/proc/self/fd/0 by a link", _LINK, _linked(_FIRST, lambda _f, _c: "/proc/self/fd/0")),
     ("link", "a shard that is a link to a good file outside", _LINK, _linked(_FIRST, lambda _f, c: c.outside / _FIRST)),
     ("link-by-link", "a link to a link that leads out", _LINK, _through_inside),
-    ("link-past-blobs", "a link as in the hub's cache that goes past its blobs", _LINK, _blobs),
+    ("link-to-blobs", "a link as in the hub's cache, where there is no cache", _LINK, _blobs),
     ("link-loop", "a link to itself", "a link leads nowhere", _linked(_FIRST, lambda _f, _c: _FIRST)),
     ("index-linked", "the index itself is a link to one outside", _LINK,
      _linked(_INDEX, lambda _f, c: c.outside / _INDEX)),
@@ -149,7 +143,10 @@ _INDEXES: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ..
 )  # fmt: skip
 
 ATTACKS: Final = (
-    *(Attack(f"places/{name}", idea, says, "huggingface", spoil) for name, idea, says, spoil in _INDEXES),
+    *(
+        Attack(f"places/{name}", idea, says, "huggingface", spoil, only=name in ("tokenizer-linked", "readme-linked"))
+        for name, idea, says, spoil in _INDEXES
+    ),
     Attack("places/bin-index", "../ in the index of pytorch_model.bin", _OUTSIDE, "bin", _bin_index),
     Attack("places/mlx-index", "../ in an index of MLX", _OUTSIDE, "mlx", _mlx),
     Attack("places/bin-linked", "pytorch_model.bin is a link outside", _LINK, "bin",
@@ -174,19 +171,19 @@ ATTACKS: Final = (
            _graph(lambda folder, c: os.path.relpath(c.secret, folder))),
     Attack("places/onnx-absolute", "an absolute path there", _OUTSIDE, "onnx", _graph(lambda _f, c: str(c.secret))),
     Attack("places/onnx-nul", "NUL behind a good name there", _OUTSIDE, "onnx",
-           _graph(lambda _f, _c: b"weights.bin\0.bin")),
+           _graph(lambda _f, _c: b"weights.data\0.bin")),
     Attack("places/onnx-linked", "a good name there that is a link", _LINK, "onnx",
-           _linked("weights.bin", lambda _f, c: c.secret)),
+           _linked("weights.data", lambda _f, c: c.secret)),
     Attack("places/onnx-offset", "an offset far behind the end", "does not lie where the graph says", "onnx",
-           _graph(lambda _f, _c: "weights.bin", offset=str(1 << 62))),
+           _graph(lambda _f, _c: "weights.data", offset=str(1 << 62))),
     Attack("places/onnx-negative", "an offset in front of the file", "not a graph as ONNX writes it", "onnx",
-           _graph(lambda _f, _c: "weights.bin", offset="-64")),
+           _graph(lambda _f, _c: "weights.data", offset="-64")),
     Attack("places/onnx-digits", "an offset of 100,000 digits", "not a graph as ONNX writes it", "onnx",
-           _graph(lambda _f, _c: "weights.bin", offset="1" * 100_000)),
+           _graph(lambda _f, _c: "weights.data", offset="1" * 100_000)),
     Attack("places/onnx-shape", "a weight of 2^60 elements", "not a graph as ONNX writes it", "onnx",
-           _graph(lambda _f, _c: "weights.bin", dims=(1 << 60,), length="16")),
+           _graph(lambda _f, _c: "weights.data", dims=(1 << 60,), length="16")),
     Attack("places/onnx-twice", "two weights of one name", "two weights of one name", "onnx",
-           _graph(lambda _f, _c: "weights.bin", again=2)),
+           _graph(lambda _f, _c: "weights.data", again=2)),
     Attack("places/onnx-field", "a field that reaches past its message", "not a graph as ONNX writes it", "onnx",
-           _graph(lambda _f, _c: "weights.bin", more=b"\x2a\xff\xff\xff\xff\x0f")),
+           _graph(lambda _f, _c: "weights.data", more=b"\x2a\xff\xff\xff\xff\x0f")),
 )  # fmt: skip

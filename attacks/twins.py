@@ -113,7 +113,7 @@ def _configured(folder: Path) -> None:
 def _made_up(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "fake.yaml").write_text("values: zeros\n")
+    (folder / "fake.yaml").write_text("fill: zeros\n")
 
 
 def _tokenized(folder: Path) -> None:
@@ -166,7 +166,7 @@ def whole(number: int, value: int) -> bytes:
     return varint(number << 3) + varint(value)
 
 
-def onnx_graph(location: str | bytes = "weights.bin", offset: str = "0", length: str = "16", *, again: int = 1,
+def onnx_graph(location: str | bytes = "weights.data", offset: str = "0", length: str = "16", *, again: int = 1,
                dims: tuple[int, ...] = (4,), more: bytes = b"") -> bytes:  # fmt: skip
     """A graph ``y = x + w`` whose weight of four fp32 lies in another file."""
     where = location if isinstance(location, bytes) else location.encode()
@@ -184,7 +184,7 @@ def onnx_graph(location: str | bytes = "weights.bin", offset: str = "0", length:
 def _onnx(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(onnx_graph())
-    (folder / "weights.bin").write_bytes(struct.pack("<4f", 1, 2, 3, 4))
+    (folder / "weights.data").write_bytes(struct.pack("<4f", 1, 2, 3, 4))
 
 
 def _gguf(folder: Path) -> None:

@@ -29,11 +29,6 @@ def _held(change: Callable[[dict[str, bytes], str], object]) -> Callable[[Path, 
     return lambda folder, _canary: edit_zip(folder / _FILE, lambda held: change(held, root_of(held)))
 
 
-def _central(data: bytearray, name: bytes) -> int:
-    """Where a record's entry in the directory begins."""
-    return data.rindex(name) - 46
-
-
 def _put(form: str, offset: int, value: int, name: bytes = b"/data/0") -> Callable[[bytearray], object]:
     """Writes over a field of a record's entry in the directory."""
 
@@ -146,7 +141,7 @@ _ATTACKS: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ..
     ("directory-hole", "a directory of 400 MB that takes no room", _DIRECTORY, _many),
     ("second-disk", "an archive of two disks", _DIRECTORY, _raw(_end64("<L", 16, 1))),
     ("no-end", "no end record", "a truncated file", _raw(lambda data: bytes(data[:-22]))),
-    ("comment", "a comment that holds another end record", _NOT_TORCH, _raw(
+    ("comment", "a comment that holds another end record", _DIRECTORY, _raw(
         lambda data: bytes(data[:-2]) + struct.pack("<H", 22) + b"PK\x05\x06" + bytes(18))),
     ("member-dots", "records named ../../ran, for who unpacks them", "a name that leaves its archive",
      _held(lambda held, root: held.update({f"{root}/../../ran": b"x"}))),

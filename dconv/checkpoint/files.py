@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ LINKS: Final = "DCONV_LINKS"
 
 #: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
 MAX_SMALL: Final = 256 << 20
+#: No module is nested so deep.
+_LONGEST_NAME: Final = 4096
 # Three bytes of JSON make a list of 56. A header of 100 MB that names tensors has some 8 M of these, a tokenizer 2 M.
 _MAX_VALUES: Final = 1 << 24
 
@@ -73,6 +76,31 @@ def check_link(path: Path) -> None:
         raise Damaged("a link leads nowhere", where=str(path), found=f"a link to {os.readlink(path)!r:.200}")
 
 
+def _loops(path: Path) -> bool:
+    return os.path.islink(os.path.realpath(path))
+
+
+def check_tensor_name(name: str, *, said_by: object) -> None:
+    """The name of a tensor in a file of weights, which others print, and some make file names of.
+
+    Raises:
+        Damaged: it is empty, longer than any, no text, has control characters in it, or reads as a path that leads out.
+    """
+    if (
+        not name
+        or len(name) > _LONGEST_NAME
+        or name[0] in "/\\"
+        or not name.isprintable()
+        or (".." in name and ".." in re.split(r"[/\\]", name))
+    ):
+        raise Damaged(
+            "no name of a tensor",
+            where=str(said_by),
+            expected=f"printable text of 1 to {_LONGEST_NAME:,} characters, no path",
+            found=f"{name[:100]!a:.200}",
+        )
+
+
 def _is_text(name: str) -> bool:
     try:
         name.encode()
@@ -88,10 +116,12 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
         suffixes: how their names end.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes) and entry.is_file())
+        listed = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
     except OSError as fault:
         raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
-    return {name: stamp(folder / name) for name in names}
+    # a link to itself is no file: `check_link` says what it is
+    held = [name for name in listed if (folder / name).is_file() or (folder / name).is_symlink()]
+    return {name: stamp(folder / name) for name in held if os.path.exists(folder / name) or _loops(folder / name)}
 
 
 def check_plain_name(name: object, *, said_by: Path) -> str:
@@ -143,11 +173,11 @@ def read_small(path: Path, *, what: str) -> bytes:
 
 
 def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
-    """`read_json` for bytes at hand."""
+    """`read_json` for bytes at hand, which are UTF-8: ``json`` would guess at UTF-16 and more, other readers do not."""
     if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
         raise Damaged(f"{what} holds more values than any", where=where, expected=f"at most {_MAX_VALUES:,}")
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data.decode(), object_pairs_hook=_no_duplicates)
         if b"\\ud" in data.lower():  # half of a surrogate pair is no text: it could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as fault:

@@ -8,6 +8,7 @@ Standard input: JSON, see `main`. Standard output: one line of JSON an attack, s
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from attacks import make
-from attacks.corpus import ALIVE, RAN, Attack, Canary, root_of, records
-from attacks.twins import TWINS, make_canary
+from attacks.corpus import ALIVE, RAN, Attack, Canary, records, root_of
+from attacks.twins import make_canary
 from dconv.cli import main as dconv
 
 #: Seconds of computing and bytes of address space that an attack may take beside what the process has.
@@ -171,36 +172,52 @@ def limited() -> None:
 def _commands(words: list[str], work: Path) -> dict[str, list[str]]:
     model, form, *options = words
     found = {"convert": ["convert", model, form, *options, "-o", str(work / "out"), "--quiet"]}
-    if not options or form == "onnx":
-        found = {"inspect": ["inspect", model], "check": ["check", model, "--no-run"]} | found
+    if not options or form == "onnx":  # those of convert alone are what is hostile
+        found |= {"inspect": ["inspect", model], "check": ["check", model, "--no-run"]}
     return found
 
 
-def _in_child(seen: Seen, at: Path, work: Path, notes: Path, commands: dict[str, list[str]] | None) -> None:
-    """Runs the commands, or where there are none, the reader that believes everything."""
+def _in_child(
+    seen: Seen, at: Path, work: Path, notes: Path, commands: dict[str, list[str]] | None, heavy: float
+) -> None:
+    """Runs the commands, or where there are none, the reader that believes everything.
+
+    Args:
+        heavy: seconds; where the conversion computes longer, nothing else is run.
+    """
     limited()
     os.chdir(work)
     with _caught(notes) as read:
         watch(at, work, seen.forbidden, refuse=commands is not None)
         try:
+            heavy += time.process_time()
             if commands is None:
-                believe(at)
+                believe(at, work)
             for name, command in (commands or {}).items():
                 seen.said[name] = (dconv(command), *read())
+                if time.process_time() > heavy:
+                    break
         except Forbidden:
             pass
         except BaseException as fault:  # noqa: BLE001
             seen.said["fault"] = (-1, "", f"{type(fault).__name__}: {fault}"[:2000])
 
 
-def believe(at: Path) -> None:
-    """A reader as many are: finds a pickle and unpickles it."""
+def believe(at: Path, work: Path) -> None:
+    """A reader as many are: opens what an index names, copies what lies beside the weights, unpickles."""
+    if (index := at / "model.safetensors.index.json").is_file():
+        for name in set(json.loads(index.read_text())["weight_map"].values()):
+            (at / name).read_bytes()
+    for name in ("README.md", "model.pt"):
+        if (at / name).is_symlink():
+            (work / name).write_bytes((at / name).read_bytes())
+            return
+    if index.is_file():
+        return
 
     class Reader(pickle.Unpickler):
         def persistent_load(self, pid: object) -> object:
             return pid
-
-    import io
 
     path = next(path for path in sorted(at.rglob("*")) if path.name in (
         "pytorch_model.bin", "model.pt", "model_optim_rng.pt", ".metadata"))  # fmt: skip
@@ -216,7 +233,7 @@ def believe(at: Path) -> None:
             return
 
 
-def forked(attack: Attack, corpus: Path, canary: Canary, *, believing: bool = False) -> Seen:
+def forked(attack: Attack, corpus: Path, canary: Canary, *, believing: bool = False, heavy: float = 1e9) -> Seen:
     """One attack, from its making to its removal."""
     at = make.one(corpus, attack, canary)
     work, notes = corpus / "work", corpus / "notes"
@@ -230,7 +247,7 @@ def forked(attack: Attack, corpus: Path, canary: Canary, *, believing: bool = Fa
     if child == 0:
         file = os.open(notes / "seen", os.O_WRONLY | os.O_CREAT)
         try:
-            _in_child(seen, at, work, notes, commands)
+            _in_child(seen, at, work, notes, commands, heavy)
         except BaseException as fault:  # noqa: BLE001
             seen.said["fault"] = (-1, "", repr(fault)[:2000])
         finally:
@@ -265,7 +282,7 @@ def _canary(canary: Canary, folders: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    """Reads ``{"corpus", "secret", "twins": [...], "attacks": [...], "believing": [...]}`` and does it in order."""
+    """Reads ``{"corpus", "secret", "heavy", "twins": [], "attacks": [], "believing": []}`` and does it in order."""
     asked = json.load(sys.stdin)
     corpus = Path(asked["corpus"])
     out = os.fdopen(os.dup(1), "w")
@@ -273,7 +290,6 @@ def main() -> None:
     os.environ["DCONV_HISTORY"] = "off"
     os.environ["TMPDIR"] = str(corpus / "work")
     by_name = {attack.name: attack for attack in make.ATTACKS}
-    begun = time.monotonic()
     for name in asked["twins"]:
         attack = Attack(f"good/{name}", "", "", name, lambda _at, _canary: None)
         at = make.one(corpus, attack, canary)
@@ -290,11 +306,9 @@ def main() -> None:
     for name in asked["believing"]:
         out.write(json.dumps(asdict(forked(by_name[name], corpus, canary, believing=True))) + "\n")
     for name in asked["attacks"]:
-        out.write(json.dumps(asdict(forked(by_name[name], corpus, canary))) + "\n")
+        out.write(json.dumps(asdict(forked(by_name[name], corpus, canary, heavy=asked["heavy"]))) + "\n")
         out.flush()
-    del begun
 
 
 if __name__ == "__main__":
-    assert TWINS
     main()
