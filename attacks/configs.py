@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +91,7 @@ _ATTACKS: Final[tuple[tuple[str, str, str, str, Callable[[Path, Canary], object]
     ("config-empty", "an empty file", _JSON, "huggingface", _written(_CONFIG, b"")),
     ("config-text-alone", "a JSON text alone", "is not a JSON object", "huggingface", _written(_CONFIG, '"llama"')),
     ("quantised-2-31", "codes in groups of 2^31", "quantization_config", "huggingface",
-     _said(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 1 << 31, "sym": [], "desc_act": {}})),
+     _said(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 1 << 31, "sym": []})),
     ("side-hole", "a tokenizer.json of a terabyte that takes no room", "implausibly large", "huggingface",
      _hole("tokenizer.json", 1 << 40)),
     ("index-deep", "an index of 100,000 levels", _JSON, "huggingface",

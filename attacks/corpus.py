@@ -15,7 +15,7 @@ from typing import Any, Final
 #: The file that payloads make, and the one that they remove.
 RAN, ALIVE = "ran", "alive"
 #: What lies outside of every checkpoint and must not be read.
-SECRET: Final = "the contents of a file that no checkpoint has"
+SECRET: Final = "the contents of a file that no checkpoint has"  # noqa: S105
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,17 @@ README: Final = Path(__file__).with_name("README.md")
 _BEGIN, _END = "<!-- made by attacks/make.py --readme -->", "<!-- end -->"
 
 
-def write(folder: Path, attacks: Iterable[Attack] = ATTACKS, secret: str = SECRET) -> Canary:
+def write(folder: Path, attacks: Iterable[Attack] = ATTACKS, secret: str = SECRET, twins: Iterable[str] = ()) -> Canary:
     """The corpus: ``twins/`` (good checkpoints), ``canary/``, and one directory an attack.
 
     Args:
         folder: where; what is there already is kept.
         secret: the contents of the file that must not be read.
+        twins: good checkpoints that are wanted beside those of the attacks.
     """
+    attacks = tuple(attacks)
     canary = make_canary(folder / "canary", secret)
-    if not (folder / "twins").exists():
-        make_twins(folder / "twins")
+    make_twins(folder / "twins", dict.fromkeys([*twins, *(attack.twin for attack in attacks)]))
     for attack in attacks:
         one(folder, attack, canary)
     return canary
@@ -40,6 +41,7 @@ def write(folder: Path, attacks: Iterable[Attack] = ATTACKS, secret: str = SECRE
 def one(folder: Path, attack: Attack, canary: Canary) -> Path:
     """One attack's directory, made of its twin."""
     at = folder / attack.name
+    make_twins(folder / "twins", [attack.twin])
     shutil.copytree(folder / "twins" / attack.twin, at)
     attack.spoil(at, canary)
     return at

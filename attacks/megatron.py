@@ -199,6 +199,12 @@ _ATTACKS: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ..
 
 ATTACKS: Final = (
     *(Attack(f"megatron/{name}", idea, says, "torch_dist", spoil) for name, idea, says, spoil in _ATTACKS),
-    Attack("megatron/rank-99999999", "a directory's name that promises 10^16 ranks", "", "legacy", _far_rank),
+    Attack(
+        "megatron/rank-99999999",
+        "a directory's name that promises 10^16 ranks",
+        "stand side by side",
+        "legacy",
+        _far_rank,
+    ),
     Attack("megatron/rank-twice", "two directories of one rank", "two directories of one rank", "legacy", _rank_twice),
 )

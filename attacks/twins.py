@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -36,10 +36,11 @@ class Twin:
     model: str = ""
 
 
-def make_twins(folder: Path) -> None:
-    """All of them, each in a directory of its name."""
-    for name, twin in TWINS.items():
-        twin.make(folder / name)
+def make_twins(folder: Path, names: Iterable[str]) -> None:
+    """Each in a directory of its name; those that are there already stay."""
+    for name in names:
+        if not (folder / name).exists():
+            TWINS[name].make(folder / name)
 
 
 def make_canary(folder: Path, secret: str) -> Canary:

@@ -58,15 +58,15 @@ def _end64(form: str, offset: int, value: int) -> Callable[[bytearray], object]:
 
 
 def _bomb(folder: Path, _canary: Canary) -> None:
-    """A storage of 512 MB in 500 kB."""
+    """A storage of 64 MB in 64 kB."""
     held = records(folder / _FILE)
-    held[root_of(held) + "/data/0"] = bytes(512 << 20)
+    held[root_of(held) + "/data/0"] = bytes(64 << 20)
     (folder / _FILE).write_bytes(zipped(held, zipfile.ZIP_DEFLATED))
 
 
 def _pickle_bomb(folder: Path, _canary: Canary) -> None:
     held = records(folder / _FILE)
-    held[root_of(held) + "/data.pkl"] = b"\x80\x02" + b"N0" * (64 << 20) + b"N."
+    held[root_of(held) + "/data.pkl"] = b"\x80\x02" + b"N0" * (32 << 20) + b"N."
     (folder / _FILE).write_bytes(zipped(held, zipfile.ZIP_DEFLATED))
 
 
@@ -115,7 +115,7 @@ def _many(folder: Path, _canary: Canary) -> None:
 
 _ATTACKS: Final[tuple[tuple[str, str, str, Callable[[Path, Canary], object]], ...]] = (
     ("bomb", "a storage that unpacks to a thousand times its size", _ODD, _bomb),
-    ("pickle-bomb", "data.pkl that unpacks to 128 MB", _ODD, _pickle_bomb),
+    ("pickle-bomb", "data.pkl that unpacks to 64 MB", _ODD, _pickle_bomb),
     ("method-99", "a method of compression that nobody has", _ODD, _raw(_put("<H", 10, 99))),
     ("encrypted", "the flag of an encrypted record", _ODD, _raw(_put("<H", 8, 1))),
     ("strong-encryption", "the flag of a masked directory", _ODD, _raw(_put("<H", 8, 0x2001))),

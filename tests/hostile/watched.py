@@ -199,7 +199,7 @@ def _in_child(
                     break
         except Forbidden:
             pass
-        except BaseException as fault:  # noqa: BLE001
+        except BaseException as fault:
             seen.said["fault"] = (-1, "", f"{type(fault).__name__}: {fault}"[:2000])
 
 
@@ -216,6 +216,11 @@ def believe(at: Path, work: Path) -> None:
         return
 
     class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module.startswith("torch"):  # the good rest; to import it takes seconds
+                raise ValueError(module)
+            return super().find_class(module, name)
+
         def persistent_load(self, pid: object) -> object:
             return pid
 
@@ -229,7 +234,7 @@ def believe(at: Path, work: Path) -> None:
     while stream.tell() < len(data):
         try:
             Reader(stream).load()
-        except Exception:  # the good rest needs torch
+        except Exception:  # the good rest
             return
 
 
@@ -248,7 +253,7 @@ def forked(attack: Attack, corpus: Path, canary: Canary, *, believing: bool = Fa
         file = os.open(notes / "seen", os.O_WRONLY | os.O_CREAT)
         try:
             _in_child(seen, at, work, notes, commands, heavy)
-        except BaseException as fault:  # noqa: BLE001
+        except BaseException as fault:
             seen.said["fault"] = (-1, "", repr(fault)[:2000])
         finally:
             os.write(file, json.dumps(asdict(seen)).encode())
@@ -286,7 +291,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     corpus = Path(asked["corpus"])
     out = os.fdopen(os.dup(1), "w")
-    canary = make.write(corpus, (), asked["secret"])
+    canary = make.write(corpus, (), asked["secret"], asked["twins"])
     os.environ["DCONV_HISTORY"] = "off"
     os.environ["TMPDIR"] = str(corpus / "work")
     by_name = {attack.name: attack for attack in make.ATTACKS}
