@@ -77,6 +77,7 @@ def check_link(path: Path) -> None:
 
 
 def _loops(path: Path) -> bool:
+    """A link that leads back to itself, which `check_link` tells of."""
     return os.path.islink(os.path.realpath(path))
 
 
@@ -119,9 +120,7 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
         listed = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
     except OSError as fault:
         raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
-    # a link to itself is no file: `check_link` says what it is
-    held = [name for name in listed if (folder / name).is_file() or (folder / name).is_symlink()]
-    return {name: stamp(folder / name) for name in held if os.path.exists(folder / name) or _loops(folder / name)}
+    return {name: stamp(folder / name) for name in listed if (folder / name).is_file() or _loops(folder / name)}
 
 
 def check_plain_name(name: object, *, said_by: Path) -> str:
