@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from attacks.corpus import SECRET, Attack, Canary, edit_pickle
 from attacks.pickles import call, text
-from dconv.checkpoint import dcp, pickling
+from dconv.checkpoint import dcp
 from dconv.checkpoint.dcp import DcpChunk, DcpMetadata, DcpTensor
 
 _METADATA: Final = "release/.metadata"
@@ -52,13 +52,12 @@ def _overlap(chunks: tuple[DcpChunk, ...], _canary: Canary) -> tuple[DcpChunk, .
     return (*chunks, again)
 
 
-def _elsewhere(held: DcpMetadata, canary: Canary) -> None:
-    del canary
-    (name, tensor) = next((n, t) for n, t in held.tensors.items() if "linear_fc2" in n)
-    held.tensors[_KEY] = replace(held.tensors[_KEY], chunks=tensor.chunks[:0] + tuple(
-        replace(c, file=t.file, offset=t.offset, length=t.length)
-        for c, t in zip(held.tensors[_KEY].chunks, tensor.chunks, strict=True)))  # fmt: skip
-    del name
+def _elsewhere(held: DcpMetadata, _canary: Canary) -> None:
+    """The chunks of one tensor in the places of another's."""
+    other = next(tensor for name, tensor in held.tensors.items() if "linear_fc2" in name)
+    pairs = zip(held.tensors[_KEY].chunks, other.chunks, strict=True)
+    chunks = tuple(replace(own, file=there.file, offset=there.offset, length=there.length) for own, there in pairs)
+    held.tensors[_KEY] = replace(held.tensors[_KEY], chunks=chunks)
 
 
 def _common(folder: Path, canary: Canary) -> None:
@@ -70,8 +69,8 @@ def _common_text(folder: Path, _canary: Canary) -> None:
     (folder / "release" / "common.pt").write_text(SECRET[:4])
 
 
-def _chunk_pickle(folder: Path, canary: Canary) -> None:
-    """The pickle of one chunk calls a name as long as one that it had: nothing else moves."""
+def _chunk_pickle(folder: Path, _canary: Canary) -> None:
+    """The pickle of each chunk calls a name as long as the one that it had: nothing else moves."""
     path = folder / "release" / "__0_0.distcp"
     data = path.read_bytes()
     before = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -84,7 +83,6 @@ def _chunk_pickle(folder: Path, canary: Canary) -> None:
         data = data[: at + 16] + bytes(4) + data[at + 20 :]
         at += 4
     path.write_bytes(data.replace(before, after))
-    del canary
 
 
 def _written(file: str, content: str | bytes) -> Callable[[Path, Canary], object]:
@@ -98,22 +96,6 @@ def _raw(change: Callable[[bytes, Canary], bytes]) -> Callable[[Path, Canary], o
         path.write_bytes(change(path.read_bytes(), canary))
 
     return spoil
-
-
-def _replaced_size(before: tuple[int, ...], after: tuple[int, ...]) -> Callable[[bytes, Canary], bytes]:
-    """One tuple of numbers in the pickle for another."""
-
-    def change(data: bytes, _canary: Canary) -> bytes:
-        found, made = pickling.dumps(before)[2:-1], pickling.dumps(after)[2:-1]
-        if found not in data:
-            raise ValueError(f"no {before} in .metadata")
-        return data.replace(found, made, 1)
-
-    return change
-
-
-def _args(change: Callable[[bytes, Canary], bytes]) -> Callable[[Path, Canary], object]:
-    return lambda folder, canary: edit_pickle(folder / "release" / "common.pt", lambda tree: change(tree, canary))
 
 
 def _without_common(folder: Path) -> None:

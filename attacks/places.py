@@ -67,13 +67,12 @@ def _through_inside(folder: Path, canary: Canary) -> None:
     (folder / "second.safetensors").symlink_to(canary.outside / _FIRST)
 
 
-def _blobs(folder: Path, canary: Canary) -> None:
+def _blobs(folder: Path, _canary: Canary) -> None:
     """A link as in the hub's cache, but to a directory that is nobody's cache."""
     blobs = folder.parent / "blobs"
     blobs.mkdir(exist_ok=True)
     (folder / _FIRST).rename(blobs / "x")
     (folder / _FIRST).symlink_to("../blobs/x")
-    del canary
 
 
 def _tracker(text: str) -> Callable[[Path, Canary], object]:

@@ -77,18 +77,12 @@ def _overlapping(data: bytearray) -> None:
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
 
 
-def _two_roots(held: dict[str, bytes], root: str) -> None:
+def _two_roots(held: dict[str, bytes], _root: str) -> None:
     held.update({f"other/{name.partition('/')[2]}": content for name, content in list(held.items())})
-    del root
 
 
 def _twice(data: bytearray) -> None:
     """One name twice: which of the two is read is a matter of the reader."""
-    for _ in range(2):
-        at = data.rindex(b"/data/1")
-        data[at : at + 7] = b"/data/0"
-        if data.count(b"/data/1") == 0:
-            break
     while (at := data.find(b"/data/1")) >= 0:
         data[at : at + 7] = b"/data/0"
 
