@@ -54,7 +54,7 @@ MACHINE = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/u
 #: Who makes code of text: classes of the standard library that are made so, and imports.
 MAKERS = ("dataclasses.py", "collections/__init__.py", "enum.py", "functools.py", "typing.py")
 LIBRARIES = tuple(os.path.realpath(path) + "/" for path in (
-    sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), Path(make.__file__).parents[1] / "dconv",
+    sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), *Path(make.__file__).parents[1].glob("dconv*"),
 ))  # fmt: skip
 
 
