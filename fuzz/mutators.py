@@ -9,6 +9,7 @@ import json
 import pickletools
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -21,7 +22,23 @@ _NUMBERS: tuple[Any, ...] = (
     (1 << 63) - 1, 1 << 63, 1 << 64, -(1 << 63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-300, 1e308, float("inf"),
     float("-inf"), float("nan"),
 )  # fmt: skip
-_VALUES: tuple[Any, ...] = (None, True, False, "", "x", "0", "1", [], {}, [None], [[]], {"": None}, "\ud800", "\0", "../x")
+_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "0",
+    "1",
+    [],
+    {},
+    [None],
+    [[]],
+    {"": None},
+    "\ud800",
+    "\0",
+    "../x",
+)
 
 
 def in_json(words: Sequence[str] = ()) -> Mutator:
@@ -76,7 +93,7 @@ def _changed(tree: Any, draw: Random, words: Sequence[str], raw: Raw) -> Any:
     elif what == 5:
         other, at = draw.choice(places)
         if at in other if isinstance(other, dict) else at < len(other):
-            holder[key] = json.loads(json.dumps(other[at]))
+            holder[key] = deepcopy(other[at])
     elif isinstance(holder, dict):
         name = draw.choice(words) if words and draw.random() < 0.7 else draw.choice([str(k) for _, k in places])
         holder[name] = holder.pop(key) if what == 6 else _value(holder[key], draw, words, raw)
@@ -97,7 +114,7 @@ def _value(old: Any, draw: Random, words: Sequence[str], raw: Raw) -> Any:
         return draw.choice(_NUMBERS)
     if what == 5 and words:
         return draw.choice(words)
-    return draw.choice((*_VALUES, [old, old], {"x": old}))
+    return deepcopy(draw.choice((*_VALUES, [old, [old]], {"x": old})))  # what is drawn is changed in place later
 
 
 def in_pickle(words: Sequence[str] = ()) -> Mutator:
@@ -110,7 +127,7 @@ def in_pickle(words: Sequence[str] = ()) -> Mutator:
             return raw(data, most)
         for _ in range(draw.choice((1, 1, 2, 4))):
             at = draw.randrange(len(spans))
-            name, arg, span = spans[at]
+            name, arg, _ = spans[at]
             what = draw.randrange(6)
             if isinstance(arg, int) and "GET" not in name and "PUT" not in name and what < 3:
                 spans[at] = ("LONG1", 0, _number(draw.choice(_NUMBERS)))
@@ -127,7 +144,11 @@ def in_pickle(words: Sequence[str] = ()) -> Mutator:
                 other = draw.randrange(len(spans))
                 spans[at], spans[other] = spans[other], spans[at]
             else:
-                spans[at] = (name, arg, draw.choice((b"N", b"\x88", b")", b"]", b"}", b"(", b"t", b"R", b"b", b"K\x01")))
+                spans[at] = (
+                    name,
+                    arg,
+                    draw.choice((b"N", b"\x88", b")", b"]", b"}", b"(", b"t", b"R", b"b", b"K\x01")),
+                )
             if not spans:
                 return raw(data, most)
         made = b"".join(span for _, _, span in spans)

@@ -2,9 +2,9 @@
 
     python fuzz/run.py [TARGET…] [--seconds 600 | --runs N]
 
-What reaches something new is added to ``work/fuzz/TARGET/corpus/``, and read again by the next run together with what git
-keeps in ``fuzz/corpus/TARGET/`` (``fuzz/keep.py`` takes from one to the other). Inputs that a parser does not survive
-are written beside, each with its traceback in ``log.txt``, one for each place; the exit code is then 1.
+What reaches something new is added to ``work/fuzz/TARGET/corpus/``, and read again by the next run together with what
+git keeps in ``fuzz/corpus/TARGET/`` (``fuzz/keep.py`` takes from one to the other). Inputs that a parser does not
+survive are written beside, one for each place, with their tracebacks in ``log.txt``; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +48,33 @@ def main(argv: list[str] | None = None) -> int:
     targets = instrumented()
     if unknown := [name for name in args.targets if name not in targets]:
         parser.error(f"no target is called {', '.join(unknown)}; there are {', '.join(targets)}")
-    return max([one(args, targets[name]) for name in args.targets or targets])
+    chosen = [targets[name] for name in args.targets or targets]
+    _warm(chosen)
+    return max([one(args, target) for target in chosen])
 
 
 def instrumented() -> dict[str, Any]:
-    """The targets; whatever of dconv they import tells libFuzzer where it has been."""
+    """The targets; whatever of dconv they import tells libFuzzer where it has been. To be called before any is."""
     import atheris
 
-    atheris.instrument_imports(include=["dconv"]).__enter__()  # for good: parsers import on their way
+    if "dconv" not in sys.modules:
+        atheris.instrument_imports(include=["dconv"]).__enter__()  # pyright: ignore - for good: parsers import on their way
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # a line for each module
-        from fuzz import folders
         from fuzz.targets import TARGETS
-
-        folders.whole("hf")  # once, for all processes that are to come
     return TARGETS
 
 
+def _warm(targets: Iterable[Any]) -> None:
+    """Import what targets import on their way, and make what they are given, once for all processes to come."""
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        for target in targets:
+            for path in sorted((CORPUS / target.name).glob("*"))[:1]:
+                with contextlib.suppress(Exception):  # it will be fed again
+                    target.run(path.read_bytes())
+
+
 def one(args: argparse.Namespace, target: Any) -> int:
-    """Feed a target in processes of their own, since libFuzzer ends the one that it is in; 1 where something was found."""
+    """Feed a target, in processes of their own: libFuzzer ends the one that it is in. 1 where something was found."""
     out: Path = args.out / target.name
     (out / "corpus").mkdir(parents=True, exist_ok=True)
     (CORPUS / target.name).mkdir(parents=True, exist_ok=True)
@@ -111,12 +120,14 @@ def _feed(args: argparse.Namespace, target: Any, out: Path, seconds: int) -> Non
         f"-runs={args.runs or -1}", f"-max_total_time={seconds if args.seconds or args.runs else 60}",
     ]  # fmt: skip
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + (_MOST_ASKED << 20),) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (held + (_MOST_ASKED << 20), -1))
     form = target.mutator()
     more: dict[str, Any] = {}
     if form is not None:
         more["custom_mutator"] = lambda data, most, seed: form(data, most, seed, atheris.Mutate)
-    atheris.Setup([sys.argv[0], *options, str(out / "corpus"), str(CORPUS / target.name)], _watched(target.run, out), **more)
+    atheris.Setup(
+        [sys.argv[0], *options, str(out / "corpus"), str(CORPUS / target.name)], _watched(target.run, out), **more
+    )
     atheris.Fuzz()
 
 
@@ -147,7 +158,9 @@ def _place(fault: BaseException) -> str:
 
 
 def _escaped(word: str) -> str:
-    return "".join(chr(c) if 32 < c < 127 and chr(c) not in '"\\' else f"\\x{c:02x}" for c in word.encode("utf-8", "replace"))
+    return "".join(
+        chr(c) if 32 < c < 127 and chr(c) not in '"\\' else f"\\x{c:02x}" for c in word.encode("utf-8", "replace")
+    )
 
 
 if __name__ == "__main__":

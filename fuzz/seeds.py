@@ -1,4 +1,4 @@
-"""Small good inputs for each target, to start from:  python fuzz/seeds.py  writes them to ``fuzz/corpus/TARGET/seed-*``."""
+"""Small good inputs of each target, to start from:  python fuzz/seeds.py  writes them to ``fuzz/corpus/TARGET/``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT)]
 os.environ["DCONV_HISTORY"] = "off"
 
-from dconv.arch.registry import by_name, families  # noqa: E402
-from dconv.errors import DconvError  # noqa: E402
-from fuzz import folders  # noqa: E402
-from fuzz.mutators import as_varint  # noqa: E402
-from fuzz.targets import TARGETS  # noqa: E402
-from tests.models import config_of  # noqa: E402
+from dconv.arch.registry import by_name, families
+from dconv.errors import DconvError
+from fuzz import folders
+from fuzz.mutators import as_varint
+from fuzz.targets import TARGETS
+from tests.models import config_of
 
 #: Forms of codes that this package makes of any model.
 _CODED = (
@@ -39,7 +39,10 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "pickle", folders.pickled_in(whole("pt") / "pytorch_model.bin")
     yield "pickle", folders.pickled_in(whole("torch_dist") / "release" / "common.pt")
     yield "torch_zip", (whole("torch_dist") / "release" / "common.pt").read_bytes()
-    yield "torch_zip", folders.torch_zip([("a/data.pkl", folders.pickled_tensors("f32", {"0": (2, 3)})), ("a/data/0", bytes(24))])
+    yield (
+        "torch_zip",
+        folders.torch_zip([("a/data.pkl", folders.pickled_tensors("f32", {"0": (2, 3)})), ("a/data/0", bytes(24))]),
+    )
     yield "torch_frame", _torch_frame()
     yield "state_dict", folders.pickled_in(whole("pt") / "pytorch_model.bin")
     yield "megatron_legacy", folders.pickled_in(whole("legacy") / "release/mp_rank_00/model_optim_rng.pt")
@@ -49,9 +52,15 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "model_pt", (whole("model_pt") / "metadata.json").read_bytes()
     yield from (("megatron_tracker", text) for text in (b"release", b"0000007", b" 12\n"))
     yield "bmtrain", (whole("bmtrain") / "config.json").read_bytes()
-    yield "meta_params", _json({"dim": 32, "multiple_of": 32, "n_heads": 4, "n_layers": 1, "norm_eps": 1e-6, "vocab_size": -1})
+    yield (
+        "meta_params",
+        _json({"dim": 32, "multiple_of": 32, "n_heads": 4, "n_layers": 1, "norm_eps": 1e-6, "vocab_size": -1}),
+    )
     more = {"n_kv_heads": 4, "ffn_dim_multiplier": 1.0, "rope_theta": 5e5, "use_scaled_rope": True}
-    yield "meta_params", _json({"model": {"dim": 32, "multiple_of": 96, "n_heads": 4, "n_layers": 1, "norm_eps": 1e-5, **more}})
+    yield (
+        "meta_params",
+        _json({"model": {"dim": 32, "multiple_of": 96, "n_heads": 4, "n_layers": 1, "norm_eps": 1e-5, **more}}),
+    )
     for said in _ggufs():
         yield "gguf", _json(said)
     yield "gguf_header", _gguf_header()
@@ -66,17 +75,38 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         except DconvError:
             continue
     yield from (("tokenizer_json", _json(said)) for said in _tokenizers())
-    yield "sentencepiece", b"".join(_field(1, _piece(f"p{n}", -n / 2, kind)) for n, kind in enumerate((2, 3, 3, 1, 6, 1)))
-    yield "run_yaml", b"model: a\nformat: megatron\ntp: 2\npp: 2\ndtype: bf16\ndrop: ['a.*', b]\nmax-memory: 1GiB\nresume: true\n"
+    yield from (("calibration_tokenizer", _json(said)) for said in _tokenizers())
+    yield (
+        "sentencepiece",
+        b"".join(_field(1, _piece(f"p{n}", -n / 2, kind)) for n, kind in enumerate((2, 3, 3, 1, 6, 1))),
+    )
+    yield "sentencepiece_beside", _json({"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "x", "special": True}}},
+                                         "added_tokens.json": {"y": 4}, "tokenizer.json": {"added_tokens": []}})  # fmt: skip
+    yield (
+        "run_yaml",
+        b"model: a\nformat: megatron\ntp: 2\npp: 2\ndtype: bf16\ndrop: ['a.*', b]\nmax-memory: 1GiB\nresume: true\n",
+    )
     yield "run_yaml", b"format: mx\nquant: mxfp4\nshard-size: 5GB\nblock-size: 128x128\nverify: digest\nnproc: 2\n"
     yield "batch_yaml", b"models: [a, {model: b, out: c, tp: 4}]\nformat: megatron\npp: 2\ndtype: bf16\n"
     yield "rename_yaml", b"model.layers.*.mlp.*: decoder.*.mlp.*\nbackbone.*: model.*\n"
     yield "rename_yaml", b'{"model.*.up_proj.weight": "m.*.up"}'
-    yield "fake_yaml", b"dimensions: {num_hidden_layers: 4}\nshapes: {'*.up_proj.weight': [4, 8]}\nfill: zeros\nfills: {'*.weight': 1.5}\n"
+    yield (
+        "fake_yaml",
+        b"dimensions: {num_hidden_layers: 4}\nshapes: {'*.up_proj.weight': [4, 8]}\nfill: zeros\nfills: {'*.weight': {constant: 1.5}}\n",
+    )
     for path in sorted((_ROOT / "dconv" / "quant" / "presets").glob("*.json"))[:6]:
         yield "quantization_yaml", path.read_bytes()
-    yield "quantization_yaml", b"bits: 4\ngroup_size: 128\nsym: true\ndata: x\noverrides:\n- {pattern: '*.down_proj', bits: 8}\n"
-    manifest = {"kind": "a", "target": "b", "platform": "c", "settings": {"x": 1}, "files": {"a": {"sha256": "0", "bytes": 1}}}
+    yield (
+        "quantization_yaml",
+        b"bits: 4\ngroup_size: 128\nsym: true\ndata: x\noverrides:\n- {pattern: '*.down_proj', bits: 8}\n",
+    )
+    manifest = {
+        "kind": "a",
+        "target": "b",
+        "platform": "c",
+        "settings": {"x": 1},
+        "files": {"a": {"sha256": "0", "bytes": 1}},
+    }
     yield "handoff", _json(manifest)
     yield "calibration_json", _json([{"text": "a"}, {"text": "b"}])
     yield "calibration_json", _json([{"messages": [{"role": "user", "content": "a"}]}])
@@ -85,8 +115,13 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     yield "calibration_numbers", b"\0" + _npy()
     yield "calibration_numbers", b"\1" + _ids()
     yield "calibration_numbers", b"\2some text"
-    yield "calibration_folder", _json({"dataset_dict.json": {"splits": ["train"]}, "train/state.json": {"_data_files": [{"filename": "a"}]}})
+    yield (
+        "calibration_folder",
+        _json({"dataset_dict.json": {"splits": ["train"]}, "train/state.json": {"_data_files": [{"filename": "a"}]}}),
+    )
     yield "receipt", (whole("again") / "dconv.json").read_bytes()
+    names = ["00000000000000000001-1-aa-4-0", "00000000000000000001-1-bb-4-1"]
+    yield "working_state", _json({"ends": names, "ranks": {"0.json": {"done": 1, "total": 2, "peak": 3}}})
     yield "journal", b"done 1 0123456789abcdef\nclaim 2\nretract 00000000000000000001-1-aa 1\ndone 2 ff\n"
 
 
@@ -170,13 +205,21 @@ def _integers(method: str) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"input_layernorm.weight": ["BF16", [128]]}
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"):
         if method == "modelopt":
-            found |= {f"{name}.weight": ["F8_E4M3", [128, 128]], f"{name}.weight_scale": ["F32", []], f"{name}.input_scale": ["F32", []]}
+            found |= {
+                f"{name}.weight": ["F8_E4M3", [128, 128]],
+                f"{name}.weight_scale": ["F32", []],
+                f"{name}.input_scale": ["F32", []],
+            }
         elif method == "packed":
             found |= {f"{name}.weight_packed": ["I32", [128, 16]], f"{name}.weight_scale": ["BF16", [128, 4]],
                       f"{name}.weight_shape": ["I64", [2]]}  # fmt: skip
         else:
             packed = [16, 128] if method == "gptq" else [128, 16]
-            found |= {f"{name}.qweight": ["I32", packed], f"{name}.qzeros": ["I32", [4, 16]], f"{name}.scales": ["F16", [4, 128]]}
+            found |= {
+                f"{name}.qweight": ["I32", packed],
+                f"{name}.qzeros": ["I32", [4, 16]],
+                f"{name}.scales": ["F16", [4, 128]],
+            }
             found |= {f"{name}.g_idx": ["I32", [128]]} if method == "gptq" else {}
     return found
 
@@ -186,7 +229,10 @@ def _ggufs() -> Iterator[dict[str, Any]]:
     from dconv.checkpoint.gguf_header import TYPES, Long, read_header
 
     numbers = {kind: number for number, kind in TYPES.items()}
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(_ROOT / "tests/formats/recorded/gguf.zip") as archive:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        zipfile.ZipFile(_ROOT / "tests/formats/recorded/gguf.zip") as archive,
+    ):
         for name in archive.namelist():
             found = read_header(Path(archive.extract(name, scratch)))
             values = {key: value for key, value in found.values.items()
@@ -196,7 +242,15 @@ def _ggufs() -> Iterator[dict[str, Any]]:
 
 
 def _gguf_header() -> bytes:
-    values = {"general.architecture": "llama", "general.alignment": 32, "a": True, "b": -1, "c": 0.5, "d": [1, 2], "e": ["x", "y"]}
+    values = {
+        "general.architecture": "llama",
+        "general.alignment": 32,
+        "a": True,
+        "b": -1,
+        "c": 0.5,
+        "d": [1, 2],
+        "e": ["x", "y"],
+    }
     folders.gguf(path := folders.scratch() / "seed.gguf", values, {"v": [0, [3]], "w": [8, [2, 32]], "x": [1, []]})
     return path.read_bytes()
 
@@ -238,7 +292,17 @@ def _archive(said: dict[str, Any]) -> bytes:
 
 
 def _tokenizers() -> Iterator[dict[str, Any]]:
-    added = [{"id": 5, "content": "<s>", "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}]
+    added = [
+        {
+            "id": 5,
+            "content": "<s>",
+            "special": True,
+            "normalized": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+        }
+    ]
     processor = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
                  "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
                  "special_tokens": {"<s>": {"id": "<s>", "ids": [5], "tokens": ["<s>"]}}}  # fmt: skip

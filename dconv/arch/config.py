@@ -26,15 +26,16 @@ def detect_by_args(args: Mapping[str, object], configs: Iterable[C]) -> C:
         Damaged: a value of the wrong type.
         Refused: none fits.
     """
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for config in configs:
-        reasons[config.model_type] = config.matches_args(args)
-        if not reasons[config.model_type]:
+        against = config.matches_args(args)
+        if not against:
             return config
+        reasons[config.model_type] = " ".join("; ".join(against).split())
     raise Refused(
         "these Megatron args are none of the families known here, nothing was written",
         where=ARGS,
-        found="\n".join(f"not {family}: {'; '.join(why)}" for family, why in reasons.items()),
+        found="\n".join(f"not {family}: {why:.200}" for family, why in reasons.items()),
         do="name the family with --model-type and supply a config.json with --hf-config DIR",
     )
 

@@ -311,14 +311,14 @@ def arch_of(values: dict[str, Any] | Any, where: str) -> str:
     kind, arch = values.get("general.type", "model"), values.get("general.architecture")
     if kind != "model":
         raise Refused(f"a GGUF of a {kind!r:.40} and no model's, nothing was written", where=where, expected="a model")
-    if arch not in ARCHS:
+    if not isinstance(arch, str) or arch not in ARCHS:
         raise Refused(
             "a GGUF of an architecture that this version does not read, nothing was written",
             where=f"general.architecture in {where}",
             expected="one of " + ", ".join(ARCHS),
             found=f"{arch!r:.80}",
         )
-    return str(arch)
+    return arch
 
 
 def config_of(metadata: Metadata) -> Hf:

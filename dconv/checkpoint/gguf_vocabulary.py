@@ -57,7 +57,8 @@ def vocabulary(
         file = read(side, JSON)
         if file is None:
             raise _none(where)
-        if isinstance(model := file.get("model"), dict) and model.get("byte_fallback") and model.get("merges"):
+        model = file.get("model") or {}
+        if isinstance(model.get("vocab"), dict) and model.get("byte_fallback") and model.get("merges"):
             _check_unsplit(pretokenizer)
             values, notes = merged_pieces(file, rows, where)
         else:

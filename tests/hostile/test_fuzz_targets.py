@@ -1,0 +1,106 @@
+"""The fuzz targets: what is kept of their corpus passes, each runs for a moment, and what feeds them can fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dconv.errors import Damaged
+from fuzz.target import target
+from fuzz.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ROOT / "fuzz" / "corpus"
+needs_atheris = pytest.mark.skipif(find_spec("atheris") is None, reason="no atheris: pip install 'dconv[fuzz]'")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_kept_is_read_or_refused(name: str) -> None:
+    paths = sorted((CORPUS / name).iterdir())
+    assert paths
+    for path in paths:
+        try:
+            TARGETS[name].run(path.read_bytes())
+        except BaseException as fault:
+            pytest.fail(f"{path.relative_to(ROOT)}: {type(fault).__name__}: {fault}")
+
+
+def test_the_corpus_is_small_and_of_targets_that_there_are() -> None:
+    sizes = {path: path.stat().st_size for path in CORPUS.rglob("*") if path.is_file()}
+    assert {path.parent.name for path in sizes} == set(TARGETS)
+    assert max(sizes.values()) < 20_000
+    assert sum(sizes.values()) < 500_000
+
+
+def feed(out: Path, *words: str, plant: str = "") -> subprocess.CompletedProcess[str]:
+    """``fuzz/run.py``, in a process whose dconv may be given a fault first."""
+    code = f"import sys; from fuzz import run; targets = run.instrumented()\n{plant}\nsys.exit(run.main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    argv = [sys.executable, "-c", code, *words, "--seed", "1", "--out", str(out)]
+    return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_atheris
+def test_every_target_is_fed_and_finds_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    done = feed(tmp_path, "--runs", "20000" if request.config.getoption("--long") else "150")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(TARGETS), done.stderr
+    assert [line for line in lines if not line.endswith("nothing found")] == []
+    assert all(int(line.split()[1].replace(",", "")) >= 150 for line in lines)
+    assert done.returncode == 0
+
+
+#: Of one target each: what is taken out of dconv or put in, and what libFuzzer must then come to.
+PLANTED = {
+    "a check that is not there": (
+        "import json; from dconv.checkpoint import safetensors as s\ns.parse_json = lambda data, **_: json.loads(data)",
+        "crash-",
+    ),
+    "a loop without end": (
+        "from dconv.checkpoint import safetensors as s\nrun._LONGEST = 1\nold = s.framework\n"
+        "s.framework = lambda path: old(path) or [None for _ in iter(int, 1)]",
+        "timeout-",
+    ),
+    "memory by the file's word": (
+        "from dconv.checkpoint import safetensors as s\ns.framework = lambda path: bytes(8 << 30)",
+        "crash-",
+    ),
+    "a refusal that fills the screen": (
+        "from dconv.checkpoint import safetensors as s; from dconv.errors import Damaged\n"
+        "def fails(path): raise Damaged('x' * 100_000)\ns.framework = fails",
+        "crash-",
+    ),
+}
+
+
+@needs_atheris
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
+    plant, kind = PLANTED[fault]
+    done = feed(tmp_path, "safetensors", "--runs", "2000", plant=plant)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = list((tmp_path / "safetensors").glob(f"{kind}*"))
+    assert found, done.stdout
+    assert found[0].name in done.stdout
+
+
+def test_a_refusal_passes_and_anything_else_does_not() -> None:
+    def refuses(data: bytes) -> None:
+        raise Damaged("no", where=data.decode())
+
+    before = dict(TARGETS)
+    try:
+        run = target()(refuses)
+        run(b"here")
+        with pytest.raises(UnicodeDecodeError):
+            run(b"\xff")
+        with pytest.raises(AssertionError, match="a refusal of"):
+            run(b"\n" * 100)
+    finally:
+        TARGETS.clear()
+        TARGETS.update(before)
