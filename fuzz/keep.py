@@ -21,7 +21,7 @@ os.environ["DCONV_HISTORY"] = "off"
 from fuzz.targets import TARGETS, Target
 
 #: Of one input, and of all that are kept of a target.
-_MOST_BYTES, _MOST_OF_ALL = 16_000, 24_000
+_MOST_BYTES, _MOST_OF_ALL = 16_000, 20_000
 _OURS = str(_ROOT / "dconv")
 _Ways = set[tuple[str, int, int]]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT)]
-os.environ["DCONV_HISTORY"] = "off"
+os.environ |= {"DCONV_HISTORY": "off", "RUST_BACKTRACE": "0"}
 
 CORPUS = _ROOT / "fuzz" / "corpus"
 #: Seconds that one input may take, and MiB that the process may hold.

@@ -59,7 +59,7 @@ def _beside(data: bytes) -> dict[str, Path]:
 # what a person writes, or passes on -----------------------------------------------------------------------------------
 
 
-@target("launch/options.py", "launch/run_options.py", "request.py", most=4096)
+@target("launch/options.py", "launch/run_options.py", "launch/config_file.py", "request.py", most=4096)
 def run_yaml(data: bytes) -> None:
     """The file of ``--config``, up to a request."""
     from dconv.launch.config_file import read_config
@@ -85,7 +85,7 @@ def batch_yaml(data: bytes) -> None:
     read(folders.put("batch.yaml", data))
 
 
-@target("checkpoint/rename.py", most=4096)
+@target("checkpoint/rename.py", "checkpoint/small_config.py", most=4096)
 def rename_yaml(data: bytes) -> None:
     """The file of ``--rename``, laid over a model's names."""
     from dconv.checkpoint.rename import renaming_of

@@ -29,7 +29,7 @@ def safetensors(data: bytes) -> None:
     framework(path)
 
 
-@target("checkpoint/huggingface.py", form=in_json)
+@target("checkpoint/huggingface.py", "checkpoint/files.py", form=in_json)
 def safetensors_index(data: bytes) -> None:
     """``model.safetensors.index.json`` beside the files that it should name."""
     model = folders.checkpoint("sharded")
@@ -37,7 +37,7 @@ def safetensors_index(data: bytes) -> None:
     _describe(model)
 
 
-@target("coded/*.py", "arch/mlx*.py", "arch/neuron.py", "codec/*.py", form=in_json)
+@target("coded/*.py", "checkpoint/mlx.py", "checkpoint/neuron.py", "arch/mlx*.py", "arch/neuron.py", form=in_json)
 def huggingface(data: bytes) -> None:
     """A directory: its config, and headers that are whole, of which quantised forms are told.
 
@@ -138,7 +138,7 @@ def model_pt(data: bytes) -> None:
     _describe(model)
 
 
-@target("checkpoint/megatron.py", most=256)
+@target("checkpoint/megatron.py", "checkpoint/detect.py", most=256)
 def megatron_tracker(data: bytes) -> None:
     """``latest_checkpointed_iteration.txt``."""
     model = folders.checkpoint("legacy")
@@ -212,7 +212,7 @@ def graph_records(data: bytes) -> None:
 # what says which model it is ------------------------------------------------------------------------------------------
 
 
-@target("arch/*.py", form=in_json)
+@target("arch/*.py", "describe.py", "checkpoint/config_alone.py", form=in_json)
 def config(data: bytes) -> None:
     """A config.json of any family: what a plan makes of it alone, as Megatron's args too."""
     from dconv.describe import describe_model

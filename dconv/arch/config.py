@@ -82,7 +82,8 @@ def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict
     dim, heads = whole(said, "dim", where), whole(said, "n_heads", where)
     ffn = int(8 * dim / 3)
     if "ffn_dim_multiplier" in said:
-        ffn = int(number(said, "ffn_dim_multiplier", where) * ffn)
+        wider = number(said, "ffn_dim_multiplier", where) * ffn
+        ffn = int(number({"ffn_dim_multiplier": wider}, "ffn_dim_multiplier", where))
     step = whole(said, "multiple_of", where)
     rows = vocab if said.get("vocab_size", -1) == -1 else said["vocab_size"]
     theta, eps = number(said, "rope_theta", where), number(said, "norm_eps", where)

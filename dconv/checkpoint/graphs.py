@@ -35,6 +35,8 @@ _LOCAL: Final = 30
 _WEIGHTS: Final = re.compile(r"data/(weights/weight_)?\d+")
 #: More than any code, config or tokenizer.
 _LARGEST_TEXT: Final = 1 << 30
+#: Of one that is packed, as none of torch's is: few bytes may stand for many.
+_LARGEST_PACKED: Final = 1 << 26
 #: What `zipfile` raises about a record that is not as it should be: packed as it cannot unpack, encrypted, cut off.
 _TORN: Final = (
     zipfile.BadZipFile,
@@ -72,7 +74,8 @@ class Archive:
         Raises:
             Damaged: it is larger than any, or does not unpack.
         """
-        if self.records[name][1] > _LARGEST_TEXT:
+        at, nbytes = self.records[name]
+        if nbytes > (_LARGEST_PACKED if at is None else _LARGEST_TEXT):
             raise Damaged("a record of an archive is larger than any", where=f"{name} in {self.path}")
         try:
             with zipfile.ZipFile(self.path) as opened:
@@ -98,6 +101,8 @@ def _read(path: Path) -> Archive | None:
             kind = _kind(set(infos))
             if kind is None:
                 return None
+            if len(infos) < len(opened.infolist()):  # torch might read the other one
+                raise Damaged("an archive has two records of one name", where=str(path))
             records: dict[str, tuple[int | None, int]] = {}
             for name, info in infos.items():
                 raw.seek(info.header_offset)
