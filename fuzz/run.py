@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in args.targets if name not in targets]:
         parser.error(f"no target is called {', '.join(unknown)}; there are {', '.join(targets)}")
     chosen = [targets[name] for name in args.targets or targets]
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a limit that is there already stays
+    asked = held + (_MOST_ASKED << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (asked if most < 0 else min(asked, most), most))
     _warm(chosen)
     return max([one(args, target) for target in chosen])
 
@@ -69,8 +74,18 @@ def _warm(targets: Iterable[Any]) -> None:
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
         for target in targets:
             for path in sorted((CORPUS / target.name).glob("*"))[:1]:
-                with contextlib.suppress(Exception):  # it will be fed again
-                    target.run(path.read_bytes())
+                before = signal.signal(signal.SIGALRM, _late)
+                signal.alarm(_LONGEST)
+                try:
+                    with contextlib.suppress(Exception):  # it will be fed again
+                        target.run(path.read_bytes())
+                finally:
+                    signal.alarm(0)
+                    signal.signal(signal.SIGALRM, before)
+
+
+def _late(*_: object) -> None:
+    raise TimeoutError
 
 
 def one(args: argparse.Namespace, target: Any) -> int:
@@ -119,8 +134,6 @@ def _feed(args: argparse.Namespace, target: Any, out: Path, seconds: int) -> Non
         f"-max_len={target.most}", "-print_final_stats=1", f"-seed={args.seed}",
         f"-runs={args.runs or -1}", f"-max_total_time={seconds if args.seconds or args.runs else 60}",
     ]  # fmt: skip
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + (_MOST_ASKED << 20), -1))
     form = target.mutator()
     more: dict[str, Any] = {}
     if form is not None:

@@ -127,7 +127,7 @@ PLANTED = {
     ),
     "a loop without end": (
         "from dconv.checkpoint import safetensors as s\nrun._LONGEST = 1\nold = s.framework\n"
-        "s.framework = lambda path: old(path) or [None for _ in iter(int, 1)]",
+        "def hangs(path):\n    while old(path) is not None: pass\ns.framework = hangs",
         "timeout-",
     ),
     "memory by the file's word": (
