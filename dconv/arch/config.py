@@ -26,15 +26,16 @@ def detect_by_args(args: Mapping[str, object], configs: Iterable[C]) -> C:
         Damaged: a value of the wrong type.
         Refused: none fits.
     """
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for config in configs:
-        reasons[config.model_type] = config.matches_args(args)
-        if not reasons[config.model_type]:
+        against = config.matches_args(args)
+        if not against:
             return config
+        reasons[config.model_type] = " ".join("; ".join(against).split())
     raise Refused(
         "these Megatron args are none of the families known here, nothing was written",
         where=ARGS,
-        found="\n".join(f"not {family}: {'; '.join(why)}" for family, why in reasons.items()),
+        found="\n".join(f"not {family}: {why:.200}" for family, why in reasons.items()),
         do="name the family with --model-type and supply a config.json with --hf-config DIR",
     )
 
@@ -81,7 +82,8 @@ def hf_config_from_meta(params: Mapping[str, object], vocab: int | None) -> dict
     dim, heads = whole(said, "dim", where), whole(said, "n_heads", where)
     ffn = int(8 * dim / 3)
     if "ffn_dim_multiplier" in said:
-        ffn = int(number(said, "ffn_dim_multiplier", where) * ffn)
+        wider = number(said, "ffn_dim_multiplier", where) * ffn
+        ffn = int(number({"ffn_dim_multiplier": wider}, "ffn_dim_multiplier", where))
     step = whole(said, "multiple_of", where)
     rows = vocab if said.get("vocab_size", -1) == -1 else said["vocab_size"]
     theta, eps = number(said, "rope_theta", where), number(said, "norm_eps", where)

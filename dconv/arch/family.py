@@ -16,7 +16,8 @@ from typing import Any, Final
 from dconv.arch import predictors
 from dconv.arch.layouts import Facts, Layout, size
 from dconv.arch.mup import Mup
-from dconv.arch.translate import Config
+from dconv.arch.translate import CONFIG, Config
+from dconv.errors import Damaged
 from dconv.sharding.layout import Fused
 from dconv.sharding.region import Index
 
@@ -24,6 +25,8 @@ from dconv.sharding.region import Index
 TIED_HEAD: Final = "lm_head.weight"
 #: What Megatron's names of a vision tower begin with.
 TOWER: Final = "vision_model."
+#: Kimi K2 has some 50,000, nearly all of them of experts.
+_MOST_TENSORS: Final = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +247,25 @@ class Family:
         for fact, otherwise in self.either:
             facts[otherwise] = tuple(not here for here in facts[fact])
         by_layer = [facts[row.when] for row in self.rows if row.layout.stored and row.pipelined]
+        self._check_count(facts)
         uniform = facts.get("uniform_layers", True) and all(len(set(here)) == 1 for here in by_layer)
         return {**facts, "stored": shapes, "uniform_layers": uniform}
+
+    def _check_count(self, facts: Facts) -> None:
+        """That nobody is kept waiting for a list of tensors that no model has.
+
+        Raises:
+            Damaged: the config says that many.
+        """
+        experts = size(facts, "experts")
+        count = sum((experts if row.per_expert else 1) * size(facts, row.stack) for row in self.rows if row.per_layer)
+        if count > _MOST_TENSORS:
+            raise Damaged(
+                "the config says more tensors than any model has",
+                where=CONFIG,
+                expected=f"at most {_MOST_TENSORS:,}, experts counted one by one",
+                found=f"up to {count:,}",
+            )
 
     def derive(
         self,

@@ -317,14 +317,14 @@ def arch_of(values: dict[str, Any] | Any, where: str) -> str:
         raise Damaged(
             "a GGUF's architecture is no name", where=f"general.architecture in {where}", found=f"{arch!r:.80}"
         )
-    if arch not in ARCHS:
+    if arch is None or arch not in ARCHS:
         raise Refused(
             "a GGUF of an architecture that this version does not read, nothing was written",
             where=f"general.architecture in {where}",
             expected="one of " + ", ".join(ARCHS),
             found=f"{arch!r:.80}",
         )
-    return str(arch)
+    return arch
 
 
 def config_of(metadata: Metadata) -> Hf:

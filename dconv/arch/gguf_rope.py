@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isclose, log, pi, sqrt
+from math import inf, isclose, log, pi, sqrt
 from typing import Any, Final
 
 from dconv.arch.gguf_metadata import Metadata, inverse
@@ -69,6 +69,8 @@ def _llama3(m: Metadata, base: float) -> dict[str, Any]:
     """
     stored = m.numbers(FREQUENCIES)
     factor = max(stored, default=0.0)
+    if not all(0 < number < inf for number in stored) or base <= 0:
+        raise m.refused(FREQUENCIES, "numbers above 0, of a base above 0", f"{list(stored)[:4]!r:.80} … of {base:.6g}")
     said = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     wanted = llama3_factors(base, 2 * len(stored), said)
     if not stored or not all(isclose(a, b, rel_tol=1e-5) for a, b in zip(stored, wanted, strict=True)):

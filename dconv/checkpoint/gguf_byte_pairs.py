@@ -21,6 +21,7 @@ from dconv.checkpoint.gguf_tokens import (
     USER,
     Values,
     added_tokens,
+    asked,
     bytes_of,
     halves_of,
     looks_special,
@@ -28,7 +29,7 @@ from dconv.checkpoint.gguf_tokens import (
     too_many,
 )
 from dconv.checkpoint.source import Side
-from dconv.errors import Damaged, Refused, ToolMissing, UsageError
+from dconv.errors import Refused, ToolMissing, UsageError
 
 #: Names for the expression that splits text, with whether whole words come before merges (``ignore_merges``).
 _BY_EXPRESSION: Final = {"llama-bpe": True, "qwen2": False, "qwen35": False, "gpt-4o": False, "tekken": True}
@@ -107,15 +108,14 @@ def _tokenizer(side: Side) -> Any:
         raise ToolMissing(
             "a tokenizer is told by the package tokenizers", found=str(fault), do="pip install tokenizers"
         ) from None
-    try:
+    with asked(JSON):
         return Tokenizer.from_str(bytes_of(side, JSON).decode())
-    except Exception as fault:  # of a library, on what a file says
-        raise Damaged("a tokenizer that cannot be loaded", where=JSON, found=str(fault)[:200]) from fault
 
 
 def _normalised(tokenizer: Any, token: str) -> str:
     """As the converter has it: encoded and decoded again."""
-    return tokenizer.decode(tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False)
+    with asked(JSON):
+        return tokenizer.decode(tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False)
 
 
 def _pretokenizer(tokenizer: Any, file: Mapping[str, Any], where: str) -> tuple[str, str]:
@@ -126,7 +126,8 @@ def _pretokenizer(tokenizer: Any, file: Mapping[str, Any], where: str) -> tuple[
     """
     digests = []
     for special in (True, False):
-        ids = tokenizer.encode(PROBE, add_special_tokens=special).ids
+        with asked(JSON):
+            ids = tokenizer.encode(PROBE, add_special_tokens=special).ids
         digests.append(sha256(str(ids).encode()).hexdigest())
         if name := NAMES.get(digests[-1]):
             return name, "what it makes of llama.cpp's probe"

@@ -42,7 +42,7 @@ def pieces(side: Side, said: Mapping[str, Any], rows: int, where: str) -> Values
             raise too_many(token, number, rows, where)
         tokens[number], scores[number], types[number] = token, ADDED, USER
     for key, entry in (said.get("added_tokens_decoder") or {}).items():
-        number = int(key) if key.isdecimal() else -1
+        number = int(key) if key.isdecimal() and len(key) < 10 else -1
         token = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(token, str) or not 0 <= number < rows:
             raise too_many(str(token), key, rows, where)

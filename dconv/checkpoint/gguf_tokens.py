@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any, Final
 
 from dconv.checkpoint.files import Made, parse_json, read_small
@@ -18,6 +20,22 @@ ADDED, PADDED = -1000.0, -10000.0
 JSON, PIECES, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 #: Tokens that are control tokens whatever their file says (``does_token_look_special``).
 _CONTROLS: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_STEPS: Final = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+_TEMPLATED: Final = {".single": list, ".single.*": dict, ".single.*.SpecialToken": dict}
+#: What the parts of each file are, by their place in it.
+_FORMS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
+    JSON: {
+        "model": dict, "model.merges": list, "added_tokens": list,
+        **dict.fromkeys(_STEPS, dict),
+        **{f"{part}.{inner}": list for part, inner in _STEPS.items()},
+        **{f"{part}.{inner}.*": dict for part, inner in _STEPS.items()},
+        "pre_tokenizer.pretokenizers.*.pattern": dict,
+        **{f"post_processor{inner}": kind for inner, kind in _TEMPLATED.items()},
+        **{f"post_processor.processors.*{inner}": kind for inner, kind in _TEMPLATED.items()},
+    },
+    CONFIG: {"added_tokens_decoder": dict, "added_tokens_decoder.*": dict, "chat_template": str | list},
+    "chat_template.json": {"chat_template": str | list},
+}  # fmt: skip
 _AROUND: Final = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 
 
@@ -30,7 +48,47 @@ def read(side: Side, name: str) -> dict[str, Any] | None:
     if name not in side:
         return None
     path = side[name]
-    return parse_json(bytes_of(side, name), where=str(path) if isinstance(path, Path) else name, what=name)
+    file = parse_json(bytes_of(side, name), where=str(path) if isinstance(path, Path) else name, what=name)
+    _check_form(file, name)
+    return file
+
+
+@contextmanager
+def asked(where: str) -> Iterator[None]:
+    """What a library raises on what a file says; a panic of its Rust is no `Exception`.
+
+    Raises:
+        Damaged: it does.
+    """
+    try:
+        yield
+    except BaseException as fault:
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
+            raise
+        raise Damaged("a tokenizer that cannot be used", where=where, found=str(fault)[:200]) from fault
+
+
+def _check_form(file: Mapping[str, Any], name: str) -> None:
+    """That the parts of a file that are looked into are what they should be.
+
+    Raises:
+        Damaged: one is not.
+    """
+    for path, kind in _FORMS.get(name, {}).items():
+        for part in _parts(file, path.split(".")):
+            if not isinstance(part, kind):
+                raise Damaged(f"a part of {name} that none is", where=path, found=f"{part!r:.80}")
+
+
+def _parts(node: object, keys: Sequence[str]) -> Iterator[object]:
+    """What lies at a path of keys, ``*`` being all of a list or a mapping. What is null is not there."""
+    if not keys:
+        yield node
+    elif keys[0] == "*":
+        for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from _parts(part, keys[1:])
+    elif isinstance(node, dict) and node.get(keys[0]) is not None:
+        yield from _parts(node[keys[0]], keys[1:])
 
 
 def added_tokens(file: Mapping[str, Any]) -> list[dict[str, Any]]:

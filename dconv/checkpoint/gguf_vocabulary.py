@@ -58,7 +58,8 @@ def vocabulary(
         if file is None:
             raise _none(where)
         _check_form(file, where)
-        if isinstance(model := file.get("model"), dict) and model.get("byte_fallback") and model.get("merges"):
+        model = file.get("model") or {}
+        if isinstance(model.get("vocab"), dict) and model.get("byte_fallback") and model.get("merges"):
             _check_unsplit(pretokenizer)
             values, notes = merged_pieces(file, rows, where)
         else:
@@ -67,9 +68,10 @@ def vocabulary(
 
 
 def _check_form(file: Mapping[str, Any], where: str) -> None:
-    """
+    """Whether the parts of a tokenizer.json are of the types that a reader takes them for.
+
     Raises:
-        Damaged: parts of tokenizer.json that are of other types than any tokenizer's.
+        Damaged: parts that are of other types than any tokenizer's.
     """
     model = file.get("model")
     forms = {"model": (model, dict)}

@@ -7,6 +7,7 @@ with them is beside them. It can be looked at, run, and written once more for an
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -34,6 +35,19 @@ _LOCAL: Final = 30
 _WEIGHTS: Final = re.compile(r"data/(weights/weight_)?\d+")
 #: More than any code, config or tokenizer.
 _LARGEST_TEXT: Final = 1 << 30
+#: Of one that is packed, as none of torch's is: few bytes may stand for many.
+_LARGEST_PACKED: Final = 1 << 26
+#: What `zipfile` raises about a record that is not as it should be: packed as it cannot unpack, encrypted, cut off.
+_TORN: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    StopIteration,
+    RuntimeError,
+    ValueError,
+)
 _PLACED: Final = re.compile(rb'torch\.device\("(cpu|mps|cuda(:\d+)?)"\)')
 
 
@@ -60,13 +74,14 @@ class Archive:
         Raises:
             Damaged: it is larger than any, or does not unpack.
         """
-        if self.records[name][1] > _LARGEST_TEXT:
+        at, nbytes = self.records[name]
+        if nbytes > (_LARGEST_PACKED if at is None else _LARGEST_TEXT):
             raise Damaged("a record of an archive is larger than any", where=f"{name} in {self.path}")
         try:
             with zipfile.ZipFile(self.path) as opened:
                 whole = next(it for it in opened.namelist() if it.partition("/")[2] == name)
                 return opened.read(whole)
-        except (zipfile.BadZipFile, zlib.error, OSError, StopIteration) as error:
+        except _TORN as error:
             raise Damaged("an archive is broken", where=f"{name} in {self.path}", found=str(error)[:200]) from error
 
 
@@ -87,6 +102,8 @@ def _read(path: Path) -> Archive | None:
             kind = _kind(set(infos))
             if kind is None:
                 return None
+            if len(infos) < len(opened.infolist()):  # torch might read the other one
+                raise Damaged("an archive has two records of one name", where=str(path))
             records: dict[str, tuple[int | None, int]] = {}
             for name, info in infos.items():
                 raw.seek(info.header_offset)
@@ -98,7 +115,7 @@ def _read(path: Path) -> Archive | None:
                 if begin + info.compress_size > path.stat().st_size:
                     raise Damaged("an archive is cut off", where=f"{name} in {path}")
                 records[name] = (begin if info.compress_type == zipfile.ZIP_STORED else None, info.file_size)
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError):
+    except _TORN:
         return None
     return Archive(kind, path, records)
 
@@ -185,7 +202,7 @@ def placed_anew(archive: Archive, device: str) -> tuple[Logical, Target]:
 def _ports_on(content: bytes, device: str) -> bytes:
     try:
         return json.dumps({**json.loads(content), "device": device}).encode()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise Damaged("an archive is broken", where=f"extra/{PORTS}", found=str(error)[:200]) from error
 
 
@@ -195,13 +212,18 @@ def device_of(archive: Archive) -> str:
         return ""
     try:
         said = json.loads(archive.read(f"extra/{PORTS}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     return str(said.get("device", "")) if isinstance(said, dict) else ""
 
 
 def _export_on(name: str, content: bytes, device: str) -> bytes:
-    return exported_on(content, device) if name.endswith(".json") and not name.startswith("extra/") else content
+    if not name.endswith(".json") or name.startswith("extra/"):
+        return content
+    try:
+        return exported_on(content, device)
+    except (ValueError, RecursionError) as error:
+        raise Damaged("an archive is broken", where=name, found=str(error)[:200]) from error
 
 
 def exported_on(content: bytes, device: str) -> bytes:

@@ -20,7 +20,7 @@ from dconv.arch.layouts import Facts
 from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, side_files
-from dconv.errors import Damaged, Refused
+from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.region import Index, Region, row_major
 from dconv.sharding.tensor import Extent, FileStamp, Stored, TensorSpec
@@ -34,8 +34,12 @@ DTYPES: Final = {
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _TYPE, _NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 8, 9, 13, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+#: How a weight's fields are encoded; of one that is a number the place is none.
+_KINDS: Final = {_TYPE: _VARINT, _NAME: _BYTES, _RAW: _BYTES, _EXTERNAL: _BYTES, _LOCATION: _VARINT}
 #: No name or list of a tensor is longer.
 _LONGEST: Final = 1 << 20
+#: torch's limit; ONNX has none, and the product of a million lengths takes minutes.
+_MOST_AXES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,8 @@ def initializers(path: Path) -> list[Initializer]:
                     for inner, how, place in _fields(file, *graph):
                         if inner == _INITIALIZER and how == _BYTES:
                             found.append(_initializer(file, path, *place))
+    except OSError as fault:
+        raise StorageFault(f"cannot read a graph: {fault.strerror}", where=str(path)) from fault
     except (ValueError, UnicodeDecodeError, OverflowError) as fault:
         raise Damaged("not a graph as ONNX writes it", where=str(path), found=str(fault)[:200]) from fault
     names = [one.name for one in found]
@@ -174,6 +180,8 @@ def _initializer(file: BinaryIO, path: Path, begin: int, end: int) -> Initialize
             shape.append(place[0])
         elif number == _DIMS and kind == _BYTES:
             shape += _varints(_text(file, *place))
+        elif kind != _KINDS.get(number, kind):
+            raise ValueError(f"field {number} of a weight in an encoding of kind {kind}")
         elif number == _TYPE:
             dtype = place[0]
         elif number == _NAME:
@@ -185,7 +193,7 @@ def _initializer(file: BinaryIO, path: Path, begin: int, end: int) -> Initialize
         elif number == _EXTERNAL:
             pair = {n: _text(file, *p).decode() for n, k, p in _fields(file, *place) if k == _BYTES}
             said[pair.get(1, "")] = pair.get(2, "")
-    if any(length < 0 or length >= 1 << 48 for length in shape):
+    if len(shape) > _MOST_AXES or any(length < 0 or length >= 1 << 48 for length in shape):
         raise ValueError(f"{name[:80]!r} has a shape that nothing has")
     short = DTYPES.get(dtype, "")
     size = prod(shape) * ITEMSIZE.get(short, 0)

@@ -121,7 +121,7 @@ def ports_of(found: Archive, text: str) -> Ports:
             for side in ("inputs", "outputs")
         )
         return Ports(inputs, outputs, next(it["dtype"] for it in said["outputs"]), device_of(found))
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
         raise Refused(
             "this graph does not say what it takes, and is not run",
             where=str(found.path),

@@ -124,6 +124,19 @@ def _check(entry: Mapping[str, Any], one: Parameter) -> None:
         raise _other_archive(f"{one.spec.name}: {meta}"[:300])
 
 
+def _has_tensors_alone(config: bytes) -> bool:
+    """Whether a list of an archive's weights or constants is one, and says of each that its bytes are a tensor's."""
+    try:
+        said = json.loads(config)
+    except (ValueError, RecursionError):
+        return False
+    listed = said.get("config", {}) if isinstance(said, dict) else None
+    return isinstance(listed, dict) and all(
+        isinstance(entry, dict) and not entry.get("use_pickle") and bool(entry.get("tensor_meta"))
+        for entry in listed.values()
+    )
+
+
 def load(path: Path) -> Loaded:
     """The program of an archive, ready to be run.
 
@@ -135,10 +148,8 @@ def load(path: Path) -> Loaded:
 
     found = archive(path, _FORMAT)
     for name in found.records:
-        if name.endswith("_config.json"):
-            config = json.loads(found.read(name)).get("config", {})
-            if any(entry.get("use_pickle") or not entry.get("tensor_meta") for entry in config.values()):
-                raise runs_code(found, name)
+        if name.endswith("_config.json") and not _has_tensors_alone(found.read(name)):
+            raise runs_code(found, name)
         if name.startswith("data/sample_inputs/"):
             try:
                 torch.load(io.BytesIO(found.read(name)), weights_only=True)

@@ -73,14 +73,19 @@ class Board:
         notes: dict[int, dict[str, int]] = {}
         with contextlib.suppress(OSError):
             for path in self.folder.iterdir():
-                with contextlib.suppress(OSError, ValueError):
-                    if path.stat().st_mtime >= self._since:
-                        notes[int(path.stem)] = json.loads(path.read_text())
+                with contextlib.suppress(OSError, ValueError, RecursionError):
+                    if path.stat().st_mtime >= self._since and _is_note(note := json.loads(path.read_text())):
+                        notes[int(path.stem)] = note
         return notes
 
     def is_in_use(self) -> bool:
         """Whether ranks may still note something: the folder goes at the commit."""
         return self.folder.exists()
+
+
+def _is_note(said: object) -> bool:
+    numbers = [said.get(key) for key in ("done", "total", "peak")] if isinstance(said, dict) else [None]
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 
 class Notes(Protocol):

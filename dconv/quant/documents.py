@@ -236,7 +236,7 @@ def _rows(array: NDArray[Any], where: str) -> list[Any]:
 def _npy(path: Path, body: bytes) -> list[Any]:
     try:
         array = np.load(BytesIO(body), allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError) as fault:
+    except Exception as fault:  # its header is parsed as Python's source is, and may fail in as many ways
         raise Damaged("no .npy file", where=str(path), found=str(fault)[:200]) from fault
     if not isinstance(array, np.ndarray):
         raise Damaged("no .npy file", where=str(path), found="an archive of several")

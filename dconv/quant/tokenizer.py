@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.checkpoint.files import read_json
-from dconv.errors import Damaged, Refused, ToolMissing
+from dconv.checkpoint.gguf_tokens import asked
+from dconv.errors import Refused, ToolMissing
 
 _FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
@@ -89,7 +90,7 @@ class Tokenizer:
     def _encode(self) -> Callable[[str], list[int]]:
         raw = self._raw
         if raw is not None:
-            return lambda text: raw.encode(text, add_special_tokens=False).ids
+            return lambda text: _ids(raw, text)
         whole = self._whole
         return lambda text: list(whole(text, add_special_tokens=False)["input_ids"])
 
@@ -103,10 +104,8 @@ class Tokenizer:
             import tokenizers
         except ImportError:
             return None
-        try:
+        with asked(str(path)):
             return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as fault:  # it raises Exception itself
-            raise Damaged("a tokenizer that cannot be read", where=str(path), found=str(fault)[:200]) from fault
 
     @cached_property
     def _whole(self) -> Any:
@@ -129,3 +128,8 @@ class Tokenizer:
                 found=f"{type(fault).__name__}: {fault}"[:200],
                 do="token ids need none: .npy, .safetensors, .json",
             ) from fault
+
+
+def _ids(raw: Any, text: str) -> list[int]:
+    with asked(_FILE):
+        return raw.encode(text, add_special_tokens=False).ids

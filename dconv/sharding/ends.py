@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,8 @@ from dconv.errors import StorageFault
 from dconv.sharding.journal import GONE, opened_at
 
 _FOLDER: Final = "ends"
+#: The journal of who made it, how many ranks there were, and which one it is.
+_NAME: Final = re.compile(r"([0-9]{1,20}-.+)-([0-9]{1,9})-([0-9]{1,9})")
 
 
 class Ends:
@@ -60,8 +63,8 @@ class Ends:
                 return None
             raise StorageFault(f"cannot read: {fault.strerror}", where=str(self._folder)) from fault
         found = set(range(self._world))
-        for name in names:
-            journal, world, rank = name.rsplit("-", 2)
+        for match in filter(None, map(_NAME.fullmatch, names)):
+            journal, world, rank = match.groups()
             if world == str(self._world) and opened_at(journal) >= self._since:
                 found.discard(int(rank))
         return found

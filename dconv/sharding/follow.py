@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dconv.errors import StorageFault
-from dconv.sharding.journal import GONE, good_words, opened_at
+from dconv.sharding.journal import GONE, good_words, is_journal, opened_at
 
 
 class Follower:
@@ -40,7 +40,7 @@ class Follower:
             StorageFault: the journals cannot be read.
         """
         try:
-            for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
+            for path in sorted(path for path in self._folder.iterdir() if is_journal(path.name)):
                 self._look_at(path)
         except OSError as fault:
             if fault.errno not in GONE:

@@ -15,6 +15,7 @@ import errno
 import math
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,9 @@ from dconv.sharding.plan import Task
 
 #: A file system's words for a folder that another machine has removed: another process committed.
 GONE: Final = (errno.ENOENT, errno.ESTALE)
+#: A line without its checksum, and a journal's name.
+_LINE: Final = re.compile(r"done [0-9]{1,18} \S+|retract \S+ [0-9]{1,18}|claim [0-9]{1,18}")
+_NAME: Final = re.compile(r"[0-9]{1,20}-.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,7 @@ class Journal:
     def _all(self, before: float = math.inf) -> Iterator[tuple[str, list[str]]]:
         """Every good line with its journal's name, oldest journal first; see `read`."""
         try:
-            # A network file system names what was removed while open: .nfs…
-            for path in sorted(path for path in self._folder.iterdir() if path.name[:1].isdecimal()):
+            for path in sorted(path for path in self._folder.iterdir() if is_journal(path.name)):
                 if path.name != self.name and opened_at(path.name) >= before:
                     continue
                 for words in good_words(path.read_bytes()):
@@ -194,13 +197,18 @@ def _check(line: str) -> str:
 
 
 def good_words(data: bytes) -> list[list[str]]:
-    """The words of every line that is whole."""
+    """The words of every line that is whole, and says one of the three things that a line says."""
     good = []
     for line in data.decode("utf-8", "replace").splitlines():
         body, _, check = line.rpartition(" ")
-        if body and check == _check(body):
+        if _LINE.fullmatch(body) and check == _check(body):
             good.append(body.split(" "))
     return good
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file's name is a journal's: a network file system names what was removed while open, .nfs…"""
+    return _NAME.fullmatch(name) is not None
 
 
 def opened_at(name: str) -> float:
