@@ -57,8 +57,8 @@ def vocabulary(
         file = read(side, JSON)
         if file is None:
             raise _none(where)
-        _check_form(file, where)
         model = file.get("model") or {}
+        _check_vocabulary(model)
         if isinstance(model.get("vocab"), dict) and model.get("byte_fallback") and model.get("merges"):
             _check_unsplit(pretokenizer)
             values, notes = merged_pieces(file, rows, where)
@@ -67,27 +67,15 @@ def vocabulary(
     return {**values, **_specials(file, said, config, rows), **_template(side, said)}, notes
 
 
-def _check_form(file: Mapping[str, Any], where: str) -> None:
-    """Whether the parts of a tokenizer.json are of the types that a reader takes them for.
+def _check_vocabulary(model: Mapping[str, Any]) -> None:
+    """That a tokenizer.json's vocabulary is of the type that goes with its model.
 
     Raises:
-        Damaged: parts that are of other types than any tokenizer's.
+        Damaged: it is not.
     """
-    model = file.get("model")
-    forms = {"model": (model, dict)}
-    if isinstance(model, dict):
-        lists = model.get("type") == "Unigram"
-        forms |= {"vocab": (model.get("vocab"), list if lists else dict), "merges": (model.get("merges"), list)}
-    for part in ("normalizer", "pre_tokenizer", "post_processor"):
-        forms[part] = file.get(part), dict
-    for part, (value, kind) in forms.items():
-        if value is not None and not isinstance(value, kind):
-            raise Damaged(
-                "a part of a tokenizer that none is",
-                where=f"{part} in {JSON} of {where}",
-                expected="an object" if kind is dict else "a list",
-                found=f"{value!r:.80}",
-            )
+    held, kind = model.get("vocab"), list if model.get("type") == "Unigram" else dict
+    if held is not None and not isinstance(held, kind):
+        raise Damaged(f"a part of {JSON} that none is", where="model.vocab", found=f"{held!r:.80}")
 
 
 def _check_unsplit(pretokenizer: str | None) -> None:
