@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dconv import __version__, calibrate, gguf
 from dconv.arch import registry
@@ -69,6 +69,10 @@ class Job:
     scales: Mapping[str, Any] | None = None
     calibrating: Calibrating | None = None
     worst: Mapping[str, float] = field(default_factory=dict)
+
+
+#: Of a run's working state: the partial folder, its lock, ``.dconv``, and what lies in it.
+_STATE_FILES: Final = 6
 
 
 @storage_faults()
@@ -326,7 +330,7 @@ def about(job: Job) -> dict[str, object]:
 
 
 def check_space(plan: Plan, out: Path) -> None:
-    """Refuse when the file system of ``out`` has less room than the output will take.
+    """Refuse when the file system of ``out`` has less room than the output will take, or fewer files left.
 
     Holes of sparse sources stay holes, so only allocated source bytes count.
 
@@ -339,22 +343,25 @@ def check_space(plan: Plan, out: Path) -> None:
     stamps = plan.source.files.values()
     size, allocated = sum(s.size for s in stamps), sum(min(s.allocated, s.size) for s in stamps)
     share = allocated / size if size else 1.0
-    needed = math.ceil(plan.bytes_written * min(1.0, share))
     room = os.statvfs(folder)
-    free = room.f_bavail * room.f_frsize
-    if needed <= free:
+    needed = {"bytes": math.ceil(plan.bytes_written * min(1.0, share)), "files": len(plan.target.files) + _STATE_FILES}
+    free = {"bytes": room.f_bavail * room.f_frsize, "files": room.f_favail if room.f_files else needed["files"]}
+    if all(needed[what] <= free[what] for what in needed):
         return
-    have = 0  # of an earlier run; looked at last, since every rank would look at every file
+    # of an earlier run; looked at last, since every rank would look at every file
     with contextlib.suppress(FileNotFoundError):  # another rank may commit meanwhile
-        have = sum(path.stat().st_blocks * 512 for path in partial_folder(out, plan).rglob("*"))
-    if needed - have > free:
-        raise StorageFault(
-            "not enough room for the output, nothing was written",
-            where=str(folder),
-            expected=f"{needed - have:,} bytes free",
-            found=f"{free:,} bytes free",
-            do="free some, or -o on another file system",
-        )
+        for path in partial_folder(out, plan).rglob("*"):
+            needed["bytes"] -= path.stat().st_blocks * 512
+            needed["files"] -= 1
+    for what, count in needed.items():
+        if count > free[what]:
+            raise StorageFault(
+                "not enough room for the output, nothing was written",
+                where=str(folder),
+                expected=f"{count:,} {what} free",
+                found=f"{free[what]:,} {what} free",
+                do="free some, or -o on another file system",
+            )
 
 
 def convert(request: Request, *, settings: Settings | None = None) -> Outcome:

@@ -77,7 +77,7 @@ def run_rank(
         while not (committed := commit(run)) and run.help_on():
             pass
         complete = committed or not run.is_ours()
-        if complete and not is_result(plan, out):
+        if complete and not committed and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
         return Outcome(committed, complete, share, run.written, kept)
     except DconvError as error:

@@ -6,6 +6,7 @@ folder is carried to its end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import StorageFault
+from dconv.errors import StorageFault, UsageError
 from dconv.sharding.journal import sync_folder
 from dconv.sharding.receipt import RECEIPT, to_json
 
@@ -21,6 +22,8 @@ from dconv.sharding.receipt import RECEIPT, to_json
 STATE: Final = ".dconv"
 #: A process notes its progress a few times a second, so that the second try finds the folder quiet.
 _TRIES: Final = 20
+#: What a rename says where something is already.
+_TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def cannot(what: str, where: Path, fault: OSError) -> StorageFault:
@@ -81,11 +84,30 @@ def write_synced(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def _rename(out: Path, partial: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UsageError: something came to ``out`` meanwhile that may not be replaced.
+    """
     aside = aside_of(out, partial)
-    if overwrite and os.path.lexists(out):
-        remove(aside)
-        os.rename(out, aside)
-    os.rename(partial, out)
+    for tries in range(_TRIES, 0, -1):  # the run of another plan may put its own output there at the same time
+        if overwrite and os.path.lexists(out):
+            remove(aside)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(out, aside)
+        try:
+            os.rename(partial, out)
+            break
+        except OSError as fault:
+            if fault.errno not in _TAKEN or not os.path.lexists(out):
+                raise
+            if not overwrite:
+                raise UsageError(
+                    "the output came to be while this run was at work; nothing of it was changed",
+                    where=str(out),
+                    do=f"what is finished is kept in {partial.name}: move the other away and run again with --resume",
+                ) from fault
+            if tries == 1:
+                raise
     sync_folder(out.parent)
     remove(aside)
 

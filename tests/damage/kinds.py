@@ -179,7 +179,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     swap_files, put_in, delete, edit_config, edit_receipt,
 )  # fmt: skip
 #: Rounds of all kinds that are tried on each container: with --long, and else.
-ROUNDS: Final = 5
+ROUNDS: Final = 8
 QUICK: Final = 1
 #: How many damages ``--long`` tries, in all and of each kind.
 EACH: Final = ROUNDS * len(CONTAINERS)

@@ -113,8 +113,13 @@ def test_each_kind_is_found(made: Callable[[str], Made], check: Check, name: str
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", containers(slow=False))
-def test_all_are_found(made: Callable[[str], Made], check: Check, name: str) -> None:
-    assert tried(made(name), check, range(kinds.ROUNDS)) * len(CONTAINERS) == kinds.TOTAL
+def test_all_are_found(
+    made: Callable[[str], Made], check: Check, name: str, counted: Callable[[str, int], None]
+) -> None:
+    count = tried(made(name), check, range(kinds.ROUNDS))
+    assert count * len(CONTAINERS) == kinds.TOTAL
+    counted("damages found", count)
+    counted("bit flips found", kinds.ROUNDS * sum(kind.__name__.startswith("flip") for kind in kinds.KINDS))
 
 
 def test_these_are_all_containers_and_enough_damages() -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def faults(attack: Attack, seen: Seen) -> list[str]:
 
 @pytest.mark.parametrize("kinds", GROUPS, ids=" ".join)
 def test_attacks_are_refused_and_nothing_happens(
-    kinds: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+    kinds: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest, counted: Callable[[str, int], None]
 ) -> None:
     """The twins convert in the same process, with the same words, before the hook is there."""
     attacks = [attack for attack in make.ATTACKS if attack.kind in kinds]
@@ -110,6 +110,7 @@ def test_attacks_are_refused_and_nothing_happens(
     assert met.keys() == {attack.name for attack in attacks}
     wrong = {name: found for name, one in met.items() if (found := faults(BY_NAME[name], one))}
     assert wrong == {}, json.dumps(wrong, indent=1)
+    counted("attacks refused", len(met))
 
 
 def test_a_reader_that_believes_is_caught(tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from dconv.launch.progress import Board
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
+from tests.file_systems import mounted
 from tests.hostile.conftest import CONTAINERS, DAMAGED, REFUSED, STORAGE, USAGE, Attempt, check_form
 from tests.models import tree_digest
 
@@ -122,22 +121,6 @@ def test_output_parent_is_a_file(model: Path, attempt: Attempt) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- storage
-
-
-@contextlib.contextmanager
-def mounted(size: int, *, read_only: bool = False) -> Iterator[Path]:
-    """A file system of ``size`` bytes of its own; skips the test where none may be mounted."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = f"size={size},mode=755" + (",ro" if read_only else "")
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
-        )
-        if done.returncode:
-            pytest.skip("may not mount a file system here")
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", folder], check=True)
 
 
 def test_full_disk_is_found_before_the_first_byte(model: Path, attempt: Attempt) -> None:

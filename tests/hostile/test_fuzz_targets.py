@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ needs_atheris = pytest.mark.skipif(find_spec("atheris") is None, reason="no athe
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_kept_is_read_or_refused(name: str) -> None:
+def test_what_is_kept_is_read_or_refused(name: str, counted: Callable[[str, int], None]) -> None:
     paths = sorted((CORPUS / name).iterdir())
     assert paths
     for path in paths:
@@ -34,6 +35,8 @@ def test_what_is_kept_is_read_or_refused(name: str) -> None:
             TARGETS[name].run(path.read_bytes())
         except BaseException as fault:
             pytest.fail(f"{path.relative_to(ROOT)}: {type(fault).__name__}: {fault}")
+    counted("fuzz targets", 1)
+    counted("fuzz inputs kept", len(paths))
 
 
 def test_the_corpus_is_small_and_of_targets_that_there_are() -> None:
