@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def played(rows: Sequence[Row], bridge: Path | None, *, preload: bool = True) ->
     duel_stage.serve(*duel_stage.PRELOADED, *(duel_stage.PRELOADED_TOO if preload else ()))
     with tempfile.TemporaryDirectory(prefix="duel-") as folder:
         stage = Stage(Path(folder), bridge)
-        versions = stage.peer("versions").value
+        versions = stage.peer("versions", str(bridge.parents[1] if bridge else "/nowhere")).value
         found = [play(stage, row) for row in rows]
     return {"day": time.strftime("%Y-%m-%d"), "versions": versions, "rows": found}
 
@@ -142,6 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.only and args.write:
         parser.error("the page has all rows")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # what programs say of others that they would like to have
     rows = [row for row in ROWS if args.only in row.key]
     python = args.bridge / "bin" / "python"
     found = played(rows, python if (args.bridge / "bridge-installed").exists() else None)

@@ -10,8 +10,22 @@ from typing import Any, Final
 import duel_inputs as inputs
 import torch
 from duel_inputs import LAST
-from duel_rows import BRIDGE, CONSOLIDATION, DCP, DIST, GGUF, HF, LLAMA, MEGATRON, SAFETENSORS, SAME, TRANSFORMERS, Row, Stage
-from duel_stage import Seen, judged
+from duel_rows import (
+    BRIDGE,
+    CONSOLIDATION,
+    DCP,
+    DIST,
+    GGUF,
+    HF,
+    LLAMA,
+    MEGATRON,
+    SAFETENSORS,
+    SAME,
+    TRANSFORMERS,
+    Row,
+    Stage,
+)
+from duel_stage import Seen, difference, judged
 
 # ------------------------------------------------------------------------------------------- torch_dist: the same bytes
 
@@ -128,29 +142,34 @@ def _damaged(stage: Stage, key: str, damage: Callable[[Path], object]) -> Path:
     return stage.made(f"hf-{key}", lambda to: damage(inputs.copied(stage.model, to)))
 
 
-def _hf_them(
-    key: str, action: str, file: str, damage: Callable[[Path], object], unknown: str, stage: Stage
-) -> Seen:  # fmt: skip
+def _hf_them(key: str, action: str, file: str, damage: Callable[[Path], object], own: bool, stage: Stage) -> Seen:
     folder = _damaged(stage, key, damage)
-    truth = stage.truth if not file else {}
-    return judged(stage.peer(action, str(folder / file if file else folder)), truth, unknown=unknown)
+    if file:  # of one file, all that is asked is whether it is taken
+        return judged(stage.peer(action, str(folder / file)), {}, unknown="the file was taken")
+    truth = inputs.truth_of(folder) if own else stage.truth
+    return judged(stage.peer(action, str(folder)), truth)
 
 
-def _hf_us(key: str, damage: Callable[[Path], object], unknown: str, stage: Stage) -> Seen:
-    return stage.once(f"hf-{key}", lambda: stage.dconv(_damaged(stage, key, damage), stage.truth, unknown=unknown))
+def _hf_us(key: str, damage: Callable[[Path], object], own: bool, stage: Stage) -> Seen:
+    folder = _damaged(stage, key, damage)
+    return stage.once(f"hf-{key}", lambda: stage.dconv(folder, inputs.truth_of(folder) if own else stage.truth))
 
 
 def hf(
-    key: str, part: str, done: str, damage: Callable[[Path], object], *, file: str = "", unknown: str = "",
-    fast: bool = False,
-) -> list[Row]:  # fmt: skip
-    """A damage to a HuggingFace directory, which transformers and dconv read; ``file`` is for safetensors' loader."""
-    us = partial(_hf_us, key, damage, unknown)
-    rows = [Row(f"{key}, transformers", part, done, TRANSFORMERS, SAME,
-                partial(_hf_them, key, "transformers_load", "", damage, unknown), us, fast)]  # fmt: skip
+    key: str, part: str, done: str, damage: Callable[[Path], object], *, file: str = "", own: bool = False
+) -> list[Row]:
+    """A damage to a HuggingFace directory, which transformers and dconv read.
+
+    Args:
+        file: safetensors' own loader is asked for it, too.
+        own: what is in the damaged directory is what has to come out.
+    """
+    us = partial(_hf_us, key, damage, own)
+    them = partial(_hf_them, key, "transformers_load", "", damage, own)
+    rows = [Row(f"{key}, transformers", part, done, TRANSFORMERS, SAME, them, us)]
     if file:
-        them = partial(_hf_them, key, "safetensors_load", file, damage, unknown or "the file was taken")
-        rows.append(Row(f"{key}, safetensors", part, done, SAFETENSORS, SAME, them, us, fast))
+        them = partial(_hf_them, key, "safetensors_load", file, damage, own)
+        rows.append(Row(f"{key}, safetensors", part, done, SAFETENSORS, SAME, them, us))
     return rows
 
 
@@ -187,13 +206,20 @@ def _bridged(stage: Stage) -> Seen:
     """The tensor that is missing in files and index, once more."""
     if stage.bridge is None:
         return Seen("not installed", "`bash scripts/bridge_env.sh` installs it")
-    folder = _damaged(stage, "dropped", _forget(NORM, "index"))
+    folder = _damaged(stage, "dropped", _forget(DOWN, "index"))
     out = stage.fresh("bridge")
     ending = stage.peer("bridge", str(stage.bridge), str(folder), str(out))
-    return judged(ending, {}, out, unknown=f"{NORM.removeprefix('model.')} is in the result, of no source")
+    made = next(out.rglob(".metadata"), None)
+    if not ending.ok or made is None:
+        return judged(ending, {}, out)
+    dtype, shape, data = stage.peer("dcp_load", str(made.parent)).value["decoder.layers.mlp.linear_fc2.weight"]
+    layers = {f"model.layers.{at}.mlp.down_proj.weight": at * len(data) // 2 for at in (0, 1)}
+    got = {name: (dtype, shape[1:], data[low : low + len(data) // 2]) for name, low in layers.items()}
+    wrong = difference({name: stage.truth[name] for name in layers}, got)
+    return Seen("silent", f"success; {wrong}") if wrong else Seen("whole", "right")
 
 
-NORM: Final = "model.layers.1.mlp.down_proj.weight"
+DOWN: Final = "model.layers.1.mlp.down_proj.weight"
 
 
 def _norm_of_nan(folder: Path) -> None:
@@ -217,7 +243,8 @@ def _gguf_them(key: str, action: str, damage: Callable[[Path], object], unknown:
 
 def _gguf_us(key: str, damage: Callable[[Path], object], unknown: str, stage: Stage) -> Seen:
     return stage.once(
-        f"gguf-{key}", lambda: stage.dconv(_damaged_gguf(stage, key, damage), stage.truth, "--dtype", "bf16", unknown=unknown),
+        f"gguf-{key}",
+        lambda: stage.dconv(_damaged_gguf(stage, key, damage), stage.truth, "--dtype", "bf16", unknown=unknown),
     )
 
 
@@ -265,14 +292,14 @@ LOST: Final = [
                   make=_without_last, fast=True),
     *dist("last shard", "lost", _LAST_GONE, _gone),
     *hf("last shard", "lost", _LAST_GONE, lambda folder: (folder / LAST).unlink()),
-    consolidation("absent", "lost", _ABSENT, partial(_hf_us, "absent", _forget(NORM), ""),
+    consolidation("absent", "lost", _ABSENT, partial(_hf_us, "absent", _forget(DOWN), False),
                   "the same damage in HuggingFace files", more={"model.layers.0.gone.weight": 2}, fast=True),
     *dist("absent", "lost", _ABSENT, inputs.without_places),
-    *hf("absent", "lost", _ABSENT, _forget(NORM)),
-    *hf("dropped", "lost", _DROPPED, _forget(NORM, "index")),
+    *hf("absent", "lost", _ABSENT, _forget(DOWN)),
+    *hf("dropped", "lost", _DROPPED, _forget(DOWN, "index")),
     Row("dropped, Megatron-Bridge", "lost", _DROPPED, BRIDGE, SAME, _bridged,
-        partial(_hf_us, "dropped", _forget(NORM, "index"), "")),
-    *hf("no place", "lost", "a tensor that the model has no place for", _added, unknown="the tensor is in no result"),
+        partial(_hf_us, "dropped", _forget(DOWN, "index"), False)),
+    *hf("no place", "lost", "a tensor that the model has no place for", _added, own=True),
     consolidation("scalars", "lost", "none: FP8 weights with 0-dim scales", _coded_us, HF,
                   tensors=lambda stage: inputs.tensors_of(_coded(stage)), fast=True),
     consolidation("integers", "lost", "none: int4 weights, as int32 and int64 tensors", _packed_us, HF,
@@ -292,5 +319,5 @@ WRONG: Final = [
     *hf("shared bytes", "wrong", "a header gives two tensors the same bytes", _overlapping_header, file=LAST),
     *ggufs("shared bytes", "wrong", "a header gives two tensors the same bytes", inputs.shared_bytes, GUESS),
     *hf("shape", "wrong", "a tensor of another shape than the config says", _reshaped),
-    *hf("NaN", "wrong", "a weight that is all NaN", _norm_of_nan),
+    *hf("NaN", "wrong", "a weight that is all NaN", _norm_of_nan, own=True),
 ]  # fmt: skip

@@ -113,7 +113,7 @@ class Dconv(Contender):
         return Running(self.stage.root, "dconv", "convert", source, "hf", "-o", str(self.out), *self.words)
 
     def source(self, seed: int) -> Path:
-        return _dist(seed, self.stage).parent
+        return _dist(seed, self.stage)
 
     def partial(self) -> list[Path]:
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
@@ -141,6 +141,9 @@ Kind = Callable[[Stage, Path], Contender]
 def _killed(kind: Kind, stage: Stage) -> Seen:
     """Kill it at several moments, look, and run it once more."""
     left, readable, again = [], [], []
+    undisturbed = kind(stage, stage.fresh("undisturbed"))
+    needed = undisturbed.start().end().wrote
+    shutil.rmtree(undisturbed.out)
     for share in KILLED_AT:
         contender = kind(stage, stage.fresh("killed"))
         running = contender.reach(share)
@@ -154,11 +157,11 @@ def _killed(kind: Kind, stage: Stage) -> Seen:
         seen = judged(ending, contender.truth(0), contender.out)
         if seen.verdict != "whole":
             return Seen(seen.verdict, f"the second run: {seen.words}")
-        again.append((share, ending.wrote / contender.total, before <= _inodes(contender)))
+        again.append((ending.wrote / needed, before <= _inodes(contender)))
         shutil.rmtree(contender.out)
     if not left:
         return Seen("whole", "it was done before it could be killed")
-    kept = all(same for _, _, same in again) and again[-1][1] < 0.9
+    kept = all(same for _, same in again) and again[-1][0] < 0.9
     then = "the next run kept what was finished" if kept else "the next run wrote all of it again"
     if not any(left):
         return Seen("whole", f"killed {len(left)} times: nothing under the final name; {then}")

@@ -17,7 +17,6 @@ from typing import Any
 
 from duel_stage import DconvSaid, Tensor
 
-
 #: What would wait for something in its end; the process ends without.
 _kept: list[object] = []
 
@@ -34,12 +33,15 @@ def _held(state: Any) -> dict[str, Tensor]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that are here."""
+def versions(bridge: str) -> dict[str, str]:
+    """Of the packages that are here, and of Megatron-Bridge in its environment."""
     found = {}
-    for name in ("torch", "transformers", "safetensors", "megatron-core", "gguf", "dconv"):
+    for name in ("torch", "transformers", "safetensors", "megatron-core", "gguf", "xllamacpp", "dconv"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
+    for path in sorted(Path(bridge).glob("lib/*/site-packages/megatron_*-*.dist-info")):
+        name, _, number = path.name.removesuffix(".dist-info").partition("-")
+        found[f"{name.replace('_', '-')} there"] = number
     return found
 
 
@@ -148,8 +150,9 @@ def gguf_load(file: str) -> dict[str, Tensor]:
 
 def llama_load(file: str) -> dict[str, Tensor]:
     """llama.cpp loads it as a server does; it does not give tensors back."""
-    import xllamacpp
+    from importlib import import_module
 
+    xllamacpp: Any = import_module("xllamacpp")  # as tests do: it has no types
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 64, 1, 0, False

@@ -40,7 +40,7 @@ class Stage:
     def fresh(self, name: str) -> Path:
         """A path that is not there yet."""
         number = sum(1 for _ in self.root.iterdir())
-        return self.root / f"{number:03d}-{name}"
+        return self.root / f"{number:03d}-{name.replace(' ', '-')}"
 
     def empty(self, name: str) -> Path:
         folder = self.fresh(name)
