@@ -11,7 +11,7 @@ from dconv.errors import Damaged
 #: No tensor that exists has an axis this long; a damaged number must not size a plan.
 _LARGEST = 2**31
 #: Far above every decoder; lists of one entry a layer are built from it.
-_DEEPEST = 100_000
+_DEEPEST = 10_000
 #: The same for lists of one entry a query group.
 _MOST_HEADS = 65_536
 

@@ -8,6 +8,7 @@ by llama-cpp-python 0.3.36): ``set_gguf_parameters`` and ``modify_tensors`` in `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
@@ -29,7 +30,7 @@ from dconv.arch.gguf_parts import (
     whole_heads,
 )
 from dconv.arch.gguf_rope import longrope, rope
-from dconv.errors import Refused
+from dconv.errors import Damaged, Refused
 
 
 @dataclass(frozen=True)
@@ -307,10 +308,15 @@ def arch_of(values: dict[str, Any] | Any, where: str) -> str:
 
     Raises:
         Refused: it is none of `ARCHS`, or no model's.
+        Damaged: it is no name.
     """
     kind, arch = values.get("general.type", "model"), values.get("general.architecture")
     if kind != "model":
         raise Refused(f"a GGUF of a {kind!r:.40} and no model's, nothing was written", where=where, expected="a model")
+    if not isinstance(arch, str | None) or (arch is not None and not re.fullmatch(r"[\w.-]{1,80}", arch)):
+        raise Damaged(
+            "a GGUF's architecture is no name", where=f"general.architecture in {where}", found=f"{arch!r:.80}"
+        )
     if arch not in ARCHS:
         raise Refused(
             "a GGUF of an architecture that this version does not read, nothing was written",

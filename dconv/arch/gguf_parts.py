@@ -29,6 +29,8 @@ SOFTMAX, SIGMOID = 1, 2
 def decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
     """What all have."""
     heads = m.whole("attention.head_count")
+    if not heads:
+        raise m.damaged("attention.head_count", "at least 1", heads)
     sizes = {key: m.whole(ours, heads if key == "num_key_value_heads" else None) for key, ours in SIZES.items()}
     m.fixed("attention.causal", True)
     if sizes["num_hidden_layers"] > len(m.shapes):

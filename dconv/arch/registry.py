@@ -28,7 +28,7 @@ from dconv.arch import (
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
 from dconv.arch.generic_moe import GENERIC_MOE, has_experts
-from dconv.errors import Refused, group_names
+from dconv.errors import Damaged, Refused, group_names
 
 _MODULES: Final = (
     llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava,
@@ -71,6 +71,7 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
 
     Raises:
         Refused: no family, or nothing to tell it by.
+        Damaged: a config that names it by what is no text.
     """
     names = tuple(names)
     found = _said(config, args, names)
@@ -88,6 +89,13 @@ def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None
         architectures = config.get("architectures")
         named = architectures[0] if isinstance(architectures, list) and architectures else ""
         model_type = config.get("model_type")
+        if not isinstance(named, str) or not isinstance(model_type, str | None):
+            raise Damaged(
+                "config.json names no architecture",
+                where="architectures, model_type",
+                expected="texts",
+                found=f"{architectures!r:.80}, {model_type!r:.80}",
+            )
         for known in (_BUILT_IN, families):
             for family in (known() if callable(known) else known).values():
                 if family.config.architecture == named if named else family.config.model_type == model_type:

@@ -5,8 +5,9 @@ Everything here is a function of plain values: nothing is imported or called by 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from dconv.checkpoint.pickled import DTypeRef, OrderedMap, Record, StorageRef, Symbol, TensorRef
 
@@ -135,6 +136,10 @@ def _member(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Record:
     return Record(args[0], (args[1],))
 
 
+def _uncalled(machine: Machine, symbol: Symbol, _args: tuple[Any, ...]) -> NoReturn:
+    machine.foreign(f"{symbol}, called")
+
+
 BUILDERS: Final[dict[tuple[str, str], Builder]] = {
     ("builtins", "getattr"): _member,
     ("collections", "OrderedDict"): _mapping,
@@ -158,6 +163,25 @@ BUILDERS: Final[dict[tuple[str, str], Builder]] = {
 
 #: Packages whose classes may stand in a checkpoint under any name; they become a `Record`.
 ROOTS: Final = frozenset({"torch", "megatron", "transformer_engine", "omegaconf"})
+#: Of their functions, which are in lower case, those that tensors and options are made by, and classes spelled so.
+_CALLED: Final = re.compile(
+    r"_rebuild_\w+|_get_layout|device|dtype|layout|memory_format|finfo|iinfo|build_\w+list|restore_type_tag|"
+    r"_make_in_reduce_ex"
+)
+
+
+def builder_of(module: str, name: str) -> Builder | None:
+    """What a call of a global makes; None where the call is noted down.
+
+    A class of these packages is noted down with its arguments. A call of a function is what attacks are made of
+    (``torch.hub.load``, ``torch.utils.cpp_extension.load``, ``torch.storage._load_from_bytes``), and refused.
+    """
+    last = name.rpartition(".")[2]
+    if module.partition(".")[0] in ROOTS and last.lstrip("_")[:1].islower() and not _CALLED.fullmatch(last):
+        return BUILDERS.get((module, name), _uncalled)
+    return BUILDERS.get((module, name))
+
+
 _NUMPY = ("_reconstruct", "scalar")
 #: Other names that real arguments and random states hold; also `Record`. From megatron/core/safe_globals.py,
 #: pickles of ``np.random.get_state()`` and of DCP's ``StorageMeta``.

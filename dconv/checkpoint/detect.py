@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from importlib import import_module
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, onnx, state_dict
-from dconv.checkpoint.files import read_json
+from dconv.checkpoint.files import listed, read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
-from dconv.errors import Damaged, Refused, UsageError
+from dconv.errors import Damaged, Refused, StorageFault, UsageError
 
 #: What ``--from`` takes, each a module of this room with ``open_source``, imported when it is needed.
 CONTAINERS: Final = (
@@ -54,7 +55,7 @@ def open_source(
         Refused: nothing that dconv reads; a renaming that does not fit.
         Damaged: a checkpoint that is not whole.
     """
-    if not os.path.lexists(path):
+    if not _is_there(path):
         from dconv.checkpoint import hub  # only where a name is no path
 
         name = hub.parse(path)
@@ -118,6 +119,23 @@ def _submodel(source: Source, rename: Renaming) -> Source:
     return replace(source, left_out=left_out)
 
 
+def _is_there(path: Path) -> bool:
+    """Unlike `os.path.lexists`, what cannot be looked at is an error.
+
+    Raises:
+        StorageFault: see above.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path at all
+        return False
+    except OSError as fault:
+        if fault.errno == errno.ENAMETOOLONG:
+            return False
+        raise StorageFault(f"cannot look at the checkpoint: {fault.strerror}", where=str(path)) from fault
+    return True
+
+
 def _kind(folder: Path, rename: Renaming) -> str | None:
     if folder.is_file():
         if gguf.is_file(folder):
@@ -128,9 +146,9 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
-    if any(folder.glob("mp_rank_*")):
+    if listed(folder, "mp_rank_*"):
         return "legacy"
-    if any(folder.glob("__*.distcp")):
+    if listed(folder, "__*.distcp"):
         raise Damaged(
             "an unfinished torch_dist checkpoint",
             where=str(folder),
@@ -138,11 +156,11 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
         )
     if huggingface.is_huggingface(folder):
         return "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
-    if any(folder.glob("consolidated.*.pth")):
+    if listed(folder, "consolidated.*.pth"):
         return "meta"
     if state_dict.find(folder) is not None:
         return state_dict.read(folder, rename).container
-    if any(folder.glob(f"*{gguf.SUFFIX}")):
+    if listed(folder, f"*{gguf.SUFFIX}"):
         return "gguf"
     if onnx.is_onnx(folder):
         return "onnx"

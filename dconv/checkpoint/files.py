@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import stat as modes
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.tensor import FileStamp
 
+#: ``follow`` takes links wherever they lead.
+LINKS: Final = "DCONV_LINKS"
+
 #: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).
 MAX_SMALL: Final = 256 << 20
+#: No module is nested so deep.
+_LONGEST_NAME: Final = 4096
+# Three bytes of JSON make a list of 56. A header of 100 MB that names tensors has some 8 M of these, a tokenizer 2 M.
+_MAX_VALUES: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +37,71 @@ def stamp(path: Path) -> FileStamp:
     """Size, time, inode and allocated bytes of a file.
 
     Raises:
-        Damaged: it is not there or not a regular file.
+        Damaged: it is not there, not a regular file, or a link that leads elsewhere (`check_link`).
         StorageFault: it cannot be looked at.
     """
+    check_link(path)
     try:
         seen = os.stat(path)
     except FileNotFoundError as fault:
         raise Damaged("a file is missing", where=str(path), do="fetch it again; nothing was written") from fault
     except OSError as fault:
         raise StorageFault(f"cannot look at a file: {fault.strerror}", where=str(path)) from fault
-    if not os.path.isfile(path):
+    if not modes.S_ISREG(seen.st_mode):
         raise Damaged("not a regular file", where=str(path))
     return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_blocks * 512)
+
+
+def check_link(path: Path) -> None:
+    """A checkpoint may come with links, and what they lead to would be read, and copied beside the weights.
+
+    The hub's cache is made of links, from ``snapshots/<revision>`` into ``blobs`` beside it. The directory that a
+    person names may itself be one.
+
+    Raises:
+        Damaged: a link that leads out of its directory, or nowhere.
+    """
+    if not path.is_symlink() or os.environ.get(LINKS) == "follow":
+        return
+    folder, target = os.path.realpath(path.parent), os.path.realpath(path)
+    before, snapshots, _ = folder.rpartition("/snapshots/")
+    inside = (folder, f"{before}/blobs") if snapshots else (folder,)
+    if not any(target.startswith(f"{place}/") for place in inside):
+        raise Damaged(
+            "a link leads out of the checkpoint's directory",
+            where=str(path),
+            expected="files, or links to files of this directory",
+            found=f"a link to {os.readlink(path)!r:.200}",
+            do=f"put the file itself there; where the links are your own: {LINKS}=follow",
+        )
+    if os.path.islink(target):  # what is left of one that leads back to itself
+        raise Damaged("a link leads nowhere", where=str(path), found=f"a link to {os.readlink(path)!r:.200}")
+
+
+def _loops(path: Path) -> bool:
+    """A link that leads back to itself, which `check_link` tells of."""
+    return os.path.islink(os.path.realpath(path))
+
+
+def check_tensor_name(name: str, *, said_by: object) -> None:
+    """The name of a tensor in a file of weights, which others print, and some make file names of.
+
+    Raises:
+        Damaged: it is empty, longer than any, no text, has control characters in it, or reads as a path that leads out.
+    """
+    if (
+        not name
+        or len(name) > _LONGEST_NAME
+        or name[0] in "/\\"
+        or not name.isprintable()
+        or (".." in name and ".." in re.split(r"[/\\]", name))
+    ):
+        raise Damaged(
+            "no name of a tensor",
+            where=str(said_by),
+            expected=f"printable text of 1 to {_LONGEST_NAME:,} characters, no path",
+            found=f"{name[:100]!a:.200}",
+        )
 
 
 def _is_text(name: str) -> bool:
@@ -56,10 +119,39 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
         suffixes: how their names end.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes) and entry.is_file())
+        listed = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
     except OSError as fault:
         raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
-    return {name: stamp(folder / name) for name in names}
+    return {name: stamp(folder / name) for name in listed if (folder / name).is_file() or _loops(folder / name)}
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """The entries of a directory whose names match, sorted; none where it is no directory.
+
+    `Path.glob` takes a directory that may not be read for an empty one.
+
+    Raises:
+        StorageFault: it cannot be read.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if fnmatchcase(name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as fault:
+        raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
+
+
+def read_whole(fd: int, nbytes: int, offset: int) -> bytes:
+    """Bytes of an open file, however few come at a time; fewer only where it ends.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    parts = []
+    while nbytes and (part := os.pread(fd, nbytes, offset)):
+        parts.append(part)
+        offset, nbytes = offset + len(part), nbytes - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_plain_name(name: object, *, said_by: Path) -> str:
@@ -111,9 +203,11 @@ def read_small(path: Path, *, what: str) -> bytes:
 
 
 def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
-    """`read_json` for bytes at hand."""
+    """`read_json` for bytes at hand, which are UTF-8: ``json`` would guess at UTF-16 and more, other readers do not."""
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_VALUES:
+        raise Damaged(f"{what} holds more values than any", where=where, expected=f"at most {_MAX_VALUES:,}")
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates)
+        value = json.loads(data.decode(), object_pairs_hook=_no_duplicates)
         if b"\\ud" in data.lower():  # half of a surrogate pair is no text: it could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as fault:

@@ -21,7 +21,7 @@ from dconv.arch.gguf_names import Box, boxes_of
 from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import gguf_tokenizer
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import listed, stamp
 from dconv.checkpoint.gguf_header import MAGIC, Header, Tensor, read_header
 from dconv.checkpoint.huggingface import small_values
 from dconv.checkpoint.rename import AS_STORED, Renaming
@@ -42,6 +42,8 @@ _TABLES: Final = (FREQUENCIES, LONG, SHORT)
 _HEAD: Final = "output.weight"
 #: A table of frequencies, at most.
 _MOST: Final = 1 << 16
+#: Missing files that an error's text is made of.
+_NAMED: Final = 1000
 #: Bytes of what reads one.
 _SCRATCH: Final = 1 << 18
 _MIXED: Final = "norms and biases of a GGUF are fp32 whatever its weights are, and stay so without --dtype"
@@ -62,9 +64,7 @@ def find(path: Path) -> Path | None:
     """The GGUF that a path is, or the only one (the first of the only set) that lies in it."""
     if not path.is_dir():
         return path if is_file(path) else None
-    held = [
-        entry for entry in sorted(path.glob(f"*{SUFFIX}")) if entry.is_file() and not entry.name.startswith("mmproj")
-    ]
+    held = [entry for entry in listed(path, f"*{SUFFIX}") if entry.is_file() and not entry.name.startswith("mmproj")]
     sets = {match[1] if (match := _SPLIT.fullmatch(entry.name)) else entry.name: entry for entry in reversed(held)}
     return next(iter(sets.values())) if len(sets) == 1 else None
 
@@ -82,7 +82,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """
     first = find(path)
     if first is None:
-        names = sorted(entry.name for entry in path.glob(f"*{SUFFIX}")) if path.is_dir() else [path.name]
+        names = sorted(entry.name for entry in listed(path, f"*{SUFFIX}")) if path.is_dir() else [path.name]
         raise Damaged(
             "no GGUF that can be told apart",
             where=str(path),
@@ -147,10 +147,11 @@ def _parts(first: Path) -> list[Path]:
         return [first]
     count = int(match[3])
     parts = [first.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
-    if missing := [part.name for part in parts if not part.exists()]:
+    there = {entry.name for entry in first.parent.iterdir()}  # a name costs nothing, and promises any number
+    if missing := [part.name for part in parts if part.name not in there]:
         raise Damaged(
             f"{len(missing)} of {count} files of a GGUF are missing, nothing was written",
-            where=group_names(missing) + f"\nin {first.parent}",
+            where=group_names(missing[:_NAMED]) + f"\nin {first.parent}",
             do="fetch them again",
         )
     if not parts:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import check_tensor_name, read_whole, stamp
 from dconv.codec.gguf import BLOCKS
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.region import Index
@@ -39,6 +39,8 @@ _MOST_AXES: Final = 4
 #: The largest vocabularies make headers of some 20 MB.
 _MAX_HEADER: Final = 256 << 20
 _MAX_NAME: Final = 1 << 16
+#: Far above the versions and types that ggml may yet come to have.
+_ANY: Final = 256
 #: Longer arrays (the vocabulary) are counted, not kept.
 _KEPT: Final = 4096
 _WINDOW: Final = 1 << 20
@@ -119,7 +121,7 @@ def raw_values(path: Path) -> dict[str, bytes]:
                 key = cursor.text("a key", _MAX_NAME)
                 start = cursor.at
                 _value(cursor, key)
-                found[key] = os.pread(fd, cursor.at - start, start)
+                found[key] = read_whole(fd, cursor.at - start, start)
         finally:
             os.close(fd)
     except OSError as fault:
@@ -144,7 +146,7 @@ class _Cursor:
             )
         low = self.at - self._from
         if low + count > len(self._held):
-            self._held, self._from, low = os.pread(self._fd, max(count, _WINDOW), self.at), self.at, 0
+            self._held, self._from, low = read_whole(self._fd, max(count, _WINDOW), self.at), self.at, 0
             if len(self._held) < count:
                 raise self.bad("cut off while it was read", f"{self.size:,} bytes", f"{self.at + len(self._held):,}")
         self.at += count
@@ -173,6 +175,8 @@ def _read(cursor: _Cursor) -> Header:
     version = cursor.number("I")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in (1, 2, 3)
+        if not swapped and not 0 < version < _ANY:
+            raise cursor.bad("a version that none is", "2 or 3", f"{version:,}")
         raise Refused(
             "a GGUF file that this version does not read, nothing was written",
             where=str(cursor.path),
@@ -229,6 +233,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
     names: set[str] = set()
     for _ in range(count):
         name = cursor.text("a tensor's name", _MAX_NAME)
+        check_tensor_name(name, said_by=cursor.path)
         if name in names:
             raise cursor.bad("two tensors of one name", found=repr(name)[:120])
         names.add(name)
@@ -237,6 +242,8 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
             raise cursor.bad(f"{name[:120]!r} has too many axes", f"at most {_MOST_AXES}", str(axes))
         shape = tuple(reversed([cursor.number("Q") for _ in range(axes)]))
         kind, offset = cursor.number("I"), cursor.number("Q")
+        if kind >= _ANY:
+            raise cursor.bad(f"{name[:120]!r} is of a type that none is", "a number of ggml's", f"type {kind:,}")
         if kind not in TYPES:
             raise Refused(
                 "a GGUF type that this version does not decode, nothing was written",

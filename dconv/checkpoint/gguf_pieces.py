@@ -11,6 +11,7 @@ from typing import Any
 
 from dconv.checkpoint.gguf_tokens import (
     ADDED,
+    BYTE,
     CONTROL,
     NORMAL,
     PADDED,
@@ -74,6 +75,8 @@ def _model_pieces(data: bytes, where: str) -> Iterator[tuple[bytes, float, int]]
             elif inner == 2 and isinstance(found, bytes) and len(found) == 4:
                 (score,) = struct.unpack("<f", found)
             elif inner == 3 and isinstance(found, int):
+                if not 0 < found <= BYTE:
+                    raise _torn(where)
                 kind = found
         count += 1
         yield piece, score, kind

@@ -16,7 +16,7 @@ from dconv.checkpoint.gguf_older import PAIRS, as_json
 from dconv.checkpoint.gguf_pieces import pieces
 from dconv.checkpoint.gguf_tokens import CONFIG, JSON, PIECES, Values, added_tokens, bytes_of, read
 from dconv.checkpoint.source import Side
-from dconv.errors import Refused, UsageError
+from dconv.errors import Damaged, Refused, UsageError
 
 _SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 #: GGUF's keys for their ids, where they are not ``<name>``.
@@ -57,12 +57,35 @@ def vocabulary(
         file = read(side, JSON)
         if file is None:
             raise _none(where)
+        _check_form(file, where)
         if isinstance(model := file.get("model"), dict) and model.get("byte_fallback") and model.get("merges"):
             _check_unsplit(pretokenizer)
             values, notes = merged_pieces(file, rows, where)
         else:
             values, notes = byte_pairs(side, file, said, rows, pretokenizer, where)
     return {**values, **_specials(file, said, config, rows), **_template(side, said)}, notes
+
+
+def _check_form(file: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        Damaged: parts of tokenizer.json that are of other types than any tokenizer's.
+    """
+    model = file.get("model")
+    forms = {"model": (model, dict)}
+    if isinstance(model, dict):
+        lists = model.get("type") == "Unigram"
+        forms |= {"vocab": (model.get("vocab"), list if lists else dict), "merges": (model.get("merges"), list)}
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        forms[part] = file.get(part), dict
+    for part, (value, kind) in forms.items():
+        if value is not None and not isinstance(value, kind):
+            raise Damaged(
+                "a part of a tokenizer that none is",
+                where=f"{part} in {JSON} of {where}",
+                expected="an object" if kind is dict else "a list",
+                found=f"{value!r:.80}",
+            )
 
 
 def _check_unsplit(pretokenizer: str | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint.files import read_json, stamp
+from dconv.checkpoint.files import check_link, read_json, stamp
 from dconv.checkpoint.source import Located, Source, seal, side_bytes, side_files
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.errors import Damaged, Refused
@@ -80,6 +80,7 @@ def archive_of(path: Path) -> Archive | None:
 
 
 def _read(path: Path) -> Archive | None:
+    check_link(path)
     try:
         with zipfile.ZipFile(path) as opened, path.open("rb") as raw:
             infos = {info.filename.partition("/")[2]: info for info in opened.infolist()}

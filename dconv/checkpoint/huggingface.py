@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import safetensors, state_dict, tied
-from dconv.checkpoint.files import check_plain_name, read_json, stamp, stamps
+from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Side, Source, expected_specs, seal, side_bytes, side_files
@@ -45,7 +45,7 @@ _SMALL: Final = 1 << 12
 
 
 def is_huggingface(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return bool(listed(folder, "*.safetensors") or listed(folder, "pytorch_model*.bin"))
 
 
 def is_ranked(folder: Path) -> bool:
@@ -185,7 +185,7 @@ def shards_of(folder: Path) -> list[Shard]:
     ranks = read_ranks(folder, _TP_BIN)
     if ranks:
         return [{file: tensors} for file, tensors in ranks]
-    loose = sorted(folder.glob("*.safetensors"))
+    loose = listed(folder, "*.safetensors")
     if len(loose) == 1:
         return [{loose[0].name: _read(loose[0])}]
     if not any(entry.suffix in (".safetensors", *state_dict.SUFFIXES) for entry in folder.iterdir()):
@@ -236,7 +236,7 @@ def _read(path: Path) -> dict[str, Stored]:
 
 
 def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
-    code = {path.name: "code is never run nor copied" for path in sorted(folder.glob("*.py"))}
+    code = {path.name: "code is never run nor copied" for path in listed(folder, "*.py")}
     return code | dict.fromkeys(sorted(others), "not a file of the model's weights")
 
 

@@ -18,13 +18,13 @@ from mmap import mmap
 from typing import Any, Final, NoReturn
 
 from dconv.checkpoint.allowed import (
-    BUILDERS,
     INERT_MODULES,
     PY2_MODULES,
     PY2_NAMES,
     ROOTS,
     STORAGE_DTYPES,
     Builder,
+    builder_of,
     is_size,
 )
 from dconv.checkpoint.pickled import DTypeRef, OrderedMap, Record, StorageRef, Symbol
@@ -37,6 +37,8 @@ MAX_BYTES: Final = 256 << 20
 _MAX_CONTAINERS: Final = 16 << 20
 # Other opcodes of one byte make up to 83; a 1 M chunk ``.metadata`` takes about half as many.
 _MAX_STEPS: Final = 64 << 20
+# Each open mark is a list on its own; a real file nests some ten deep.
+_MAX_MARKS: Final = 1 << 16
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
 # hash() repeats above: larger keys could be made to collide
@@ -170,6 +172,8 @@ class Machine:
                 stack[-1] = Record(symbol, args) if builder is None else builder(self, symbol, args)
             elif op == 0x28:  # MARK
                 containers -= 1
+                if len(self._marks) == _MAX_MARKS:
+                    self.bad("more marks than any nesting has: containers without end")
                 self._marks.append(stack)
                 stack = self._stack = []
             elif op == 0x75:  # SETITEMS
@@ -303,7 +307,7 @@ class Machine:
             module, name = PY2_MODULES[module], PY2_NAMES.get(name, name)
         if module == "torch" and name in FROM_TORCH:
             return self._symbols.setdefault((module, name), DTypeRef(FROM_TORCH[name]))
-        builder = BUILDERS.get((module, name))
+        builder = builder_of(module, name)
         if builder is None and not (module.partition(".")[0] in ROOTS or name in INERT_MODULES.get(module, ())):
             self.foreign(f"{module}.{name}")
         symbol = Symbol(module, name)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import classic, megatron, names, pickling, torchframe, torchzip
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import check_link, listed, stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.shards import Holder, Place, Shard, Shards, locate, staged
@@ -159,10 +159,11 @@ def _folders(iteration: Path) -> dict[tuple[int, int, int], Path]:
     """Directories by the numbers in their names (a missing one counts as 0)."""
     found: dict[tuple[int, int, int], Path] = {}
     depth = 0
-    for path in sorted(iteration.glob("mp_rank_*")):
+    for path in listed(iteration, "mp_rank_*"):
         match = _FOLDER.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue
+        check_link(path)
         numbers = len([number for number in match.groups() if number])
         depth = depth or numbers
         if numbers != depth:

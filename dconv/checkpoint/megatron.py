@@ -10,7 +10,7 @@ from typing import Final
 from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint import pickling
-from dconv.checkpoint.files import read_json, read_small
+from dconv.checkpoint.files import check_link, read_json, read_small
 from dconv.checkpoint.names import head_beside
 from dconv.checkpoint.pickled import DTypeRef, Record
 from dconv.checkpoint.source import Side, seal, side_bytes, side_files
@@ -221,7 +221,7 @@ def find_iteration(folder: Path) -> Path:
     """The directory that holds the shards, given a root, an ``iter_*``/``release`` directory, or bare shards.
 
     Raises:
-        Damaged: the tracker file names no directory that is there.
+        Damaged: the tracker file names no directory that is there, or a link out of here.
     """
     tracker = folder / LATEST
     if not tracker.exists():
@@ -235,6 +235,7 @@ def find_iteration(folder: Path) -> Path:
             expected="an iteration number, or the word release",
             found=repr(word[:40]),
         )
+    check_link(folder / name)
     return folder / name
 
 
@@ -244,6 +245,8 @@ def side_folder(iteration: Path) -> Path | None:
     inside = iteration.name == RELEASE or iteration.name.startswith("iter_")
     for folder in (iteration / SIDE_FOLDER, iteration, *((root,) if inside else ())):
         if (folder / "config.json").exists():
+            if folder.name == SIDE_FOLDER:
+                check_link(folder)
             return folder
     return None
 

@@ -18,13 +18,13 @@ from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.arch.mlx import Held, lay_out
 from dconv.checkpoint import huggingface, safetensors
-from dconv.checkpoint.files import read_json, stamps
+from dconv.checkpoint.files import listed, read_json, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Side, Source, expected_specs, shape_error, side_files
 from dconv.coded import mlx
 from dconv.coded.decode import KEY
 from dconv.coded.decoded import Decoded
-from dconv.errors import DconvError, Refused
+from dconv.errors import Damaged, DconvError, Refused
 from dconv.sharding.derived import Derived, steps
 from dconv.sharding.layout import pieces
 from dconv.sharding.plan import Target
@@ -41,9 +41,9 @@ def is_mlx(folder: Path) -> bool:
         said = read_json(folder / "config.json", what="config.json").get(mlx.KEY)
         if isinstance(said, Mapping) and {"group_size", "bits"} <= said.keys():
             return True
-        files = sorted(folder.glob("model*.safetensors"))
+        files = listed(folder, "model*.safetensors")
         return bool(files) and safetensors.framework(files[0]) == FRAMEWORK
-    except DconvError:
+    except (Damaged, Refused):
         return False
 
 

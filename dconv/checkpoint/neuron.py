@@ -14,12 +14,12 @@ from typing import Final
 from dconv.arch import registry
 from dconv.arch.neuron import Held, lay_out, loaded_from, scale_of
 from dconv.checkpoint import huggingface, safetensors
-from dconv.checkpoint.files import read_json, stamps
+from dconv.checkpoint.files import listed, read_json, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, shape_error, side_files
 from dconv.coded.fp8 import SUFFIX, block_of
 from dconv.coded.neuron import with_scales
-from dconv.errors import Damaged, DconvError, Refused
+from dconv.errors import Damaged, Refused
 from dconv.sharding.layout import pieces
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
@@ -37,8 +37,8 @@ def is_neuron(folder: Path) -> bool:
         if (folder / _INDEX).exists():
             names = read_json(folder / _INDEX, what="the index").get("weight_map")
         else:
-            names = safetensors.read_header(next(folder.glob("*.safetensors")))
-    except (DconvError, StopIteration):
+            names = safetensors.read_header(listed(folder, "*.safetensors")[0])
+    except (Damaged, Refused, IndexError):
         return False
     return isinstance(names, Mapping) and any(mark in str(name) for name in names for mark in _MARKS)
 

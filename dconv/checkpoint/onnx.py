@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint.files import check_plain_name, read_json, stamp
+from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, side_files
 from dconv.errors import Damaged, Refused
@@ -66,12 +66,14 @@ def is_file(path: Path) -> bool:
 
 
 def is_onnx(folder: Path) -> bool:
-    return any(folder.glob(f"*{SUFFIX}"))
+    return bool(listed(folder, f"*{SUFFIX}"))
 
 
 def is_graph(path: Path) -> bool:
     """Whether a path is a graph, or a directory of graphs and no other checkpoint."""
-    return is_file(path) if path.is_file() else path.is_dir() and is_onnx(path) and not any(path.glob("*.safetensors"))
+    if path.is_file():
+        return is_file(path)
+    return path.is_dir() and is_onnx(path) and not listed(path, "*.safetensors")
 
 
 def open_source(path: Path, *, rename: Renaming = AS_STORED) -> Source:
@@ -82,7 +84,7 @@ def open_source(path: Path, *, rename: Renaming = AS_STORED) -> Source:
     """
     del rename
     folder = path if path.is_dir() else path.parent
-    graphs = sorted(folder.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    graphs = listed(folder, f"*{SUFFIX}") if path.is_dir() else [path]
     files: dict[str, FileStamp] = {}
     tensors: dict[str, Stored] = {}
     for graph in graphs:

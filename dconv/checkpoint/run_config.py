@@ -91,7 +91,7 @@ def read_args(path: Path) -> tuple[dict[str, object] | None, str]:
         run: Any = yaml.safe_load(data)
     except (ValueError, RecursionError, yaml.YAMLError) as fault:
         raise Damaged("not a YAML file", where=str(path), found=str(fault)[:200]) from fault
-    bounded(run, where=str(path))
+    bounded(run, where=str(path), nodes=100_000)
     model = run.get("model") if isinstance(run, Mapping) else None
     if not isinstance(model, Mapping):
         raise Damaged("no model in Megatron-Bridge's run config", where=str(path), expected="a mapping under model")

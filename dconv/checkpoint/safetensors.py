@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint.files import parse_json, stamp
+from dconv.checkpoint.files import check_tensor_name, parse_json, read_whole, stamp
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.dtypes import FROM_SAFETENSORS, ITEMSIZE, TO_SAFETENSORS
 from dconv.sharding.region import Region, row_major
@@ -22,6 +22,8 @@ from dconv.sharding.tensor import Extent, Stored, TensorSpec
 
 #: The reference implementation's own limit.
 _MAX_HEADER: Final = 100_000_000
+#: A model of 10^5 experts has as many in all of its files.
+_MOST_TENSORS: Final = 1_000_000
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -33,10 +35,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     size = stamp(path).size
     data = _header_bytes(path, size)
     begin = 8 + len(data)
-    header = parse_json(data, where=str(path), what="the safetensors header")
-    header.pop("__metadata__", None)
+    header = _parsed(data, path)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise _bad(path, "__metadata__", "texts by name", repr(about)[:80])
     stored: list[tuple[int, int, Stored]] = []
     for name, entry in header.items():
+        check_tensor_name(name, said_by=path)
         spec, first, last = _entry(path, name, entry)
         strides = row_major(spec.shape, ITEMSIZE[spec.dtype])
         extent = Extent(Region.whole(spec.shape), path.name, begin + first, strides)
@@ -64,16 +69,24 @@ def framework(path: Path) -> str:
     Raises:
         Damaged: see `read_header`.
     """
-    header = parse_json(_header_bytes(path, stamp(path).size), where=str(path), what="the safetensors header")
+    header = _parsed(_header_bytes(path, stamp(path).size), path)
     said = header.get("__metadata__")
     return str(said.get("format", "")) if isinstance(said, dict) else ""
+
+
+def _parsed(data: bytes, path: Path) -> dict[str, object]:
+    if data.count(b'"data_offsets"') > _MOST_TENSORS:
+        raise Damaged(
+            "a safetensors header holds more tensors than any", where=str(path), expected=f"at most {_MOST_TENSORS:,}"
+        )
+    return parse_json(data, where=str(path), what="the safetensors header")
 
 
 def _header_bytes(path: Path, size: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            head = os.pread(fd, 8, 0)
+            head = read_whole(fd, 8, 0)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise Damaged(
@@ -82,7 +95,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
                     expected=f"a header of 2 to {min(_MAX_HEADER, max(size - 8, 2))} bytes",
                     found=f"header length {length}, file of {size} bytes",
                 )
-            return os.pread(fd, length, 8)
+            return read_whole(fd, length, 8)
         finally:
             os.close(fd)
     except OSError as fault:

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.files import parse_json, read_small
-from dconv.errors import UsageError
+from dconv.errors import Damaged, UsageError
 
 if TYPE_CHECKING:
     import yaml
 
 #: Nobody writes longer ones by hand.
 _MAX_BYTES: Final = 1 << 20
+#: What YAML's core has.
+_TAGS: Final = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
+)
 
 
 def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = False) -> dict[Any, Any]:
@@ -27,7 +31,7 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
     Raises:
         UsageError: no such file, one that is too long, no mapping, YAML that is none, has aliases (few bytes may stand
             for many) or a key twice.
-        Damaged: JSON that is none, or has a key twice.
+        Damaged: JSON that is none, or has a key twice; YAML with a tag of its own, or deeper than any.
     """
     if not path.is_file():
         raise UsageError(f"{option} names no file", where=str(path), expected=expected)
@@ -48,12 +52,29 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
         if texts:
             return {_text(key): _text(value) for key, value in node.value}
         return loader.construct_document(node)
-    except (ValueError, RecursionError, yaml.YAMLError) as fault:
+    except RecursionError as fault:
+        raise Damaged(f"{what} is implausibly deep", where=str(path)) from fault
+    except (ValueError, yaml.YAMLError) as fault:
         raise UsageError(f"{what} is no YAML", where=str(path), found=str(fault)[:200]) from fault
 
 
 def _text(node: yaml.Node) -> str | None:
     return node.value if isinstance(node.value, str) else None  # else its children
+
+
+def check_tag(node: yaml.Node, path: Path) -> None:
+    """
+    Raises:
+        Damaged: a tag beyond YAML's own types, such as those by which Python objects are made.
+    """
+    if node.tag not in _TAGS:
+        raise Damaged(
+            "a YAML file with a tag that asks for more than values",
+            where=str(path),
+            expected="plain maps, lists, texts and numbers",
+            found=node.tag[:120],
+            do="do not load this file with an unsafe loader either: loading would run what the tag names",
+        )
 
 
 def _check(top: yaml.MappingNode, path: Path, what: str, *, aliases: bool) -> None:
@@ -67,6 +88,7 @@ def _check(top: yaml.MappingNode, path: Path, what: str, *, aliases: bool) -> No
                 raise UsageError(f"{what} has YAML aliases", where=str(path), do="write the values out")
             continue
         seen.add(id(node))
+        check_tag(node, path)
         children: list[Any] = node.value if isinstance(node.value, list) else []
         keys: set[tuple[str, str]] = set()
         for child in children:

@@ -13,7 +13,7 @@ from reprlib import repr as short  # of nested hostile values too
 from typing import Final
 
 from dconv.checkpoint import torchframe, torchzip
-from dconv.checkpoint.files import stamp
+from dconv.checkpoint.files import check_tensor_name, stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.errors import Damaged, Refused
@@ -104,6 +104,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         if isinstance(name, str) and name.endswith("_extra_state"):  # TransformerEngine's, of whatever kind
             continue
         if isinstance(name, str) and isinstance(value, TensorRef):
+            check_tensor_name(name, said_by=path)
             tensors[name] = _stored(file, value, name)
         elif not isinstance(name, str) or not (value is None or isinstance(value, str | int | float)):
             raise Damaged(

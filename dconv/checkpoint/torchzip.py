@@ -205,6 +205,8 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
     for (name, header, size, crc), (_, limit, _, _) in zip(found, [*found[1:], (b"", start, 0, 0)], strict=True):
         if header + LOCAL.size + len(name) + size > limit:
             raise blob.damaged("records that overlap", _shown(name))
+        if name[:1] in b"/\\" or b".." in re.split(rb"[/\\]", name):
+            raise blob.damaged("a name that leaves its archive", _shown(name))
         if name in records:
             raise blob.damaged("two records of one name", _shown(name))
         records[name] = _Record(name, header, size, crc, limit)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from dconv.errors import UsageError
+from dconv.checkpoint.small_config import check_tag
+from dconv.errors import Damaged, UsageError
+
+if TYPE_CHECKING:
+    import yaml
+
+#: Nobody writes longer ones by hand: a batch of 10,000 models is a megabyte.
+_MAX_BYTES: Final = 16 << 20
+_MOST_VALUES: Final = 1_000_000
 
 
 def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.ArgumentParser) -> dict[str, object]:
@@ -18,6 +26,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
 
     Raises:
         UsageError: no such file, an option that is not known, or a value that it cannot have.
+        Damaged: a file that is larger or deeper than any, or asks for objects.
     """
     mine = {action.dest for action in parser._actions}
     return {name: value for name, value in typed(_load(path), path, parser, whole).items() if name in mine}
@@ -94,9 +103,33 @@ def _load(path: Path) -> dict[Any, Any]:
     import yaml  # a rank without --config does not pay for it
 
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise Damaged("the config file is implausibly large", where=str(path), expected=f"{_MAX_BYTES:,} bytes")
+        loader = yaml.SafeLoader(path.read_text("utf-8"))
+        node = loader.get_single_node()
+        if node is not None:
+            _check(node, path)
+        values = None if node is None else loader.construct_document(node)
+    except RecursionError as fault:
+        raise Damaged("the config file is implausibly deep", where=str(path)) from fault
+    except (OSError, ValueError, yaml.YAMLError) as fault:
         raise UsageError(f"cannot read the config file: {fault}", where=str(path)) from fault
     if not isinstance(values, dict):
         raise UsageError("the config file is no mapping of options", where=str(path))
     return values
+
+
+def _check(top: yaml.Node, path: Path) -> None:
+    """
+    Raises:
+        Damaged: tags that make objects; aliases that stand for more values than anybody writes, or for themselves.
+    """
+    left, waiting = _MOST_VALUES, [top]
+    while waiting:
+        node = waiting.pop()
+        check_tag(node, path)
+        left -= 1
+        if left < 0:
+            raise Damaged("aliases in the config file stand for more than anybody writes", where=str(path))
+        for child in node.value if isinstance(node.value, list) else ():
+            waiting += child if isinstance(child, tuple) else (child,)

@@ -26,6 +26,8 @@ from dconv.quant.ranks import Ranks
 from dconv.quant.room import Room, block_bytes
 from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
+from dconv.sharding.finish import write_synced
+from dconv.sharding.journal import sync_folder
 
 _STATE: Final = "state.json"
 
@@ -235,10 +237,12 @@ class Calibration:
         """Note that everything before a layer is done, once that is so on every rank."""
         self.ranks.wait()
         if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if layer < len(self.net):
+                self.blocks.sync(layer)
             fresh = self.folder / f"{_STATE}.new"
-            fresh.write_text(json.dumps({"layer": layer, "report": report}))
+            write_synced(fresh, json.dumps({"layer": layer, "report": report}).encode())
             os.replace(fresh, self.folder / _STATE)
+            sync_folder(self.folder)
             if layer:
                 self.blocks.forget(layer - 1)
         self.ranks.wait()

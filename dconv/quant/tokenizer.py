@@ -70,7 +70,7 @@ class Tokenizer:
         path = (self._folder or Path()) / _CONFIG
         if self._folder is None or not path.is_file():
             return None
-        said = read_json(path, what=_CONFIG).get("eos_token")
+        said = read_json(path.resolve(), what=_CONFIG).get("eos_token")  # `beside` makes links
         text = said.get("content") if isinstance(said, dict) else said
         found = self._special(text) if isinstance(text, str) else None
         return found if isinstance(found, int) and found >= 0 else None

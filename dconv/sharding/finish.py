@@ -66,13 +66,15 @@ def _remove_state(state: Path) -> None:
     shutil.rmtree(state)
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of some bytes after the other, and flush it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[os.write(fd, view) :]
         os.fsync(fd)
     finally:
         os.close(fd)

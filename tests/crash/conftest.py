@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -114,13 +114,24 @@ def results(small: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+@contextlib.contextmanager
+def in_memory() -> Iterator[Path]:
     """An empty folder, in memory where that is to be had: the matrices flush hundreds of thousands of times."""
     memory = Path("/dev/shm")  # noqa: S108
-    made = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else tmp_path))
-    yield made
-    shutil.rmtree(made, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    with in_memory() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def root_of_sources() -> Iterator[Path]:
+    with in_memory() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def test_what_a_network_file_system_leaves_in_the_journal(model: Path, tmp_path:
     assert run(job, Settings()).committed
 
 
-def test_weights_that_are_links_into_the_output(model: Path, tmp_path: Path) -> None:
+def test_weights_that_are_links_into_the_output(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCONV_LINKS", "follow")
     out = tmp_path / "out"
     run(prepare(Request(model, "hf", out)), Settings())
     linked = tmp_path / "linked"

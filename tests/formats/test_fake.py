@@ -228,23 +228,23 @@ def test_wishes_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "words", "code"),
     [
-        ("fill: &a [1]\nfills: {x: *a}", "aliases"),
-        ("fill: !!python/object/apply:os.system [true]", "no YAML"),
-        ("[1, 2]", "no mapping"),
-        ("{" * 5000, "no YAML"),
-        (": :", ""),
+        ("fill: &a [1]\nfills: {x: *a}", "aliases", 2),
+        ("fill: !!python/object/apply:os.system [true]", "a tag that asks for more", 4),
+        ("[1, 2]", "no mapping", 2),
+        ("{" * 5000, "implausibly deep", 4),
+        (": :", "", 2),
     ],
     ids=["alias", "tag", "list", "deep", "odd"],
 )
 def test_yaml_that_is_no_file_of_wishes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str, code: int
 ) -> None:
     model = config_alone(tmp_path / "model")
     (tmp_path / "wishes.yaml").write_text(text)
     file = str(tmp_path / "wishes.yaml")
-    assert main(["plan", str(model), "hf", "--fake-weight", "--fake-weight-config", file]) == 2
+    assert main(["plan", str(model), "hf", "--fake-weight", "--fake-weight-config", file]) == code
     assert words in capsys.readouterr().err
 
 

@@ -179,12 +179,21 @@ def test_foreign_globals_are_refused_and_nothing_runs(wrap: object, protocol: in
     assert not flag.exists()
 
 
-def test_calls_of_allowed_packages_stay_calls_on_paper(tmp_path: pathlib.Path) -> None:
+def test_classes_of_allowed_packages_stay_on_paper_and_their_functions_are_not_called(tmp_path: pathlib.Path) -> None:
     flag = tmp_path / "ran"
-    bad = Reduce(Global("torch.utils.cpp_extension", "load"), (str(flag),), {"__setstate__": 1})
+    bad = Reduce(Global("torch.utils.cpp_extension", "BuildExtension"), (str(flag),), {"__setstate__": 1})
     found = inert.load(pickling.dumps(bad), where="test")
     assert isinstance(found, Record)
-    assert str(found.symbol) == "torch.utils.cpp_extension.load"
+    assert str(found.symbol) == "torch.utils.cpp_extension.BuildExtension"
+    for module, name in (
+        ("torch.utils.cpp_extension", "load"), ("torch.hub", "load"), ("torch.storage", "_load_from_bytes"),
+        ("torch", "load"), ("torch.fx.graph_module", "reduce_graph_module"), ("torch", "utils.cpp_extension.load"),
+        ("torch.multiprocessing.reductions", "rebuild_storage_fd"), ("megatron.training.utils", "print_rank_0"),
+    ):  # fmt: skip
+        for node in (Reduce(Global(module, name), (str(flag),)), NewObj(Global(module, name), (str(flag),))):
+            with pytest.raises(Damaged, match="foreign global"):
+                inert.load(pickling.dumps([node]), where="test")
+        assert isinstance(inert.load(pickling.dumps(Global(module, name)), where="test"), Symbol)
     assert not flag.exists()
 
 

@@ -18,7 +18,7 @@ from dconv.arch.llama import LLAMA
 from dconv.checking import check
 from dconv.checkpoint.rename import Renaming, Rule, read_renaming
 from dconv.cli import main
-from dconv.errors import DconvError, Refused, UsageError
+from dconv.errors import Damaged, DconvError, Refused, UsageError
 from dconv.examine import inspect
 from dconv.pipeline import Request, convert
 from dconv.sharding.coords import Parallel
@@ -169,12 +169,22 @@ def test_no_collision_between_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "x", "a: 1\na: 2", "{}", "a: [b]", "a: {b: c}", "'': b", "a: ''", "a: 'b*'", "'a**b': 'c**d'",
-     "'a*': b", "? [a]\n: b", "a: &x b\n'c*': *x", "a: !!python/object/apply:os.system ['true']", "\x00", "<<: {a: b}"],
+     "'a*': b", "? [a]\n: b", "a: &x b\n'c*': *x", "\x00", "<<: {a: b}"],
 )  # fmt: skip
 def test_files_that_are_no_rules(tmp_path: Path, text: str) -> None:
     path = tmp_path / "names.yaml"
     path.write_text(text)
     with pytest.raises(UsageError):
+        read_renaming(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: !!python/object/apply:os.system ['true']", "? !!python/name:os.system\n: b", "a: " + "[" * 5000]
+)
+def test_yaml_that_asks_for_more_than_values(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "names.yaml"
+    path.write_text(text)
+    with pytest.raises(Damaged):
         read_renaming(path)
 
 
