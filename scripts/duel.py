@@ -1,6 +1,6 @@
 """Known failures of the programs beside dconv, played again on small checkpoints, and what dconv does: docs/duel.md.
 
-python scripts/duel.py                   play all rows and print the tables (about two minutes)
+python scripts/duel.py                   play all rows and print what was seen (one to three minutes)
 python scripts/duel.py --only DCP        those whose key has the word
 python scripts/duel.py --write           put the result into docs/duel.json, and the tables into docs/duel.md
 
@@ -39,7 +39,7 @@ ROWS: Final[Sequence[Row]] = (*LOST, *WRONG, *OUTSIDE, *PICKLES, *MOMENTS)
 #: What the table calls a verdict; in the order from good to bad.
 WORDS: Final = {
     "whole": "right: the tensors that went in, bit by bit",
-    "error": "a refusal, and nothing is left",
+    "error": "a refusal, and nothing is under the final name",
     "late": "an error, after bytes are under the final name",
     "half": "killed, and a half result is under the final name",
     "silent": "success, and the result is wrong or a guess",
@@ -105,13 +105,12 @@ def _cell(text: str) -> str:
 
 
 def _score(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of how many rows each verdict is; the inputs of dconv counted once where several peers have the same."""
-    theirs = Counter(row["them"]["verdict"] for row in rows)
-    ours = Counter({(row["done"], row["input"]): row["dconv"]["verdict"] for row in rows}.values())
+    """Of how many rows each verdict is."""
+    theirs, ours = (Counter(row[who]["verdict"] for row in rows) for who in ("them", "dconv"))
     lines = ["| | | peers | dconv |", "| --- | --- | --- | --- |"]
     lines += [f"| **{word}** | {means} | {theirs[word]} | {ours[word]} |" for word, means in WORDS.items()]
     if theirs["not installed"]:
-        lines.append(f"| **not installed** | | {theirs['not installed']} | 0 |")
+        lines.append(f"| **not installed** | the program is not here | {theirs['not installed']} | 0 |")
     return lines
 
 

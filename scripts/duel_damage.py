@@ -124,7 +124,7 @@ def _packed(stage: Stage) -> Path:
     return stage.made("packed", inputs.packed)
 
 
-GUESS: Final = "one of two was taken"
+GUESS: Final = "a guess which of two is right"
 
 
 def consolidation(key: str, part: str, done: str, us: Callable[[Stage], Seen], ours: str, **options: Any) -> Row:
@@ -300,9 +300,9 @@ LOST: Final = [
     Row("dropped, Megatron-Bridge", "lost", _DROPPED, BRIDGE, SAME, _bridged,
         partial(_hf_us, "dropped", _forget(DOWN, "index"), False)),
     *hf("no place", "lost", "a tensor that the model has no place for", _added, own=True),
-    consolidation("scalars", "lost", "none: FP8 weights with 0-dim scales", _coded_us, HF,
+    consolidation("scalars", "lost", "nothing: FP8 weights with 0-dim scales", _coded_us, HF,
                   tensors=lambda stage: inputs.tensors_of(_coded(stage)), fast=True),
-    consolidation("integers", "lost", "none: int4 weights, as int32 and int64 tensors", _packed_us, HF,
+    consolidation("integers", "lost", "nothing: int4 weights, as int32 and int64 tensors", _packed_us, HF,
                   tensors=lambda stage: inputs.tensors_of(_packed(stage)), fast=True),
 ]  # fmt: skip
 WRONG: Final = [

@@ -60,9 +60,9 @@ def _outside_us(how: str, stage: Stage) -> Seen:
     return _read_outside(stage, ending, lambda: inputs.truth_of(out))
 
 
-def outside(how: str, done: str, *, fast: bool = False) -> Row:
+def outside(how: str, done: str) -> Row:
     us = partial(_outside_us, how)
-    return Row(f"{how}, transformers", "outside", done, TRANSFORMERS, SAME, partial(_outside_them, how), us, fast)
+    return Row(f"{how}, transformers", "outside", done, TRANSFORMERS, SAME, partial(_outside_them, how), us)
 
 
 # -------------------------------------------------------------------------------------------------------------- pickles
@@ -112,25 +112,34 @@ def _pickle_us(where: str, stage: Stage) -> Seen:
         canary, stage.peer("dconv", "convert", str(folder), "hf", "-o", str(stage.fresh("dconv")))))  # fmt: skip
 
 
-def unpickled(where: str, done: str, *peers: tuple[str, str, str, str], fast: bool = False) -> list[Row]:
+def unpickled(where: str, done: str, *peers: tuple[str, str, str, str]) -> list[Row]:
     """``peers`` are a short name, a name, an action, and a path inside the checkpoint."""
     us = partial(_pickle_us, where)
     return [
-        Row(f"{where}, {short}", "pickle", done, name, SAME, partial(_pickle_them, where, action, inside), us, fast)
+        Row(
+            f"{where}, {short}",
+            "pickle",
+            done,
+            name,
+            SAME,
+            partial(_pickle_them, where, action, inside),
+            us,
+            fast=short in ("torch", "DCP"),
+        )  # the others take long to import
         for short, name, action, inside in peers
     ]
 
 
 OUTSIDE: Final = [
-    outside("dots", "the index says `../other/model.safetensors`", fast=True),
+    outside("dots", "the index says `../other/model.safetensors`"),
     outside("absolute", "the index says `/…/other/model.safetensors`"),
     outside("link", "a shard is a symbolic link to another directory"),
 ]
 PICKLES: Final = [
     *unpickled("bin", "in pytorch_model.bin", ("transformers", TRANSFORMERS, "transformers_load", ""),
                ("torch", TORCH, "torch_load", "pytorch_model.bin"),
-               ("DCP", TO_DCP, "dcp_save", "pytorch_model.bin"), fast=True),
+               ("DCP", TO_DCP, "dcp_save", "pytorch_model.bin")),
     *unpickled(".metadata", "in .metadata of torch_dist", ("DCP", DCP, "dcp_load", "release"),
-               ("megatron-core", MEGATRON, "megatron_load", "release"), fast=True),
+               ("megatron-core", MEGATRON, "megatron_load", "release")),
     *unpickled("common.pt", "in common.pt of torch_dist", ("megatron-core", MEGATRON, "megatron_load", "release")),
 ]  # fmt: skip

@@ -21,8 +21,8 @@ SMALL: Final = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
     "intermediate_size": 128, "vocab_size": 64,
 }  # fmt: skip
-#: One of 27 MB, for what happens on the way.
-LARGE: Final = {**SMALL, "hidden_size": 512, "num_hidden_layers": 4, "head_dim": 128, "intermediate_size": 1536}
+#: One of 41 MB, for what happens on the way.
+LARGE: Final = {**SMALL, "hidden_size": 512, "num_hidden_layers": 6, "head_dim": 128, "intermediate_size": 1536}
 EMBEDDING: Final = "embedding.word_embeddings.weight"
 INDEX: Final = "model.safetensors.index.json"
 FIRST, LAST = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

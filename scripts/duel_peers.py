@@ -39,9 +39,12 @@ def versions(bridge: str) -> dict[str, str]:
     for name in ("torch", "transformers", "safetensors", "megatron-core", "gguf", "xllamacpp", "dconv"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    for path in sorted(Path(bridge).glob("lib/*/site-packages/megatron_*-*.dist-info")):
+    there = {}
+    for path in Path(bridge).glob("lib/*/site-packages/megatron_*-*.dist-info"):
         name, _, number = path.name.removesuffix(".dist-info").partition("-")
-        found[f"{name.replace('_', '-')} there"] = number
+        there[name] = number
+    if there:
+        found["megatron-bridge"] = f"{there['megatron_bridge']} (with megatron-core {there['megatron_core']})"
     return found
 
 

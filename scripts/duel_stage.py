@@ -35,9 +35,9 @@ PRELOADED_TOO: Final = (
     "transformers", "transformers.models.llama.modeling_llama", "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.strategies.torch", "dconv.export.huggingface", "gguf",
 )  # fmt: skip
-#: The word of each row. `whole`: right. `error`: a refusal that leaves nothing. `late`: an error after bytes are under
-#: the final name. `half`: killed, and a half result is under the final name. `silent`: a wrong result, and success.
-#: `runs`: it executed, or read outside of, what it was given. The last stands for a peer that is not here.
+#: The word of each row. `whole`: right. `error`: a refusal, nothing under the final name. `late`: an error after bytes
+#: are under it. `half`: killed, and a half result is under it. `silent`: a wrong result, and success. `runs`: it
+#: executed, or read outside of, what it was given. The last stands for a peer that is not here.
 VERDICTS: Final = ("whole", "error", "late", "half", "silent", "runs", "not installed")
 #: dtype, shape, bytes.
 Tensor = tuple[str, tuple[int, ...], bytes]
@@ -229,11 +229,12 @@ def difference(truth: Tensors, got: Tensors) -> str:
             return f"{short} has shape {list(its_shape)}, not {list(shape)}"
         if its_dtype != dtype:
             return f"{short} is {its_dtype}, not {dtype}"
+        if its_data == data:
+            continue
         size = len(data) // max(1, _count(shape))
         wrong = [at for at in range(0, len(data), size) if data[at : at + size] != its_data[at : at + size]]
-        if wrong:
-            zero = all(its_data[at : at + size] == bytes(size) for at in wrong)
-            return f"{len(wrong)} of {len(data) // size} values of {short} are {'0' if zero else 'wrong'}"
+        zero = all(its_data[at : at + size] == bytes(size) for at in wrong)
+        return f"{len(wrong)} of {len(data) // size} values of {short} are {'0' if zero else 'wrong'}"
     return ""
 
 
@@ -263,7 +264,7 @@ def judged(ending: Ending, truth: Tensors, out: Path | None = None, *, unknown: 
     Args:
         truth: the tensors that went in.
         out: where they were written to; None where the process gave back what it had loaded.
-        unknown: what nobody can know of the input, so that any success is a guess.
+        unknown: why nobody can know what is right, so that any success is a guess.
     """
     left = files_in(out) if out else []
     if not ending.ok:
@@ -271,12 +272,12 @@ def judged(ending: Ending, truth: Tensors, out: Path | None = None, *, unknown: 
             return Seen("error", ending.error)
         return Seen("late", f"{ending.error}; {len(left)} {'file' if len(left) == 1 else 'files'} left in the output")
     warned = " with a warning" if _warns(ending.said) else ""
-    if unknown:
-        return Seen("silent", f"success{warned}; {unknown}")
     try:
         wrong = difference(truth, read_back(out) if out else ending.value)
     except (ValueError, KeyError) as fault:
         wrong = str(fault)
+    if unknown:
+        return Seen("silent", f"success{warned}; {unknown}" + (f", {wrong}" if wrong else ""))
     return Seen("silent", f"success{warned}; {wrong}") if wrong else Seen("whole", f"right{warned}")
 
 

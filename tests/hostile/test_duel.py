@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[2]
 FOUND: dict[str, Any] = json.loads((ROOT / "docs" / "duel.json").read_text())
@@ -48,6 +50,28 @@ def test_the_page_does_not_hide_a_row(duel: ModuleType) -> None:
     assert duel.filled(page, changed) != page
     with pytest.raises(SystemExit):
         duel.filled(page.replace("<!-- table pickle -->", ""), FOUND)
+
+
+def test_verdicts_follow_from_what_is_found(duel: ModuleType, tmp_path: Path) -> None:
+    """The judge, on results of which the verdict is plain."""
+    stage = importlib.import_module("duel_stage")
+    truth = {"x": ("float32", (2,), np.array([1, 2], "<f4").tobytes())}
+    for number, (data, shape, verdict, word) in enumerate((
+        ([1, 2], [2], "whole", "right"), ([1, 0], [2], "silent", "1 of 2 values of x are 0"),
+        ([1, 3], [2], "silent", "1 of 2 values of x are wrong"), ([1], [1], "silent", "shape [1]"),
+    )):  # fmt: skip
+        out = tmp_path / str(number)
+        out.mkdir()
+        save_file({"x": np.array(data, np.float32).reshape(shape)}, out / "model.safetensors")
+        done = stage.judged(stage.Ending(True, None, "", "", 0), truth, out)
+        assert done.verdict == verdict and word in done.words
+        failed = stage.judged(stage.Ending(False, None, "OSError: no", "", 0), truth, out)
+        assert failed.verdict == "late" and "1 file left" in failed.words
+        (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-1])
+        cut = stage.judged(stage.Ending(True, None, "", "", 0), truth, out)
+        assert cut.verdict == "silent" and "cannot be opened" in cut.words
+    assert stage.judged(stage.Ending(False, None, "no", "", 0), truth, tmp_path / "nothing").verdict == "error"
+    assert stage.judged(stage.Ending(True, truth, "", "", 0), truth, unknown="a guess").verdict == "silent"
 
 
 def test_dconv_is_never_silent() -> None:
