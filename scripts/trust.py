@@ -1,8 +1,8 @@
 """The promises of docs/trust.md, the tests that hold dconv to them, and how much these tried.
 
 python scripts/trust.py                   print the table
-python scripts/trust.py --run [WORD …]    run all tests of the promises, or of those with a word in their names, in
-                                          full (an hour and a half on two cores), and keep the counts in docs/trust.json
+python scripts/trust.py --run [WORD …]    run the tests of the promises in full (an hour on two cores), or those with a
+                                          word in their own or their promise's name; counts go to docs/trust.json
 python scripts/trust.py --write           put the table between the markers of docs/trust.md
 """
 
@@ -190,15 +190,16 @@ def filled(page: str, counts: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="*", metavar="WORD", help="run the tests of all promises, or of some")
+    parser.add_argument("--run", nargs="*", metavar="WORD", help="run the tests in full, all or some")
     parser.add_argument("--write", action="store_true", help="put the table into docs/trust.md")
     args = parser.parse_args()
     counts = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     if args.run is not None:
-        chosen = [one for one in PROMISES if not args.run or any(word in one.name for word in args.run)]
+        named = {test: f"{one.name} {test}" for one in PROMISES for test in one.tests}
+        chosen = [test for test, name in named.items() if not args.run or any(word in name for word in args.run)]
         if not chosen:
-            parser.error(f"no promise of that name; there are {', '.join(one.name for one in PROMISES)}")
-        counts |= ran(sorted({test for one in chosen for test in one.tests}))
+            parser.error(f"no promise and no test of that name; there are {', '.join(one.name for one in PROMISES)}")
+        counts |= ran(sorted(chosen))
         COUNTS.write_text(json.dumps(dict(sorted(counts.items())), indent=1) + "\n")
     if args.write:
         PAGE.write_text(filled(PAGE.read_text(), counts))
