@@ -6,6 +6,7 @@ with them is beside them. It can be looked at, run, and written once more for an
 
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 import re
@@ -21,7 +22,7 @@ from dconv.arch.layouts import Facts
 from dconv.checkpoint.files import check_link, read_json, stamp
 from dconv.checkpoint.source import Located, Source, seal, side_bytes, side_files
 from dconv.checkpoint.torchframe import ZipWriter
-from dconv.errors import Damaged, Refused
+from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
@@ -82,6 +83,7 @@ class Archive:
                 whole = next(it for it in opened.namelist() if it.partition("/")[2] == name)
                 return opened.read(whole)
         except _TORN as error:
+            _check_storage(error, self.path)
             raise Damaged("an archive is broken", where=f"{name} in {self.path}", found=str(error)[:200]) from error
 
 
@@ -115,9 +117,20 @@ def _read(path: Path) -> Archive | None:
                 if begin + info.compress_size > path.stat().st_size:
                     raise Damaged("an archive is cut off", where=f"{name} in {path}")
                 records[name] = (begin if info.compress_type == zipfile.ZIP_STORED else None, info.file_size)
-    except _TORN:
+    except _TORN as error:
+        _check_storage(error, path)
         return None
     return Archive(kind, path, records)
+
+
+def _check_storage(error: Exception, path: Path) -> None:
+    """Tell what an archive says wrong, a place before its beginning, from storage that fails.
+
+    Raises:
+        StorageFault: the latter.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise StorageFault(f"cannot read: {error.strerror}", where=str(path)) from error
 
 
 def _kind(names: set[str]) -> str | None:

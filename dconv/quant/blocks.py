@@ -17,7 +17,6 @@ import xxhash
 
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.finish import write_synced
-from dconv.sharding.journal import sync_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,10 +89,6 @@ class Blocks:
             )
         samples, length = self.samples(block).shape
         return np.frombuffer(data[:-_DIGEST], np.float32).reshape(samples, length, -1).copy()
-
-    def sync(self, layer: int) -> None:
-        """Make the names of all that comes to a layer last through a power cut; the bytes do since `write`."""
-        sync_folder(self._path(layer, 0).parent)
 
     def forget(self, layer: int) -> None:
         """Remove what came to a layer."""

@@ -26,7 +26,7 @@ from dconv.quant.ranks import Ranks
 from dconv.quant.room import Room, block_bytes
 from dconv.quant.solve import solve
 from dconv.quant.sums import Sum
-from dconv.sharding.finish import write_synced
+from dconv.sharding.finish import sync_folders, write_synced
 from dconv.sharding.journal import sync_folder
 
 _STATE: Final = "state.json"
@@ -237,8 +237,7 @@ class Calibration:
         """Note that everything before a layer is done, once that is so on every rank."""
         self.ranks.wait()
         if self.ranks.rank == 0:
-            if layer < len(self.net):
-                self.blocks.sync(layer)
+            sync_folders(self.folder)
             fresh = self.folder / f"{_STATE}.new"
             write_synced(fresh, json.dumps({"layer": layer, "report": report}).encode())
             os.replace(fresh, self.folder / _STATE)

@@ -7,7 +7,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -91,6 +91,19 @@ class Outputs:
                 os.fsync(self.fd(file))
             except OSError as fault:
                 raise self._fault("flush to disk", file, fault) from fault
+
+    def sync_names(self, files: Iterable[int]) -> None:
+        """Flush to disk that these files are there, by the names that they have."""
+        folders = {folder for file in files for folder in Path(self._files[file].path).parents}
+        try:
+            for folder in sorted(folders, reverse=True):
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.folder)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except OSError as fault:
+            raise StorageFault(f"cannot flush to disk: {fault.strerror}", where=str(self._root)) from fault
 
     def close_files(self) -> None:
         """They are opened anew when they are next needed; to be called when nothing is under way."""

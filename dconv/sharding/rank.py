@@ -156,12 +156,16 @@ class Rank:
     def do(self, tasks: Sequence[Task]) -> None:
         """Do those of some tasks that no run has finished; when this returns they are on disk and noted.
 
+        The names of their files are on disk, too: whoever asks for some tasks before others goes on from here, and a
+        later run may have nothing to make these of again.
+
         Raises:
             Preempted: ``stop`` was set.
         """
         left = self.unfinished(tasks)
         self.finished += sum(task.nbytes for task in tasks) - sum(task.nbytes for task in left)
         self._do(left)
+        self.outputs.sync_names({task.file for task in tasks})
         self.settings.progress(self.finished, self.share)
 
     def do_share(self) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,11 @@ STEPS, FEW = 5, 97
 WAYS = (0, 2, 5)
 
 
-@pytest.fixture(scope="module", params=["gptq", "awq"])
+@pytest.fixture(scope="module", params=["gptq", pytest.param("awq", marks=pytest.mark.long)])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("calibrated")
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 61, (12, 512)))
     asked = request_for(model_of("llama", folder / "model"), folder / "ids.npy", folder / "out")
-    from dataclasses import replace
-
     job = prepare(replace(asked, format=request.param))
     run(job, Settings())
     return job
@@ -44,8 +43,6 @@ def weights(out: Path) -> Mapping[str, str]:
 
 
 def moved(job: Job, out: Path) -> Job:
-    from dataclasses import replace
-
     return replace(job, request=replace(job.request, out=out))
 
 
