@@ -103,8 +103,8 @@ def test_it_needs_nothing_else(dconv: Dconv, tmp_path: Path) -> None:
 
 HOSTILE = [
     "</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a' onfocus='alert(1)", "{{json}}",
-    "<!--", "&lt;b&gt;", "model.layers.0.<svg onload=alert(1)>.weight", "\u202etxt.exe", "x" * 5000, "a." * 3000 + "b",
-    "]]>", "\\u003c/script>", "\x00\x07",
+    "<!--", "&lt;b&gt;", "model.layers.0.<svg onload=alert(1)>.weight", "\u202etxt.exe", "x" * 4000, "a." * 2000 + "b",
+    "]]>", "a\\u003c/script>", "\x00\x07",
 ]  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_names_are_text(dconv: Dconv, tmp_path: Path) -> None:
     """Tensors, list entries and method with markup in their names: `Read` would see a tag or an attribute of theirs."""
 
     def edit(specs: dict[str, TensorSpec]) -> None:
-        for name in HOSTILE:
+        for name in filter(str.isprintable, HOSTILE):  # others are no names of tensors, and are refused
             specs[f"{name}.weight"] = TensorSpec(f"{name}.weight", (32, 32), "bf16")
 
     quantization = {"modules_to_not_convert": ["gate", "lm_head", *HOSTILE], "activation_scheme": HOSTILE[0]}
@@ -121,7 +121,7 @@ def test_names_are_text(dconv: Dconv, tmp_path: Path) -> None:
     read = Read(text)
     assert len(read.scripts) == 2 and read.report["refused"] == said["refused"]
     names = {cell["data-c"].split("\n")[0] for cell in read.cells}
-    assert {*HOSTILE[:4], "\u202etxt.exe", "x" * 300 + "…"} <= names
+    assert {*HOSTILE[:4], "x" * 300 + "…"} <= names
     assert "<b>model</b>" in "".join(read.words)
 
 
