@@ -119,10 +119,10 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
         suffixes: how their names end.
     """
     try:
-        listed = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
     except OSError as fault:
         raise StorageFault(f"cannot list a directory: {fault.strerror}", where=str(folder)) from fault
-    return {name: stamp(folder / name) for name in listed if (folder / name).is_file() or _loops(folder / name)}
+    return {name: stamp(folder / name) for name in names if (folder / name).is_file() or _loops(folder / name)}
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:

@@ -37,8 +37,7 @@ MAX_BYTES: Final = 256 << 20
 _MAX_CONTAINERS: Final = 16 << 20
 # Other opcodes of one byte make up to 83; a 1 M chunk ``.metadata`` takes about half as many.
 _MAX_STEPS: Final = 64 << 20
-# Each open mark is a list on its own; a real file nests some ten deep.
-_MAX_MARKS: Final = 1 << 16
+_MAX_MARKS: Final = 1 << 16  # each that is open is a list of its own; a real file nests some ten deep
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
 # hash() repeats above: larger keys could be made to collide
@@ -60,8 +59,7 @@ def load(data: bytes, *, where: str) -> Any:
     machine = Machine(data, 0, where)
     value = machine.run()
     if machine.pos != len(data):
-        found = f"{len(data) - machine.pos} bytes"
-        raise Damaged("bytes after the end of a pickle", where=where, found=found)
+        raise Damaged("bytes after the end of a pickle", where=where, found=f"{len(data) - machine.pos} bytes")
     return value
 
 

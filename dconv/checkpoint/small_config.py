@@ -63,7 +63,8 @@ def _text(node: yaml.Node) -> str | None:
 
 
 def check_tag(node: yaml.Node, path: Path) -> None:
-    """
+    """That a node of a YAML file asks for nothing but a value.
+
     Raises:
         Damaged: a tag beyond YAML's own types, such as those by which Python objects are made.
     """

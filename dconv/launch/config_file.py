@@ -120,7 +120,8 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _check(top: yaml.Node, path: Path) -> None:
-    """
+    """That a config file stands for as many values as somebody may have written, and for values alone.
+
     Raises:
         Damaged: tags that make objects; aliases that stand for more values than anybody writes, or for themselves.
     """

@@ -84,7 +84,8 @@ def write_synced(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def _rename(out: Path, partial: Path, overwrite: bool) -> None:
-    """
+    """Put the new output in its place, and an old one that may be replaced out of it.
+
     Raises:
         UsageError: something came to ``out`` meanwhile that may not be replaced.
     """

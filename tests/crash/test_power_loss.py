@@ -8,11 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from dconv.pipeline import run
+from dconv.pipeline import Job, run
 from dconv.sharding.journal import sync_folder
 from tests.crash.cases import ALL, STEP, in_step, job_of, settings_of, whole_or_none
 from tests.crash.disk import Disk, Recorder, ways
 from tests.models import tree_digest
+
+
+def recorded(small: Path, work: Path, case: str) -> tuple[Recorder, int, Job]:
+    """A run's calls, how many came before it (of the output that it replaces), and what ran."""
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch)
+        record = Recorder(patch, work)
+        job = job_of(small, case, work / "out")
+        sync_folder(work)
+        before = len(record.events)
+        assert run(job, settings_of(case)).committed
+    return record, before, job
+
 
 #: Of the last calls, among which the rename is, all are tried.
 AT_THE_END = 8
@@ -25,14 +39,7 @@ def test_each_moment(
 ) -> None:  # fmt: skip
     """After each call, in seven ways to lose what was not synced; with --long at every call."""
     work = root / "work"
-    work.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch)
-        record = Recorder(patch, work)
-        job = job_of(small, case, work / "out")
-        sync_folder(work)
-        before = len(record.events)  # of the output that is replaced
-        assert run(job, settings_of(case)).committed
+    record, before, job = recorded(small, work, case)
     shutil.rmtree(work)
     step = 1 if request.config.getoption("--long") else STEP
     disk, states, whole = Disk(record.root), 0, 0

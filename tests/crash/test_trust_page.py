@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from attacks import make
-from dconv.pipeline import run
-from tests.crash import test_every_call, test_random_kills
-from tests.crash.cases import ALL, in_step, job_of, settings_of
-from tests.crash.disk import Recorder, ways
+from tests.crash import test_every_call, test_power_loss, test_random_kills
+from tests.crash.cases import ALL, job_of
+from tests.crash.disk import ways
 from tests.crash.storage import CHANGING
 from tests.damage import kinds
 from tests.processes import ROOT
@@ -61,14 +60,7 @@ def test_calls_of_a_run(small: Path, results: dict[str, dict[str, str]], root: P
         for often in ("once", "for good"):
             name = f"test_each_call_meets_a_fault[{case}-{fault}-{often}]"
             assert kept("crash/test_every_call.py", "faults at a call")[name] == calls
-    work = root / "work"
-    work.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch)
-        record = Recorder(patch, work)
-        job = job_of(small, case, work / "out")
-        before = len(record.events)
-        run(job, settings_of(case))
+    record, before, _ = test_power_loss.recorded(small, root / "work", case)
     states = (len(record.events) - before) * len(ways(0))
     assert kept("crash/test_power_loss.py", "states after a power cut")[f"test_each_moment[{case}]"] == states
 
