@@ -272,6 +272,12 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         rank.do([task for name in results for task in parts[name]])
         held.arrays = {}
 
+    def is_kept(weights: Iterable[str]) -> bool:
+        names = {name for name in weights if name in parts}
+        noted = rank.journal.read()
+        found = [task for name, part in parts.items() for task in part if name in names or task.index in noted]
+        return not rank.unfinished(found)
+
     threads = _threads(settings.threads, settings.world)
     return_freed_memory()
     ranks = Ranks(settings.rank, settings.world, device, settings.stop or threading.Event())
@@ -298,6 +304,7 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
         with ranks.leaving_together():
             rank.do(plain)
         run = calibration_of(job, net, ranks, peers, rank.state / _FOLDER, settings.max_memory, threads, write)
+        run.is_kept = is_kept
         try:
             job.lines[:] = run.run()
             if {line["weight"] for line in job.lines} != set(job.recipes):

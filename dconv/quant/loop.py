@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -60,6 +60,8 @@ class Calibration:
         method: what is done to a layer instead of GPTQ, given its number and this rank's blocks; returns what ``write``
             takes, and lines of the report.
         said: called with a layer's number, how many there are, and its report, on every rank.
+        is_kept: whether this rank's part of what an earlier run wrote of these weights is still as it was; called once,
+            on every rank, where there is something to go on with.
     """
 
     net: Network
@@ -72,6 +74,7 @@ class Calibration:
     write: Callable[[Mapping[str, Any]], None]
     said: Callable[[int, int, list[dict[str, Any]]], None] = lambda *_: None
     method: Callable[[Layer, int, Sequence[int]], tuple[dict[str, Any], list[dict[str, Any]]]] | None = None
+    is_kept: Callable[[Iterable[str]], bool] = lambda _: True
 
     def run(self) -> list[dict[str, Any]]:
         """Calibrate all layers that are not yet; the report has a line for each weight.
@@ -226,12 +229,18 @@ class Calibration:
                 sums[group].close()
 
     def _begun(self) -> tuple[int, list[dict[str, Any]]]:
-        """The layer to go on with, -1 at the very start, and the report so far."""
+        """The layer to go on with, -1 at the very start, and the report so far.
+
+        Where weights of the layers before it are not as they were written, what they are made of is gone: all again.
+        """
         try:
             state = json.loads((self.folder / _STATE).read_bytes())
         except FileNotFoundError:
             return -1, []
-        return state["layer"], state["report"]
+        kept = False
+        with self.ranks.leaving_together():
+            kept = self.is_kept(line["weight"] for line in state["report"])
+        return (state["layer"], state["report"]) if self.ranks.least(int(kept)) else (-1, [])
 
     def _pass_on(self, layer: int, report: list[dict[str, Any]]) -> None:
         """Note that everything before a layer is done, once that is so on every rank."""

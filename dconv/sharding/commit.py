@@ -79,6 +79,12 @@ def run_rank(
         complete = committed or not run.is_ours()
         if complete and not committed and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
+        if work and not complete:  # its ranks wait for each other, and what is missing now no rank will do
+            raise StorageFault(
+                "a part of what was written is no longer as it was, nothing was committed",
+                where=str(partial),
+                do="run the same command again (with --resume): it is done again",
+            )
         return Outcome(committed, complete, share, run.written, kept)
     except DconvError as error:
         if not run.is_ours() and is_result(plan, out):

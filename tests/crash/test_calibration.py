@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dconv.errors import Preempted
 from dconv.pipeline import Job, prepare, run
 from dconv.sharding.rank import Settings
 from tests.crash.cases import in_step
@@ -123,3 +124,23 @@ def test_a_power_cut(job: Job, root: Path, request: pytest.FixtureRequest, count
                 shutil.rmtree(work)
     assert states
     counted("states after a power cut", states)
+
+
+@pytest.mark.parametrize("spoilt", ["flipped", "cut", "gone"])
+def test_weights_that_changed_before_the_commit_are_made_again(job: Job, root: Path, spoilt: str) -> None:
+    """All layers were done when the run was killed, and nothing is left of what they were made of."""
+    expected = weights(job.request.output)
+    job = moved(job, root / "out")
+
+    def killed() -> None:
+        raise Preempted("killed")
+
+    with pytest.raises(Preempted):
+        run(job, Settings(committing=killed))
+    (path,) = root.glob("out.partial-*/model.safetensors")
+    data = path.read_bytes()
+    if spoilt == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1000] if spoilt == "cut" else data[:-1000] + bytes(byte ^ 1 for byte in data[-1000:]))
+    ends_well(job, expected)
