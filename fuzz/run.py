@@ -28,8 +28,8 @@ sys.path[:0] = [str(_ROOT)]
 os.environ |= {"DCONV_HISTORY": "off", "RUST_BACKTRACE": "0"}
 
 CORPUS = _ROOT / "fuzz" / "corpus"
-#: Seconds that one input may take, and MiB that the process may hold.
-_LONGEST, _MOST_MEMORY = 10, 2048
+#: Seconds that one input may take, with every line traced, and MiB that the process may hold.
+_LONGEST, _MOST_MEMORY = 20, 2048
 #: MiB of address space beyond what is held at the start: what is asked for and never touched counts as well.
 _MOST_ASKED = 4096
 _COUNT = re.compile(r"stat::number_of_executed_units:\s*(\d+)")

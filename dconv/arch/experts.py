@@ -27,8 +27,8 @@ _UNSET: Final[Mapping[str, object]] = {
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
 }
-#: Far above every model; lists of one entry an expert are built from it.
-_MOST: Final = 65_536
+#: Four times Switch-C's; lists of one entry an expert are built from it.
+_MOST: Final = 8192
 _SHARED: Final = "moe_shared_expert_intermediate_size"
 
 

@@ -25,8 +25,8 @@ from dconv.sharding.region import Index
 TIED_HEAD: Final = "lm_head.weight"
 #: What Megatron's names of a vision tower begin with.
 TOWER: Final = "vision_model."
-#: Kimi K2 has some 50,000, nearly all of them of experts.
-_MOST_TENSORS: Final = 1 << 19
+#: Kimi K2 has some 70,000, nearly all of them of experts; so many take seconds to name.
+_MOST_TENSORS: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
