@@ -107,17 +107,6 @@ def rows() -> Iterable[tuple[str, dict[str, Numbers]]]:
         yield name, {format: numbers(name, format) for format in outputs()}
 
 
-def text() -> str:
-    """The matrix for a terminal."""
-    columns = outputs()
-    width = max(len(one.words) for one in INPUTS.values())
-    lines = [" " * width + "  " + "  ".join(columns)]
-    for name, cells in rows():
-        marks = "  ".join(SIGNS[cells[format]].center(len(format)) for format in columns)
-        lines.append(f"{INPUTS[name].words:<{width}}  {marks}".rstrip())
-    return "\n".join([*lines, "", *(f"{SIGNS[kind] or ' '}  {words}" for kind, words in MEANINGS.items())])
-
-
 def markdown() -> str:
     """The matrix for the README."""
     columns = outputs()

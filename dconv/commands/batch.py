@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from pathlib import Path
 from dconv.errors import UsageError
 from dconv.launch.batch import Batch, Here, Job, Result, read
 from dconv.launch.process import Stop, say
+from dconv.launch.terminal import show, show_json
 from dconv.launch.values import number, positive, whole
+from dconv.report.table import Table
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +62,9 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         batch = Batch(jobs, workers, max(args.max_retries, 0), stop, told, runner)
         code = batch.run()
     if args.json:
-        say(json.dumps([result.to_dict() for result in batch.results]))
+        show_json([result.to_dict() for result in batch.results])
     else:
-        say(table(batch.results))
+        show(*table(batch.results))
     return code
 
 
@@ -88,9 +89,9 @@ def _check(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         )
 
 
-def table(results: Sequence[Result]) -> str:
-    """A line a conversion, and how many of each state."""
-    lines = [
+def table(results: Sequence[Result]) -> tuple[Table, str]:
+    """A row a conversion, and how many of each state."""
+    rows = [
         (
             result.state,
             f"{result.attempts} attempt{'s' * (result.attempts != 1)}",
@@ -99,10 +100,9 @@ def table(results: Sequence[Result]) -> str:
         )
         for result in results
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     states = [result.state for result in results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return "\n".join([*("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines), counts])
+    return Table(rows), counts
 
 
 def _line(result: Result) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 from dconv.errors import ToolMissing, UsageError
-from dconv.launch.process import say
+from dconv.launch.terminal import show, show_json
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -89,5 +88,8 @@ def _by_an_engine_from_outside(parser: argparse.ArgumentParser, args: argparse.N
     }
     went, said = engine.convert(args.model, args.out or f"{args.model.resolve().name}-{args.format}", **given)
     shown = said or {}
-    say(json.dumps(shown) if args.json else str(shown.get("error") or f"{args.format}: {'done' if went else 'failed'}"))
+    if args.json:
+        show_json(shown)
+    else:
+        show(str(shown.get("error") or f"{args.format}: {'done' if went else 'failed'}"))
     return 0 if went else int(shown.get("exit_code", ToolMissing.exit_code))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import UsageError
 from dconv.launch import history
-from dconv.launch.process import say
+from dconv.launch.terminal import show, show_json
+from dconv.report.table import Table
 
 _SHOWN: Final = 20
 
@@ -26,11 +26,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an internal error happened")
 
 
-def run(parser: argparse.ArgumentParser, words: Sequence[str], convert: Callable[[list[str]], int]) -> int:
+def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Do it.
-
-    Args:
-        convert: runs ``dconv convert`` with some words.
 
     Raises:
         UsageError: no such run, or its directory is gone.
@@ -43,7 +40,10 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str], convert: Callable
         raise UsageError("no history is kept", where=f"{history.VARIABLE}={os.environ.get(history.VARIABLE, '')}")
     if args.verb is None:
         found = history.runs(path, most=0 if args.all else _SHOWN)
-        say(json.dumps(found) if args.json else table(found) or f"no run yet in {path}")
+        if args.json:
+            show_json(found)
+        else:
+            show(table(found) if found else f"no run yet in {path}")
         return 0
     if args.number is None:
         raise UsageError(
@@ -53,21 +53,26 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str], convert: Callable
     if one is None:
         raise UsageError("there is no such run", where=f"{args.verb} {args.number}", found=str(path))
     if again:
-        return _again(one, words[2:], convert)
-    say(json.dumps(one) if args.json else _told(one))
+        return _again(one, words[2:])
+    if args.json:
+        show_json(one)
+    else:
+        show(_told(one))
     return 0
 
 
-def _again(one: Mapping[str, Any], more: Sequence[str], convert: Callable[[list[str]], int]) -> int:
+def _again(one: Mapping[str, Any], more: Sequence[str]) -> int:
+    from dconv.commands import table as commands
+
     if not Path(one["directory"]).is_dir():
         raise UsageError("the directory of that run is gone", where=one["directory"])
     os.chdir(one["directory"])
-    return convert([*one["words"], *more])
+    return commands.run("convert", [*one["words"], *more])
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a run."""
-    lines = [
+def table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a run."""
+    rows = [
         (
             str(one["id"]),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(one["started"])),
@@ -78,8 +83,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         )
         for one in found
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return Table(rows)
 
 
 def _told(one: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from dconv.hw.target import Adapter, Adopting, Ask, Handing, Terms, Tool
 from dconv.launch import worker
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, Stopped, preempted, say
+from dconv.launch.terminal import show, show_json
 from dconv.pipeline import prepare as plan_conversion
 from dconv.request import Request
 from dconv.sharding.coords import Parallel
@@ -255,7 +256,7 @@ def _told(
         return 0
     out = to_request(args).output
     if args.json:
-        say(json.dumps({"out": str(out), **said, "notes": list(notes)}))
+        show_json({"out": str(out), **said, "notes": list(notes)})
     elif not args.quiet:
         size = sum(one["bytes"] for one in said["files"].values())
         by = said.get("toolchain", {}).get("words", "")
@@ -265,7 +266,7 @@ def _told(
         lines += notes
         if said["kind"] == "bundle":
             lines.append(f"compile it where the toolchain is: bash {out / 'compile.sh'}")
-        say("\n".join(lines))
+        show(*lines)
     return 0
 
 

@@ -16,6 +16,7 @@ from dconv.errors import DconvError
 from dconv.launch.options import add_target_options, parse, to_request
 from dconv.launch.process import say
 from dconv.launch.run_options import add_run_options
+from dconv.launch.terminal import tell
 from dconv.sharding.journal import good_words
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         say(finished(to_request(parse(parser, sys.argv[1:] if argv is None else argv)).output))
     except DconvError as error:
-        say(error, sys.stderr)
+        tell(error)
         return error.exit_code
     return 0
 

@@ -18,11 +18,11 @@ from typing import Any, Final, TextIO
 
 from dconv.errors import DconvError, Preempted, StorageFault, ToolMissing
 from dconv.launch import worker
+from dconv.launch.display import Display
 from dconv.launch.history import Record
 from dconv.launch.options import target, to_request
 from dconv.launch.place import Place
 from dconv.launch.process import Stop, Stopped, preempted, say
-from dconv.launch.progress import Display
 from dconv.launch.ray_cluster import Share, places, reached, room, share_of
 from dconv.launch.ray_ranks import Ended, Ranks
 from dconv.pipeline import Job

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from dconv.errors import DconvError, Preempted, ToolMissing
+from dconv.launch.display import Display
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, say
-from dconv.launch.progress import Board, Display
+from dconv.launch.progress import Board
 from dconv.pipeline import check_space, prepare
 from dconv.request import CALIBRATED
 from dconv.sharding.plan import Plan

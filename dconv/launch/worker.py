@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -14,12 +13,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
+from dconv.launch.display import Display
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
 from dconv.launch.options import target, to_request
 from dconv.launch.place import Place
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
-from dconv.launch.progress import NOTES, Board, Display, peak_memory
+from dconv.launch.progress import NOTES, Board, peak_memory
+from dconv.launch.terminal import show, show_json, tell
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
@@ -178,9 +179,9 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         verified = _verify(job, args.verify)
         result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True, "verified": verified}
         if args.json:
-            say(json.dumps(result))
+            show_json(result)
         elif not args.quiet:
-            say("\n".join([f"already done: {job.request.output}", *_sentences(verified)]))
+            show(f"already done: {job.request.output}", *_sentences(verified))
     return 0
 
 
@@ -254,7 +255,7 @@ def _summary(
         "verified": verified,
     }
     if args.json:
-        say(json.dumps(result))
+        show_json(result)
         return
     if args.quiet:
         return
@@ -271,14 +272,14 @@ def _summary(
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
     lines += [f"megatron-core lacks: {what}" for what in job.needs]
-    say("\n".join(lines))
+    show(*lines)
 
 
 def report(error: DconvError, as_json: bool, where: Place | None = None) -> None:
     """Print an error in its form, or as JSON on standard output; torchrun ends with it, too."""
     tell_torchrun(str(error))
     if as_json:
-        say(json.dumps(error.to_dict()))
+        show_json(error.to_dict())
         return
     prefix = f"[rank {where.rank}] " if where is not None and where.world > 1 else ""
-    say(f"{prefix}{error}", sys.stderr)
+    tell(error, prefix)

@@ -14,6 +14,7 @@ from dconv.errors import DconvError
 from dconv.export.runtimes import available_memory
 from dconv.hw.registry import adapters
 from dconv.hw.target import Ask
+from dconv.report.table import Table
 
 #: What a package is for, and the extra that brings it.
 _PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
@@ -73,23 +74,21 @@ def _version(name: str) -> str | None:
         return None
 
 
-def text(said: Mapping[str, Any]) -> str:
+def parts(said: Mapping[str, Any]) -> list[str | Table]:
     """The same for a person."""
     machine = said["machine"]
-    lines = [
+    first = (
         f"Python {machine['python']}, {machine['system']}, {machine['cores']} cores, "
-        f"{machine['free_memory'] / 1e9:.1f} GB of memory and {machine['free_disk'] / 1e9:.1f} GB of disk free",
-        "",
+        f"{machine['free_memory'] / 1e9:.1f} GB of memory and {machine['free_disk'] / 1e9:.1f} GB of disk free"
+    )
+    here = [
+        (name, one["version"] or f"not here: {one['install']}", one["for"]) for name, one in said["packages"].items()
     ]
-    wide = max(map(len, said["packages"]))
-    for name, one in said["packages"].items():
-        state = one["version"] or f"not here: {one['install']}"
-        lines.append(f"{name:<{wide}}  {state}  ({one['for']})")
-    for name, one in said["programs"].items():
-        lines.append(f"{name:<{wide}}  {one['path'] or 'not on PATH'}  ({one['for']})")
+    here += [(name, one["path"] or "not on PATH", one["for"]) for name, one in said["programs"].items()]
+    shown: list[str | Table] = [first, "", Table(here)]
     for name, one in said["compilers"].items():
-        lines += ["", f"{name}  {one['title']}: {one['found'] or 'not here'}"]
-        lines.append(f"    for {', '.join(one['platforms'])}")
+        shown += ["", f"{name}  {one['title']}: {one['found'] or 'not here'}"]
+        shown.append(f"    for {', '.join(one['platforms'])}")
         if not one["found"]:
-            lines += [f"    {line}" for line in (f"lacks {one['lacks']}\n{one['install']}").splitlines()]
-    return "\n".join(lines)
+            shown += [f"    {line}" for line in (f"lacks {one['lacks']}\n{one['install']}").splitlines()]
+    return shown

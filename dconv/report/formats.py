@@ -13,6 +13,7 @@ from dconv.gguf import TYPES
 from dconv.hw.registry import adapters
 from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.quantise import VARIANTS
+from dconv.report.table import Table
 from dconv.request import FORMATS
 
 
@@ -31,10 +32,16 @@ def known() -> dict[str, Any]:
     }
 
 
-def lines() -> list[str]:
+def parts() -> list[str | Table]:
     """For a person."""
     said = known()
-    shown = [matrix.text(), ""]
+    columns = matrix.outputs()
+    rows = [
+        (matrix.INPUTS[name].words, *(matrix.SIGNS[cells[one]] for one in columns)) for name, cells in matrix.rows()
+    ]
+    table = Table(rows, ("", *columns), centred=frozenset(range(1, len(columns) + 1)))
+    shown: list[str | Table] = [table, ""]
+    shown += [*(f"{matrix.SIGNS[kind] or ' '}  {words}" for kind, words in matrix.MEANINGS.items()), ""]
     shown.append(f"reads (--from)   {', '.join(said['read'])}")
     shown.append(f"decodes          quant_method {', '.join(said['decode'])}")
     shown.append(f"reads gguf of    {', '.join(said['gguf']['architectures'])}")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from dconv.arch.registry import by_name
-from dconv.launch import progress
-from dconv.launch.progress import Board, Display
+from dconv.launch import display
+from dconv.launch.display import Display
+from dconv.launch.progress import Board
 from dconv.pipeline import Request, prepare, run
 from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import partial_folder
@@ -49,9 +50,9 @@ def test_a_rank_that_helps_others_notes_now_and_then(tmp_path: Path) -> None:
 def test_display_line() -> None:
     """One line says bytes, rate, time left and ranks, at the start and at the end too."""
     board = Board(Path("nowhere"), 0, 0.0)
-    display = Display(board, 4_000_000_000, 2)
-    assert display.line(1_000_000_000, 2.0) == "[#####---------------]  25%  1.00/4.00 GB  0.50 GB/s  6 s left  2 ranks"
-    assert "  0%" in display.line(0, 0.0)
+    drawn = Display(board, 4_000_000_000, 2)
+    assert drawn.line(1_000_000_000, 2.0) == "[#####---------------]  25%  1.00/4.00 GB  0.50 GB/s  6 s left  2 ranks"
+    assert "  0%" in drawn.line(0, 0.0)
     assert "100%" in Display(board, 0, 1).line(0, 1.0)
 
 
@@ -62,7 +63,7 @@ class Terminal(io.StringIO):
 
 def test_the_bar_goes_on_for_the_ranks_that_are_still_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 is done; rank 1 finishes later, and then the folder of notes goes, as at a commit."""
-    monkeypatch.setattr(progress, "_TICK", 0.01)
+    monkeypatch.setattr(display, "_TICK", 0.01)
     (tmp_path / ".dconv").mkdir()
     screen = Terminal()
     ranks = [Board(tmp_path, rank, 0.0) for rank in range(2)]
@@ -75,23 +76,23 @@ def test_the_bar_goes_on_for_the_ranks_that_are_still_at_work(tmp_path: Path, mo
         shutil.rmtree(tmp_path / ".dconv")
 
     thread = threading.Thread(target=other)
-    with Display(ranks[0], 20, 2, screen) as display:
+    with Display(ranks[0], 20, 2, screen) as drawn:
         thread.start()
-        display.linger(threading.Event())
+        drawn.linger(threading.Event())
     assert not ranks[0].folder.exists()
     assert " 75%" in screen.getvalue()
     assert "100%" in screen.getvalue()
 
 
 def test_the_bar_waits_for_no_dead_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_TICK", 0.01)
-    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    monkeypatch.setattr(display, "_TICK", 0.01)
+    monkeypatch.setattr(display, "_PATIENCE", 0.05)
     (tmp_path / ".dconv").mkdir()
     board = Board(tmp_path, 0, 0.0)
     board.note(10, 10)
     stop = threading.Event()
-    with Display(board, 20, 2, Terminal()) as display:
-        display.linger(stop)  # returns, or this test never ends
-        monkeypatch.setattr(progress, "_PATIENCE", 1e9)
+    with Display(board, 20, 2, Terminal()) as drawn:
+        drawn.linger(stop)  # returns, or this test never ends
+        monkeypatch.setattr(display, "_PATIENCE", 1e9)
         stop.set()
-        display.linger(stop)
+        drawn.linger(stop)

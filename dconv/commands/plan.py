@@ -1,0 +1,56 @@
+"""``dconv plan``: what a conversion would read and write, by whom."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dconv.commands.common import add_answer_options
+from dconv.launch.terminal import show, show_json
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    from dconv.launch.options import add_target_options
+    from dconv.launch.values import positive
+
+    add_target_options(parser)
+    parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
+    parser.add_argument("--trace", action="append", default=[], metavar="PATTERN",
+                        help="show the way of tensors from file to file; of either side's names")  # fmt: skip
+    add_answer_options(parser)
+
+
+def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Do it.
+
+    Raises:
+        DconvError: see `dconv.pipeline.prepare`.
+    """
+    from dconv.examine import price
+    from dconv.launch.options import parse, target, to_request
+    from dconv.pipeline import prepare
+    from dconv.report import plan as report
+    from dconv.report.trace import text
+    from dconv.trace import trace
+
+    args = parse(parser, words)
+    if target(args):
+        from dconv.launch.compiling import planned
+
+        said = planned(args)
+        if args.json:
+            show_json(said)
+        else:
+            show("\n".join(f"{key}: {value}" for key, value in said.items()))
+        return 0
+    job = prepare(to_request(args), config_alone=True)
+    job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
+    priced = price(job, args.world)
+    traced = f"\n\n{text(job.trace)}" if job.trace else ""
+    if args.json:
+        show_json(priced)
+    else:
+        show(report.text(priced) + traced)
+    return 0
