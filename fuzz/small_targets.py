@@ -205,7 +205,8 @@ def journal(data: bytes) -> None:
 @target("sharding/ends.py", "launch/progress.py", form=in_json, most=4096)
 def working_state(data: bytes) -> None:
     """What ranks note beside the journals: ``{"ends": [file name], "ranks": {file name: JSON or text}}``."""
-    from dconv.launch.progress import Board, Display
+    from dconv.launch.display import Display
+    from dconv.launch.progress import Board
     from dconv.sharding.ends import Ends
 
     said, state = mapping(data), folders.scratch() / "state"
