@@ -36,6 +36,14 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if code is not None:
         return code
     check_launch(args)
+    if args.save_config is not None:
+        from dconv.commands.table import parser_of
+        from dconv.launch.options import target, to_request
+        from dconv.launch.run_file import save
+
+        if target(args) is None:
+            to_request(args)  # what is wrong with them is said first
+        save(args.save_config, parser_of("convert"), words)
     here = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_launch_options(here)
     others = here.parse_known_args(words)[1]  # the started ranks know the other options only

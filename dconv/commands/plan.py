@@ -13,12 +13,14 @@ from dconv.launch.terminal import show, show_json
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     from dconv.launch.options import add_target_options
+    from dconv.launch.run_options import add_save_option
     from dconv.launch.values import positive
 
     add_target_options(parser)
     parser.add_argument("--world", type=positive, metavar="N", help="show the shares of N ranks (default: one a shard)")
     parser.add_argument("--trace", action="append", default=[], metavar="PATTERN",
                         help="show the way of tensors from file to file; of either side's names")  # fmt: skip
+    add_save_option(parser)
     add_answer_options(parser)
 
 
@@ -40,17 +42,19 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         from dconv.launch.compiling import planned
 
         said = planned(args)
-        if args.json:
-            show_json(said)
-        else:
-            show("\n".join(f"{key}: {value}" for key, value in said.items()))
-        return 0
-    job = prepare(to_request(args), config_alone=True)
-    job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
-    priced = price(job, args.world)
-    traced = f"\n\n{text(job.trace)}" if job.trace else ""
-    if args.json:
-        show_json(priced)
+        shown = "\n".join(f"{key}: {value}" for key, value in said.items())
     else:
-        show(report.text(priced) + traced)
+        job = prepare(to_request(args), config_alone=True)
+        job = replace(job, trace=trace(job.plan, job.request.parallel, args.trace))
+        said = price(job, args.world)
+        shown = report.text(said) + (f"\n\n{text(job.trace)}" if job.trace else "")
+    if args.save_config is not None:
+        from dconv.commands.table import parser_of
+        from dconv.launch.run_file import save
+
+        save(args.save_config, parser_of("plan"), words)
+    if args.json:
+        show_json(said)
+    else:
+        show(shown)
     return 0

@@ -99,6 +99,19 @@ COMMANDS: Final[dict[str, Command]] = {
         "",
         "  dconv doctor\n  dconv doctor --toolchain-python ~/rkllm/bin/python --json",
     ),
+    "config": Command(
+        "look at a file of options, change it; list the ready quantisations",
+        "show|get|set|list-presets [FILE] [OPTION] [VALUE] ",
+        """  # a file from a command line that works, and back
+  dconv plan llama-8b megatron --tp 8 --save-config run.yaml
+  dconv convert --config run.yaml
+  # look at it, change it: comments in it stay
+  dconv config show run.yaml
+  dconv config set run.yaml tp 4
+  dconv config get run.yaml tp
+  # what --quantization-config takes by name
+  dconv config list-presets""",
+    ),
     "batch": Command(
         "run many conversions of one file, some at a time; run again, it goes on",
         "FILE ",

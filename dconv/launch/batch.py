@@ -20,8 +20,7 @@ from typing import Any, Final, Protocol
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
 from dconv.launch.config_file import typed
-from dconv.launch.options import add_target_options, to_request
-from dconv.launch.run_options import add_launch_options, add_run_options
+from dconv.launch.options import every_option, to_request
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.
@@ -73,13 +72,6 @@ class Result:
         }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dconv convert", add_help=False, allow_abbrev=False)
-    for add in (add_target_options, add_run_options, add_launch_options):
-        add(parser)
-    return parser
-
-
 def read(path: Path) -> list[Job]:
     """The jobs of a file: its ``models``, each with any options of ``dconv convert``; those beside them are everyone's.
 
@@ -106,7 +98,7 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
     if not isinstance(own, Mapping):
         raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",
                          found=f"{entry!r:.80}")  # fmt: skip
-    parser = _parser()
+    parser = every_option()
     found = typed({**everyone, **own}, Path(where), parser)
     for name in ("config", "debug", "json"):
         if found.pop(name, None):

@@ -29,7 +29,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
         Damaged: a file that is larger or deeper than any, or asks for objects.
     """
     mine = {action.dest for action in parser._actions}
-    return {name: value for name, value in typed(_load(path), path, parser, whole).items() if name in mine}
+    return {name: value for name, value in typed(load(path), path, parser, whole).items() if name in mine}
 
 
 def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, object]:
@@ -99,7 +99,12 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
     return made
 
 
-def _load(path: Path) -> dict[Any, Any]:
+def load(path: Path) -> dict[Any, Any]:
+    """What a YAML or JSON file says, nothing of it checked but its size and that it is a mapping.
+
+    Raises:
+        UsageError, Damaged: see `read_config`.
+    """
     import yaml  # a rank without --config does not pay for it
 
     try:

@@ -163,6 +163,14 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
                        help="do not compile: write what is compiled, with compile.sh, for elsewhere")  # fmt: skip
 
 
+def every_option() -> argparse.ArgumentParser:
+    """A parser of all that ``dconv convert`` takes, which is what a file may say."""
+    parser = argparse.ArgumentParser("dconv convert", add_help=False, allow_abbrev=False)
+    for add in (add_target_options, add_run_options, add_launch_options):
+        add(parser)
+    return parser
+
+
 def _variants() -> str:
     known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
     return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)",
@@ -178,10 +186,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     args = parser.parse_args(argv)
     if getattr(args, "config", None) is not None:
         # One file serves plan, convert and the ranks of any launcher: what is another's option is checked, not used.
-        whole = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for add in (add_target_options, add_run_options, add_launch_options):
-            add(whole)
-        parser.set_defaults(**read_config(args.config, parser, whole))
+        parser.set_defaults(**read_config(args.config, parser, every_option()))
         args = parser.parse_args(argv)
     for name in ("model", "format"):
         if hasattr(args, name) and getattr(args, name) is None:

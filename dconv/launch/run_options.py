@@ -50,6 +50,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
                        help="who starts them; from within torchrun or srun: python -m dconv.launch")  # fmt: skip
     group.add_argument("--max-restarts", type=whole, metavar="N",
                        help="new starts of ranks that were lost (torchrun, ray; 3)")  # fmt: skip
+    add_save_option(group)
     group.add_argument("--debug", action="store_true", help="show where an internal error happened")
     group = parser.add_argument_group("Ray (--launcher ray)")
     group.add_argument("--address", metavar="ADDRESS", help="of the cluster (RAY_ADDRESS, else one on this machine)")
@@ -63,6 +64,12 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sbatch", action="append", default=[], metavar="ARGUMENT",
                        help="another argument of sbatch, such as --sbatch=--gres=gpu:8")  # fmt: skip
     group.add_argument("--wait", action="store_true", help="stay until the job has ended, and show its progress")
+
+
+def add_save_option(parser: argparse._ActionsContainer) -> None:
+    """``--save-config``, of the commands that a person starts."""
+    parser.add_argument("--save-config", type=Path, metavar="FILE",
+                        help="also write these options to FILE, for --config")  # fmt: skip
 
 
 def check_launch(args: argparse.Namespace) -> None:
