@@ -17,10 +17,10 @@ fingerprint() {
     { echo "$root"; cat pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1
 }
 
-extras=$(printf '%s\n' "$@" | tr ', ' '\n\n' | tr -d '[]')
+extras=$(printf '%s\n' "$@" | sed 's/[, ]/\n/g; s/[][]//g')
 if [[ -r $stamp ]]; then
     { read -r was || true; read -r had || true; } <"$stamp"
-    extras=$(printf '%s\n' "$extras" ${had//,/ })
+    extras=$(printf '%s\n' "$extras" "${had//,/$'\n'}")
 else
     was=
     had=

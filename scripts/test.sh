@@ -17,6 +17,8 @@ try() { # run; a failure is kept for the end, so that one run tells everything
 try ruff check .
 try ruff format --check .
 try pyright
+try shellcheck -x .ci/run scripts/*.sh launch/*.sh slurm/*.sh slurm/*.sbatch fuzz/*.sh
+try hadolint launch/Containerfile
 try pytest -n auto --maxprocesses 8 --durations 60 --durations-min 4 "$@"
 
 if ((${#failed[@]})); then

@@ -47,7 +47,7 @@ for name; do
     now=$(sha256sum <<<"${packages[$name]}" | cut -d' ' -f1)
     is_made "$venv" "$stamp" "$now" && continue
     make_venv "$venv"
-    read -ra wanted -d '' <<<"${packages[$name]}" || true
+    read -r -d '' -a wanted <<<"${packages[$name]}" || true
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps "${wanted[@]}"
     quietly "$venv/bin/python" -c "${imports[$name]}"
     driver=$root/dconv/hw/drivers/${name}_driver.py

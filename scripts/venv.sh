@@ -3,6 +3,7 @@
 # PYTHON=… chooses the interpreter.
 
 self=$(basename -- "$0" .sh)
+# shellcheck disable=SC2034 # of those who source this
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 log=$(mktemp)
