@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS, biases, window
-from dconv.arch.fields import count, deep, flag, heads, multiple, positive, whole
+from dconv.arch.fields import count, deep, flag, heads, is_list, multiple, positive, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -183,10 +183,11 @@ class Window:
         width = None
         if self.layers != "none" and (not self.switch or flag(said, "use_sliding_window", CONFIG)):
             width = whole(said, "sliding_window", CONFIG) if said.get("sliding_window") is not None else None
-        types, lost = said.get("layer_types"), []
+        types = said.get("layer_types")
+        lost: list[str] = []
         if types is None:
             types, lost = self._usual(said, width, layers)
-        if not isinstance(types, list) or len(types) != layers:
+        if not is_list(types) or len(types) != layers:
             raise Damaged("layer_types does not have one entry a layer", where=CONFIG, expected=f"{layers} entries")
         lost += [
             f"layer_types has {kind}: this family and Megatron have no such layers here"

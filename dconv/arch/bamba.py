@@ -15,7 +15,7 @@ from dconv.arch.attention import Grouped
 from dconv.arch.config import COMMON
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family, Row
-from dconv.arch.fields import deep, heads, multiple, number, whole
+from dconv.arch.fields import deep, heads, is_list, multiple, number, whole
 from dconv.arch.hybrid import PATTERN, Mixer, Stack
 from dconv.arch.layouts import columns, copied, gate_up, query_groups, vocab_rows
 from dconv.arch.mamba import MAMBA2
@@ -82,8 +82,9 @@ def _apart(said: Said) -> dict[str, object]:
     Raises:
         Damaged: ``attn_layer_indices`` is no list of layers.
     """
-    layers, attends = deep(said, "num_hidden_layers", CONFIG), said.get(_ATTENDS) or []
-    if not isinstance(attends, list) or not all(type(at) is int and 0 <= at < layers for at in attends):
+    layers = deep(said, "num_hidden_layers", CONFIG)
+    attends: object = said.get(_ATTENDS) or []
+    if not is_list(attends) or not all(type(at) is int and 0 <= at < layers for at in attends):
         raise Damaged(
             "no list of layers", where=f"{CONFIG}: {_ATTENDS}", expected=f"0 to {layers - 1}", found=f"{attends!r:.80}"
         )

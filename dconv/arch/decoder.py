@@ -107,8 +107,8 @@ class DecoderConfig:
     rope: Aspect = Rope()
     activation: Aspect = SILU
     more: tuple[Aspect, ...] = ()
-    constants: Mapping[str, object] = field(default_factory=dict, hash=False)
-    only: Mapping[str, object] = field(default_factory=dict, hash=False)
+    constants: Mapping[str, object] = field(default_factory=dict[str, object], hash=False)
+    only: Mapping[str, object] = field(default_factory=dict[str, object], hash=False)
     numbers: Mapping[str, str] = field(default_factory=lambda: _NUMBERS, hash=False)
     norm_eps: str = "rms_norm_eps"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES, hash=False)

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import count, deep, flag, whole
+from dconv.arch.fields import count, deep, flag, is_list, is_row, whole
 from dconv.arch.routing import Router
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
@@ -166,8 +166,9 @@ class Experts:
             first = count(said, "first_k_dense_replace", CONFIG)
             return tuple(layer >= first for layer in layers)
         if self.layers == "step":
-            step, dense = whole(said, "decoder_sparse_step", CONFIG), said.get("mlp_only_layers") or []
-            if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            step = whole(said, "decoder_sparse_step", CONFIG)
+            dense: object = said.get("mlp_only_layers") or []
+            if not is_list(dense) or not all(type(layer) is int for layer in dense):
                 raise Damaged("mlp_only_layers is no list of layers", where=f"{CONFIG}: mlp_only_layers")
             return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
         return (True,) * len(layers)
@@ -182,6 +183,6 @@ def moe_layers(said: Said) -> list[bool]:
     layers, freq = deep(said, "num_layers", ARGS), said.get("moe_layer_freq", 1)
     if type(freq) is int and freq > 0:
         return [layer % freq == 0 for layer in range(layers)]
-    if isinstance(freq, list | tuple) and len(freq) == layers and all(here in (0, 1) for here in freq):
+    if is_row(freq) and len(freq) == layers and all(here in (0, 1) for here in freq):
         return [bool(here) for here in freq]
     raise Damaged("moe_layer_freq is neither a step nor one entry a layer", where=ARGS, found=f"{freq!r:.80}")

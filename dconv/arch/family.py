@@ -109,7 +109,7 @@ class Row:
     def exists(self, facts: Facts, layer: int) -> bool:
         if not self.when:
             return True
-        here = facts.get(self.when, False)
+        here: bool | tuple[bool, ...] = facts.get(self.when, False)
         return bool(here[layer] if isinstance(here, tuple) else here)
 
 

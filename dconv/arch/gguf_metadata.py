@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from dconv.arch.fields import is_list
 from dconv.errors import Damaged, Refused
 from dconv.sharding.region import Index
 
@@ -34,7 +35,7 @@ class Metadata:
     shapes: Mapping[str, Index]
     numbers: Callable[[str], Sequence[float]]
     where: str
-    read: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set[str])
 
     def get(self, key: str) -> Any:
         """The value of ``<arch>.<key>``; None where it is not there."""
@@ -49,7 +50,7 @@ class Metadata:
             Damaged: it is no whole number, or below 0.
         """
         found = self.get(key)
-        if isinstance(found, list) and found:
+        if is_list(found) and found:
             if any(one != found[0] for one in found):
                 raise self.refused(f"{self.arch}.{key}", "one number for all layers", f"{found!r:.80}")
             found = found[0]

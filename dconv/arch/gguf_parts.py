@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from dconv.arch.fields import is_list
 from dconv.arch.gguf_metadata import Metadata
 from dconv.arch.gguf_rope import rope
 
@@ -97,7 +98,7 @@ def sliding(m: Metadata, hf: Hf, every: int) -> list[str]:
     """The kind of each layer: all but each so many-th slide, or as a list says."""
     layers = range(hf["num_hidden_layers"])
     said = m.get("attention.sliding_window_pattern")
-    slides = said if isinstance(said, list) else [(layer + 1) % every != 0 for layer in layers]
+    slides = said if is_list(said) else [(layer + 1) % every != 0 for layer in layers]
     if type(said) is int and said > 0:
         slides = [(layer + 1) % said != 0 for layer in layers]
     if len(slides) != len(layers):

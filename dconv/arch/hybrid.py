@@ -15,7 +15,7 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.experts import Experts
-from dconv.arch.fields import deep, flag, heads, multiple, not_negative, number, whole
+from dconv.arch.fields import deep, flag, heads, is_list, is_row, multiple, not_negative, number, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -96,7 +96,7 @@ class Mixer:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        lost = []
+        lost: list[str] = []
         if facts["mamba_conv"] != _CONVOLUTION:
             lost.append(f"{self.kernel} {facts['mamba_conv']}: Megatron's is {_CONVOLUTION} wide")
         limit = said.get("time_step_limit")
@@ -156,7 +156,8 @@ class Mixer:
         return []
 
     def needs(self, said: Said) -> list[str]:
-        epsilon, lines = number(said, self.epsilon, CONFIG), []
+        epsilon = number(said, self.epsilon, CONFIG)
+        lines: list[str] = []
         if epsilon != _EPSILON:
             lines.append(f"an epsilon of {epsilon} in the mixer's norm (megatron-core: 1e-5)")
         if self.least and number(said, self.least, CONFIG) > 0:
@@ -223,7 +224,7 @@ class Stack:
         found: dict[str, Any] = {}
         if self.experts and any(moe):
             own = self.experts.facts(said)
-            found = {key: moe if isinstance(value, tuple) and any(value) else value for key, value in own.items()}
+            found = {key: moe if is_row(value) and any(value) else value for key, value in own.items()}
         bias, wide = flag(said, "mlp_bias", CONFIG), said.get("moe_latent_size") is not None
         return {
             **found,
@@ -313,7 +314,7 @@ def layers_of(said: Said) -> str:
     """
     kinds, pattern = said.get("layers_block_type"), said.get(PATTERN)
     letter = {name: letter for letter, names in LAYERS.items() for name in names}
-    if isinstance(kinds, list) and all(isinstance(kind, str) and kind in letter for kind in kinds):
+    if is_list(kinds) and all(isinstance(kind, str) and kind in letter for kind in kinds):
         pattern = "".join(letter[kind] for kind in kinds)
     elif kinds is not None:
         raise Damaged("an unknown kind of layer", where=f"{CONFIG}: layers_block_type", found=f"{kinds!r:.120}")

@@ -88,7 +88,7 @@ class Latent:
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
         groups = said.get("num_key_value_heads")
-        lost = []
+        lost: list[str] = []
         if groups is not None and groups != facts["heads"]:
             lost.append(f"num_key_value_heads {groups}: every head of this attention has its own key and value")
         args: dict[str, object] = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dconv.arch.fields import flag, not_negative, number, table, whole
+from dconv.arch.fields import flag, is_list, is_mapping, not_negative, number, table, whole
 from dconv.errors import Damaged
 
 _CONFIG: Final = "config.json"
@@ -29,9 +29,9 @@ class _Kind:
         position: ``--position-embedding-type``.
     """
 
-    args: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    defaults: Mapping[str, object] = field(default_factory=dict)
+    args: Mapping[str, str] = field(default_factory=dict[str, str])
+    fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+    defaults: Mapping[str, object] = field(default_factory=dict[str, object])
     position: str = "rope"
 
 
@@ -117,10 +117,10 @@ def for_older_loaders(hf: Mapping[str, object]) -> dict[str, object]:
     transformers 5 makes the same config of both. A table for each kind of layer has no older spelling and stays alone.
     """
     said = dict(hf)
-    if isinstance(inner := said.get("text_config"), Mapping):
+    if is_mapping(inner := said.get("text_config")):
         said["text_config"] = for_older_loaders(inner)
     rope = said.get("rope_parameters")
-    if not isinstance(rope, Mapping) or not rope or any(isinstance(value, Mapping) for value in rope.values()):
+    if not is_mapping(rope) or not rope or any(isinstance(value, Mapping) for value in rope.values()):
         return said
     if said.get(TABLE):  # which wins over rope_parameters
         return said
@@ -146,12 +146,12 @@ def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, ob
     given.pop("rope_theta", None)
     for key in ("short_factor", "long_factor"):
         factors = given.get(key)
-        if not isinstance(factors, list) or len(factors) != rotated // 2:
+        if not is_list(factors) or len(factors) != rotated // 2:
             raise Damaged(
                 f"longrope's {key} does not have one number for each pair of rotated elements",
                 where=f"{where}: {TABLE}.{key}",
                 expected=f"{rotated // 2} numbers",
-                found=f"{len(factors)} entries" if isinstance(factors, list) else f"{factors!r:.40}",
+                found=f"{len(factors)} entries" if is_list(factors) else f"{factors!r:.40}",
             )
         for factor in factors:
             number({key: factor}, key, where)

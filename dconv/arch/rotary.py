@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import number, table, whole
+from dconv.arch.fields import is_mapping, number, table, whole
 from dconv.arch.rope import LONGROPE, TABLE, longrope, rope_from_args, rope_parameters, rope_to_args
 from dconv.arch.translate import CONFIG, Said
 
@@ -83,7 +83,7 @@ class Rope:
     def mismatches(self, said: Said) -> list[str]:
         rope, odd = rope_from_args(said)
         scaling = rope["rope_scaling"]
-        kind = str(scaling.get("rope_type")) if isinstance(scaling, Mapping) else "default"
+        kind = str(scaling.get("rope_type")) if is_mapping(scaling) else "default"
         whole_heads = {} if self.part else {"rotary_percent": 1.0}
         return differing(said, {**whole_heads, "rotary_interleaved": self.interleaved}) + odd + self._kind(kind)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dconv.arch.fields import is_mapping, is_row
 from dconv.checkpoint.memory import Chunks, Manifest, Memory, plain_args, shard_name
 from dconv.errors import Damaged, UsageError, group_names
 from dconv.live.ranks import Ranks, standing
@@ -22,12 +23,12 @@ def state_dicts(models: object) -> list[Mapping[str, Any]]:
     Raises:
         UsageError: neither modules nor state dicts.
     """
-    chunks = models if isinstance(models, list | tuple) else [models]
+    chunks = models if is_row(models) else [models]
     found: list[Mapping[str, Any]] = []
     for chunk in chunks:
         ask = getattr(chunk, "state_dict_for_save_checkpoint", None) or getattr(chunk, "state_dict", None)
-        state = ask() if callable(ask) else chunk
-        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        state: object = ask() if callable(ask) else chunk
+        if not is_mapping(state) or not all(isinstance(name, str) for name in state):
             raise UsageError(
                 "not a model, nothing was written",
                 expected="this rank's module, its state dict (sharded or not), or a list of them, one a virtual chunk",

@@ -6,7 +6,7 @@ replaces experts takes these for one more family's. Only what builds a model imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +46,7 @@ class Experts(nn.Module):
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.act_fn = ACT2FN[act]
+        self.act_fn: Callable[[Tensor], Tensor] = ACT2FN[act]
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)

@@ -70,7 +70,7 @@ def magnitudes(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for some in weight.split(_ROWS):
+    for some in torch.split(weight, _ROWS):
         parts = in_groups(some.abs(), group)
         total += (parts / (parts.amax(2, keepdim=True) + _WEIGHT_FLOOR)).reshape(-1, len(total)).sum(0).double()
     return total

@@ -97,7 +97,7 @@ class Layers:
             self._check(watch, index, here[:1], seen)
             hessians = {name: _divided(sums[name][0], around.get(name)) for name in names}
             tokens = {name: sums[name][1] for name in names}
-            cut = set(names) - self.folds.uncut if self.cut else set()
+            cut: set[str] = set(names) - self.folds.uncut if self.cut else set()
             del seen, sums
             results: dict[str, Result] = {}
             for ranks in self._domains():
@@ -107,7 +107,7 @@ class Layers:
             watch.close()
         whole = time.perf_counter() - began
         by_reader = {name: (fold, at) for at, fold in enumerate(folds) for name in fold.readers}
-        lines = []
+        lines: list[dict[str, Any]] = []
         for name, result in results.items():
             said: dict[str, Any] = {}
             if name in by_reader:
@@ -147,7 +147,7 @@ class Layers:
             self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
         with self.ranks.leaving_together():
             groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
-        products = {}
+        products: dict[tuple[str, ...], Hessians] = {}
         for group in groups:
             columns = watch.get(group[0]).shape[1]
             size = self.recipes[group[0]].group
@@ -249,7 +249,7 @@ class Layers:
         with self.ranks.leaving_together():
             found = self.probing.again(watch, index, probes, seen)
         for hidden, before, after in found:
-            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+            off = _lengths(after - before) > _SAME * _lengths(before - hidden)
             same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(
@@ -267,6 +267,11 @@ def _all(calls: Sequence[Any]) -> Any:
             call(x)
 
     return listen
+
+
+def _lengths(vectors: Any) -> torch.Tensor:
+    """Of vectors [..., channels]: [...]."""
+    return vectors.norm(dim=-1)
 
 
 def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

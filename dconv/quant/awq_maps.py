@@ -138,7 +138,7 @@ def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[
 
 
 def _layer(layer: int, rows: Mapping[str, Sequence[Entry]]) -> list[Fold]:
-    found = []
+    found: list[Fold] = []
     for norm, readers in _NORMS.items():
         behind = tuple(spec.name for name in readers for one in rows.get(name, ()) for spec in one.fused.specs)
         if behind and norm in rows:

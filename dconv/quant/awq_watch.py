@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
 from dconv.net.lazy import put
+from dconv.net.untyped import first, own_forward
 from dconv.quant.experts import Listen as Hear
 from dconv.quant.network import Layer
 from dconv.quant.peers import AWAY, Peers
@@ -74,7 +75,7 @@ class Watch:
         self._patched.append(module)
 
     def _given(self, name: str, module: Any) -> Callable[..., Any]:
-        own = type(module).forward.__get__(module)
+        own = own_forward(module)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             self._peers.hear()
@@ -85,7 +86,7 @@ class Watch:
         return forward
 
     def _giving(self, name: str, module: Any) -> Callable[..., Any]:
-        own = type(module).forward.__get__(module)
+        own = own_forward(module)
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             made = own(*args, **kwargs)
@@ -125,7 +126,7 @@ class Watch:
                 put(*self._places[name], value)
 
     @contextlib.contextmanager
-    def instead(self, changed: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def instead(self, changed: Mapping[str, torch.Tensor]) -> Generator[None, None, None]:
         """Replace tensors for a while."""
         before = {name: self.get(name) for name in changed}
         self.set(changed)
@@ -136,7 +137,7 @@ class Watch:
 
     def parent(self, names: Iterable[str]) -> str:
         """The path of the smallest module that has all of these weights."""
-        paths = []
+        paths: list[str] = []
         for name in names:
             module = next((m for m, experts in self.layer.experts.items() if name in experts.names), "")
             paths.append(
@@ -153,7 +154,7 @@ class Watch:
         import torch
 
         module, key = self._places[norm]
-        own, weight = type(module).forward.__get__(module), getattr(module, key).data
+        own, weight = own_forward(module), getattr(module, key).data
         x = torch.linspace(-1, 1, len(weight), device=weight.device)[None].sin() + 0.1
         with torch.no_grad():
             with self.instead({norm: torch.zeros_like(weight)}):
@@ -176,14 +177,13 @@ class Watch:
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """What a module makes."""
-        made = self._modules[path](*args, **kwargs)
-        return made[0] if isinstance(made, tuple) else made
+        return first(self._modules[path](*args, **kwargs))
 
     def catch(self, paths: Iterable[str]) -> None:
         """Have `calls` called for these modules."""
         for path in paths:
             module = self._modules[path]
-            own = type(module).forward.__get__(module)
+            own = own_forward(module)
 
             def forward(*args: Any, path: str = path, own: Any = own, **kwargs: Any) -> Any:
                 made = own(*args, **kwargs)

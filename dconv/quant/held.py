@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from numpy.lib.stride_tricks import as_strided
 
@@ -143,7 +143,7 @@ def _bits(values: torch.Tensor, stored: str) -> NDArray[np.generic]:
 class Held:
     """What has been chosen and not yet been written, by virtual file."""
 
-    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict[str, Any])
 
     def reader(self, reader: BoxReader) -> BoxReader:
         """Reads what is held here, and all else with ``reader``."""

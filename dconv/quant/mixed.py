@@ -89,7 +89,7 @@ class Resolved:
 class _Notices:
     """Names by what there is to say of them."""
 
-    names: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def say(self, words: str, name: str) -> None:
         self.names.setdefault(words, []).append(name)

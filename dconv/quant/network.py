@@ -6,11 +6,13 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from dconv.arch.fields import is_row
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
+from dconv.net.untyped import first
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
@@ -233,12 +235,15 @@ class Layer:
 
         args, kwargs = self._net.given(self._index, tuple(hidden.shape[:2]))
         with torch.no_grad():
-            made = self.module(hidden, *args, **kwargs)
-        return made[0] if isinstance(made, tuple) else made
+            return first(self.module(hidden, *args, **kwargs))
 
 
 def _name_of(member: Any, net: Any) -> str:
     return next(name for name, module in net.named_modules() if module is member)
+
+
+def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -252,9 +257,9 @@ def _moved(value: Any, device: str) -> Any:
             if id(one) not in seen:
                 seen[id(one)] = one.to(device)
             return seen[id(one)]
-        if isinstance(one, list | tuple):
+        if is_row(one):
             return type(one)(map(move, one))
-        if isinstance(one, dict):
+        if _is_dict(one):
             return {key: move(item) for key, item in one.items()}
         return one
 

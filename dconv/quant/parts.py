@@ -96,7 +96,8 @@ def share(parts: Sequence[Part], ranks: Ranks) -> list[Part]:
 
 
 def _owners(parts: Sequence[Part], world: int) -> list[int]:
-    total, at, owners = sum(part.cost for part in parts) or 1, 0, []
+    total, at = sum(part.cost for part in parts) or 1, 0
+    owners: list[int] = []
     for part in parts:
         owners.append(min(world - 1, (at + part.cost // 2) * world // total))
         at += part.cost

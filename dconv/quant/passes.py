@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dconv.net.untyped import own_forward
 from dconv.quant.experts import END, INNER, OUTER, Listen
 from dconv.quant.network import Enough, Layer
 from dconv.quant.peers import AWAY, Peers
@@ -57,7 +58,7 @@ class _Memo:
     """Outputs that do not change any more, by block and name, as long as there is room."""
 
     room: int
-    held: dict[tuple[int, str], Any] = field(default_factory=dict)
+    held: dict[tuple[int, str], Any] = field(default_factory=dict[tuple[int, str], Any])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, block: int, name: str, value: Any) -> None:
@@ -73,7 +74,7 @@ class _Memo:
                 self.room += _size(self.held.pop((block, name), None))
 
 
-def _size(value: Any) -> int:
+def _size(value: torch.Tensor | tuple[torch.Tensor | None, ...] | None) -> int:
     parts = value if isinstance(value, tuple) else (value,)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
@@ -313,7 +314,7 @@ class Passes:
         return recall
 
     def _child(self, name: str, child: Any, names: Sequence[str]) -> Callable[..., Any]:
-        own = type(child).forward.__get__(child)
+        own = own_forward(child)
         key = f"//{name}"
         experts = [module for module in self.layer.experts if module.startswith(f"{self.layer.name}.{name}.")]
 

@@ -90,8 +90,12 @@ class Peers:
             threads: the same number on all peers.
         """
         if self.size == 1:
+
+            def alone(item: Any) -> Any:
+                return self._alone(self.lanes[0], item, one)
+
             with ThreadPoolExecutor(threads) as pool:
-                return list(pool.map(lambda item: self._alone(self.lanes[0], item, one), items))
+                return list(pool.map(alone, items))
         found: dict[int, Any] = {}
         lanes = self.lanes[:threads]
 
