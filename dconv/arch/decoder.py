@@ -117,6 +117,7 @@ class DecoderConfig:
 
     @property
     def aspects(self) -> tuple[Aspect, ...]:
+        """All of them: the five that every decoder has, then the family's more."""
         return self.attention, self.bias, self.window, self.rope, self.activation, *self.more
 
     def facts(self, hf: Mapping[str, object]) -> dict[str, Any]:

@@ -28,7 +28,18 @@ SOFTMAX, SIGMOID = 1, 2
 
 
 def decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
-    """What all have."""
+    """The keys that every decoder has.
+
+    Args:
+        m: the metadata.
+        model_type: config.json's.
+        architecture: its class in transformers.
+        ffn: the key of the feed-forward size.
+
+    Raises:
+        Refused: a key is missing, or attention is not causal.
+        Damaged: a value that is impossible, or more layers than there are tensors.
+    """
     heads = m.whole("attention.head_count")
     if not heads:
         raise m.damaged("attention.head_count", "at least 1", heads)
@@ -50,6 +61,11 @@ def decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed
 
 
 def head_dim(m: Metadata, hf: Hf) -> int:
+    """Elements of a head: ``attention.key_length``, or hidden_size / heads.
+
+    Raises:
+        Refused: a head's values are not as many.
+    """
     heads = max(hf["num_attention_heads"], 1)
     found = m.whole("attention.key_length", hf["hidden_size"] // heads)
     m.fixed("attention.value_length", found)
@@ -64,6 +80,13 @@ def whole_heads(m: Metadata, hf: Hf) -> Hf:
 
 
 def experts(m: Metadata, count: str, width: str = "") -> Hf:
+    """How many experts there are, how many a token has, and how wide one is.
+
+    Args:
+        m: the metadata.
+        count: config.json's key of the first.
+        width: and of the last; "" where config.json has none.
+    """
     found: Hf = {count: m.whole("expert_count"), "num_experts_per_tok": m.whole("expert_used_count")}
     if width:
         found[width] = expert_width(m)
@@ -90,6 +113,7 @@ def latent(m: Metadata, hf: Hf, key: int) -> Hf:
 
 
 def dense_layers(m: Metadata, hf: Hf) -> Hf:
+    """The layers without a router, as Qwen's classes list them."""
     routed = m.layers_with("ffn_gate_inp.weight", hf["num_hidden_layers"])
     return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, here in enumerate(routed) if not here]}
 

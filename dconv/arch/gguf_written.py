@@ -86,6 +86,9 @@ def check(family: Family, config: Hf, made: Written, shapes: Mapping[str, Index]
     """That what was written says all of the config, by reading it back.
 
     Args:
+        family: of the model.
+        config: its config.json.
+        made: of `written`.
         shapes: of GGUF's tensors.
 
     Raises:
@@ -156,11 +159,7 @@ _Write = Callable[[Hf], _Made]
 
 
 def _common(said: Hf, *, heads: bool = True, ffn: str = "intermediate_size") -> Values:
-    """What all have, without rotation.
-
-    Args:
-        heads: whether the width of a head is said.
-    """
+    """What all have, without rotation; the width of a head only with ``heads``."""
     values: Values = {ours: int(said[key]) for key, ours in SIZES.items()}
     values["feed_forward_length"] = said[ffn]
     values["attention.layer_norm_rms_epsilon"] = float(said["rms_norm_eps"])

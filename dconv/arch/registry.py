@@ -67,6 +67,8 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
 
     Args:
+        config: config.json, if there is one.
+        args: Megatron's, if there are some.
         names: of the stored tensors. They tell families of one architecture apart (`Family.marks`), and a decoder from
             an encoder, of which Megatron's args say nothing.
 

@@ -111,10 +111,10 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
 
 
 def for_older_loaders(hf: Mapping[str, object]) -> dict[str, object]:
-    """A config whose ``rope_parameters`` are said in 4.x's keys, too: who reads those takes the defaults of a class
-    where they are missing, silently. In ``text_config`` as well.
+    """A config whose ``rope_parameters`` are said in 4.x's keys, too, in ``text_config`` as well.
 
-    transformers 5 makes the same config of both. A table for each kind of layer has no older spelling and stays alone.
+    Who reads those takes the defaults of a class where they are missing, silently. transformers 5 makes the same
+    config of both. A table for each kind of layer has no older spelling and stays alone.
     """
     said = dict(hf)
     if is_mapping(inner := said.get("text_config")):
@@ -137,7 +137,9 @@ def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, ob
     ``rope_type`` and its older name ``type`` are both kept as they stand: the code of published models reads either.
 
     Args:
+        hf: config.json, or args that carry the table.
         rotated: elements of a head that are rotated, two to a factor.
+        where: what ``hf`` is called in an error.
 
     Raises:
         Damaged: factors that are no numbers, or not one for each pair.

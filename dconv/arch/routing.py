@@ -44,10 +44,12 @@ class Router:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """How many experts a token has, and how scores become weights."""
         return "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The keys that this family has of it."""
         keys = {"num_experts_per_tok": "moe_router_topk"}
         if isinstance(self.normalised, str):
             keys[self.normalised] = "moe_router_pre_softmax"
@@ -58,6 +60,12 @@ class Router:
         return keys
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Args, and what they cannot say: numbers that do not fit, and weights that Megatron makes otherwise.
+
+        Args:
+            said: config.json.
+            facts: ``experts``, how many there are.
+        """
         topk, normalised = whole(said, "num_experts_per_tok", CONFIG), self._normalised(said)
         lost: list[str] = []
         if topk > facts["experts"]:
@@ -80,6 +88,7 @@ class Router:
         return {**args, **groups}, lost + reasons
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The keys that this family has of it, for args that match."""
         hf: dict[str, object] = {"num_experts_per_tok": whole({"moe_router_topk": 2, **said}, "moe_router_topk", ARGS)}
         if isinstance(self.normalised, str):
             hf[self.normalised] = self.score == "sigmoid" or not flag(said, "moe_router_pre_softmax", ARGS)
@@ -96,6 +105,7 @@ class Router:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Another score, bias, factor or choice of groups, and a weight of one expert that Megatron makes otherwise."""
         topk = whole({"moe_router_topk": 2, **said}, "moe_router_topk", ARGS)
         wanted: dict[str, object] = {
             "moe_router_score_function": self.score,
@@ -127,6 +137,7 @@ class Router:
         return reasons
 
     def needs(self, said: Said) -> list[str]:
+        """Groups that are judged by another number of experts than Megatron's."""
         topk = whole(said, "num_experts_per_tok", CONFIG)
         by = self._groups(said, topk, topk)[0].get(_GROUP_SCORE)
         return [f"groups of experts judged by their best {by} (Megatron: topk // group_topk)"] if by else []

@@ -50,6 +50,18 @@ def _writers(plan: Plan, holders: Mapping[str, Sequence[int]], world: int) -> li
 
 
 def write(job: Job, partial: Path, shards: Places, settings: Settings, ranks: Ranks) -> Outcome:
+    """Write what this rank holds, read back what several ranks wrote, and commit; all ranks call it.
+
+    Args:
+        job: what is written where.
+        partial: the folder of `start`.
+        shards: who holds what, and this rank's own.
+        settings: memory, threads and the digest's algorithm.
+        ranks: all of them; rank 0 commits.
+
+    Raises:
+        StorageFault: a rank cannot open the folder, or storage failed.
+    """
     plan = job.plan
     holders = shards.holders
     if job.request.replicas == "first":  # copies that were not compared may differ: all bytes are of one

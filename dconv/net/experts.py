@@ -49,6 +49,13 @@ class Experts(nn.Module):
         self.act_fn: Callable[[Tensor], Tensor] = ACT2FN[act]
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Their answers [tokens, hidden].
+
+        Args:
+            x: [tokens, hidden].
+            index: of each token's experts, [tokens, chosen].
+            weights: theirs, [tokens, chosen].
+        """
         out = torch.zeros_like(x)
         for expert in range(self.num_experts):
             tokens, place = torch.where(index == expert)
@@ -79,6 +86,7 @@ def put_experts(net: Any, facts: Mapping[str, Any], args: Mapping[str, Any]) -> 
     """Give a decoder experts, in the layers that have them, on torch's current device and with no values.
 
     Args:
+        net: a model of transformers with ``model.layers``.
         facts: `dconv.arch.experts.Experts.facts`.
         args: `dconv.arch.routing.Router.to_args`, of a router by softmax.
     """

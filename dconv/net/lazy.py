@@ -25,7 +25,14 @@ def hold(module: Any, name: str, weights: Weights, budget: int, alone: bool = Fa
     """Read a module's parameters before it runs and forget them after it has.
 
     Args:
+        module: of a model without storage.
+        name: its own in the model; "" for the model.
+        weights: of the model.
+        budget: bytes that what is read for it may take at a time.
         alone: without those of its members, which are held by themselves.
+
+    Raises:
+        Refused: what must be there at once takes more than the budget.
     """
     taken: list[tuple[Any, str, str]] = []
     nbytes = 0
@@ -80,6 +87,7 @@ def _bytes(modules: Iterator[dict[str, torch.Tensor]]) -> int:
 
 
 def put(module: Any, key: str, value: torch.Tensor) -> None:
+    """Give a module another parameter (without gradient, where it is a plain tensor) or buffer."""
     import torch
 
     if key in module._buffers:

@@ -55,6 +55,8 @@ def require(family: Family, config: Mapping[str, object], length: int) -> None:
     """Refuse, before the first byte is written, what `model` would refuse.
 
     Args:
+        family: of the model.
+        config: config.json.
         length: tokens of the longest sequence that will be asked.
 
     Raises:

@@ -41,6 +41,7 @@ def parameters(logical: Logical, model: Any) -> tuple[tuple[Parameter, ...], dic
     """All that a model's ``state_dict`` has, each tensor once, in its order; and what transformers does without.
 
     Args:
+        logical: the source.
         model: of transformers; its parameters may have no storage.
 
     Returns:

@@ -54,6 +54,7 @@ def built(
     """The model that a directory's config.json describes, without storage.
 
     Args:
+        folder: where config.json is.
         auto: transformers' class that picks a model by its config.
         root: the source, for an error.
         attention: transformers' name of the implementation.
@@ -112,7 +113,7 @@ def _keep_wide(net: Any, dtype: Any) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """transformers' config of a directory.
+    """The config of a directory, as transformers has it.
 
     ``head_dim: null`` means the width of all heads divided by their number, as a missing key does: some classes of
     transformers compute that of the missing key alone. It is the only key that their code asks for in this way.

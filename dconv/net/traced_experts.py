@@ -38,8 +38,10 @@ def every_expert(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> T
     """What the tokens' experts make of them.
 
     Args:
+        self: a module of experts, transformers' or our own.
         hidden: [tokens, hidden].
-        index, weights: of each token's experts, [tokens, chosen].
+        index: of each token's experts, [tokens, chosen].
+        weights: theirs, [tokens, chosen].
     """
     bias, gated = getattr(self, "has_bias", False), getattr(self, "has_gate", True)
     turned = getattr(self, "is_transposed", False)

@@ -111,6 +111,7 @@ class Weights:
         self._recipes, self.unused = recipes(logical, model)
 
     def close(self) -> None:
+        """Let the source's files go."""
         self._reader.close()
 
     def is_plain(self, name: str) -> bool:
@@ -146,11 +147,11 @@ class Weights:
         return list(zip(*each.values(), strict=True))
 
     def logical(self, source: str) -> torch.Tensor:
-        """A logical tensor."""
+        """A logical tensor, float32 in its stored shape."""
         return self._read(source)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A parameter.
+        """A parameter, float32 in the model's shape.
 
         Raises:
             Damaged: it has another shape than the model's.
@@ -160,12 +161,16 @@ class Weights:
         return self._fitting(name, value, tuple(self._wanted[name].shape))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a plain parameter."""
+        """Rows ``start`` to ``stop`` of a parameter that `is_plain`, float32 [rows, …]."""
         _, ((_, source),) = self._recipes[name]
         return self._read(source, start, stop)
 
     def expert(self, name: str, index: int) -> torch.Tensor:
-        """One expert's matrix of a parameter that `by_expert` holds for."""
+        """One expert's matrix of a parameter that `by_expert` holds for, float32.
+
+        Raises:
+            Damaged: it has another shape than the model's.
+        """
         how, sources = self._recipes[name]
         if how is None:
             value = self._read(sources[0][1], index, index + 1)

@@ -66,6 +66,8 @@ class Layers:
         """The numbers of a layer's weights, and the tensors that change without being quantised, float32.
 
         Args:
+            layer: with its weights, as the model has them.
+            index: its number.
             mine: the blocks of this rank, which are taken to the next layer.
 
         Raises:
@@ -124,6 +126,7 @@ class Layers:
 
     @property
     def probing(self) -> Probing:
+        """This rank's part in the search of scales."""
         return Probing(self.net, self.recipes, self.blocks, self.ranks, self.peers, self.search)
 
     def _domains(self) -> Sequence[Ranks]:
@@ -137,8 +140,9 @@ class Layers:
     def _counted(
         self, watch: Watch, index: int, mine: Sequence[int], folds: Sequence[Fold], names: Sequence[str]
     ) -> tuple[dict[str, tuple[torch.Tensor, int]], dict[int, tuple[torch.Tensor, int]]]:
-        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold that is of tensors here. Takes
-        blocks to the next layer.
+        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold that is of tensors here.
+
+        Takes blocks to the next layer.
         """
         import torch
 
@@ -198,7 +202,10 @@ class Layers:
         """What is tried: scales of each point of the grid; none at all where no token came.
 
         Args:
+            watch: of the layer.
+            fold: whose scales.
             total: Σ |x| over the tokens.
+            tokens: how many they were.
         """
         import torch
 

@@ -95,6 +95,9 @@ def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[
     """What AWQ does with a model.
 
     Args:
+        family: of the model.
+        facts: of the model.
+        logical: the source.
         wanted: the weights that are to be quantised.
 
     Raises:

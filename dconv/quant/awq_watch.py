@@ -68,6 +68,7 @@ class Watch:
 
     @property
     def item(self) -> Any:
+        """What the calling thread is at: a block, a sample, or `AWAY`."""
         return self._peers.item
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
@@ -198,6 +199,7 @@ class Watch:
 
         Args:
             hidden: of one sample, [1, length, hidden].
+            names: of weights to be quantised.
 
         Raises:
             Refused: the layer does not come to one of them.

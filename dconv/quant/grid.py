@@ -37,6 +37,7 @@ class Numbers:
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return (1 << self.bits) - 1
 
     def fit(
@@ -45,6 +46,7 @@ class Numbers:
         """Scales and zero points [rows] for groups of weights [rows, columns].
 
         Args:
+            weights: float32; each row is a group of its own.
             importance: of each column, for the search; all alike without.
             power: search for the scale that makes the sum of |error| to this power least; 0 takes the full range.
         """

@@ -167,7 +167,11 @@ class Calibration:
         """Quantise some groups, in as many passes as their sums take.
 
         Args:
+            passes: through the layer.
+            stage: groups that do not depend on each other.
             room: bytes for sums at a time.
+            mine: this rank's blocks.
+            read: what comes to the layer, by block.
         """
         here = [group for group in stage if group.expert < 0 or self.peers.owns(group.expert)]
         here.sort(key=lambda group: group.expert >= 0)  # first what all ranks have, which they must begin at once

@@ -185,6 +185,9 @@ class Passes:
         """Run blocks and give the inputs of groups to their sinks.
 
         Args:
+            blocks: this rank's, and `AWAY` where its peers have more.
+            read: what comes to the layer, by block.
+            sinks: what takes the inputs of each group.
             experts: modules, and whether their outer projections are meant, that the pass is for, on whichever rank.
             through: the groups depend on each other (they are not quantised one after the other), so that the pass
                 goes on behind each.

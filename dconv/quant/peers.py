@@ -38,6 +38,7 @@ class Peers:
         """Parts all ranks, neighbours together; all of them call it.
 
         Args:
+            ranks: all of them.
             size: ranks that have one model's experts between them; divides how many ranks there are.
             threads: blocks that a rank computes at once.
         """
@@ -51,6 +52,7 @@ class Peers:
 
     @property
     def size(self) -> int:
+        """How many ranks have a layer's experts between them."""
         return self.lanes[0].world
 
     @property
@@ -73,6 +75,7 @@ class Peers:
             raise Told
 
     def owns(self, expert: int) -> bool:
+        """Whether an expert is this rank's."""
         return expert % self.size == self.lanes[0].rank
 
     def mine(self, count: int) -> range:
@@ -87,6 +90,8 @@ class Peers:
         """Do something for each item, so many at once as there are threads; where experts are divided, in step.
 
         Args:
+            items: what it is done for; with peers, as many as each of them has (`padded`).
+            one: what is done.
             threads: the same number on all peers.
         """
         if self.size == 1:

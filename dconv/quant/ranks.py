@@ -137,7 +137,8 @@ class Ranks:
         """Send rows to each, and have theirs, in the order of ranks.
 
         Args:
-            rows: [rows, …], ``sent`` of them for each rank.
+            rows: [rows, …], in the order of the ranks that they are for.
+            sent: how many are for each rank.
             coming: how many each has for this one.
         """
         import torch
@@ -208,7 +209,7 @@ class Ranks:
 
 
 def _distributed() -> Any:
-    """torch's own module, most of whose functions have no annotations."""
+    """What torch has for it, most of which has no annotations."""
     from torch import distributed
 
     return distributed

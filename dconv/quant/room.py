@@ -42,6 +42,7 @@ class Room:
 
         Args:
             layer: bytes of the layer's weights.
+            budget: bytes beside three times a layer.
             block: of a block under way (`block_bytes`).
             needs: of all sums of each stage.
             threads: that there are.
@@ -54,9 +55,11 @@ class Room:
 
 
 def block_bytes(tokens: int, hidden: int, widest: int) -> int:
-    """What computing a layer takes beside its weights, about.
+    """Bytes that computing a layer takes beside its weights, about.
 
     Args:
+        tokens: of a block.
+        hidden: channels of the hidden states.
         widest: the most that a linear layer takes or gives of a token.
     """
     return 4 * tokens * (_HIDDEN * hidden + _WIDEST * widest)

@@ -111,14 +111,17 @@ class Quantization:
 
     @property
     def method(self) -> Method:
+        """Which of the two ``settings`` are of."""
         return "gptq" if isinstance(self.settings, Gptq) else "awq"
 
     @property
     def symmetric(self) -> bool:
+        """Whether there are no zero points."""
         return self.settings.sym if isinstance(self.settings, Gptq) else not self.settings.zero_point
 
     @property
     def lm_head(self) -> bool:
+        """Whether the output layer is quantised as well."""
         return isinstance(self.settings, Gptq) and self.settings.lm_head
 
     def describe(self) -> dict[str, object]:

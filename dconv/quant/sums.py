@@ -73,6 +73,7 @@ class Sum:
         """Begin with the next stripes, as many as ``room`` bytes hold; returns what they take.
 
         Args:
+            room: bytes.
             least: with one in any case.
         """
         import torch

@@ -83,9 +83,11 @@ class Table:
 
 
 def overrides_of(said: object, where: str) -> tuple[Override, ...]:
-    """
+    """The list under ``overrides``, in its order; ``where`` is what errors call it.
+
     Raises:
-        UsageError, Refused: see `fields_of`.
+        UsageError: it is no list, or too long, or one has no pattern; see `fields_of` besides.
+        Refused: see `fields_of`.
     """
     if not is_list(said) or len(said) > _MOST:
         raise UsageError(

@@ -111,7 +111,7 @@ class Tokenizer:
 
     @cached_property
     def _whole(self) -> Any:
-        """transformers' own, with template and all."""
+        """The tokenizer of transformers, with template and all."""
         if self._folder is None:
             raise Refused("texts need a tokenizer, and the model has none", do="token ids: .npy, .safetensors, .json")
         try:
