@@ -86,7 +86,7 @@ class Row:
 
     @property
     def is_embedding(self) -> bool:
-        """Of words, that is: the one that a tied model uses twice."""
+        """Whether it is the embedding of words, the one that a tied model uses twice."""
         return not self.per_layer and self.first_stage and self.layout.padded
 
     @property

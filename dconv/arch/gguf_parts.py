@@ -73,7 +73,11 @@ def head_dim(m: Metadata, hf: Hf) -> int:
 
 
 def whole_heads(m: Metadata, hf: Hf) -> Hf:
-    """Of those whose heads are rotated as a whole."""
+    """``head_dim`` and rotation, of architectures that rotate heads as a whole.
+
+    Raises:
+        Refused: a part of each head is rotated; see `dconv.arch.gguf_rope.rope` besides.
+    """
     head = head_dim(m, hf)
     m.fixed("rope.dimension_count", head)
     return {"head_dim": head, **rope(m)}
@@ -100,7 +104,7 @@ def expert_width(m: Metadata) -> int:
 
 
 def latent(m: Metadata, hf: Hf, key: int) -> Hf:
-    """Multi-latent attention, of heads with so many rows of queries."""
+    """Multi-latent attention's sizes; a head's queries have ``key`` elements, the rotated ones among them."""
     rotated = m.whole("rope.dimension_count")
     low = m.whole("attention.q_lora_rank", 0)
     return {
@@ -119,7 +123,11 @@ def dense_layers(m: Metadata, hf: Hf) -> Hf:
 
 
 def sliding(m: Metadata, hf: Hf, every: int) -> list[str]:
-    """The kind of each layer: all but each so many-th slide, or as a list says."""
+    """The kind of each layer: all but each ``every``-th slide, or as the metadata say.
+
+    Raises:
+        Damaged: a list has not one entry a layer.
+    """
     layers = range(hf["num_hidden_layers"])
     said = m.get("attention.sliding_window_pattern")
     slides = said if is_list(said) else [(layer + 1) % every != 0 for layer in layers]

@@ -52,7 +52,19 @@ class Places:
 
 
 def describe(models: object, ranks: Ranks, args: object, coord: Coord | None, parallel: Parallel | None) -> Places:
-    """Who holds what. Ranks of one description (middle stages, data parallelism) send it once."""
+    """Who holds what. Ranks of one description (middle stages, data parallelism) send it once.
+
+    Args:
+        models: of this rank, see `state_dicts`.
+        ranks: all of them; all call it.
+        args: Megatron's; those of rank 0 count.
+        coord: this rank's place, where Megatron's parallel state does not say it.
+        parallel: the job's sizes, likewise.
+
+    Raises:
+        UsageError: no model, or nothing that says which shard a rank holds.
+        Damaged: two ranks of one place hold different models.
+    """
 
     def look() -> tuple[Memory, tuple[tuple[Coord, Parallel] | None, int, int, str]]:
         memory = Memory(state_dicts(models))

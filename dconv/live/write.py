@@ -26,7 +26,12 @@ from dconv.sharding.tuning import Tuner
 
 
 def start(job: Job, settings: Settings) -> Path:
-    """The partial folder, made by one rank when nothing is in the way."""
+    """The partial folder, made by one rank when nothing is in the way.
+
+    Raises:
+        UsageError: the output exists, or is no place for one.
+        StorageFault: there is no room, or the folder cannot be made.
+    """
     out = job.request.output.absolute()
     check_output(job.plan, out, overwrite=settings.overwrite, resume=False, launched=math.inf)
     check_space(job.plan, out)

@@ -76,7 +76,7 @@ class Moe(nn.Module):
             self.shared_experts = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [samples, length, hidden]."""
+        """What the feed-forward layer adds to hidden states [samples, length, hidden], of their shape."""
         flat = x.reshape(-1, x.shape[-1])
         out = self.experts(flat, *self.gate(flat)).view_as(x)
         return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out

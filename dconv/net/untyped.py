@@ -29,12 +29,12 @@ def distinct(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linalg() -> Any:
-    """``torch.linalg``."""
+    """The module ``torch.linalg``, whose functions are compiled."""
     return _torch().linalg
 
 
 def class_of(module: Any) -> Any:
-    """A module's class."""
+    """A module's class, whatever it has."""
     return cast("Any", type(module))
 
 

@@ -92,13 +92,13 @@ class Folds:
 
 
 def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[str]) -> Folds:
-    """What AWQ does with a model.
+    """Where AWQ's scales of a model go, and which weights' ranges are not searched.
 
     Args:
         family: of the model.
-        facts: of the model.
+        facts: of the model (`dconv.arch.family.Family.facts`).
         logical: the source.
-        wanted: the weights that are to be quantised.
+        wanted: names of the weights that are to be quantised.
 
     Raises:
         Refused: a layer has tensors of which it is not known what they read; or a weight is outside of the layers.

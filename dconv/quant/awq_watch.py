@@ -106,11 +106,11 @@ class Watch:
         return listen
 
     def has(self, name: str) -> bool:
-        """Whether a tensor is here."""
+        """Whether a tensor of the checkpoint is in this layer, and on this rank."""
         return name in self._places or any(name in experts.weights for experts in self.layer.experts.values())
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor as it is now."""
+        """A tensor as it is now, float32; of a matrix [out, in]."""
         for experts in self.layer.experts.values():
             if name in experts.weights:
                 return experts.weights[name]
@@ -118,7 +118,7 @@ class Watch:
         return getattr(module, key).data
 
     def set(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Replace tensors."""
+        """Put these tensors, by name, in the place of the layer's, for all threads."""
         for name, value in changed.items():
             held = next((e.weights for e in self.layer.experts.values() if name in e.weights), None)
             if held is not None:
@@ -128,7 +128,7 @@ class Watch:
 
     @contextlib.contextmanager
     def instead(self, changed: Mapping[str, torch.Tensor]) -> Generator[None, None, None]:
-        """Replace tensors for a while."""
+        """The same for a while: at the end those of before are put back."""
         before = {name: self.get(name) for name in changed}
         self.set(changed)
         try:
@@ -137,7 +137,7 @@ class Watch:
             self.set(before)
 
     def parent(self, names: Iterable[str]) -> str:
-        """The path of the smallest module that has all of these weights."""
+        """The path, inside the layer, of the smallest module that has all of these weights."""
         paths: list[str] = []
         for name in names:
             module = next((m for m, experts in self.layer.experts.items() if name in experts.names), "")
@@ -177,7 +177,7 @@ class Watch:
         return float(round(found))
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """What a module makes."""
+        """What the module at a path makes of these arguments; of several things the first."""
         return first(self._modules[path](*args, **kwargs))
 
     def catch(self, paths: Iterable[str]) -> None:
@@ -240,11 +240,11 @@ class Watch:
         return any(name in experts.names for experts in self.layer.experts.values())
 
     def through(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
-        """Do something that takes items through experts; peers have equally many."""
+        """Do something that takes items through experts, and return what it makes; peers have equally many."""
         return self._peers.run(items, one, self._threads)
 
     def run(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
-        """Do something else for each item, so many at once as there are threads."""
+        """Do something else for each item, so many at once as there are threads, and return what it makes."""
         import torch
 
         def alone(item: Any) -> Any:

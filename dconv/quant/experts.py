@@ -89,7 +89,7 @@ class Experts:
         module.__dict__["forward"] = self._forward
 
     def columns(self, outer: bool) -> int:
-        """Of the input of the outer projections, or of the inner ones."""
+        """How wide what comes to the outer projections is, or to the inner ones: columns of their weights."""
         first = self.mine[0]
         return self.weights[self.outer[first] if outer else self.inner[first][0]].shape[1]
 

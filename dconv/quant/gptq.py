@@ -97,7 +97,7 @@ class Chosen:
     error: torch.Tensor
 
     def decode(self) -> torch.Tensor:
-        """The weight, float32."""
+        """The weight that the codes stand for, float32 [rows, columns]."""
         at = self.groups.long()
         return (self.codes.float() - self.zeros.float()[:, at]) * self.scales[:, at]
 
@@ -163,7 +163,13 @@ def _by_group(importance: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
-    """Round a weight, or some rows of one (float32 [rows, columns]): each row by itself."""
+    """Round a weight, or some rows of one: each row by itself.
+
+    Args:
+        weight: float32 [rows, columns].
+        made: of the Hessian of what comes to it.
+        recipe: the one that ``made`` was made with.
+    """
     import torch
 
     rows, columns = weight.shape
@@ -219,7 +225,7 @@ def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
 
 
 def nearest(weight: torch.Tensor, recipe: Recipe) -> Chosen:
-    """Round to nearest: for a weight that no token reached. ``error`` is of the plain squares."""
+    """Round a weight [rows, columns] to nearest, where no token reached it. ``error`` is of the plain squares."""
     import torch
 
     columns = weight.shape[1]

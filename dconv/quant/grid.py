@@ -94,9 +94,9 @@ class Numbers:
         return error.sum(1) if importance is None else error @ importance
 
     def code(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Codes, as float32, of weights; scales and zero points broadcast."""
+        """Codes of weights, as float32 of their shape; scales and zero points broadcast to it."""
         return (weights / scale).round_().add_(zero).clamp_(0, self.top)
 
     def rounded(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """The nearest weights that there are codes for."""
+        """What codes nearest to weights stand for, float32 of their shape; scales and zero points broadcast to it."""
         return self.code(weights, scale, zero).sub_(zero).mul_(scale)

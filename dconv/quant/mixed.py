@@ -41,7 +41,7 @@ class Choice:
 
     @property
     def bits(self) -> int:
-        """Of a weight's code."""
+        """Bits of a weight's code; 16 where it stays as it is."""
         return KINDS[self.wq].bits
 
     @property

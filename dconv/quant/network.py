@@ -146,7 +146,12 @@ class Network:
         return first[0].float()
 
     def load(self, index: int) -> Layer:
-        """Read a layer's weights."""
+        """Read a layer's weights onto the device, float32; `forget` lets go of them.
+
+        Raises:
+            Damaged: a weight has another shape than the model's.
+            Refused: see `dconv.quant.experts.Experts`.
+        """
         name, module = self._layers[index]
         experts: dict[str, Experts] = {}
         for inside, member in module.named_modules():
@@ -160,7 +165,7 @@ class Network:
         return Layer(module, name, experts, self)
 
     def forget(self, layer: Layer) -> None:
-        """Let go of a layer's weights."""
+        """Let go of a layer's weights; its module is as before `load`."""
         for experts in layer.experts.values():
             experts.remove()
         for member in layer.module.modules():
@@ -169,7 +174,7 @@ class Network:
                     put(member, key, empty)
 
     def given(self, index: int, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a layer takes beside the hidden states of tokens of this shape."""
+        """Arguments of a layer beside the hidden states, for tokens of this shape [samples, length]; kept."""
         if shape not in self._given:
             import torch
 
@@ -202,14 +207,14 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights."""
+        """Bytes of its weights, as they are here."""
         every = [value for member in self.module.modules() for value in own(member).values() if not value.is_meta]
         every += [value for experts in self.experts.values() for value in experts.weights.values()]
         return sum(value.numel() * value.element_size() for value in every)
 
     @property
     def widest(self) -> int:
-        """The most that one of its linear layers takes or gives of a token."""
+        """Channels of the widest input or output that one of its linear layers has."""
         shapes = [tuple(linear.weight.shape) for linear in self.linears().values()]
         shapes += [tuple(value.shape) for experts in self.experts.values() for value in experts.weights.values()]
         return max(max(shape) for shape in shapes)

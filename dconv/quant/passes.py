@@ -127,7 +127,7 @@ class Passes:
         self._memo.held.clear()  # at once, not when cycles are collected
 
     def keep(self, room: int) -> None:
-        """Keep so many bytes of outputs that do not change any more."""
+        """Let outputs that do not change any more stay, as many as go into ``room`` bytes."""
         self._memo.room = room
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
@@ -209,7 +209,7 @@ class Passes:
         self._sinks, self._expert_sinks, self._expert_stages = {}, {}, set()
 
     def set(self, name: str, weight: torch.Tensor) -> None:
-        """Replace a weight by its quantised one."""
+        """Put a weight [out, in], the quantised one, in the place of the layer's."""
         import torch
 
         if name in self._linears:
@@ -230,7 +230,13 @@ class Passes:
     def finish(
         self, blocks: Sequence[int], read: Callable[[int], torch.Tensor], write: Callable[[int, torch.Tensor], None]
     ) -> None:
-        """Run blocks through the whole layer."""
+        """Run blocks through the whole layer.
+
+        Args:
+            blocks: this rank's, and `AWAY` where its peers have more.
+            read: what comes to the layer, by block.
+            write: called with each block and what leaves the layer, [samples, length, hidden].
+        """
         self._last = True
 
         def one(block: int) -> None:

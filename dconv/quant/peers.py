@@ -57,19 +57,22 @@ class Peers:
 
     @property
     def lane(self) -> Ranks:
-        """That of the calling thread."""
+        """The peers as the calling thread speaks to them."""
         return getattr(self._here, "lane", self.lanes[0])
 
     @property
     def item(self) -> Any:
-        """What the calling thread is at."""
+        """What the calling thread is at: a block, a sample, or `AWAY`."""
         return getattr(self._here, "item", 0)
 
     def hear(self, *, told: bool = False) -> None:
-        """Raises Told if this rank was told to stop and may leave where it is: peers do so where they all meet.
+        """Go on, unless this rank was told to stop and may leave where it is: peers do so where they all meet.
 
         Args:
             told: they meet here, and one of them was.
+
+        Raises:
+            Told: this rank may leave.
         """
         if told or (self.size == 1 and self.stop.is_set()):
             raise Told

@@ -52,6 +52,7 @@ class Ranks:
 
         Raises:
             UsageError: they do not.
+            Preempted: some do not come.
         """
         if self.world == 1:
             return
@@ -90,14 +91,14 @@ class Ranks:
         return Ranks(members.index(self.rank), len(members), self.device, members=members, group=group)
 
     def end(self) -> None:
-        """Part."""
+        """Leave the others. It is no error that there was no meeting."""
         if self.world > 1:
             distributed = _distributed()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Add up, in place."""
+        """Add up tensors, each with those of the other ranks, in place."""
         if self.world > 1:
             distributed = _distributed()
             with _met():
@@ -105,7 +106,7 @@ class Ranks:
                     distributed.all_reduce(tensor, group=self.group)
 
     def counts(self, numbers: list[int]) -> list[int]:
-        """The sums of some whole numbers."""
+        """The sums over all ranks of some whole numbers, one by one."""
         if self.world == 1:
             return numbers
         import torch
@@ -160,7 +161,7 @@ class Ranks:
         return found
 
     def least(self, number: int) -> int:
-        """The least of all."""
+        """The least of all ranks' numbers."""
         if self.world == 1:
             return number
         import torch
@@ -172,15 +173,19 @@ class Ranks:
         return int(held)
 
     def any(self, sign: bool) -> bool:
-        """Whether one of them says so."""
+        """Whether any rank has this sign."""
         return self.counts([int(sign)])[0] > 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Come back when all ranks have called this."""
         self.counts([0])
 
     def hear(self) -> None:
-        """Raises Told if this rank was told to stop."""
+        """Go on, unless this rank was told to stop.
+
+        Raises:
+            Told: it was.
+        """
         if self.stop.is_set():
             raise Told
 

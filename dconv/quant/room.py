@@ -38,13 +38,13 @@ class Room:
 
     @classmethod
     def of(cls, layer: int, budget: int, block: int, needs: Sequence[int], threads: int) -> Room:
-        """Divide what there is.
+        """Divide what there is between blocks under way, sums, and outputs that are kept.
 
         Args:
             layer: bytes of the layer's weights.
             budget: bytes beside three times a layer.
-            block: of a block under way (`block_bytes`).
-            needs: of all sums of each stage.
+            block: bytes of a block under way (`block_bytes`).
+            needs: bytes of all sums of each stage.
             threads: that there are.
         """
         need = max(needs, default=0)

@@ -97,9 +97,11 @@ class Awq:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The whole of it.
+    """All that decides what a calibrated quantisation chooses.
 
     Attributes:
+        settings: of the method.
+        calibration: the samples.
         table: which weights get what; see `dconv.quant.mixed.resolve`.
         preset: the name of the ready config that it is made of; "" where there is none.
     """
@@ -136,5 +138,5 @@ class Quantization:
 
 
 def uniform(bits: int, group: int) -> Table:
-    """The same for all weights."""
+    """Whole numbers of so many bits for all weights, in groups of so many columns."""
     return Table(Fields(wq=f"int{bits}", group=group))
