@@ -111,7 +111,7 @@ class Row:
         return None if stacked is None else stacked[1:]
 
     def exists(self, facts: Facts, layer: int) -> bool:
-        """Whether a model with these facts has it in this layer (-1: in none)."""
+        """Whether a model with these facts has it in this layer (-1: outside of the layers)."""
         if not self.when:
             return True
         here: bool | tuple[bool, ...] = facts.get(self.when, False)

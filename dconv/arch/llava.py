@@ -108,7 +108,7 @@ class LlavaConfig:
         return [sizes, *language.needs(text)]
 
     def to_hf(self, args: Mapping[str, object]) -> dict[str, object]:
-        """A whole config.json, the tower under ``vision_config``; the args have ``language_model_type``.
+        """A whole config.json: ``text_config``, ``vision_config``, and what joins them.
 
         Raises:
             Damaged: a missing or impossible value.

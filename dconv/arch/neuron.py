@@ -148,7 +148,7 @@ class Held:
 
     @property
     def shape(self) -> Index:
-        """Of the tensor; of experts the first axis numbers them."""
+        """The tensor's own, as Neuron has it; of experts the first axis numbers them."""
         one = self._fused[0].shape()
         return (len(self.sources), *one) if self.stacked else one
 

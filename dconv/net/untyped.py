@@ -28,13 +28,18 @@ def distinct(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _torch().unique(tokens, return_inverse=True)
 
 
+def lengths(vectors: Any) -> torch.Tensor:
+    """Euclidean norms of vectors [..., channels]: [...]."""
+    return vectors.norm(dim=-1)
+
+
 def linalg() -> Any:
     """The module ``torch.linalg``, whose functions are compiled."""
     return _torch().linalg
 
 
 def class_of(module: Any) -> Any:
-    """A module's class, whatever it has."""
+    """A module's class, for attributes that no annotation speaks of."""
     return cast("Any", type(module))
 
 
@@ -43,7 +48,7 @@ def own_forward(module: Any) -> Callable[..., Any]:
     return class_of(module).forward.__get__(module)
 
 
-def first(made: tuple[Any, ...] | torch.Tensor) -> Any:
+def first_of(made: tuple[Any, ...] | torch.Tensor) -> Any:
     """The first of what a module made, which is where its hidden states are, or the only one."""
     return made[0] if isinstance(made, tuple) else made
 

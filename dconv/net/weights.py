@@ -15,7 +15,7 @@ import numpy as np
 from dconv.arch.fields import is_list
 from dconv.codec.kernels import apply
 from dconv.errors import Damaged, group_names
-from dconv.net.untyped import first, from_numpy
+from dconv.net.untyped import first_of, from_numpy
 from dconv.sharding.derived import open_reader
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 from dconv.sharding.ops import MOVE
@@ -192,7 +192,7 @@ class Weights:
         for pattern, source in sources:
             rule.add_tensor(name, source, pattern, self._read(source))
         converted = rule.convert(name, model=self._model, config=self._model.config)
-        made = first(converted)[name]  # with errors beside it up to transformers 5.0
+        made = first_of(converted)[name]  # with errors beside it up to transformers 5.0
         return made[0] if is_list(made) else made
 
     def _read(self, source: str, start: int = 0, stop: int | None = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import Refused
+from dconv.net.untyped import lengths
 from dconv.quant.awq import Search, magnitudes, settled
 from dconv.quant.awq_maps import Fold, Folds
 from dconv.quant.awq_probes import Probe, Probing, Seen, probes_of
@@ -256,7 +257,7 @@ class Layers:
         with self.ranks.leaving_together():
             found = self.probing.again(watch, index, probes, seen)
         for hidden, before, after in found:
-            off = _lengths(after - before) > _SAME * _lengths(before - hidden)
+            off = lengths(after - before) > _SAME * lengths(before - hidden)
             same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(
@@ -274,11 +275,6 @@ def _all(calls: Sequence[Any]) -> Any:
             call(x)
 
     return listen
-
-
-def _lengths(vectors: Any) -> torch.Tensor:
-    """Of vectors [..., channels]: [...]."""
-    return vectors.norm(dim=-1)
 
 
 def _divided(hessians: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

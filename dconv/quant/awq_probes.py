@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from dconv.net.untyped import first, from_numpy, listed
+from dconv.net.untyped import first_of, from_numpy, listed
 from dconv.quant.awq import Search, rounded
 from dconv.quant.awq_maps import Fold
 from dconv.quant.awq_watch import Call, Listen, Watch
@@ -111,7 +111,7 @@ class Probing:
 
         def called(path: str) -> Call:
             def keep(args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-                seen.calls[path, watch.item] = args, kwargs, first(made)
+                seen.calls[path, watch.item] = args, kwargs, first_of(made)
 
             return keep
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
 from dconv.net.lazy import put
-from dconv.net.untyped import first, own_forward
+from dconv.net.untyped import first_of, own_forward
 from dconv.quant.experts import Listen as Hear
 from dconv.quant.network import Layer
 from dconv.quant.peers import AWAY, Peers
@@ -178,7 +178,7 @@ class Watch:
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """What the module at a path makes of these arguments; of several things the first."""
-        return first(self._modules[path](*args, **kwargs))
+        return first_of(self._modules[path](*args, **kwargs))
 
     def catch(self, paths: Iterable[str]) -> None:
         """Have `calls` called for these modules."""

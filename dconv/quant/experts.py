@@ -144,8 +144,9 @@ class Experts:
             if self.until() != END:
                 continue
             answers = [one for one in made if one is not None] or [hidden[:0]]
-            parts = torch.split(lane.exchange(torch.cat(answers), coming, sent), sent)
-            for expert, part in zip(some, parts, strict=False):
+            for expert, part in zip(
+                some, torch.split(lane.exchange(torch.cat(answers), coming, sent), sent), strict=False
+            ):
                 out.index_add_(0, routed[expert][0], part)
 
     def _expert(self, expert: int, x: torch.Tensor, weight: torch.Tensor, item: Any) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from dconv.arch.fields import is_row
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
-from dconv.net.untyped import first
+from dconv.net.untyped import first_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
@@ -240,7 +240,7 @@ class Layer:
 
         args, kwargs = self._net.given(self._index, tuple(hidden.shape[:2]))
         with torch.no_grad():
-            return first(self.module(hidden, *args, **kwargs))
+            return first_of(self.module(hidden, *args, **kwargs))
 
 
 def _name_of(member: Any, net: Any) -> str:
