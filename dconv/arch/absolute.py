@@ -33,10 +33,12 @@ class Multihead:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Args of the heads, and those that say that nothing is around them."""
         return "num_attention_heads", "num_query_groups", "kv_channels", "group_query_attention", *_PLAIN
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The number of heads, and the width of one where that has a key."""
         return {self.heads: "num_attention_heads", **({self.width: "kv_channels"} if self.width else {})}
 
     def facts(self, said: Said) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class Multihead:
         return {"heads": count, "groups": count, "head_dim": width, "q": count * width, "kv": count * width}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """As many query groups as heads; nothing is lost."""
         return {
             "num_attention_heads": facts["heads"],
             "num_query_groups": facts["heads"],  # as for Grouped: right for every reader
@@ -58,15 +61,18 @@ class Multihead:
         }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The number of heads, and the width of one where that has a key."""
         its = {self.width: whole(said, "kv_channels", ARGS)} if self.width else {}
         return {self.heads: whole(said, "num_attention_heads", ARGS), **its}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Grouped queries, heads that do not fill the hidden size where they must, norms of query and key, or sinks."""
         count = heads(said, "num_attention_heads", ARGS)
         width = {} if self.width else {"kv_channels": whole(said, "hidden_size", ARGS) // count}
         return differing(said, {"num_query_groups": count, **width, **_PLAIN})
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 
@@ -85,26 +91,32 @@ class Learned:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The kind of positions."""
         return ("position_embedding_type",)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """No key: how many positions there are may differ."""
         return {}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """positions."""
+        """``positions``: rows of the embedding."""
         return {"positions": whole(said, self.key, CONFIG)}
 
     def to_args(self, _said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The kind of positions; how many there are is one of the decoder's own sizes."""
         return {"position_embedding_type": "learned_absolute"}, []
 
     def to_hf(self, _said: Said) -> dict[str, object]:
+        """Nothing: how many positions there are is one of the decoder's own sizes."""
         return {}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Positions of another kind."""
         return differing(said, {"position_embedding_type": "learned_absolute"})
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 
@@ -123,25 +135,31 @@ class Gelu:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Every switch of an activation, and the older ``openai_gelu``."""
         return *OFF, "openai_gelu"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The function's key, by the switch of the approximation."""
         return {self.key: "bias_gelu_fusion"}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Every switch off but the approximation's; a function that is not GELU is lost."""
         named = said.get(self.key)
         known = _ERF + _TANH if self.tanh else _ERF
         lost = [] if named in known else [f"{self.key} {named}: Megatron has {' or '.join(known)} here"]
         return {**OFF, "bias_gelu_fusion": self.tanh and named in _TANH}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """``gelu_new`` where Megatron approximates, else ``gelu``."""
         return {self.key: _TANH[0] if _approximates(said) else _ERF[0]}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Another activation; the approximation, where one of the heads has the exact function."""
         reasons = differing(said, {arg: off for arg, off in OFF.items() if arg != "bias_gelu_fusion"})
         if _approximates(said) and not self.tanh:
             reasons.append(
@@ -151,6 +169,7 @@ class Gelu:
         return reasons
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 

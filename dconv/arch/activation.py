@@ -43,16 +43,20 @@ class Activation:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Every switch of an activation."""
         return tuple(OFF)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The key of the clamp, where the family has one."""
         return {self.limit: "activation_func_clamp_value"} if self.limit else {}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The family's switches and its clamp; a function of another name is lost."""
         named = said.get(self.key, self.names[0])
         lost = [] if named in self.names else [f"{self.key} {named}: the args of this family say {self.names[0]}"]
         written = {"swiglu": False, "squared_relu": False} if self.args.get("swiglu") else OFF
@@ -60,11 +64,13 @@ class Activation:
         return {**written, **self.args, **clamp}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The first of the names, and the clamp."""
         hf: dict[str, object] = {self.key: self.names[0]}
         clamp = said.get("activation_func_clamp_value")
         return {**hf, self.limit: clamp} if self.limit else hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Switches that are not the family's; no clamp where it has one."""
         # whether the bias is added in the same kernel is no difference to a gated SiLU
         judged = {arg: off for arg, off in OFF.items() if arg != "bias_gelu_fusion" or arg in self.args}
         if self.args.get("swiglu"):
@@ -77,6 +83,7 @@ class Activation:
         return [*reasons, "activation_func_clamp_value is not set, this family has one"] if unclamped else reasons
 
     def needs(self, _said: Said) -> list[str]:
+        """What mainline lacks for it."""
         return [self.lacking] if self.lacking else []
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS, biases, window
-from dconv.arch.fields import count, deep, flag, heads, multiple, positive, whole
+from dconv.arch.fields import count, deep, flag, heads, is_list, multiple, positive, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -35,10 +35,12 @@ class Grouped:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Args of the heads, and the switches of norms and sinks."""
         return *_HEADS.values(), "group_query_attention", *self._switches(False)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The three sizes, and the key of the norms where models of a family differ in it."""
         return {**_HEADS, self.qk_norm_key: "qk_layernorm"} if self.qk_norm_key else _HEADS
 
     def facts(self, said: Said) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class Grouped:
         return {**sizes, **wide, "qk_norm": normalised, "sinks": self.sinks, "mla": False}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Sizes and switches; nothing is lost."""
         return {
             "num_attention_heads": facts["heads"],
             "num_query_groups": facts["groups"],
@@ -68,14 +71,17 @@ class Grouped:
         }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The three sizes, and the key of the norms where models of a family differ in it."""
         hf: dict[str, object] = {key: whole(said, arg, ARGS) for key, arg in _HEADS.items()}
         return {**hf, self.qk_norm_key: flag(said, "qk_layernorm", ARGS)} if self.qk_norm_key else hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Norms or sinks that the family has not, or has otherwise."""
         either = flag(said, "qk_layernorm", ARGS) if self.qk_norm_key else bool(self.qk_norm)
         return differing(said, self._switches(either))
 
     def needs(self, _said: Said) -> list[str]:
+        """Norms over all heads at once."""
         full = "norms of query and key over all heads at once (qk_layernorm normalises each head by itself)"
         return [full] if self.qk_norm == "full" else []
 
@@ -106,10 +112,12 @@ class Biases:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The two args that Megatron has for biases."""
         return "add_qkv_bias", "add_bias_linear"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The keys that decide, each with the arg of the first that it decides."""
         args = zip((self.qkv, self.out, self.mlp), ("add_qkv_bias", "add_bias_linear", "add_bias_linear"), strict=True)
         return {key: arg for key, arg in reversed([*args]) if isinstance(key, str)}
 
@@ -118,6 +126,7 @@ class Biases:
         return {part: flag(said, it, CONFIG) if isinstance(it, str) else it for part, it in self._parts().items()}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Biases of query, key and value, or of every linear layer; any other choice is lost."""
         lost = []
         if facts["out_bias"] != facts["mlp_bias"] or (facts["out_bias"] and not facts["qkv_bias"]):
             spelt = ", ".join(f"{part} {facts[part]}" for part in self._parts())
@@ -126,6 +135,7 @@ class Biases:
         return {"add_qkv_bias": facts["qkv_bias"], "add_bias_linear": every}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The keys that decide, if there are some."""
         found: dict[str, object] = {}
         for part, here in biases(said).items():
             if isinstance(key := self._parts()[part], str):
@@ -133,6 +143,7 @@ class Biases:
         return found
 
     def mismatches(self, said: Said) -> list[str]:
+        """A bias that this family has not, or no bias where it has one."""
         reasons: list[str] = []
         keys: dict[str, bool] = {}
         for part, here in biases(said).items():
@@ -143,6 +154,7 @@ class Biases:
         return reasons
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
     def _parts(self) -> dict[str, bool | str]:
@@ -168,25 +180,35 @@ class Window:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Width, and which layers have it."""
         return "window_size", "window_attn_skip_freq"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Width, and the kinds of the layers."""
         return {"sliding_window": "window_size", "layer_types": "window_attn_skip_freq"}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        """transformers counts a window with the token itself (``masking_utils.py``), Megatron without."""
+        """The width less one: transformers counts the token itself (``masking_utils.py``), Megatron does not.
+
+        Lost are kinds of layers that the family has not, and ``layer_types`` that versions of transformers differ in.
+
+        Raises:
+            Damaged: ``layer_types`` has not one entry a layer, or a width or step is no positive whole number.
+        """
         layers = facts["layers"]
         width = None
         if self.layers != "none" and (not self.switch or flag(said, "use_sliding_window", CONFIG)):
             width = whole(said, "sliding_window", CONFIG) if said.get("sliding_window") is not None else None
-        types, lost = said.get("layer_types"), []
+        types = said.get("layer_types")
+        lost: list[str] = []
         if types is None:
             types, lost = self._usual(said, width, layers)
-        if not isinstance(types, list) or len(types) != layers:
+        if not is_list(types) or len(types) != layers:
             raise Damaged("layer_types does not have one entry a layer", where=CONFIG, expected=f"{layers} entries")
         lost += [
             f"layer_types has {kind}: this family and Megatron have no such layers here"
@@ -201,6 +223,7 @@ class Window:
         return {"window_size": [width - 1, 0], "window_attn_skip_freq": None if all(slides) else slides}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Width, switch and kinds of layers, under the keys that this family's class reads."""
         width, slides = window(said)
         if self.layers == "none":
             return {}
@@ -218,12 +241,14 @@ class Window:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """A window where this family has none; layers without one where all of its have one."""
         width, slides = window(said)
         if width and (self.layers == "none" or (self.layers == "all" and not all(slides))):
             return [f"window_size is {said['window_size']}, this family has {self.layers} such layers"]
         return []
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
     def _usual(self, said: Said, width: int | None, layers: int) -> tuple[list[str], list[str]]:
@@ -256,19 +281,24 @@ class Scaled:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The scale."""
         return ("softmax_scale",)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The key that states it."""
         return {self.key: "softmax_scale"}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The key's value to the power; nothing is lost."""
         return {"softmax_scale": positive(said, self.key, CONFIG) ** self.power}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The key's value, a whole number where it is one to 1e-9 of itself; null without a scale."""
         if said.get("softmax_scale") is None:
             return {self.key: None}
         exact = positive(said, "softmax_scale", ARGS) ** (1 / self.power)
@@ -276,9 +306,11 @@ class Scaled:
         return {self.key: near if abs(exact - near) < 1e-9 * exact else exact}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Args that state no scale."""
         return [] if said.get("softmax_scale") is not None else ["softmax_scale is not set, this family states one"]
 
     def needs(self, _said: Said) -> list[str]:
+        """The scale: a field of TransformerConfig without an argument."""
         return ["softmax_scale: TransformerConfig has it, no argument sets it"]
 
 

@@ -15,7 +15,7 @@ from dconv.arch.attention import Grouped
 from dconv.arch.config import COMMON
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family, Row
-from dconv.arch.fields import deep, heads, multiple, number, whole
+from dconv.arch.fields import deep, heads, is_list, multiple, number, whole
 from dconv.arch.hybrid import PATTERN, Mixer, Stack
 from dconv.arch.layouts import columns, copied, gate_up, query_groups, vocab_rows
 from dconv.arch.mamba import MAMBA2
@@ -36,18 +36,21 @@ class Pairs:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Those of the stack."""
         return _STACK.owns
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The list of the layers that attend, by the pattern."""
         return {_ATTENDS: PATTERN}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """As of a stack; layers are Megatron's."""
+        """Those of the stack; ``layers`` are Megatron's, two for each of HuggingFace's."""
         apart = _apart(said)
         return {**_STACK.facts(apart), "layers": apart["num_hidden_layers"]}
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Those of the stack, of twice as many layers; another rotated part of a head than half is lost."""
         args, lost = _STACK.to_args(_apart(said), facts)
         rotated = said.get("attn_rotary_emb")
         if rotated not in (None, facts["head_dim"] // 2):
@@ -58,6 +61,7 @@ class Pairs:
         return {**args, "num_layers": facts["layers"]}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Half as many layers, and those of them that attend."""
         pattern = str(_STACK.to_hf(said)[PATTERN])
         return {
             "num_hidden_layers": len(pattern) // 2,
@@ -65,6 +69,7 @@ class Pairs:
         }
 
     def mismatches(self, said: Said) -> list[str]:
+        """Those of the stack; layers that are not a mixer or attention, then a feed-forward, in turn."""
         reasons = _STACK.mismatches(said)
         if reasons:
             return reasons
@@ -73,6 +78,7 @@ class Pairs:
         return [] if paired else [f"the pattern {pattern!r:.120} is not made of M- and *-"]
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 
@@ -82,8 +88,9 @@ def _apart(said: Said) -> dict[str, object]:
     Raises:
         Damaged: ``attn_layer_indices`` is no list of layers.
     """
-    layers, attends = deep(said, "num_hidden_layers", CONFIG), said.get(_ATTENDS) or []
-    if not isinstance(attends, list) or not all(type(at) is int and 0 <= at < layers for at in attends):
+    layers = deep(said, "num_hidden_layers", CONFIG)
+    attends: object = said.get(_ATTENDS) or []
+    if not is_list(attends) or not all(type(at) is int and 0 <= at < layers for at in attends):
         raise Damaged(
             "no list of layers", where=f"{CONFIG}: {_ATTENDS}", expected=f"0 to {layers - 1}", found=f"{attends!r:.80}"
         )

@@ -29,10 +29,12 @@ class Pretraining:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """None: no constant of the decoder speaks of the heads."""
         return ()
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """No key."""
         return {}
 
     def facts(self, said: Said) -> dict[str, Any]:
@@ -44,18 +46,22 @@ class Pretraining:
         return {"token_types": types, "first_layer": first, "later_layers": later, "previous": -1}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """That there are two heads; another number of token types than two is lost."""
         found = facts["token_types"]
         lost = [] if found == _TYPES else [f"type_vocab_size {found}: Megatron's BERT has {_TYPES} token types"]
         return {"bert_binary_head": True}, lost
 
     def to_hf(self, _said: Said) -> dict[str, object]:
+        """Two token types."""
         return {"type_vocab_size": _TYPES}
 
     def mismatches(self, said: Said) -> list[str]:
+        """A model without token types and pooler."""
         headless = said.get("bert_binary_head") is False
         return ["bert_binary_head is False: no token types and no pooler, which these classes have"] if headless else []
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 

@@ -59,6 +59,7 @@ def to_hf(config: Mapping[str, object], shown: Mapping[str, int], *, tied: bool,
     """HuggingFace's config.json: a Llama's, or with MiniCPM's scalars a MiniCPM's.
 
     Args:
+        config: BMTrain's.
         shown: sizes that the tensors show, by BMTrain's keys; they stand for keys that are not there.
         tied: no output projection is stored.
         dtype: torch's name for that of the weights.
@@ -115,6 +116,9 @@ def from_hf(family: Family, facts: Facts, config: Mapping[str, object], dtype: s
     """BMTrain's config.json for a model of a family that is Llama's in all but name, or MiniCPM's.
 
     Args:
+        family: of the model.
+        facts: of the model.
+        config: HuggingFace's.
         dtype: BMTrain's name for that of the weights (``bf16``, ``fp16``, ``fp32``).
 
     Raises:

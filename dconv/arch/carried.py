@@ -65,19 +65,24 @@ class Carried:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The keys: the args carry them under these names."""
         return tuple(self.keys)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Each key, by the arg of the same name."""
         return {key: key for key in self.keys}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The numbers as config.json writes them; nothing is lost."""
         return {key: _number(said, key, CONFIG) for key in self.keys}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The numbers as the args have them."""
         return {key: _number(said, key, ARGS) for key in self.keys}
 
     def mismatches(self, said: Said) -> list[str]:
@@ -86,6 +91,7 @@ class Carried:
         return [f"none of {', '.join(self.keys)} is in the args"] if lacking else []
 
     def needs(self, said: Said) -> list[str]:
+        """A line for each key whose number changes something."""
         idle = self.idle(said)
         busy = {key for key in self.keys if rescales(key, said.get(key)) and said[key] != idle.get(key)}
         return [f"{key}: {words}" for key, words in self.keys.items() if key in busy]
@@ -112,25 +118,32 @@ class Kept:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The arg that holds them, or the keys themselves."""
         return (self.table,) if self.table else tuple(self.keys)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The keys that change the function."""
         return {key: self.table or key for key, words in self.keys.items() if words}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The values as they stand, those that are null left out; nothing is lost."""
         held = {key: plain(said, key, CONFIG) for key in self.keys if said.get(key) is not None}
         return {self.table: held} if self.table and held else held, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The values as the args have them."""
         held = table(said, self.table, ARGS) if self.table else said
         return {key: plain(held, key, ARGS) for key in self.keys if held.get(key) is not None}
 
     def mismatches(self, _said: Said) -> list[str]:
+        """None: a model may have none of them."""
         return []
 
     def needs(self, said: Said) -> list[str]:
+        """A line for each key that is there and changes the function."""
         return [f"{key}: {words}" for key, words in self.keys.items() if words and said.get(key) is not None]

@@ -107,8 +107,8 @@ class DecoderConfig:
     rope: Aspect = Rope()
     activation: Aspect = SILU
     more: tuple[Aspect, ...] = ()
-    constants: Mapping[str, object] = field(default_factory=dict, hash=False)
-    only: Mapping[str, object] = field(default_factory=dict, hash=False)
+    constants: Mapping[str, object] = field(default_factory=dict[str, object], hash=False)
+    only: Mapping[str, object] = field(default_factory=dict[str, object], hash=False)
     numbers: Mapping[str, str] = field(default_factory=lambda: _NUMBERS, hash=False)
     norm_eps: str = "rms_norm_eps"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES, hash=False)
@@ -117,6 +117,7 @@ class DecoderConfig:
 
     @property
     def aspects(self) -> tuple[Aspect, ...]:
+        """All of them: the five that every decoder has, then the family's more."""
         return self.attention, self.bias, self.window, self.rope, self.activation, *self.more
 
     def facts(self, hf: Mapping[str, object]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import count, deep, flag, whole
+from dconv.arch.fields import count, deep, flag, is_list, is_row, whole
 from dconv.arch.routing import Router
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
@@ -58,10 +58,12 @@ class Experts:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """How many, how wide, in which layers, and what the router judges."""
         return "num_experts", "moe_ffn_hidden_size", "moe_layer_freq", *self.router.owns
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Keys of sizes and layers, and the router's."""
         keys = {self.count[0]: "num_experts", self.width: "moe_ffn_hidden_size"}
         if self.shared:
             keys[self.shared] = "moe_shared_expert_intermediate_size"
@@ -69,8 +71,12 @@ class Experts:
         return {**keys, **dict.fromkeys(where[self.layers], "moe_layer_freq"), **self.router.compared}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """experts, moe_ffn, shared_ffn (0: none), uniform_layers; for each layer: moe, dense, shared, shared_gate,
-        router_bias, expert_bias (what balances the router's choice), expert_mlp_bias."""
+        """Sizes, and which layers have which part.
+
+        Returns:
+            experts, moe_ffn, shared_ffn (0: none), uniform_layers; for each layer: moe, dense, shared, shared_gate,
+            router_bias, expert_bias (what balances the router's choice), expert_mlp_bias.
+        """
         experts, width = self._experts(said), whole(said, self.width, CONFIG)
         shared = 0
         if self.shared and said.get(self.shared) is not None:
@@ -92,6 +98,7 @@ class Experts:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Sizes, layers and the router's; a width of 0 for the expert that all share is lost."""
         router, lost = self.router.to_args(said, facts)
         if self.shared.endswith("_size") and not facts["shared_ffn"]:
             lost = [*lost, f"{self.shared} {said.get(self.shared)}: this family has a shared expert"]
@@ -105,6 +112,7 @@ class Experts:
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Sizes, layers and the router's, under the family's keys; nothing where the args have no experts."""
         if not said.get("num_experts"):
             return {}
         width = self._width(said)
@@ -123,6 +131,11 @@ class Experts:
         return hf | self.router.to_hf(said)
 
     def mismatches(self, said: Said) -> list[str]:
+        """No experts, or ones that the family's keys cannot say: another function, other layers, another shared one.
+
+        Raises:
+            Damaged: a size that is no whole number, or layers as in `moe_layers`.
+        """
         if not said.get("num_experts"):
             return ["num_experts is not set, this family has experts"]
         whole(said, "num_experts", ARGS)
@@ -146,6 +159,7 @@ class Experts:
         return reasons + self.router.mismatches(said)
 
     def needs(self, said: Said) -> list[str]:
+        """What the router needs."""
         return self.router.needs(said)
 
     def _experts(self, said: Said) -> int:
@@ -166,8 +180,9 @@ class Experts:
             first = count(said, "first_k_dense_replace", CONFIG)
             return tuple(layer >= first for layer in layers)
         if self.layers == "step":
-            step, dense = whole(said, "decoder_sparse_step", CONFIG), said.get("mlp_only_layers") or []
-            if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            step = whole(said, "decoder_sparse_step", CONFIG)
+            dense: object = said.get("mlp_only_layers") or []
+            if not is_list(dense) or not all(type(layer) is int for layer in dense):
                 raise Damaged("mlp_only_layers is no list of layers", where=f"{CONFIG}: mlp_only_layers")
             return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
         return (True,) * len(layers)
@@ -182,6 +197,6 @@ def moe_layers(said: Said) -> list[bool]:
     layers, freq = deep(said, "num_layers", ARGS), said.get("moe_layer_freq", 1)
     if type(freq) is int and freq > 0:
         return [layer % freq == 0 for layer in range(layers)]
-    if isinstance(freq, list | tuple) and len(freq) == layers and all(here in (0, 1) for here in freq):
+    if is_row(freq) and len(freq) == layers and all(here in (0, 1) for here in freq):
         return [bool(here) for here in freq]
     raise Damaged("moe_layer_freq is neither a step nor one entry a layer", where=ARGS, found=f"{freq!r:.80}")

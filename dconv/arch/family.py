@@ -61,14 +61,17 @@ class Row:
 
     @property
     def per_layer(self) -> bool:
+        """Whether each layer has one."""
         return "*" in self.megatron
 
     @property
     def per_expert(self) -> bool:
+        """Whether each expert has one."""
         return "#" in self.megatron
 
     @property
     def pipelined(self) -> bool:
+        """Whether its layers are spread over pipeline stages."""
         return self.per_layer and self.stack == "layers"
 
     @property
@@ -78,11 +81,12 @@ class Row:
 
     @property
     def first_stage(self) -> bool:
+        """Whether it is in the first pipeline stage, where it is in no pipelined layer."""
         return (self.stage or ("first" if self.megatron.startswith("embedding.") else "last")) == "first"
 
     @property
     def is_embedding(self) -> bool:
-        """Of words, that is: the one that a tied model uses twice."""
+        """Whether it is the embedding of words, the one that a tied model uses twice."""
         return not self.per_layer and self.first_stage and self.layout.padded
 
     @property
@@ -107,9 +111,10 @@ class Row:
         return None if stacked is None else stacked[1:]
 
     def exists(self, facts: Facts, layer: int) -> bool:
+        """Whether a model with these facts has it in this layer (-1: outside of the layers)."""
         if not self.when:
             return True
-        here = facts.get(self.when, False)
+        here: bool | tuple[bool, ...] = facts.get(self.when, False)
         return bool(here[layer] if isinstance(here, tuple) else here)
 
 
@@ -130,6 +135,7 @@ class Entry:
 
     @property
     def is_embedding(self) -> bool:
+        """As `Row.is_embedding`."""
         return self.row.is_embedding
 
 
@@ -206,6 +212,7 @@ class Family:
         """The config of what is stored. transformers saves no token predictor, and leaves their number in config.json.
 
         Args:
+            config: config.json.
             stored: names of the source's tensors, HuggingFace's or Megatron's; none where there is only a config.
 
         Returns:
@@ -295,6 +302,7 @@ class Family:
         """Every Megatron tensor of a model with these facts, in the model's own order.
 
         Args:
+            facts: of the model (`facts`).
             dtypes: dtype of each logical tensor where known (bf16 otherwise).
         """
         single = [row for row in self.rows if not row.per_layer and row.exists(facts, -1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any, TypeGuard
 
 from dconv.errors import Damaged
 
@@ -14,6 +15,21 @@ _LARGEST = 2**31
 _DEEPEST = 10_000
 #: The same for lists of one entry a query group.
 _MOST_HEADS = 65_536
+
+
+def is_list(said: object) -> TypeGuard[list[Any]]:
+    """Whether a value is a list, of whatever."""
+    return isinstance(said, list)
+
+
+def is_row(said: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Whether a value is a list, or a tuple as args have them."""
+    return isinstance(said, list | tuple)
+
+
+def is_mapping(said: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether a value is a mapping: of JSON, where its keys are texts, or of a pickle, where they are anything."""
+    return isinstance(said, Mapping)
 
 
 def whole(said: Mapping[str, object], key: str, where: str) -> int:
@@ -90,9 +106,9 @@ def plain(said: Mapping[str, object], key: str, where: str) -> object:
 
 
 def _is_plain(value: object, depth: int) -> bool:
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list):
+    if is_list(value):
         return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
     return value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
@@ -140,9 +156,11 @@ def table(said: Mapping[str, object], key: str, where: str) -> dict[str, object]
         Damaged: it is something else.
     """
     value = said.get(key)
-    if value is not None and not isinstance(value, Mapping):
+    if value is None:
+        return {}
+    if not is_mapping(value):
         raise _damaged(key, where, "an object", value)
-    return dict(value or {})
+    return dict(value)
 
 
 def multiple(of: str, size: int, by: str, divisor: int, where: str) -> int:

@@ -1,5 +1,6 @@
-"""Gemma 1, 2 and 3 (text): zero-centred norms, scaled embeddings, a gated tanh-GELU; from 2 on, norms of what leaves
-attention and feed-forward, too.
+"""Gemma 1, 2 and 3 (text): zero-centred norms, scaled embeddings, a gated tanh-GELU.
+
+From 2 on there are norms of what leaves attention and feed-forward, too.
 
 Megatron names: Megatron-Bridge's ``models/gemma`` (``gemma2_bridge.py``, ``gemma3_bridge.py``), where a norm of what
 leaves a linear layer is that layer's. Values: transformers' ``configuration_gemma*.py``.

@@ -14,6 +14,7 @@ from typing import Final
 from dconv.arch import moe_configs
 from dconv.arch.deepseek import DEEPSEEK
 from dconv.arch.experts import Experts
+from dconv.arch.fields import is_list
 from dconv.arch.routing import Router
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
@@ -81,7 +82,7 @@ def _filled(said: Mapping[str, object]) -> dict[str, object]:
 
 def _is_known(key: str, value: object) -> bool:
     if key == "layer_types":
-        return isinstance(value, list) and set(map(str, value)) == {"full_attention"}
+        return is_list(value) and set(map(str, value)) == {"full_attention"}
     return key in _KNOWN or (key in _IDLE and value == _IDLE[key])
 
 

@@ -195,8 +195,10 @@ def _gemma(m: Metadata) -> Hf:
 
 
 def _gemma_scaled(m: Metadata, hf: Hf, largest: int, window: int | None = None) -> Hf:
-    """What scores are scaled by: the width of a head, but hidden_size / heads in the model of 27 B, which is told by
-    its layers alone."""
+    """What scores are scaled by: the width of a head, but hidden_size / heads in the model of 27 B.
+
+    That one is told by its layers alone.
+    """
     head = whole_heads(m, hf)
     wide = hf["hidden_size"] // max(hf["num_attention_heads"], 1)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from dconv.arch.fields import is_list
 from dconv.errors import Damaged, Refused
 from dconv.sharding.region import Index
 
@@ -34,7 +35,7 @@ class Metadata:
     shapes: Mapping[str, Index]
     numbers: Callable[[str], Sequence[float]]
     where: str
-    read: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set[str])
 
     def get(self, key: str) -> Any:
         """The value of ``<arch>.<key>``; None where it is not there."""
@@ -49,7 +50,7 @@ class Metadata:
             Damaged: it is no whole number, or below 0.
         """
         found = self.get(key)
-        if isinstance(found, list) and found:
+        if is_list(found) and found:
             if any(one != found[0] for one in found):
                 raise self.refused(f"{self.arch}.{key}", "one number for all layers", f"{found!r:.80}")
             found = found[0]
@@ -62,7 +63,12 @@ class Metadata:
         return found
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A number; the shortest decimal that is this fp32, as in the config that it was made of."""
+        """A number; the shortest decimal that is this fp32, as in the config that it was made of.
+
+        Raises:
+            Refused: it is not there and has no default.
+            Damaged: it is no finite number of fp32.
+        """
         found = self.get(key)
         if found is None:
             found = default
@@ -73,6 +79,11 @@ class Metadata:
         return inverse(float(found), lambda value: value)
 
     def flag(self, key: str, default: bool = False) -> bool:
+        """True or false, ``default`` where it is not there.
+
+        Raises:
+            Damaged: it is neither.
+        """
         found = self.get(key)
         if found is None:
             return default
@@ -81,7 +92,11 @@ class Metadata:
         return found
 
     def text(self, key: str) -> str:
-        """A text; "" where it is not there."""
+        """A text; "" where it is not there.
+
+        Raises:
+            Damaged: it is something else.
+        """
         found = self.get(key)
         if found is not None and not isinstance(found, str):
             raise self.damaged(key, "a text", found)
@@ -98,6 +113,7 @@ class Metadata:
             raise self.refused(f"{self.arch}.{key}", " or ".join(map(str, wanted)), f"{found!r:.80}")
 
     def has(self, tensor: str) -> bool:
+        """Whether the model has a tensor, by GGUF's name."""
         return tensor in self.shapes
 
     def rows(self, tensor: str, axis: int = 0) -> int:
@@ -116,6 +132,7 @@ class Metadata:
         return [f"blk.{layer}.{tensor}" in self.shapes for layer in range(layers)]
 
     def token(self, name: str) -> int | None:
+        """The id of a special token, by GGUF's name (``bos``, ``eos``, ``padding``); None where none is named."""
         found = self.values.get(f"tokenizer.ggml.{name}_token_id")
         return found if type(found) is int else None
 
@@ -133,9 +150,11 @@ class Metadata:
             )
 
     def lacks(self, key: str) -> Refused:
+        """What to raise for a key that config.json needs and that is not there."""
         return self.refused(f"{self.arch}.{key}", "it among the metadata", "nothing")
 
     def refused(self, where: str, expected: str, found: str) -> Refused:
+        """What to raise where config.json cannot be told from what is there."""
         return Refused(
             "the metadata do not say what config.json needs, nothing was written",
             where=f"{where} in {self.where}",
@@ -145,6 +164,7 @@ class Metadata:
         )
 
     def damaged(self, key: str, expected: str, found: object) -> Damaged:
+        """What to raise for a value that the key cannot have."""
         return Damaged(
             "a value of the metadata that none is",
             where=f"{self.arch}.{key} in {self.where}",

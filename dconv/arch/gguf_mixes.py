@@ -1,4 +1,4 @@
-"""Which tensor of a model gets which type in the mixes that llama-quantize calls Q4_K_M, Q5_K_S …
+"""Which tensor of a model gets which type in llama-quantize's mixes: Q4_K_M, Q5_K_S and their like.
 
 A mix has a type, and tensors that do more of the work a better one: the output, values, down projections, by where
 their layer stands. Source: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in llama.cpp's
@@ -51,6 +51,7 @@ def types(mix: str, shapes: Mapping[str, Index], said: Mapping[str, Any]) -> dic
     """The type of each tensor.
 
     Args:
+        mix: one of `MIXES`.
         shapes: of the tensors that are to be in blocks, rows last but one.
         said: the metadata.
     """

@@ -85,7 +85,9 @@ def boxes_of(
     """The boxes of every tensor of a family that is there, in whatever form; what is not there has none.
 
     Args:
+        arch: GGUF's name of the architecture.
         specs: the logical tensors.
+        facts: of the model.
         shapes: of GGUF's tensors, by their names.
 
     Raises:
@@ -137,8 +139,10 @@ def _same(spec: TensorSpec, name: str) -> Box:
 def _expert(
     spec: TensorSpec, module: str, number: int, inner: str, count: int, shapes: Mapping[str, Index], names: Names
 ) -> Iterable[Box]:
-    """One of the experts that a tensor [experts, out, in] stacks, gate and up perhaps in one; or one of its own, as it
-    was before April 2024."""
+    """One of the experts that a tensor [experts, out, in] stacks, gate and up perhaps in one.
+
+    Or one in a tensor of its own, as it was before April 2024.
+    """
     name = names(f"{module}.{inner}")
     if name is None:
         return ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from dconv.arch.fields import is_list
 from dconv.arch.gguf_metadata import Metadata
 from dconv.arch.gguf_rope import rope
 
@@ -27,7 +28,18 @@ SOFTMAX, SIGMOID = 1, 2
 
 
 def decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed_forward_length") -> Hf:
-    """What all have."""
+    """The keys that every decoder has.
+
+    Args:
+        m: the metadata.
+        model_type: config.json's.
+        architecture: its class in transformers.
+        ffn: the key of the feed-forward size.
+
+    Raises:
+        Refused: a key is missing, or attention is not causal.
+        Damaged: a value that is impossible, or more layers than there are tensors.
+    """
     heads = m.whole("attention.head_count")
     if not heads:
         raise m.damaged("attention.head_count", "at least 1", heads)
@@ -49,6 +61,11 @@ def decoder(m: Metadata, model_type: str, architecture: str, *, ffn: str = "feed
 
 
 def head_dim(m: Metadata, hf: Hf) -> int:
+    """Elements of a head: ``attention.key_length``, or hidden_size / heads.
+
+    Raises:
+        Refused: a head's values are not as many.
+    """
     heads = max(hf["num_attention_heads"], 1)
     found = m.whole("attention.key_length", hf["hidden_size"] // heads)
     m.fixed("attention.value_length", found)
@@ -56,13 +73,24 @@ def head_dim(m: Metadata, hf: Hf) -> int:
 
 
 def whole_heads(m: Metadata, hf: Hf) -> Hf:
-    """Of those whose heads are rotated as a whole."""
+    """``head_dim`` and rotation, of architectures that rotate heads as a whole.
+
+    Raises:
+        Refused: a part of each head is rotated; see `dconv.arch.gguf_rope.rope` besides.
+    """
     head = head_dim(m, hf)
     m.fixed("rope.dimension_count", head)
     return {"head_dim": head, **rope(m)}
 
 
 def experts(m: Metadata, count: str, width: str = "") -> Hf:
+    """How many experts there are, how many a token has, and how wide one is.
+
+    Args:
+        m: the metadata.
+        count: config.json's key of the first.
+        width: and of the last; "" where config.json has none.
+    """
     found: Hf = {count: m.whole("expert_count"), "num_experts_per_tok": m.whole("expert_used_count")}
     if width:
         found[width] = expert_width(m)
@@ -76,7 +104,7 @@ def expert_width(m: Metadata) -> int:
 
 
 def latent(m: Metadata, hf: Hf, key: int) -> Hf:
-    """Multi-latent attention, of heads with so many rows of queries."""
+    """Multi-latent attention's sizes; a head's queries have ``key`` elements, the rotated ones among them."""
     rotated = m.whole("rope.dimension_count")
     low = m.whole("attention.q_lora_rank", 0)
     return {
@@ -89,15 +117,20 @@ def latent(m: Metadata, hf: Hf, key: int) -> Hf:
 
 
 def dense_layers(m: Metadata, hf: Hf) -> Hf:
+    """The layers without a router, as Qwen's classes list them."""
     routed = m.layers_with("ffn_gate_inp.weight", hf["num_hidden_layers"])
     return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, here in enumerate(routed) if not here]}
 
 
 def sliding(m: Metadata, hf: Hf, every: int) -> list[str]:
-    """The kind of each layer: all but each so many-th slide, or as a list says."""
+    """The kind of each layer: all but each ``every``-th slide, or as the metadata say.
+
+    Raises:
+        Damaged: a list has not one entry a layer.
+    """
     layers = range(hf["num_hidden_layers"])
     said = m.get("attention.sliding_window_pattern")
-    slides = said if isinstance(said, list) else [(layer + 1) % every != 0 for layer in layers]
+    slides = said if is_list(said) else [(layer + 1) % every != 0 for layer in layers]
     if type(said) is int and said > 0:
         slides = [(layer + 1) % said != 0 for layer in layers]
     if len(slides) != len(layers):

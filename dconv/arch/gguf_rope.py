@@ -81,7 +81,7 @@ def _llama3(m: Metadata, base: float) -> dict[str, Any]:
 def llama3_factors(base: float, rotated: int, said: dict[str, Any]) -> list[float]:
     """What each frequency is divided by. Source: ``_compute_llama3_parameters`` in transformers."""
     low, high, context = said["low_freq_factor"], said["high_freq_factor"], said["original_max_position_embeddings"]
-    found = []
+    found: list[float] = []
     for at in range(0, rotated, 2):
         wavelength = 2 * pi * base ** (at / rotated)
         if wavelength < context / high:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from dconv.arch import predictors, registry
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
+from dconv.arch.fields import is_mapping, is_row
 from dconv.arch.gguf import ARCHS, config_of
 from dconv.arch.gguf_metadata import Metadata, fp32
 from dconv.arch.gguf_parts import SCALES, SIGMOID, SIZES, SOFTMAX
@@ -41,7 +42,7 @@ class Written:
 
     arch: str
     values: Values
-    tables: dict[str, list[float]] = field(default_factory=dict)
+    tables: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 def _arch(family: Family) -> tuple[str, DecoderConfig]:
@@ -71,7 +72,7 @@ def written(family: Family, config: Hf) -> Written:
         Damaged: a value of the wrong type.
     """
     arch, known = _arch(family)
-    said = {**known.defaults, **config}
+    said: Values = {**known.defaults, **config}
     said |= {**known.filling(said), "model_type": known.model_type}
     heads = said["num_attention_heads"]
     said["num_key_value_heads"] = said["num_key_value_heads"] or heads
@@ -85,6 +86,9 @@ def check(family: Family, config: Hf, made: Written, shapes: Mapping[str, Index]
     """That what was written says all of the config, by reading it back.
 
     Args:
+        family: of the model.
+        config: its config.json.
+        made: of `written`.
         shapes: of GGUF's tensors.
 
     Raises:
@@ -110,10 +114,10 @@ def check(family: Family, config: Hf, made: Written, shapes: Mapping[str, Index]
 
 def _same(a: Any, b: Any) -> bool:
     """Equal, as far as fp32 tells; of rotary tables by the newer name of their kind."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        a, b = ({**one, "type": None, "rope_type": one.get("rope_type") or one.get("type")} for one in (a, b))
-        return all(_same(a.get(key), b.get(key)) for key in a.keys() | b.keys())
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+    if is_mapping(a) and is_mapping(b):
+        ours, theirs = ({**one, "type": None, "rope_type": one.get("rope_type") or one.get("type")} for one in (a, b))
+        return all(_same(ours.get(key), theirs.get(key)) for key in ours.keys() | theirs.keys())
+    if is_row(a) and is_row(b):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
         return a == b or fp32(float(a)) == fp32(float(b))
@@ -155,11 +159,7 @@ _Write = Callable[[Hf], _Made]
 
 
 def _common(said: Hf, *, heads: bool = True, ffn: str = "intermediate_size") -> Values:
-    """What all have, without rotation.
-
-    Args:
-        heads: whether the width of a head is said.
-    """
+    """What all have, without rotation; the width of a head only with ``heads``."""
     values: Values = {ours: int(said[key]) for key, ours in SIZES.items()}
     values["feed_forward_length"] = said[ffn]
     values["attention.layer_norm_rms_epsilon"] = float(said["rms_norm_eps"])
@@ -292,9 +292,11 @@ def _gemma2(said: Hf) -> _Made:
 
 
 def _gemma3(said: Hf) -> _Made:
-    tables = said.get("rope_parameters") or {}
-    full, slides = tables.get("full_attention") or {}, tables.get("sliding_attention") or {}
-    whole = {**said, "rope_parameters": None, "rope_scaling": {**full, **(said.get("rope_scaling") or {})}}
+    tables: Hf = said.get("rope_parameters") or {}
+    full: Hf = tables.get("full_attention") or {}
+    slides: Hf = tables.get("sliding_attention") or {}
+    scaled: Hf = said.get("rope_scaling") or {}
+    whole: Hf = {**said, "rope_parameters": None, "rope_scaling": {**full, **scaled}}
     cap = said.get("final_logit_softcapping")
     return {
         **_common(said), **_rope(whole),

@@ -1,5 +1,6 @@
-"""GLM-4 in transformers' form: as first published (``glm``), and as of 0414 (``glm4``), which also normalises what
-leaves attention and feed-forward.
+"""GLM-4 in transformers' form: as first published (``glm``), and as of 0414 (``glm4``).
+
+The second also normalises what leaves attention and feed-forward.
 
 Half of each head is rotated, neighbours together; gate and up are one tensor. Megatron names of those norms:
 mcore-bridge's (``model/gpts/glm4.py``), since neither Megatron-LM nor Megatron-Bridge has them.

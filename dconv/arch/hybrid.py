@@ -15,7 +15,7 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.experts import Experts
-from dconv.arch.fields import deep, flag, heads, multiple, not_negative, number, whole
+from dconv.arch.fields import deep, flag, heads, is_list, is_row, multiple, not_negative, number, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
 
@@ -66,15 +66,24 @@ class Mixer:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Sizes, the dtype of the residuals, and the least time step where the family has one."""
         return *self._sizes().values(), "fp32_residual_connection", *((self.least,) if self.least else ())
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Sizes, and the least time step where the family has one."""
         return {**self._sizes(), **({self.least: self.least} if self.least else {})}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """mamba_heads, mamba_head_dim, mamba_inner (their product), mamba_groups, mamba_bc (groups times state),
-        mamba_conv; mamba_state."""
+        """Sizes of the mixers.
+
+        Returns:
+            mamba_heads, mamba_head_dim, mamba_inner (their product), mamba_groups, mamba_state, mamba_bc (groups times
+            state), mamba_conv.
+
+        Raises:
+            Damaged: a size that is impossible, or does not fit the others.
+        """
         count, width = heads(said, self.heads, CONFIG), whole(said, self.head_dim, CONFIG)
         groups, state = heads(said, self.groups, CONFIG), whole(said, self.state, CONFIG)
         multiple(self.heads, count, self.groups, groups, CONFIG)
@@ -96,7 +105,8 @@ class Mixer:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
-        lost = []
+        """Sizes and the dtype of residuals; another convolution, activation, bias or limit is lost."""
+        lost: list[str] = []
         if facts["mamba_conv"] != _CONVOLUTION:
             lost.append(f"{self.kernel} {facts['mamba_conv']}: Megatron's is {_CONVOLUTION} wide")
         limit = said.get("time_step_limit")
@@ -127,6 +137,7 @@ class Mixer:
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Sizes, and what is a constant of Megatron's mixer, under the family's keys."""
         count, width = self._heads(said), whole(said, "mamba_head_dim", ARGS)
         hf: dict[str, object] = {
             self.heads: count,
@@ -147,6 +158,7 @@ class Mixer:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Sizes that are not set, and heads that ``expand`` cannot say the width of."""
         lacking = [arg for arg in _ARG_OF.values() if said.get(arg) is None and arg != "mamba_num_heads"]
         if lacking:
             return [f"{', '.join(lacking)} not set, this family has Mamba mixers"]
@@ -156,7 +168,9 @@ class Mixer:
         return []
 
     def needs(self, said: Said) -> list[str]:
-        epsilon, lines = number(said, self.epsilon, CONFIG), []
+        """Another epsilon than Megatron's, and a least time step."""
+        epsilon = number(said, self.epsilon, CONFIG)
+        lines: list[str] = []
         if epsilon != _EPSILON:
             lines.append(f"an epsilon of {epsilon} in the mixer's norm (megatron-core: 1e-5)")
         if self.least and number(said, self.least, CONFIG) > 0:
@@ -201,11 +215,13 @@ class Stack:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The pattern under each of its names, and what the experts judge."""
         own = (PATTERN, "hybrid_layer_pattern", "is_hybrid_model", "spec", *_RATIOS)
         return (*own, *self.experts.owns) if self.experts else own
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The pattern, if there are several kinds of layers, and the experts' keys."""
         own = {PATTERN: PATTERN} if len(self.letters) > 1 else {}
         return {**own, **self.experts.compared} if self.experts else own
 
@@ -223,7 +239,7 @@ class Stack:
         found: dict[str, Any] = {}
         if self.experts and any(moe):
             own = self.experts.facts(said)
-            found = {key: moe if isinstance(value, tuple) and any(value) else value for key, value in own.items()}
+            found = {key: moe if is_row(value) and any(value) else value for key, value in own.items()}
         bias, wide = flag(said, "mlp_bias", CONFIG), said.get("moe_latent_size") is not None
         return {
             **found,
@@ -239,6 +255,7 @@ class Stack:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The pattern and the experts'; biases beside experts are lost."""
         args: dict[str, object] = {}
         lost: list[str] = []
         if self.experts and any(facts["moe"]):
@@ -255,6 +272,7 @@ class Stack:
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The pattern, if there are several kinds of layers, and the experts' keys if a layer has some."""
         pattern, _ = _pattern_of(said)
         hf: dict[str, object] = {PATTERN: pattern} if len(self.letters) > 1 else {}
         if self.experts and "E" in pattern:
@@ -263,6 +281,7 @@ class Stack:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """No pattern, a kind of layer that the family has not, or other experts."""
         pattern, reason = _pattern_of(said)
         if reason:
             return [reason]
@@ -274,6 +293,7 @@ class Stack:
         return differing(said, {"num_experts": None})
 
     def needs(self, said: Said) -> list[str]:
+        """What the experts need, if a layer has some."""
         return self.experts.needs(said) if self.experts and "E" in layers_of(said) else []
 
 
@@ -283,25 +303,32 @@ class Unplaced:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The kind of positions."""
         return "position_embedding_type", "use_rotary_position_embeddings"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """No key."""
         return {}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, _said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """That there are none."""
         return {"position_embedding_type": "none", "use_rotary_position_embeddings": False}, []
 
     def to_hf(self, _said: Said) -> dict[str, object]:
+        """Nothing: the class has no key for it."""
         return {}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Positions of some kind."""
         return differing(said, {"position_embedding_type": "none"})
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 
@@ -313,7 +340,7 @@ def layers_of(said: Said) -> str:
     """
     kinds, pattern = said.get("layers_block_type"), said.get(PATTERN)
     letter = {name: letter for letter, names in LAYERS.items() for name in names}
-    if isinstance(kinds, list) and all(isinstance(kind, str) and kind in letter for kind in kinds):
+    if is_list(kinds) and all(isinstance(kind, str) and kind in letter for kind in kinds):
         pattern = "".join(letter[kind] for kind in kinds)
     elif kinds is not None:
         raise Damaged("an unknown kind of layer", where=f"{CONFIG}: layers_block_type", found=f"{kinds!r:.120}")

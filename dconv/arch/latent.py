@@ -44,16 +44,22 @@ class Latent:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Whether attention is latent, its sizes, and its norms."""
         # megatron-core's MLA reads neither kv_channels nor num_query_groups
         return "multi_latent_attention", "qk_layernorm", "softmax_type", *_SIZES.values(), "q_lora_rank"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Sizes, the queries' rank among them."""
         return {**_SIZES, "q_lora_rank": "q_lora_rank"}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """mla, q_lora (0: queries are not of low rank), q_is_low_rank, q_is_full, kv_lora, qk_nope, qk_rope, v_dim,
-        q_rows, kv_a_rows, kv_b_rows, o_columns; heads, groups, head_dim, q, kv as if every head had its own key."""
+        """Sizes of the latents and of what is made of them.
+
+        Returns:
+            mla, q_lora (0: queries are not of low rank), q_is_low_rank, q_is_full, kv_lora, qk_nope, qk_rope, v_dim,
+            q_rows, kv_a_rows, kv_b_rows, o_columns; heads, groups, head_dim, q, kv as if every head had its own key.
+        """
         queries = heads(said, "num_attention_heads", CONFIG)
         if self.even and said.get("v_head_dim") is None:
             hidden = whole(said, "hidden_size", CONFIG)
@@ -87,8 +93,9 @@ class Latent:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Sizes, and the norms' epsilon if it is not the others'; keys and values that heads share are lost."""
         groups = said.get("num_key_value_heads")
-        lost = []
+        lost: list[str] = []
         if groups is not None and groups != facts["heads"]:
             lost.append(f"num_key_value_heads {groups}: every head of this attention has its own key and value")
         args: dict[str, object] = {
@@ -107,6 +114,7 @@ class Latent:
         return args, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Sizes; nothing where the args are not of latent attention."""
         if not said.get("multi_latent_attention"):
             return {}
         hf: dict[str, object] = {key: whole(said, arg, ARGS) for key, arg in _SIZES.items()}
@@ -118,6 +126,7 @@ class Latent:
         }
 
     def mismatches(self, said: Said) -> list[str]:
+        """Attention of another kind, or another epsilon in the norms of the latents."""
         fixed = {"multi_latent_attention": True, "qk_layernorm": True, "softmax_type": "vanilla"}
         reasons = differing(said, fixed)
         epsilon = said.get(_EPSILON_ARG) or said.get("norm_epsilon")
@@ -126,6 +135,7 @@ class Latent:
         return reasons
 
     def needs(self, said: Said) -> list[str]:
+        """An epsilon of the other norms that is not that of the latents' own."""
         if number(said, self.norm_eps, CONFIG) == _EPSILON:
             return []
         return [f"an epsilon of {_EPSILON} in the norms of the latents, where the others have {said[self.norm_eps]}"]
@@ -162,17 +172,21 @@ class LatentRope:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """What is rotated, which elements together, and YaRN's numbers."""
         carried = (TABLE,) if self.longrope else ()
         return "rotary_percent", "rotary_interleaved", "rope_type", _HALVES_ARG, *carried, *_YARN.values()
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Base and factor."""
         return {"rope_theta": "rotary_base", "rope_scaling": "rotary_scaling_factor"}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Base and YaRN's numbers; another scaling, and a part of what is rotated, are lost."""
         rope = rope_parameters(said)
         kind, theta = str(rope["rope_type"]), number(rope, "rope_theta", CONFIG)
         own: dict[str, object] = {_HALVES_ARG: True} if self.halves else {}
@@ -199,6 +213,7 @@ class LatentRope:
         }, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Base, and YaRN's table or a longrope's where the args have one."""
         hf: dict[str, object] = {"rope_theta": number(said, "rotary_base", ARGS), "rope_scaling": None}
         if said.get("rope_type", "yarn") == "yarn" and said.get("multi_latent_attention"):
             given = {**_DEFAULTS, **said}
@@ -213,6 +228,7 @@ class LatentRope:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Another part or other elements, another scaling, or multipliers that transformers reads otherwise."""
         fixed = {"rotary_percent": 1.0, "rotary_interleaved": False, _HALVES_ARG: self.halves}
         reasons = differing(said, fixed)
         if said["position_embedding_type"] not in ("rope", "yarn", "none"):
@@ -229,6 +245,7 @@ class LatentRope:
         return reasons
 
     def needs(self, said: Said) -> list[str]:
+        """Rotation of two halves, and a longrope's factors."""
         halves = ["rotation of a head's two halves in latent attention (megatron-core's rotates neighbours)"]
         carried = self.longrope and rope_parameters(said)["rope_type"] == LONGROPE
         return (halves if self.halves else []) + ([LONGROPE_NEEDS] if carried else [])

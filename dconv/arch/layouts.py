@@ -242,6 +242,7 @@ def expert_of(*dims: str, axis: int, parallel: bool = True) -> Layout:
     Args:
         dims: of the expert in Megatron.
         axis: the one that expert tensor parallelism cuts.
+        parallel: whether it is cut at all.
     """
 
     def shape(facts: Facts, logical: Sequence[str], expert: int) -> tuple[list[tuple[int, ...]], tuple[Part, ...]]:

@@ -49,8 +49,16 @@ class LlavaConfig:
     architecture: str = "LlavaForConditionalGeneration"
 
     def facts(self, hf: Mapping[str, object]) -> dict[str, Any]:
-        """The language model's, and vision_layers (those that are used), vision_unused, vision_hidden, vision_ffn,
-        vision_heads, vision_groups, vision_head_dim, vision_tokens, patch; projector_bias."""
+        """Sizes of the language model, the tower and the projector.
+
+        Returns:
+            The language model's, and vision_layers (those that are used), vision_unused, vision_hidden, vision_ffn,
+            vision_heads, vision_groups, vision_head_dim, vision_tokens, vision_channels, patch; projector_bias.
+
+        Raises:
+            Damaged: a size that is impossible, or ``vision_feature_layer`` names no layer of the tower.
+            Refused: a language model of another family than Llama, Mistral and Qwen2.
+        """
         language, text = self._language(hf)
         facts = language.facts(text)
         tower, top = self._tower(hf), {**_TOP, **hf}
@@ -73,6 +81,12 @@ class LlavaConfig:
         }
 
     def to_args(self, hf: Mapping[str, object], strict: bool = True) -> dict[str, object]:
+        """The language model's args, and beside them those of the tower and the projector.
+
+        Raises:
+            Damaged: see `facts`.
+            Refused: see `facts`; ``strict``, and something would be lost.
+        """
         args, lost = self._translate(hf)
         if strict and lost:
             raise Refused(
@@ -84,14 +98,22 @@ class LlavaConfig:
         return args
 
     def unsayable(self, hf: Mapping[str, object]) -> list[str]:
+        """What is lost of the language model, and a tower or projector of another kind than Megatron's."""
         return self._translate(hf)[1]
 
     def needs(self, hf: Mapping[str, object]) -> list[str]:
+        """What the language model needs, and the tower's sizes."""
         language, text = self._language(hf)
         sizes = "the tower's sizes: Megatron-LM's examples take them from vision_model_type, no argument sets them"
         return [sizes, *language.needs(text)]
 
     def to_hf(self, args: Mapping[str, object]) -> dict[str, object]:
+        """A whole config.json: ``text_config``, ``vision_config``, and what joins them.
+
+        Raises:
+            Damaged: a missing or impossible value.
+            Refused: the args are not those of a CLIP tower before a language model that is known here.
+        """
         reasons = self.matches_args(args)
         if reasons:
             raise Refused(
@@ -124,6 +146,7 @@ class LlavaConfig:
         return hf
 
     def matches_args(self, args: Mapping[str, object]) -> list[str]:
+        """Another tower or language model, sizes that are not set, and the language model's own reasons."""
         language = _LANGUAGES.get(str(args.get("language_model_type")))
         if args.get("vision_model_type") != "clip" or language is None:
             return ["vision_model_type and language_model_type are not clip and one of " + ", ".join(_LANGUAGES)]
@@ -132,6 +155,7 @@ class LlavaConfig:
         return reasons + language.matches_args({**args, "vision_model_type": None})
 
     def check_pair(self, hf: Mapping[str, object], args: Mapping[str, object]) -> list[str]:
+        """Where the language models disagree, and where args of the tower that are there do."""
         language, text = self._language(hf)
         lines = language.check_pair(text, {**args, "vision_model_type": None})
         expected = self._translate(hf)[0]

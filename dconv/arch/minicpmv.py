@@ -58,11 +58,15 @@ class Sight:
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """No key: `Kept` has those of the tower."""
         return {}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """vision_layers (those that are stored), vision_hidden, vision_ffn, vision_channels, patch, vision_places,
-        queries; narrowed: the tower is of another width than the language model, so that a matrix is between them.
+        """Sizes of the tower and the resampler.
+
+        Returns:
+            vision_layers (those that are stored), vision_hidden, vision_ffn, vision_channels, patch, vision_places,
+            queries; narrowed: the tower is of another width than the language model, so that a matrix is between them.
 
         Raises:
             Refused: another version.
@@ -83,15 +87,19 @@ class Sight:
         }
 
     def to_args(self, _said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """None: `Kept` carries the keys."""
         return {}, []
 
     def to_hf(self, _said: Said) -> dict[str, object]:
+        """The one version that is here."""
         return {"version": _VERSION}
 
     def mismatches(self, said: Said) -> list[str]:
+        """A model without a tower."""
         return [] if said.get(_ARG) else [f"{_ARG} is not set, this family has a vision tower"]
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: `Kept` says what the tower needs."""
         return []
 
 

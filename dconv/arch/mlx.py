@@ -221,7 +221,7 @@ def _gpt_oss(model: MlxModel, spec: TensorSpec) -> list[Held]:
         name = f"{module}.{last.removesuffix('_bias')}.{end}"
         slot = Slot(spec.name, Region.whole(spec.shape), zeros, turned)
         return [Held(name, shape, (slot,), _coding(model, name, shape))]
-    found = []
+    found: list[Held] = []
     for half, name in enumerate((f"{module}.gate_proj.{end}", f"{module}.up_proj.{end}")):
         region = Region((*zeros, half), (*spec.shape[:-1], 1))
         found.append(Held(name, shape, (Slot(spec.name, region, zeros, turned),), _coding(model, name, shape)))

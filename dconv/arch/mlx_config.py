@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dconv.arch.family import Family
-from dconv.arch.fields import table
+from dconv.arch.fields import is_list, table
 from dconv.arch.layouts import Facts, size
 from dconv.arch.mlx import model_of
 from dconv.arch.rope import rope_parameters
@@ -52,7 +52,7 @@ class Asks:
 
 
 _AS_THEY_ARE: Final = {"norm_topk_prob": (False,)}
-_EVERY_LAYER: Final = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_EVERY_LAYER: Final[Mapping[str, tuple[object, ...]]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _DEEPSEEK_V3: Final = {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",)}
 ASKS: Final[Mapping[str, Asks]] = {
     "llama": Asks(),
@@ -150,7 +150,7 @@ def _two_bases(said: Mapping[str, Any], asks: Asks, odd: list[str]) -> tuple[dic
     slides = table(tables, _SLIDES, CONFIG)
     keys, notes = _rotary({**said, "rope_parameters": None, "rope_scaling": full}, asks, odd)
     keys["rope_local_base_freq"] = slides.get("rope_theta", said.get("rope_local_base_freq", 10000.0))
-    if isinstance(kinds := said.get("layer_types"), list):
+    if is_list(kinds := said.get("layer_types")):
         pattern = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
         if any((kind == _FULL) != ((layer + 1) % pattern == 0) for layer, kind in enumerate(kinds)):
             odd.append("layer_types: mlx-lm has every so many layers without a window")

@@ -59,7 +59,7 @@ class Mup:
     factors: Mapping[str, Factor] = field(hash=False)
     to: str
     config: Callable[[Said, Facts], dict[str, object]]
-    dropped: Mapping[str, str] = field(default_factory=dict, hash=False)
+    dropped: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
 
 def scalars(config: Mapping[str, object]) -> dict[str, object]:

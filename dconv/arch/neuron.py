@@ -148,6 +148,7 @@ class Held:
 
     @property
     def shape(self) -> Index:
+        """The tensor's own, as Neuron has it; of experts the first axis numbers them."""
         one = self._fused[0].shape()
         return (len(self.sources), *one) if self.stacked else one
 
@@ -242,6 +243,7 @@ class Scales:
 
     @property
     def read(self) -> int:
+        """All of them that the source has."""
         return self.kept + self.requantised + self.dropped
 
 
@@ -255,6 +257,8 @@ def lay_out(family: Family, facts: Facts, dtypes: Mapping[str, str] | None = Non
     """Every tensor that Neuron has of a model, in the model's own order.
 
     Args:
+        family: one of `TABLES`.
+        facts: of the model.
         dtypes: of HuggingFace's tensors, by name, where known (bf16 otherwise).
 
     Raises:

@@ -23,14 +23,20 @@ class Predictors:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """How many there are."""
         return ("mtp_num_layers",)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """How many there are, under the name that is written."""
         return {KEYS[0]: "mtp_num_layers"}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """mtp."""
+        """``mtp``: how many there are.
+
+        Raises:
+            Damaged: it is no whole number, or more than any model has.
+        """
         # an alias that a file gives stands before the default of the name that is written
         key = next((key for key in reversed(KEYS) if said.get(key) is not None), "")
         found = count(said, key, CONFIG) if key else 0
@@ -39,15 +45,19 @@ class Predictors:
         return {"mtp": found}
 
     def to_args(self, _said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """How many there are, null for none; nothing is lost."""
         return {"mtp_num_layers": facts["mtp"] or None}, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """How many there are, under the name that is written."""
         return {KEYS[0]: count({"mtp_num_layers": 0, **said}, "mtp_num_layers", ARGS)}
 
     def mismatches(self, _said: Said) -> list[str]:
+        """None: a model may have any number."""
         return []
 
     def needs(self, _said: Said) -> list[str]:
+        """Nothing: mainline megatron-core computes it."""
         return []
 
 

@@ -27,6 +27,7 @@ from dconv.arch import (
 )
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
+from dconv.arch.fields import is_list
 from dconv.arch.generic_moe import GENERIC_MOE, has_experts
 from dconv.errors import Damaged, Refused, group_names
 
@@ -66,6 +67,8 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
     """The family of a checkpoint, from its HuggingFace config or else from Megatron's args.
 
     Args:
+        config: config.json, if there is one.
+        args: Megatron's, if there are some.
         names: of the stored tensors. They tell families of one architecture apart (`Family.marks`), and a decoder from
             an encoder, of which Megatron's args say nothing.
 
@@ -87,7 +90,7 @@ def detect(config: Mapping[str, object] | None, args: Mapping[str, object] | Non
 def _said(config: Mapping[str, object] | None, args: Mapping[str, object] | None, names: Sequence[str]) -> Family:
     if config is not None:
         architectures = config.get("architectures")
-        named = architectures[0] if isinstance(architectures, list) and architectures else ""
+        named = architectures[0] if is_list(architectures) and architectures else ""
         model_type = config.get("model_type")
         if not isinstance(named, str) or not isinstance(model_type, str | None):
             raise Damaged(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dconv.arch.fields import flag, not_negative, number, table, whole
+from dconv.arch.fields import flag, is_list, is_mapping, not_negative, number, table, whole
 from dconv.errors import Damaged
 
 _CONFIG: Final = "config.json"
@@ -29,9 +29,9 @@ class _Kind:
         position: ``--position-embedding-type``.
     """
 
-    args: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    defaults: Mapping[str, object] = field(default_factory=dict)
+    args: Mapping[str, str] = field(default_factory=dict[str, str])
+    fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+    defaults: Mapping[str, object] = field(default_factory=dict[str, object])
     position: str = "rope"
 
 
@@ -111,16 +111,16 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
 
 
 def for_older_loaders(hf: Mapping[str, object]) -> dict[str, object]:
-    """A config whose ``rope_parameters`` are said in 4.x's keys, too: who reads those takes the defaults of a class
-    where they are missing, silently. In ``text_config`` as well.
+    """A config whose ``rope_parameters`` are said in 4.x's keys, too, in ``text_config`` as well.
 
-    transformers 5 makes the same config of both. A table for each kind of layer has no older spelling and stays alone.
+    Who reads those takes the defaults of a class where they are missing, silently. transformers 5 makes the same
+    config of both. A table for each kind of layer has no older spelling and stays alone.
     """
     said = dict(hf)
-    if isinstance(inner := said.get("text_config"), Mapping):
+    if is_mapping(inner := said.get("text_config")):
         said["text_config"] = for_older_loaders(inner)
     rope = said.get("rope_parameters")
-    if not isinstance(rope, Mapping) or not rope or any(isinstance(value, Mapping) for value in rope.values()):
+    if not is_mapping(rope) or not rope or any(isinstance(value, Mapping) for value in rope.values()):
         return said
     if said.get(TABLE):  # which wins over rope_parameters
         return said
@@ -137,7 +137,9 @@ def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, ob
     ``rope_type`` and its older name ``type`` are both kept as they stand: the code of published models reads either.
 
     Args:
+        hf: config.json, or args that carry the table.
         rotated: elements of a head that are rotated, two to a factor.
+        where: what ``hf`` is called in an error.
 
     Raises:
         Damaged: factors that are no numbers, or not one for each pair.
@@ -146,12 +148,12 @@ def longrope(hf: Mapping[str, object], rotated: int, where: str) -> dict[str, ob
     given.pop("rope_theta", None)
     for key in ("short_factor", "long_factor"):
         factors = given.get(key)
-        if not isinstance(factors, list) or len(factors) != rotated // 2:
+        if not is_list(factors) or len(factors) != rotated // 2:
             raise Damaged(
                 f"longrope's {key} does not have one number for each pair of rotated elements",
                 where=f"{where}: {TABLE}.{key}",
                 expected=f"{rotated // 2} numbers",
-                found=f"{len(factors)} entries" if isinstance(factors, list) else f"{factors!r:.40}",
+                found=f"{len(factors)} entries" if is_list(factors) else f"{factors!r:.40}",
             )
         for factor in factors:
             number({key: factor}, key, where)

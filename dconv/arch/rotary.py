@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import number, table, whole
+from dconv.arch.fields import is_mapping, number, table, whole
 from dconv.arch.rope import LONGROPE, TABLE, longrope, rope_from_args, rope_parameters, rope_to_args
 from dconv.arch.translate import CONFIG, Said
 
@@ -37,17 +37,21 @@ class Rope:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Which part of a head is rotated, which elements together, and a longrope's table."""
         return ("rotary_percent", "rotary_interleaved", *((TABLE,) if self.longrope else ()))
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Base, scaling, and the key of the part that is rotated."""
         keys = {"rope_theta": "rotary_base", "rope_scaling": "use_rope_scaling"}
         return {**keys, self.part: "rotary_percent"} if self.part else keys
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Base, scaling and the part that is rotated, as a fraction; a scaling that the class has not is lost."""
         said, percent = {**said}, 1.0
         if self.part and said.get(self.part) is not None:
             given = number(said, self.part, CONFIG)
@@ -68,6 +72,7 @@ class Rope:
         }, lost + self._kind(kind)
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Base and scaling, the part under the family's key, a longrope's table where the args carry one."""
         hf = rope_from_args(said)[0]
         if self.stretched and hf["rope_scaling"] is None:
             hf["rope_parameters"] = {"rope_type": "default", "rope_theta": hf["rope_theta"]}
@@ -81,13 +86,15 @@ class Rope:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Another part or other elements together, or a scaling that the class has not."""
         rope, odd = rope_from_args(said)
         scaling = rope["rope_scaling"]
-        kind = str(scaling.get("rope_type")) if isinstance(scaling, Mapping) else "default"
+        kind = str(scaling.get("rope_type")) if is_mapping(scaling) else "default"
         whole_heads = {} if self.part else {"rotary_percent": 1.0}
         return differing(said, {**whole_heads, "rotary_interleaved": self.interleaved}) + odd + self._kind(kind)
 
     def needs(self, said: Said) -> list[str]:
+        """A longrope's factors, where they are carried."""
         carried = self.longrope and rope_parameters(said)["rope_type"] == LONGROPE
         return [LONGROPE_NEEDS] if carried else []
 
@@ -114,16 +121,20 @@ class TwoBases:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Those of `Rope`, and the other base."""
         return *Rope().owns, self.key
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Those of `Rope`, and the key of the other base."""
         return {**Rope().compared, self.key: self.key}
 
     def facts(self, _said: Said) -> dict[str, Any]:
+        """None: no shape follows from it."""
         return {}
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Those of `Rope`, and the other base; scaling in the layers with a window is lost."""
         tables = table(said, "rope_parameters", CONFIG)
         full = {**table(tables, _FULL, CONFIG), **table(said, "rope_scaling", CONFIG)}
         slides = table(tables, _SLIDES, CONFIG)
@@ -137,12 +148,15 @@ class TwoBases:
         return {**args, self.key: base}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Those of `Rope`, and the other base in its older spelling."""
         base = None if said.get(self.key) is None else number(said, self.key, ARGS)
         return {**Rope().to_hf(said), self.key: base}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Those of `Rope`, and args without the other base."""
         unset = [] if said.get(self.key) is not None else [f"{self.key} is not set, this family has one"]
         return Rope().mismatches(said) + unset
 
     def needs(self, _said: Said) -> list[str]:
+        """The other base."""
         return [f"{self.key}: layers with a window are rotated with a base of their own, unscaled"]

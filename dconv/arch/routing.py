@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import flag, number, whole
+from dconv.arch.fields import flag, is_row, number, whole
 from dconv.arch.translate import CONFIG, Said
 
 #: Own arg: by how many of its experts a group is judged, where Megatron would take topk // group_topk.
@@ -44,10 +44,12 @@ class Router:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """How many experts a token has, and how scores become weights."""
         return "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The keys that this family has of it."""
         keys = {"num_experts_per_tok": "moe_router_topk"}
         if isinstance(self.normalised, str):
             keys[self.normalised] = "moe_router_pre_softmax"
@@ -58,6 +60,12 @@ class Router:
         return keys
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Args, and what they cannot say: numbers that do not fit, and weights that Megatron makes otherwise.
+
+        Args:
+            said: config.json.
+            facts: ``experts``, how many there are.
+        """
         topk, normalised = whole(said, "num_experts_per_tok", CONFIG), self._normalised(said)
         lost: list[str] = []
         if topk > facts["experts"]:
@@ -80,6 +88,7 @@ class Router:
         return {**args, **groups}, lost + reasons
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The keys that this family has of it, for args that match."""
         hf: dict[str, object] = {"num_experts_per_tok": whole({"moe_router_topk": 2, **said}, "moe_router_topk", ARGS)}
         if isinstance(self.normalised, str):
             hf[self.normalised] = self.score == "sigmoid" or not flag(said, "moe_router_pre_softmax", ARGS)
@@ -96,6 +105,7 @@ class Router:
         return hf
 
     def mismatches(self, said: Said) -> list[str]:
+        """Another score, bias, factor or choice of groups, and a weight of one expert that Megatron makes otherwise."""
         topk = whole({"moe_router_topk": 2, **said}, "moe_router_topk", ARGS)
         wanted: dict[str, object] = {
             "moe_router_score_function": self.score,
@@ -112,7 +122,7 @@ class Router:
         if not self.scaling and said.get("moe_router_topk_scaling_factor") not in (None, 0, 1):
             reasons.append(f"moe_router_topk_scaling_factor is {said['moe_router_topk_scaling_factor']}, it has none")
         balancing = said.get("moe_router_load_balancing_type")
-        for kind in balancing if isinstance(balancing, list | tuple) else (balancing,):
+        for kind in balancing if is_row(balancing) else (balancing,):
             if kind in ("sinkhorn", "quantile_balancing"):
                 reasons.append(f"moe_router_load_balancing_type is {kind}, this family takes the best scores")
         if said.get("moe_router_topk_limited_devices") is not None:
@@ -127,6 +137,7 @@ class Router:
         return reasons
 
     def needs(self, said: Said) -> list[str]:
+        """Groups that are judged by another number of experts than Megatron's."""
         topk = whole(said, "num_experts_per_tok", CONFIG)
         by = self._groups(said, topk, topk)[0].get(_GROUP_SCORE)
         return [f"groups of experts judged by their best {by} (Megatron: topk // group_topk)"] if by else []

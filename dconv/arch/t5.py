@@ -41,10 +41,12 @@ class FeedForward:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """Every switch of an activation."""
         return tuple(_OFF)
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """The kind, by the switch of the gate."""
         return {"feed_forward_proj": "gated_linear_unit"}
 
     def facts(self, said: Said) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class FeedForward:
         return {"gated": gated, "plain": not gated}
 
     def to_args(self, said: Said, _facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """The kind's switches; a kind that Megatron has not is lost, and keys that contradict it."""
         named = str(said.get("feed_forward_proj"))
         lost = [] if named in _KINDS else [f"feed_forward_proj {named}: Megatron has {', '.join(_KINDS)} here"]
         function = "gelu_new" if named == "gated-gelu" else named.rpartition("-")[2]
@@ -65,13 +68,16 @@ class FeedForward:
         return {**OFF, **_KINDS.get(named, {})}, lost
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """The kind that the switches say."""
         return {"feed_forward_proj": next((name for name in _KINDS if not self._differs(said, name)), "gelu")}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Switches of none of the kinds; why they are not the last one's."""
         found = [self._differs(said, name) for name in _KINDS]
         return [] if not all(found) else found[-1]
 
     def needs(self, said: Said) -> list[str]:
+        """A gated tanh-GELU and a ReLU, which no argument turns on."""
         return {
             "gated-gelu": ["a gated tanh-GELU: TransformerConfig.gated_linear_unit without --swiglu has no argument"],
             "relu": ["a ReLU: TransformerConfig.activation_func has it, no argument sets it"],
@@ -90,14 +96,20 @@ class EncoderDecoder:
 
     @property
     def owns(self) -> tuple[str, ...]:
+        """The kind of positions and their buckets, and the output layer's switches."""
         return "position_embedding_type", *_BUCKETS, "untie_embeddings_and_output_weights", _SCALED
 
     @property
     def compared(self) -> Mapping[str, str]:
+        """Layers of the decoder, buckets, and whether logits are scaled."""
         return {"num_decoder_layers": "decoder_num_layers", **{key: key for key in (*_BUCKETS, _SCALED)}}
 
     def facts(self, said: Said) -> dict[str, Any]:
-        """decoder_layers, buckets, most_stages; tied (never: see above), own_head or shared_head."""
+        """Sizes of the second stack, and whose the output layer's values are.
+
+        Returns:
+            decoder_layers, buckets, most_stages; tied (never: see above), own_head or shared_head.
+        """
         key = "num_layers" if said.get("num_decoder_layers") is None else "num_decoder_layers"
         shared = flag(said, "tie_word_embeddings", CONFIG)
         return {
@@ -111,6 +123,7 @@ class EncoderDecoder:
         }
 
     def to_args(self, said: Said, facts: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+        """Layers of both stacks, buckets, and whether logits are scaled; nothing is lost."""
         return {
             "encoder_num_layers": whole(said, "num_layers", CONFIG),
             "decoder_num_layers": facts["decoder_layers"],
@@ -120,16 +133,19 @@ class EncoderDecoder:
         }, []
 
     def to_hf(self, said: Said) -> dict[str, object]:
+        """Layers of the decoder, buckets, and a tied output where logits are scaled."""
         said = {**_BUCKETS, "decoder_num_layers": said.get("num_layers"), **said}
         layers = whole(said, "decoder_num_layers", ARGS)
         scaled = {"tie_word_embeddings": True, _SCALED: True} if flag(said, _SCALED, ARGS) else {}
         return {"num_decoder_layers": layers, **{key: whole(said, key, ARGS) for key in _BUCKETS}, **scaled}
 
     def mismatches(self, said: Said) -> list[str]:
+        """Positions of another kind, a tied output layer, or two numbers for the encoder's layers."""
         wanted = {"position_embedding_type": "relative", "untie_embeddings_and_output_weights": True}
         return differing(said, {**wanted, "encoder_num_layers": said.get("encoder_num_layers") and said["num_layers"]})
 
     def needs(self, said: Said) -> list[str]:
+        """The softmax's scale, and that of logits where they are scaled."""
         scaled = [f"{_SCALED}: logits times d_model ** -0.5"] if _scales(said) else []
         return ["softmax_scale: TransformerConfig has it, no argument sets it", *scaled]
 

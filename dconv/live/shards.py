@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dconv.arch.fields import is_mapping, is_row
 from dconv.checkpoint.memory import Chunks, Manifest, Memory, plain_args, shard_name
 from dconv.errors import Damaged, UsageError, group_names
 from dconv.live.ranks import Ranks, standing
@@ -22,12 +23,12 @@ def state_dicts(models: object) -> list[Mapping[str, Any]]:
     Raises:
         UsageError: neither modules nor state dicts.
     """
-    chunks = models if isinstance(models, list | tuple) else [models]
+    chunks = models if is_row(models) else [models]
     found: list[Mapping[str, Any]] = []
     for chunk in chunks:
         ask = getattr(chunk, "state_dict_for_save_checkpoint", None) or getattr(chunk, "state_dict", None)
-        state = ask() if callable(ask) else chunk
-        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        state: object = ask() if callable(ask) else chunk
+        if not is_mapping(state) or not all(isinstance(name, str) for name in state):
             raise UsageError(
                 "not a model, nothing was written",
                 expected="this rank's module, its state dict (sharded or not), or a list of them, one a virtual chunk",
@@ -51,7 +52,19 @@ class Places:
 
 
 def describe(models: object, ranks: Ranks, args: object, coord: Coord | None, parallel: Parallel | None) -> Places:
-    """Who holds what. Ranks of one description (middle stages, data parallelism) send it once."""
+    """Who holds what. Ranks of one description (middle stages, data parallelism) send it once.
+
+    Args:
+        models: of this rank, see `state_dicts`.
+        ranks: all of them; all call it.
+        args: Megatron's; those of rank 0 count.
+        coord: this rank's place, where Megatron's parallel state does not say it.
+        parallel: the job's sizes, likewise.
+
+    Raises:
+        UsageError: no model, or nothing that says which shard a rank holds.
+        Damaged: two ranks of one place hold different models.
+    """
 
     def look() -> tuple[Memory, tuple[tuple[Coord, Parallel] | None, int, int, str]]:
         memory = Memory(state_dicts(models))

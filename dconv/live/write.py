@@ -26,7 +26,12 @@ from dconv.sharding.tuning import Tuner
 
 
 def start(job: Job, settings: Settings) -> Path:
-    """The partial folder, made by one rank when nothing is in the way."""
+    """The partial folder, made by one rank when nothing is in the way.
+
+    Raises:
+        UsageError: the output exists, or is no place for one.
+        StorageFault: there is no room, or the folder cannot be made.
+    """
     out = job.request.output.absolute()
     check_output(job.plan, out, overwrite=settings.overwrite, resume=False, launched=math.inf)
     check_space(job.plan, out)
@@ -50,6 +55,18 @@ def _writers(plan: Plan, holders: Mapping[str, Sequence[int]], world: int) -> li
 
 
 def write(job: Job, partial: Path, shards: Places, settings: Settings, ranks: Ranks) -> Outcome:
+    """Write what this rank holds, read back what several ranks wrote, and commit; all ranks call it.
+
+    Args:
+        job: what is written where.
+        partial: the folder of `start`.
+        shards: who holds what, and this rank's own.
+        settings: memory, threads and the digest's algorithm.
+        ranks: all of them; rank 0 commits.
+
+    Raises:
+        StorageFault: a rank cannot open the folder, or storage failed.
+    """
     plan = job.plan
     holders = shards.holders
     if job.request.replicas == "first":  # copies that were not compared may differ: all bytes are of one

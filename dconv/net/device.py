@@ -14,10 +14,10 @@ _NAMES: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
 def check(asked: str) -> None:
-    """Raise where a device is no name of one.
+    """Refuse what is no name of a device.
 
     Raises:
-        UsageError: see above.
+        UsageError: it is none of auto, cpu, mps, cuda and ``cuda:`` with a number.
     """
     if not _NAMES.fullmatch(asked):
         raise UsageError(

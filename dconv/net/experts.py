@@ -6,7 +6,7 @@ replaces experts takes these for one more family's. Only what builds a model imp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,9 +46,16 @@ class Experts(nn.Module):
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        self.act_fn = ACT2FN[act]
+        self.act_fn: Callable[[Tensor], Tensor] = ACT2FN[act]
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Their answers [tokens, hidden].
+
+        Args:
+            x: [tokens, hidden].
+            index: of each token's experts, [tokens, chosen].
+            weights: theirs, [tokens, chosen].
+        """
         out = torch.zeros_like(x)
         for expert in range(self.num_experts):
             tokens, place = torch.where(index == expert)
@@ -69,7 +76,7 @@ class Moe(nn.Module):
             self.shared_experts = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [samples, length, hidden]."""
+        """What the feed-forward layer adds to hidden states [samples, length, hidden], of their shape."""
         flat = x.reshape(-1, x.shape[-1])
         out = self.experts(flat, *self.gate(flat)).view_as(x)
         return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
@@ -79,6 +86,7 @@ def put_experts(net: Any, facts: Mapping[str, Any], args: Mapping[str, Any]) -> 
     """Give a decoder experts, in the layers that have them, on torch's current device and with no values.
 
     Args:
+        net: a model of transformers with ``model.layers``.
         facts: `dconv.arch.experts.Experts.facts`.
         args: `dconv.arch.routing.Router.to_args`, of a router by softmax.
     """

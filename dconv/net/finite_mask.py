@@ -7,8 +7,9 @@ no number. What a mask hides by its places alone (the future, what left a window
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Final
 
 #: Added to a score it leaves a weight of 0 in every dtype. What is hidden twice has twice as much: half of what fp16
@@ -20,14 +21,15 @@ HIDDEN_IN_CODES: Final = -(2.0**7)
 
 
 @contextmanager
-def finite_mask(value: float = HIDDEN) -> Iterator[None]:
+def finite_mask(value: float = HIDDEN) -> Generator[None, None, None]:
     """Have transformers make its masks so, for a while. A mask that it is given has ones and zeros.
 
     Args:
         value: what is added to a score that is hidden.
     """
     import torch
-    from transformers import masking_utils as theirs
+
+    theirs = import_module("transformers.masking_utils")
 
     def mask(
         batch_size: int,
@@ -40,7 +42,7 @@ def finite_mask(value: float = HIDDEN) -> Iterator[None]:
         **options: Any,
     ) -> Any:
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        seen: Any = theirs.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+        seen = theirs.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
         hidden = torch.where(seen, torch.zeros((), dtype=dtype), value)
         padding = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
+from dconv.net.untyped import class_of, distinct, listed
 from dconv.net.weights import Weights
 
 if TYPE_CHECKING:
@@ -24,7 +25,14 @@ def hold(module: Any, name: str, weights: Weights, budget: int, alone: bool = Fa
     """Read a module's parameters before it runs and forget them after it has.
 
     Args:
+        module: of a model without storage.
+        name: its own in the model; "" for the model.
+        weights: of the model.
+        budget: bytes that what is read for it may take at a time.
         alone: without those of its members, which are held by themselves.
+
+    Raises:
+        Refused: what must be there at once takes more than the budget.
     """
     taken: list[tuple[Any, str, str]] = []
     nbytes = 0
@@ -79,6 +87,7 @@ def _bytes(modules: Iterator[dict[str, torch.Tensor]]) -> int:
 
 
 def put(module: Any, key: str, value: torch.Tensor) -> None:
+    """Give a module another parameter (without gradient, where it is a plain tensor) or buffer."""
     import torch
 
     if key in module._buffers:
@@ -100,12 +109,13 @@ def _in_parts(module: Any, key: str, path: str, weights: Weights, budget: int, c
         return True
     if key != "weight" or not weights.is_plain(path):
         return False
-    plain = type(module).forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
+    forward = class_of(module).forward
+    plain = forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, torch.nn.Embedding) and plain:
         module.padding_idx = None  # of no meaning but for training, and not among the rows that are read
-        module.__dict__["forward"] = partial(_look_up, module, type(module).forward, partial(weights.rows, path))
+        module.__dict__["forward"] = partial(_look_up, module, forward, partial(weights.rows, path))
         return True
-    if crowded and type(module).forward is torch.nn.Linear.forward and value.numel() * 4 > budget // _MATRIX:
+    if crowded and forward is torch.nn.Linear.forward and value.numel() * 4 > budget // _MATRIX:
         rows = max(1, budget // _MATRIX // (value.shape[1] * 4))
         module.__dict__["forward"] = partial(_multiply, module, value.shape[0], rows, partial(weights.rows, path))
         return True
@@ -126,9 +136,9 @@ def _look_up(module: Any, forward: Any, read: Callable[[int, int], torch.Tensor]
     """An embedding's own forward pass over the rows of these tokens alone."""
     import torch
 
-    rows, places = torch.unique(tokens, return_inverse=True)
+    rows, places = distinct(tokens)
     empty = module._parameters["weight"]
-    put(module, "weight", torch.cat([read(row, row + 1) for row in rows.tolist()]))
+    put(module, "weight", torch.cat([read(row, row + 1) for row in listed(rows)]))
     try:
         return forward(module, places)
     finally:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from dconv.arch import mup
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
+from dconv.arch.fields import is_list, is_mapping
 from dconv.arch.rope import LONGROPE, rope_parameters
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
@@ -54,6 +55,8 @@ def require(family: Family, config: Mapping[str, object], length: int) -> None:
     """Refuse, before the first byte is written, what `model` would refuse.
 
     Args:
+        family: of the model.
+        config: config.json.
         length: tokens of the longest sequence that will be asked.
 
     Raises:
@@ -77,7 +80,7 @@ def _refuse(family: Family, config: Mapping[str, object]) -> None:
 def _longest(config: Mapping[str, object]) -> int | None:
     """The tokens up to which InfLLM-v2 attends to all that came before, as is computed here; None without it."""
     sparse = config.get("sparse_config")
-    if not isinstance(sparse, Mapping):
+    if not is_mapping(sparse):
         return None
     said = sparse.get("dense_len", _DENSE_LENGTH)
     return said - 1 if isinstance(said, int) else 0
@@ -118,7 +121,7 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
 
     declared = family.config
     _refuse(family, config)
-    defaults = declared.defaults if isinstance(declared, DecoderConfig) else {}
+    defaults: Mapping[str, object] = declared.defaults if isinstance(declared, DecoderConfig) else {}
     facts, said = declared.facts(config), _without_stretch({**defaults, **config})
     if family.mup:
         kin, settled = "Granite", _as_granite(family.mup, said, facts)
@@ -128,7 +131,7 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
         kin, settled = "Llama", mup.llama(said, facts)
     named = config.get("architectures")
     kind: Any = type(
-        str(named[0]) if isinstance(named, list) and named else declared.architecture,
+        str(named[0]) if is_list(named) and named else declared.architecture,
         (getattr(transformers, f"{kin}ForCausalLM"),),
         {
             "__module__": __name__,
@@ -143,9 +146,11 @@ def model(family: Family, config: Mapping[str, object], attention: str, dtype: s
 
         put_experts(net, facts, declared.to_args(config))
     if _longest(config) is not None:
-        net.register_forward_pre_hook(
-            lambda _, _args, given: _refuse_sparse(config, given["input_ids"].shape[1]), with_kwargs=True
-        )
+
+        def look(_module: Any, _args: Any, given: Mapping[str, Any]) -> None:
+            _refuse_sparse(config, given["input_ids"].shape[1])
+
+        net.register_forward_pre_hook(look, with_kwargs=True)
     return net
 
 
@@ -169,5 +174,5 @@ def _without_stretch(said: dict[str, object]) -> dict[str, object]:
     return said | {
         key: {name: value for name, value in rope.items() if name not in ("factor", "attention_factor")}
         for key, rope in ropes.items()
-        if isinstance(rope, Mapping)
+        if is_mapping(rope)
     }

@@ -41,6 +41,7 @@ def parameters(logical: Logical, model: Any) -> tuple[tuple[Parameter, ...], dic
     """All that a model's ``state_dict`` has, each tensor once, in its order; and what transformers does without.
 
     Args:
+        logical: the source.
         model: of transformers; its parameters may have no storage.
 
     Returns:
@@ -96,9 +97,10 @@ def _joined(logical: Logical, name: str, how: Any, sources: list[tuple[str, str]
     each: dict[str, list[str]] = {}
     for pattern, source in sources:
         each.setdefault(pattern, []).append(source)
-    stacks, along, turn = False, 0, None
+    stacks, along = False, 0
+    turn: tuple[int, int] | None = None
     for step in how.operations:
-        kind, place = type(step).__name__, vars(step)
+        kind, place = type(step).__name__, step.__dict__
         if kind == "MergeModulelist" and place["dim"] == 0 and turn is None:
             stacks = True
         elif kind == "Concatenate" and turn is None:
@@ -111,7 +113,7 @@ def _joined(logical: Logical, name: str, how: Any, sources: list[tuple[str, str]
                 where=name,
                 found=", ".join(type(step).__name__ for step in how.operations),
             )
-    slots = []
+    slots: list[Slot] = []
     at = 0
     for group in each.values():
         width = 0

@@ -5,13 +5,13 @@ The same products and sums: (a + bi)(cos + i sin) = (a cos - b sin) + (a sin + b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def real_rotary() -> Iterator[None]:
+def real_rotary() -> Generator[None, None, None]:
     """Have transformers' class compute so, for a while."""
     import torch
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as theirs

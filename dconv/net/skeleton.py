@@ -9,8 +9,9 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ _ALONE: Final = threading.Lock()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None, None, None]:
     """Without what transformers tells a person at a terminal."""
     from transformers.utils import logging
 
@@ -53,6 +54,7 @@ def built(
     """The model that a directory's config.json describes, without storage.
 
     Args:
+        folder: where config.json is.
         auto: transformers' class that picks a model by its config.
         root: the source, for an error.
         attention: transformers' name of the implementation.
@@ -97,7 +99,9 @@ def _keep_wide(net: Any, dtype: Any) -> None:
     """fp32 for the parameters that transformers keeps in it where it loads a model in a narrower dtype."""
     import torch
 
-    named = set(net._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    named: set[str] = set()
+    if dtype != torch.float32:
+        named |= set(net._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         named |= set(net._keep_in_fp32_modules or ())
     if not named:
@@ -109,14 +113,14 @@ def _keep_wide(net: Any, dtype: Any) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """transformers' config of a directory.
+    """The config of a directory, as transformers has it.
 
     ``head_dim: null`` means the width of all heads divided by their number, as a missing key does: some classes of
     transformers compute that of the missing key alone. It is the only key that their code asks for in this way.
     """
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = import_module("transformers").AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if "head_dim" in vars(config) and config.head_dim is None:
         del config.head_dim
     return config

@@ -7,6 +7,7 @@ needs torch.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import MethodType
 from typing import Any, Final
 
@@ -22,9 +23,7 @@ NAME: Final = "dconv_every_expert"
 
 def register() -> str:
     """Make it known to transformers; returns `NAME`."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
+    import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
     return NAME
 
 
@@ -39,8 +38,10 @@ def every_expert(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> T
     """What the tokens' experts make of them.
 
     Args:
+        self: a module of experts, transformers' or our own.
         hidden: [tokens, hidden].
-        index, weights: of each token's experts, [tokens, chosen].
+        index: of each token's experts, [tokens, chosen].
+        weights: theirs, [tokens, chosen].
     """
     bias, gated = getattr(self, "has_bias", False), getattr(self, "has_gate", True)
     turned = getattr(self, "is_transposed", False)

@@ -7,12 +7,15 @@ transformers renames and joins them (experts of one tensor each into one of thre
 from __future__ import annotations
 
 from copy import deepcopy
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from dconv.arch.fields import is_list
 from dconv.codec.kernels import apply
 from dconv.errors import Damaged, group_names
+from dconv.net.untyped import first_of, from_numpy
 from dconv.sharding.derived import open_reader
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 from dconv.sharding.ops import MOVE
@@ -51,20 +54,20 @@ def recipes(logical: Logical, model: Any) -> tuple[dict[str, Recipe], tuple[str,
 def _map(logical: Logical, model: Any, wanted: dict[str, Any], found: dict[str, Recipe]) -> list[str]:
     """Give each logical tensor its place in the model; returns those that have none."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+    loading = import_module("transformers.core_model_loading")
     rules = (get_model_conversion_mapping(model) or []) + _rules_of_ours(getattr(model, "expert_parts", ()))
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     place: tuple[str, Any] = (model.base_model_prefix, wanted)  # transformers 5.0 names them otherwise
     prefix = getattr(model, "stored_under", "")
-    unused = []
-    for source in sorted(logical.specs, key=dot_natural_key):
+    unused: list[str] = []
+    for source in sorted(logical.specs, key=loading.dot_natural_key):
         if not source.startswith(prefix):
             unused.append(source)
             continue
-        name, pattern = rename_source_key(source.removeprefix(prefix), renamings, converters, *place)
+        name, pattern = loading.rename_source_key(source.removeprefix(prefix), renamings, converters, *place)
         if name not in wanted and source in wanted:
             name, pattern = source, None
         if name not in wanted:
@@ -108,6 +111,7 @@ class Weights:
         self._recipes, self.unused = recipes(logical, model)
 
     def close(self) -> None:
+        """Let the source's files go."""
         self._reader.close()
 
     def is_plain(self, name: str) -> bool:
@@ -143,11 +147,11 @@ class Weights:
         return list(zip(*each.values(), strict=True))
 
     def logical(self, source: str) -> torch.Tensor:
-        """A logical tensor."""
+        """A logical tensor, float32 in its stored shape."""
         return self._read(source)
 
     def whole(self, name: str) -> torch.Tensor:
-        """A parameter.
+        """A parameter, float32 in the model's shape.
 
         Raises:
             Damaged: it has another shape than the model's.
@@ -157,12 +161,16 @@ class Weights:
         return self._fitting(name, value, tuple(self._wanted[name].shape))
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a plain parameter."""
+        """Rows ``start`` to ``stop`` of a parameter that `is_plain`, float32 [rows, …]."""
         _, ((_, source),) = self._recipes[name]
         return self._read(source, start, stop)
 
     def expert(self, name: str, index: int) -> torch.Tensor:
-        """One expert's matrix of a parameter that `by_expert` holds for."""
+        """One expert's matrix of a parameter that `by_expert` holds for, float32.
+
+        Raises:
+            Damaged: it has another shape than the model's.
+        """
         how, sources = self._recipes[name]
         if how is None:
             value = self._read(sources[0][1], index, index + 1)
@@ -183,9 +191,9 @@ class Weights:
         rule = deepcopy(how)
         for pattern, source in sources:
             rule.add_tensor(name, source, pattern, self._read(source))
-        made = rule.convert(name, model=self._model, config=self._model.config)
-        made = (made[0] if isinstance(made, tuple) else made)[name]  # with errors beside it up to transformers 5.0
-        return made[0] if isinstance(made, list) else made
+        converted = rule.convert(name, model=self._model, config=self._model.config)
+        made = first_of(converted)[name]  # with errors beside it up to transformers 5.0
+        return made[0] if is_list(made) else made
 
     def _read(self, source: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a logical tensor (all of them without ``stop``), read tile by tile and widened to float32."""
@@ -205,7 +213,7 @@ class Weights:
             for copy in copies:
                 if (part := copy.clip(tile)) is not None:
                     self._reader.read_box(part, bits[_within(part.region, tile)])
-            out[_within(tile, box)] = torch.from_numpy(bits).view(kind).float()
+            out[_within(tile, box)] = from_numpy(bits).view(kind).float()
         return out.reshape(spec.file_shape if stop is None else (stop - start, *spec.file_shape[1:]))
 
 

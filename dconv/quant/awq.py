@@ -42,11 +42,12 @@ class Search:
         return 1 + self.points
 
     def scales(self, inputs: torch.Tensor, weights: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Scales of each channel: none at first, so that nothing gets worse, then AWQ's own with ``r`` = 0, 1/n, …:
-        ``x^r / (w^(1 - r) + 1e-4)`` (``x^r`` if not ``duo``), around 1.
+        """Scales of each channel [channels], around 1: none at first, so that nothing gets worse, then AWQ's own.
+
+        These are ``x^r / (w^(1 - r) + 1e-4)`` (``x^r`` if not ``duo``) with ``r`` = 0, 1/n, …
 
         Args:
-            inputs: the mean magnitude of each channel.
+            inputs: the mean magnitude of each channel, [channels].
             weights: the mean over rows of each weight's magnitude, as a part of its group's largest.
         """
         import torch
@@ -70,7 +71,7 @@ def magnitudes(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for some in weight.split(_ROWS):
+    for some in torch.split(weight, _ROWS):
         parts = in_groups(some.abs(), group)
         total += (parts / (parts.amax(2, keepdim=True) + _WEIGHT_FLOOR)).reshape(-1, len(total)).sum(0).double()
     return total
@@ -109,6 +110,7 @@ def choose(weight: torch.Tensor, hessians: torch.Tensor, recipe: Recipe, *, cut:
     Args:
         weight: [rows, columns].
         hessians: Σ x xᵀ of the columns of each group, [groups, size, size].
+        recipe: its numbers and group.
         cut: search ranges smaller than the whole one.
 
     Returns:
@@ -143,7 +145,7 @@ def choose(weight: torch.Tensor, hessians: torch.Tensor, recipe: Recipe, *, cut:
 
 
 def _power(vectors: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
-    """v H vᵀ of vectors [groups, rows, size]: [groups, rows]."""
+    """What vectors [groups, rows, size] come to, v H vᵀ: [groups, rows]."""
     return (vectors.bmm(hessians) * vectors).sum(2).clamp_(min=0)
 
 
@@ -155,6 +157,7 @@ def settled(norm: torch.Tensor, scales: torch.Tensor, offset: float, stored: str
 
     Args:
         norm: the weight as stored.
+        scales: what it is to be divided by, one a channel.
         offset: what the module adds to it.
         stored: torch's name of the dtype.
     """

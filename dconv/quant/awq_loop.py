@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import Refused
+from dconv.net.untyped import lengths
 from dconv.quant.awq import Search, magnitudes, settled
 from dconv.quant.awq_maps import Fold, Folds
 from dconv.quant.awq_probes import Probe, Probing, Seen, probes_of
@@ -66,6 +67,8 @@ class Layers:
         """The numbers of a layer's weights, and the tensors that change without being quantised, float32.
 
         Args:
+            layer: with its weights, as the model has them.
+            index: its number.
             mine: the blocks of this rank, which are taken to the next layer.
 
         Raises:
@@ -97,7 +100,7 @@ class Layers:
             self._check(watch, index, here[:1], seen)
             hessians = {name: _divided(sums[name][0], around.get(name)) for name in names}
             tokens = {name: sums[name][1] for name in names}
-            cut = set(names) - self.folds.uncut if self.cut else set()
+            cut: set[str] = set(names) - self.folds.uncut if self.cut else set()
             del seen, sums
             results: dict[str, Result] = {}
             for ranks in self._domains():
@@ -107,7 +110,7 @@ class Layers:
             watch.close()
         whole = time.perf_counter() - began
         by_reader = {name: (fold, at) for at, fold in enumerate(folds) for name in fold.readers}
-        lines = []
+        lines: list[dict[str, Any]] = []
         for name, result in results.items():
             said: dict[str, Any] = {}
             if name in by_reader:
@@ -124,6 +127,7 @@ class Layers:
 
     @property
     def probing(self) -> Probing:
+        """This rank's part in the search of scales."""
         return Probing(self.net, self.recipes, self.blocks, self.ranks, self.peers, self.search)
 
     def _domains(self) -> Sequence[Ranks]:
@@ -137,8 +141,9 @@ class Layers:
     def _counted(
         self, watch: Watch, index: int, mine: Sequence[int], folds: Sequence[Fold], names: Sequence[str]
     ) -> tuple[dict[str, tuple[torch.Tensor, int]], dict[int, tuple[torch.Tensor, int]]]:
-        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold that is of tensors here. Takes
-        blocks to the next layer.
+        """Σ x xᵀ in groups and tokens of each weight; Σ |x| and tokens of each fold that is of tensors here.
+
+        Takes blocks to the next layer.
         """
         import torch
 
@@ -147,7 +152,7 @@ class Layers:
             self.net.given(index, (1, 1) if block == AWAY else self.blocks.samples(block).shape)
         with self.ranks.leaving_together():
             groups = watch.shared(self.net.embedded(torch.zeros(1, 1, dtype=torch.long)).to(device), names)
-        products = {}
+        products: dict[tuple[str, ...], Hessians] = {}
         for group in groups:
             columns = watch.get(group[0]).shape[1]
             size = self.recipes[group[0]].group
@@ -198,7 +203,10 @@ class Layers:
         """What is tried: scales of each point of the grid; none at all where no token came.
 
         Args:
+            watch: of the layer.
+            fold: whose scales.
             total: Σ |x| over the tokens.
+            tokens: how many they were.
         """
         import torch
 
@@ -249,7 +257,7 @@ class Layers:
         with self.ranks.leaving_together():
             found = self.probing.again(watch, index, probes, seen)
         for hidden, before, after in found:
-            off = (after - before).norm(dim=-1) > _SAME * (before - hidden).norm(dim=-1)
+            off = lengths(after - before) > _SAME * lengths(before - hidden)
             same = float(off.float().mean()) <= _TIES and bool(after.isfinite().all())
         if self.ranks.any(not same):
             raise Refused(

@@ -92,10 +92,13 @@ class Folds:
 
 
 def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[str]) -> Folds:
-    """What AWQ does with a model.
+    """Where AWQ's scales of a model go, and which weights' ranges are not searched.
 
     Args:
-        wanted: the weights that are to be quantised.
+        family: of the model.
+        facts: of the model (`dconv.arch.family.Family.facts`).
+        logical: the source.
+        wanted: names of the weights that are to be quantised.
 
     Raises:
         Refused: a layer has tensors of which it is not known what they read; or a weight is outside of the layers.
@@ -138,7 +141,7 @@ def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[
 
 
 def _layer(layer: int, rows: Mapping[str, Sequence[Entry]]) -> list[Fold]:
-    found = []
+    found: list[Fold] = []
     for norm, readers in _NORMS.items():
         behind = tuple(spec.name for name in readers for one in rows.get(name, ()) for spec in one.fused.specs)
         if behind and norm in rows:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from dconv.net.untyped import first_of, from_numpy, listed
 from dconv.quant.awq import Search, rounded
 from dconv.quant.awq_maps import Fold
-from dconv.quant.awq_watch import Watch
+from dconv.quant.awq_watch import Call, Listen, Watch
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Network
@@ -61,9 +62,11 @@ class Seen:
         whole: what comes to the layer, and what leaves it.
     """
 
-    inputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = field(default_factory=dict)
-    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    inputs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict[tuple[str, int], Any])
+    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = field(
+        default_factory=dict[tuple[str, int], Any]
+    )
+    whole: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[int, Any])
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,8 @@ class Probing:
 
     def read(self, index: int, block: int) -> torch.Tensor:
         """What comes to a layer; of no block something that goes through while others' tokens come to its experts."""
-        import torch
-
         found = self.blocks.read(index, 0)[:1, :1] if block == AWAY else self.blocks.read(index, block)
-        return torch.from_numpy(found).to(self.net.device)
+        return from_numpy(found).to(self.net.device)
 
     def here(self, probes: Sequence[Probe], mine: Sequence[int]) -> list[Probe | int]:
         """The probes in this rank's blocks; where experts are divided, as many as any rank has."""
@@ -102,12 +103,15 @@ class Probing:
         alone = {fold.readers[0] for fold in folds if len(fold.readers) == 1}
         paths = {watch.parent(fold.readers) for fold in folds if len(fold.readers) > 1}
 
-        def heard(name: str) -> Any:
-            return lambda x, number: seen.inputs.__setitem__((name, number), x)
+        def heard(name: str) -> Listen:
+            def keep(x: torch.Tensor, number: int) -> None:
+                seen.inputs[name, number] = x
 
-        def called(path: str) -> Any:
+            return keep
+
+        def called(path: str) -> Call:
             def keep(args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-                seen.calls[path, watch.item] = args, kwargs, made[0] if isinstance(made, tuple) else made
+                seen.calls[path, watch.item] = args, kwargs, first_of(made)
 
             return keep
 
@@ -185,7 +189,7 @@ class Probing:
         total = torch.zeros_like(losses[:, :, 0])
         for number in range(losses.shape[2]):
             total += losses[:, :, number]
-        return torch.where(total.isfinite(), total, torch.inf).tolist()
+        return listed(torch.where(total.isfinite(), total, torch.inf))
 
     def again(
         self, watch: Watch, index: int, probes: Sequence[Probe | int], seen: Seen

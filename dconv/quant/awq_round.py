@@ -33,7 +33,10 @@ def round_off(
         weight: one by name, [out, in].
         hessians: of each weight's groups, Σ x xᵀ [groups, size, size].
         counts: tokens of each; where there are none, a weight is rounded to nearest.
+        recipes: of each.
         cut: those whose ranges are searched.
+        ranks: that have these weights; the rows are divided over them.
+        threads: parts that are rounded at once.
     """
     import torch
 

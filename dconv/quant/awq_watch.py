@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
 from dconv.net.lazy import put
+from dconv.net.untyped import first_of, own_forward
 from dconv.quant.experts import Listen as Hear
 from dconv.quant.network import Layer
 from dconv.quant.peers import AWAY, Peers
@@ -67,6 +68,7 @@ class Watch:
 
     @property
     def item(self) -> Any:
+        """What the calling thread is at: a block, a sample, or `AWAY`."""
         return self._peers.item
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
@@ -74,7 +76,7 @@ class Watch:
         self._patched.append(module)
 
     def _given(self, name: str, module: Any) -> Callable[..., Any]:
-        own = type(module).forward.__get__(module)
+        own = own_forward(module)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             self._peers.hear()
@@ -85,7 +87,7 @@ class Watch:
         return forward
 
     def _giving(self, name: str, module: Any) -> Callable[..., Any]:
-        own = type(module).forward.__get__(module)
+        own = own_forward(module)
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             made = own(*args, **kwargs)
@@ -104,11 +106,11 @@ class Watch:
         return listen
 
     def has(self, name: str) -> bool:
-        """Whether a tensor is here."""
+        """Whether a tensor of the checkpoint is in this layer, and on this rank."""
         return name in self._places or any(name in experts.weights for experts in self.layer.experts.values())
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor as it is now."""
+        """A tensor as it is now, float32; of a matrix [out, in]."""
         for experts in self.layer.experts.values():
             if name in experts.weights:
                 return experts.weights[name]
@@ -116,7 +118,7 @@ class Watch:
         return getattr(module, key).data
 
     def set(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """Replace tensors."""
+        """Put these tensors, by name, in the place of the layer's, for all threads."""
         for name, value in changed.items():
             held = next((e.weights for e in self.layer.experts.values() if name in e.weights), None)
             if held is not None:
@@ -125,8 +127,8 @@ class Watch:
                 put(*self._places[name], value)
 
     @contextlib.contextmanager
-    def instead(self, changed: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Replace tensors for a while."""
+    def instead(self, changed: Mapping[str, torch.Tensor]) -> Generator[None, None, None]:
+        """The same for a while: at the end those of before are put back."""
         before = {name: self.get(name) for name in changed}
         self.set(changed)
         try:
@@ -135,8 +137,8 @@ class Watch:
             self.set(before)
 
     def parent(self, names: Iterable[str]) -> str:
-        """The path of the smallest module that has all of these weights."""
-        paths = []
+        """The path, inside the layer, of the smallest module that has all of these weights."""
+        paths: list[str] = []
         for name in names:
             module = next((m for m, experts in self.layer.experts.items() if name in experts.names), "")
             paths.append(
@@ -153,7 +155,7 @@ class Watch:
         import torch
 
         module, key = self._places[norm]
-        own, weight = type(module).forward.__get__(module), getattr(module, key).data
+        own, weight = own_forward(module), getattr(module, key).data
         x = torch.linspace(-1, 1, len(weight), device=weight.device)[None].sin() + 0.1
         with torch.no_grad():
             with self.instead({norm: torch.zeros_like(weight)}):
@@ -175,15 +177,14 @@ class Watch:
         return float(round(found))
 
     def call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """What a module makes."""
-        made = self._modules[path](*args, **kwargs)
-        return made[0] if isinstance(made, tuple) else made
+        """What the module at a path makes of these arguments; of several things the first."""
+        return first_of(self._modules[path](*args, **kwargs))
 
     def catch(self, paths: Iterable[str]) -> None:
         """Have `calls` called for these modules."""
         for path in paths:
             module = self._modules[path]
-            own = type(module).forward.__get__(module)
+            own = own_forward(module)
 
             def forward(*args: Any, path: str = path, own: Any = own, **kwargs: Any) -> Any:
                 made = own(*args, **kwargs)
@@ -198,6 +199,7 @@ class Watch:
 
         Args:
             hidden: of one sample, [1, length, hidden].
+            names: of weights to be quantised.
 
         Raises:
             Refused: the layer does not come to one of them.
@@ -238,11 +240,11 @@ class Watch:
         return any(name in experts.names for experts in self.layer.experts.values())
 
     def through(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
-        """Do something that takes items through experts; peers have equally many."""
+        """Do something that takes items through experts, and return what it makes; peers have equally many."""
         return self._peers.run(items, one, self._threads)
 
     def run(self, items: Sequence[Any], one: Callable[[Any], Any]) -> list[Any]:
-        """Do something else for each item, so many at once as there are threads."""
+        """Do something else for each item, so many at once as there are threads, and return what it makes."""
         import torch
 
         def alone(item: Any) -> Any:

@@ -47,7 +47,7 @@ class Blocks:
         return -(-len(self.tokens) // self._each)
 
     def mine(self, rank: int, world: int) -> list[int]:
-        """The blocks of a rank."""
+        """The numbers of a rank's blocks, dealt out in turn."""
         return list(range(rank, len(self), world))
 
     def samples(self, block: int) -> NDArray[np.int32]:
@@ -55,7 +55,7 @@ class Blocks:
         return self.tokens[block * self._each : (block + 1) * self._each]
 
     def write(self, layer: int, block: int, hidden: NDArray[np.float32]) -> None:
-        """Keep what comes to a layer.
+        """Keep what comes to a layer, float32 [samples, length, hidden], durably and with a digest.
 
         Raises:
             StorageFault: it cannot be written.
@@ -91,7 +91,7 @@ class Blocks:
         return np.frombuffer(data[:-_DIGEST], np.float32).reshape(samples, length, -1).copy()
 
     def forget(self, layer: int) -> None:
-        """Remove what came to a layer."""
+        """Remove what came to a layer; none need be there."""
         shutil.rmtree(self.folder / str(layer), ignore_errors=True)
 
     def _path(self, layer: int, block: int) -> Path:

@@ -53,6 +53,7 @@ def load(calibration: Calibration, tokenizer_folder: Path | None, vocabulary: in
     """Read, tokenise, cut and draw.
 
     Args:
+        calibration: which data, how many samples, how long.
         tokenizer_folder: where the model's tokenizer is; token ids need none.
         vocabulary: rows of the model's embedding.
 
@@ -112,7 +113,8 @@ def _ids_of(document: Document, tokenizer: Tokenizer) -> Ids:
 
 
 def _check(ids: Ids, vocabulary: int, number: int, source: Documents) -> None:
-    """
+    """That the model has a row for every id.
+
     Raises:
         Refused: a token that the model has no row for.
     """

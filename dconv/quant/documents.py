@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dconv.arch.fields import is_list, is_mapping
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import check_plain_name, read_json
 from dconv.errors import Damaged, Refused, StorageFault, ToolMissing, UsageError
@@ -111,7 +112,7 @@ def _tables(folder: Path) -> list[Path]:
     """
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json", what="dataset_dict.json").get("splits")
-        names = [str(name) for name in splits] if isinstance(splits, list) else []
+        names = [str(name) for name in splits] if is_list(splits) else []
         names = [check_plain_name(name, said_by=folder / "dataset_dict.json") for name in names]
         if len(names) != 1 or not (folder / names[0]).is_dir():
             raise UsageError(
@@ -121,8 +122,8 @@ def _tables(folder: Path) -> list[Path]:
         folder = folder / names[0]
     if (folder / "state.json").is_file():  # what an earlier save left beside them is not theirs
         listed = read_json(folder / "state.json", what="state.json").get("_data_files")
-        entries = listed if isinstance(listed, list) else []
-        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+        entries: list[Any] = listed if is_list(listed) else []
+        names = [entry.get("filename") if is_mapping(entry) else None for entry in entries]
         found = [folder / check_plain_name(name, said_by=folder / "state.json") for name in names]
         if not found or not all(path.is_file() for path in found):
             raise Damaged("state.json lists files that are not there", where=str(folder), found=f"{names!r:.200}")
@@ -150,14 +151,16 @@ def _of_one_kind(records: Sequence[Any], where: str) -> tuple[str, list[Document
     kind = _kind(records[0])
     documents: list[Document] = []
     for number, record in enumerate(records):
-        value = record.get(kind) if isinstance(record, dict) else record
-        made = None
+        value = record.get(kind) if is_mapping(record) else record
+        made: Document | None = None
         if kind == "input_ids":
             made = _ids(value)
-        elif isinstance(value, str if kind == "text" else list) and (kind == "text" or all(map(_is_turn, value))):
+        elif kind == "text":
+            made = value if isinstance(value, str) else None
+        elif is_list(value) and all(map(_is_turn, value)):
             made = value
         if made is None:
-            has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"{record!r:.80}"
+            has = ", ".join(sorted(map(str, record))) if is_mapping(record) else f"{record!r:.80}"
             raise Refused(
                 "a record that is no calibration data",
                 where=f"record {number:,} of {where}",
@@ -175,16 +178,20 @@ def _is_turn(said: Any) -> bool:
 def _kind(record: Any) -> str:
     if isinstance(record, str):
         return "text"
-    if isinstance(record, dict):
+    if is_mapping(record):
         return next((name for name in FIELDS if record.get(name) is not None), "")
     return "input_ids" if isinstance(record, list | np.ndarray) else ""
 
 
+def _is_array(value: object) -> TypeGuard[NDArray[Any]]:
+    return isinstance(value, np.ndarray)
+
+
 def _ids(value: Any) -> Ids | None:
     """Whole numbers as they are; None for anything else."""
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
         return value.astype(np.int64) if value.ndim == 1 and value.dtype.kind in "iu" else None
-    if not isinstance(value, list) or not all(type(number) is int and abs(number) < 1 << 62 for number in value):
+    if not is_list(value) or not all(type(number) is int and abs(number) < 1 << 62 for number in value):
         return None
     return np.array(value, np.int64)
 
@@ -219,7 +226,7 @@ def _parsed(body: bytes, where: str) -> Any:
 
 def _json(path: Path, body: bytes) -> list[Any]:
     made = _parsed(body, str(path))
-    if not isinstance(made, list):
+    if not is_list(made):
         raise Damaged("calibration data that is no list", where=str(path), expected="[…] of records or of token ids")
     return [made] if made and all(type(number) is int for number in made) else made
 
@@ -238,7 +245,7 @@ def _npy(path: Path, body: bytes) -> list[Any]:
         array = np.load(BytesIO(body), allow_pickle=False)
     except Exception as fault:  # its header is parsed as Python's source is, and may fail in as many ways
         raise Damaged("no .npy file", where=str(path), found=str(fault)[:200]) from fault
-    if not isinstance(array, np.ndarray):
+    if not _is_array(array):
         raise Damaged("no .npy file", where=str(path), found="an archive of several")
     return _rows(array, str(path))
 
@@ -270,7 +277,7 @@ def _table(path: Path, body: bytes) -> list[Any]:
         else:
             found = pa.ipc.open_stream(pa.BufferReader(body)).read_all()
         column = next((name for name in FIELDS if name in found.column_names), None)
-        values = found.column(column).to_pylist() if column is not None else []
+        values: list[Any] = found.column(column).to_pylist() if column is not None else []
     except (pa.ArrowException, ValueError, OSError) as fault:
         raise Damaged("a table that cannot be read", where=str(path), found=str(fault)[:200]) from fault
     if column is None:

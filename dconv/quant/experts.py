@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused
+from dconv.net.untyped import listed
 from dconv.quant.peers import AWAY, Peers
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ INNER, OUTER, END = range(3)
 def is_experts(module: Any) -> bool:
     """Whether a module of transformers holds a layer's experts, each as a slice of its parameters."""
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
+
+
+def _unheard(_expert: int, _x: torch.Tensor, _weights: torch.Tensor, _item: Any) -> None:
+    pass
 
 
 class Experts:
@@ -76,15 +81,15 @@ class Experts:
             raise Refused(
                 "these experts' matrices are turned, which is not calibrated, nothing was written", where=name
             )
-        self.on_inner: Listen = lambda *_: None
-        self.on_outer: Listen = lambda *_: None
+        self.on_inner: Listen = _unheard
+        self.on_outer: Listen = _unheard
         self.until: Callable[[], int] = lambda: END
         self.after: Callable[[], None] = lambda: None
         self.recall: Callable[[torch.Tensor | None], torch.Tensor | None] = lambda _: None
         module.__dict__["forward"] = self._forward
 
     def columns(self, outer: bool) -> int:
-        """Of the input of the outer projections, or of the inner ones."""
+        """How wide what comes to the outer projections is, or to the inner ones: columns of their weights."""
         first = self.mine[0]
         return self.weights[self.outer[first] if outer else self.inner[first][0]].shape[1]
 
@@ -121,7 +126,7 @@ class Experts:
         lane, count, size = self._peers.lane, len(self.inner), self._peers.size
         routed = [torch.where(index == (AWAY if idle else expert)) for expert in range(count)]
         said = [*(len(tokens) for tokens, _ in routed), int(self._peers.stop.is_set()), self._peers.item]
-        table = lane.all_of(torch.tensor(said, device=hidden.device)).tolist()
+        table = listed(lane.all_of(torch.tensor(said, device=hidden.device)))
         self._peers.hear(told=any(row[-2] for row in table))
         for first in range(0, count, size):
             some = range(first, min(first + size, count))
@@ -130,7 +135,7 @@ class Experts:
             coming = [row[mine] if mine in some else 0 for row in table]
             rows = [torch.cat((hidden[tokens], routing[tokens, place][:, None]), 1) for tokens, place in
                     (routed[expert] for expert in some)]  # fmt: skip
-            got = lane.exchange(torch.cat(rows), sent, coming).split(coming)
+            got = torch.split(lane.exchange(torch.cat(rows), sent, coming), coming)
             made = [
                 self._expert(mine, part[:, :-1].contiguous(), part[:, -1].contiguous(), row[-1])
                 for part, row in zip(got, table, strict=True)
@@ -139,7 +144,9 @@ class Experts:
             if self.until() != END:
                 continue
             answers = [one for one in made if one is not None] or [hidden[:0]]
-            for expert, part in zip(some, lane.exchange(torch.cat(answers), coming, sent).split(sent), strict=False):
+            for expert, part in zip(
+                some, torch.split(lane.exchange(torch.cat(answers), coming, sent), sent), strict=False
+            ):
                 out.index_add_(0, routed[expert][0], part)
 
     def _expert(self, expert: int, x: torch.Tensor, weight: torch.Tensor, item: Any) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from dconv.net.untyped import linalg, listed
 from dconv.quant.grid import POWER, Numbers
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Chosen:
     error: torch.Tensor
 
     def decode(self) -> torch.Tensor:
-        """The weight, float32."""
+        """The weight that the codes stand for, float32 [rows, columns]."""
         at = self.groups.long()
         return (self.codes.float() - self.zeros.float()[:, at]) * self.scales[:, at]
 
@@ -133,7 +134,7 @@ def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
     while True:
         turned.diagonal().copy_(plain + damp * mean)
         fault = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(turned, out=(lower, fault))
+        linalg().cholesky_ex(turned, out=(lower, fault))
         if not int(fault):
             break
         damp += recipe.damp_step
@@ -157,12 +158,18 @@ def _by_group(importance: torch.Tensor, size: int) -> torch.Tensor:
     groups = [torch.arange(at, min(at + size, len(importance))) for at in range(0, len(importance), size)]
     most = torch.stack([importance[group].max() for group in groups])
     inside = [group[torch.sort(importance[group], descending=True, stable=True)[1].cpu()] for group in groups]
-    ordered = torch.sort(most, descending=True, stable=True)[1].tolist()
+    ordered = listed(torch.sort(most, descending=True, stable=True)[1])
     return torch.cat([inside[at] for at in ordered]).to(importance.device)
 
 
 def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
-    """Round a weight, or some rows of one (float32 [rows, columns]): each row by itself."""
+    """Round a weight, or some rows of one: each row by itself.
+
+    Args:
+        weight: float32 [rows, columns].
+        made: of the Hessian of what comes to it.
+        recipe: the one that ``made`` was made with.
+    """
     import torch
 
     rows, columns = weight.shape
@@ -183,7 +190,7 @@ def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
     wrong = torch.zeros_like(turned)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=device)
     error = torch.zeros(rows, device=device)
-    where = places.tolist()
+    where = listed(places)
     block = _BLOCK if size >= columns or static else -(-_BLOCK // size) * size
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
@@ -191,7 +198,7 @@ def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
         if begin:
             now.addmm_(feedback[:begin, begin:end].t(), wrong[:begin])
         inside = feedback[begin:end, begin:end]
-        cost = made.diagonal[begin:end].tolist()
+        cost = listed(made.diagonal[begin:end])
         for at in range(end - begin):
             group = where[begin + at]
             if not static and (begin + at) % size == 0:
@@ -218,7 +225,7 @@ def quantise(weight: torch.Tensor, made: Factor, recipe: Recipe) -> Chosen:
 
 
 def nearest(weight: torch.Tensor, recipe: Recipe) -> Chosen:
-    """Round to nearest: for a weight that no token reached. ``error`` is of the plain squares."""
+    """Round a weight [rows, columns] to nearest, where no token reached it. ``error`` is of the plain squares."""
     import torch
 
     columns = weight.shape[1]
@@ -256,7 +263,7 @@ def _compensated(weights: torch.Tensor, now: torch.Tensor, feedback: torch.Tenso
     import torch
 
     eye = torch.eye(len(feedback), device=feedback.device)
-    left = torch.linalg.solve_triangular((feedback + eye).t(), weights - now, upper=False, unitriangular=True)
+    left = linalg().solve_triangular((feedback + eye).t(), weights - now, upper=False, unitriangular=True)
     return weights - left
 
 

@@ -37,6 +37,7 @@ class Numbers:
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return (1 << self.bits) - 1
 
     def fit(
@@ -45,6 +46,7 @@ class Numbers:
         """Scales and zero points [rows] for groups of weights [rows, columns].
 
         Args:
+            weights: float32; each row is a group of its own.
             importance: of each column, for the search; all alike without.
             power: search for the scale that makes the sum of |error| to this power least; 0 takes the full range.
         """
@@ -92,9 +94,9 @@ class Numbers:
         return error.sum(1) if importance is None else error @ importance
 
     def code(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Codes, as float32, of weights; scales and zero points broadcast."""
+        """Codes of weights, as float32 of their shape; scales and zero points broadcast to it."""
         return (weights / scale).round_().add_(zero).clamp_(0, self.top)
 
     def rounded(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """The nearest weights that there are codes for."""
+        """What codes nearest to weights stand for, float32 of their shape; scales and zero points broadcast to it."""
         return self.code(weights, scale, zero).sub_(zero).mul_(scale)

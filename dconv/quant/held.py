@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from numpy.lib.stride_tricks import as_strided
 
@@ -49,6 +49,14 @@ class Folded:
     """A tensor with scales folded in, rounded once; input: the tensor, float32."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """A box of the tensor times ``factor``, in ``dtype``.
+
+        Args:
+            box: in the tensor's own coordinates.
+            dtype: dconv's name of the one that is asked for.
+            factor: 1.0 leaves the number as it is.
+            read: reads a box of the input in a dtype.
+        """
         if factor == 1.0:
             return read(0, box, dtype)
         return cast(read(0, box, "f64") * factor, "f64", dtype)
@@ -58,6 +66,8 @@ def to_choose(logical: Logical, wanted: Mapping[str, Recipe], identity: str, fol
     """The checkpoint with the weights ``wanted`` made of numbers that are yet to be chosen.
 
     Args:
+        logical: the checkpoint.
+        wanted: how each of these weights is quantised, by name.
         folded: tensors that change with them.
         identity: of what chooses them: settings and samples, a part of the plan's identity.
     """
@@ -143,7 +153,7 @@ def _bits(values: torch.Tensor, stored: str) -> NDArray[np.generic]:
 class Held:
     """What has been chosen and not yet been written, by virtual file."""
 
-    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict[str, Any])
 
     def reader(self, reader: BoxReader) -> BoxReader:
         """Reads what is held here, and all else with ``reader``."""

@@ -37,6 +37,7 @@ class Kind:
 
     @property
     def integer(self) -> bool:
+        """Whether codes are whole numbers, which a scale turns into values."""
         return bool(self.groups) and not self.elements
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from dconv.net.untyped import from_numpy
 from dconv.quant.blocks import Blocks
 from dconv.quant.gptq import Recipe
 from dconv.quant.network import Layer, Network
@@ -49,6 +50,10 @@ class Options:
     threads: int = 1
 
 
+def _unsaid(_layer: int, _layers: int, _lines: list[dict[str, Any]]) -> None:
+    pass
+
+
 @dataclass
 class Calibration:
     """A run of calibration on this rank.
@@ -72,7 +77,7 @@ class Calibration:
     folder: Path
     options: Options
     write: Callable[[Mapping[str, Any]], None]
-    said: Callable[[int, int, list[dict[str, Any]]], None] = lambda *_: None
+    said: Callable[[int, int, list[dict[str, Any]]], None] = _unsaid
     method: Callable[[Layer, int, Sequence[int]], tuple[dict[str, Any], list[dict[str, Any]]]] | None = None
     is_kept: Callable[[Iterable[str]], bool] = lambda _: True
 
@@ -90,7 +95,7 @@ class Calibration:
         first, report = self._begun()
         if first < 0:
             for block in mine:
-                tokens = torch.from_numpy(self.blocks.samples(block).astype(np.int64))
+                tokens = from_numpy(self.blocks.samples(block).astype(np.int64))
                 self.blocks.write(0, block, self.net.embedded(tokens).numpy())
             first = 0
             self._pass_on(0, report)
@@ -113,8 +118,8 @@ class Calibration:
 
         def read(block: int) -> torch.Tensor:
             if block == AWAY:  # something that goes through the layer while others' tokens come to its experts
-                return torch.from_numpy(self.blocks.read(index, 0)[:1, :1]).to(device)
-            return torch.from_numpy(self.blocks.read(index, block)).to(device)
+                return from_numpy(self.blocks.read(index, 0)[:1, :1]).to(device)
+            return from_numpy(self.blocks.read(index, block)).to(device)
 
         def write(block: int, hidden: torch.Tensor) -> None:
             self.blocks.write(index + 1, block, hidden.float().cpu().numpy())
@@ -162,7 +167,11 @@ class Calibration:
         """Quantise some groups, in as many passes as their sums take.
 
         Args:
+            passes: through the layer.
+            stage: groups that do not depend on each other.
             room: bytes for sums at a time.
+            mine: this rank's blocks.
+            read: what comes to the layer, by block.
         """
         here = [group for group in stage if group.expert < 0 or self.peers.owns(group.expert)]
         here.sort(key=lambda group: group.expert >= 0)  # first what all ranks have, which they must begin at once

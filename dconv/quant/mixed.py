@@ -41,6 +41,7 @@ class Choice:
 
     @property
     def bits(self) -> int:
+        """Bits of a weight's code; 16 where it stays as it is."""
         return KINDS[self.wq].bits
 
     @property
@@ -50,6 +51,7 @@ class Choice:
 
     @property
     def integer(self) -> bool:
+        """Whether codes are whole numbers, see `dconv.quant.kinds.Kind.integer`."""
         return KINDS[self.wq].integer
 
     @property
@@ -89,7 +91,7 @@ class Resolved:
 class _Notices:
     """Names by what there is to say of them."""
 
-    names: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def say(self, words: str, name: str) -> None:
         self.names.setdefault(words, []).append(name)
@@ -129,6 +131,7 @@ def resolve(
     """What every weight of a model gets.
 
     Args:
+        config: the table, and the method that has to take what it says.
         shapes: of the model's tensors by their HuggingFace names, ``.weight`` and all; what is no matrix of a linear
             layer, of a router or of the output layer is read over.
         linears: the weights that may be quantised (`dconv.coded.encode.linears`); where None, all matrices that names
@@ -261,8 +264,9 @@ def _idle(idle: list[Override], strict: bool, preset: bool) -> list[str]:
 def _refitted(
     choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, ...]], preset: bool, found: _Notices
 ) -> dict[str, Choice]:
-    """Choices whose group does not divide the columns, with the largest smaller one that does; of the experts of a
-    layer, which loaders hold in one, all or none.
+    """Choices whose group does not divide the columns, with the largest smaller one that does.
+
+    Of the experts of a layer, which loaders hold in one, all or none.
 
     Raises:
         Refused: the table is no preset.

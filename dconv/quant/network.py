@@ -6,11 +6,13 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from dconv.arch.fields import is_row
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
+from dconv.net.untyped import first_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
@@ -144,7 +146,12 @@ class Network:
         return first[0].float()
 
     def load(self, index: int) -> Layer:
-        """Read a layer's weights."""
+        """Read a layer's weights onto the device, float32; `forget` lets go of them.
+
+        Raises:
+            Damaged: a weight has another shape than the model's.
+            Refused: see `dconv.quant.experts.Experts`.
+        """
         name, module = self._layers[index]
         experts: dict[str, Experts] = {}
         for inside, member in module.named_modules():
@@ -158,7 +165,7 @@ class Network:
         return Layer(module, name, experts, self)
 
     def forget(self, layer: Layer) -> None:
-        """Let go of a layer's weights."""
+        """Let go of a layer's weights; its module is as before `load`."""
         for experts in layer.experts.values():
             experts.remove()
         for member in layer.module.modules():
@@ -167,7 +174,7 @@ class Network:
                     put(member, key, empty)
 
     def given(self, index: int, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a layer takes beside the hidden states of tokens of this shape."""
+        """Arguments of a layer beside the hidden states, for tokens of this shape [samples, length]; kept."""
         if shape not in self._given:
             import torch
 
@@ -200,14 +207,14 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights."""
+        """Bytes of its weights, as they are here."""
         every = [value for member in self.module.modules() for value in own(member).values() if not value.is_meta]
         every += [value for experts in self.experts.values() for value in experts.weights.values()]
         return sum(value.numel() * value.element_size() for value in every)
 
     @property
     def widest(self) -> int:
-        """The most that one of its linear layers takes or gives of a token."""
+        """Channels of the widest input or output that one of its linear layers has."""
         shapes = [tuple(linear.weight.shape) for linear in self.linears().values()]
         shapes += [tuple(value.shape) for experts in self.experts.values() for value in experts.weights.values()]
         return max(max(shape) for shape in shapes)
@@ -233,12 +240,15 @@ class Layer:
 
         args, kwargs = self._net.given(self._index, tuple(hidden.shape[:2]))
         with torch.no_grad():
-            made = self.module(hidden, *args, **kwargs)
-        return made[0] if isinstance(made, tuple) else made
+            return first_of(self.module(hidden, *args, **kwargs))
 
 
 def _name_of(member: Any, net: Any) -> str:
     return next(name for name, module in net.named_modules() if module is member)
+
+
+def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -252,9 +262,9 @@ def _moved(value: Any, device: str) -> Any:
             if id(one) not in seen:
                 seen[id(one)] = one.to(device)
             return seen[id(one)]
-        if isinstance(one, list | tuple):
+        if is_row(one):
             return type(one)(map(move, one))
-        if isinstance(one, dict):
+        if _is_dict(one):
             return {key: move(item) for key, item in one.items()}
         return one
 

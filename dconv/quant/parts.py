@@ -45,6 +45,9 @@ class Result:
         """The report's line of a weight.
 
         Args:
+            layer: its number.
+            name: the weight's.
+            recipe: how it was quantised.
             seconds: of the stage that it was part of, by the clock.
         """
         return {
@@ -96,7 +99,8 @@ def share(parts: Sequence[Part], ranks: Ranks) -> list[Part]:
 
 
 def _owners(parts: Sequence[Part], world: int) -> list[int]:
-    total, at, owners = sum(part.cost for part in parts) or 1, 0, []
+    total, at = sum(part.cost for part in parts) or 1, 0
+    owners: list[int] = []
     for part in parts:
         owners.append(min(world - 1, (at + part.cost // 2) * world // total))
         at += part.cost
@@ -116,8 +120,17 @@ def together(
     """Quantise this rank's parts, and have those of all others, too.
 
     Args:
+        parts: of all ranks (`cut`), the same on each.
         mine: of `share`.
+        make: quantises a part.
+        pool: its threads.
         counts: tokens of each weight.
+        shapes: [rows, columns] of each weight.
+        recipes: of each weight.
+        ranks: that divide the parts among them.
+
+    Raises:
+        Preempted: a rank was told to stop, or has gone.
     """
     import torch
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dconv.net.untyped import own_forward
 from dconv.quant.experts import END, INNER, OUTER, Listen
 from dconv.quant.network import Enough, Layer
 from dconv.quant.peers import AWAY, Peers
@@ -57,7 +58,7 @@ class _Memo:
     """Outputs that do not change any more, by block and name, as long as there is room."""
 
     room: int
-    held: dict[tuple[int, str], Any] = field(default_factory=dict)
+    held: dict[tuple[int, str], Any] = field(default_factory=dict[tuple[int, str], Any])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, block: int, name: str, value: Any) -> None:
@@ -73,7 +74,7 @@ class _Memo:
                 self.room += _size(self.held.pop((block, name), None))
 
 
-def _size(value: Any) -> int:
+def _size(value: torch.Tensor | tuple[torch.Tensor | None, ...] | None) -> int:
     parts = value if isinstance(value, tuple) else (value,)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
@@ -126,7 +127,7 @@ class Passes:
         self._memo.held.clear()  # at once, not when cycles are collected
 
     def keep(self, room: int) -> None:
-        """Keep so many bytes of outputs that do not change any more."""
+        """Let outputs that do not change any more stay, as many as go into ``room`` bytes."""
         self._memo.room = room
 
     def _patch(self, module: Any, forward: Callable[..., Any]) -> None:
@@ -184,6 +185,9 @@ class Passes:
         """Run blocks and give the inputs of groups to their sinks.
 
         Args:
+            blocks: this rank's, and `AWAY` where its peers have more.
+            read: what comes to the layer, by block.
+            sinks: what takes the inputs of each group.
             experts: modules, and whether their outer projections are meant, that the pass is for, on whichever rank.
             through: the groups depend on each other (they are not quantised one after the other), so that the pass
                 goes on behind each.
@@ -205,7 +209,7 @@ class Passes:
         self._sinks, self._expert_sinks, self._expert_stages = {}, {}, set()
 
     def set(self, name: str, weight: torch.Tensor) -> None:
-        """Replace a weight by its quantised one."""
+        """Put a weight [out, in], the quantised one, in the place of the layer's."""
         import torch
 
         if name in self._linears:
@@ -226,7 +230,13 @@ class Passes:
     def finish(
         self, blocks: Sequence[int], read: Callable[[int], torch.Tensor], write: Callable[[int, torch.Tensor], None]
     ) -> None:
-        """Run blocks through the whole layer."""
+        """Run blocks through the whole layer.
+
+        Args:
+            blocks: this rank's, and `AWAY` where its peers have more.
+            read: what comes to the layer, by block.
+            write: called with each block and what leaves the layer, [samples, length, hidden].
+        """
         self._last = True
 
         def one(block: int) -> None:
@@ -313,7 +323,7 @@ class Passes:
         return recall
 
     def _child(self, name: str, child: Any, names: Sequence[str]) -> Callable[..., Any]:
-        own = type(child).forward.__get__(child)
+        own = own_forward(child)
         key = f"//{name}"
         experts = [module for module in self.layer.experts if module.startswith(f"{self.layer.name}.{name}.")]
 

@@ -38,6 +38,7 @@ class Peers:
         """Parts all ranks, neighbours together; all of them call it.
 
         Args:
+            ranks: all of them.
             size: ranks that have one model's experts between them; divides how many ranks there are.
             threads: blocks that a rank computes at once.
         """
@@ -51,28 +52,33 @@ class Peers:
 
     @property
     def size(self) -> int:
+        """How many ranks have a layer's experts between them."""
         return self.lanes[0].world
 
     @property
     def lane(self) -> Ranks:
-        """That of the calling thread."""
+        """The peers as the calling thread speaks to them."""
         return getattr(self._here, "lane", self.lanes[0])
 
     @property
     def item(self) -> Any:
-        """What the calling thread is at."""
+        """What the calling thread is at: a block, a sample, or `AWAY`."""
         return getattr(self._here, "item", 0)
 
     def hear(self, *, told: bool = False) -> None:
-        """Raises Told if this rank was told to stop and may leave where it is: peers do so where they all meet.
+        """Go on, unless this rank was told to stop and may leave where it is: peers do so where they all meet.
 
         Args:
             told: they meet here, and one of them was.
+
+        Raises:
+            Told: this rank may leave.
         """
         if told or (self.size == 1 and self.stop.is_set()):
             raise Told
 
     def owns(self, expert: int) -> bool:
+        """Whether an expert is this rank's."""
         return expert % self.size == self.lanes[0].rank
 
     def mine(self, count: int) -> range:
@@ -87,11 +93,17 @@ class Peers:
         """Do something for each item, so many at once as there are threads; where experts are divided, in step.
 
         Args:
+            items: what it is done for; with peers, as many as each of them has (`padded`).
+            one: what is done.
             threads: the same number on all peers.
         """
         if self.size == 1:
+
+            def alone(item: Any) -> Any:
+                return self._alone(self.lanes[0], item, one)
+
             with ThreadPoolExecutor(threads) as pool:
-                return list(pool.map(lambda item: self._alone(self.lanes[0], item, one), items))
+                return list(pool.map(alone, items))
         found: dict[int, Any] = {}
         lanes = self.lanes[:threads]
 

@@ -6,11 +6,13 @@ import contextlib
 import datetime
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.errors import Preempted, UsageError
+from dconv.net.untyped import listed
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,7 @@ class Ranks:
 
         Raises:
             UsageError: they do not.
+            Preempted: some do not come.
         """
         if self.world == 1:
             return
@@ -61,13 +64,14 @@ class Ranks:
                 do="torchrun, or export them in the batch script",
             )
         import torch
-        from torch import distributed
-        from torch.distributed.rendezvous import rendezvous
+
+        distributed = _distributed()
 
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
+        rendezvous = import_module("torch.distributed.rendezvous")
         with _met():
-            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=_MEETING))
+            store, _, _ = next(rendezvous.rendezvous("env://", self.rank, self.world, timeout=_MEETING))
             distributed.init_process_group(
                 "nccl" if self.device.startswith("cuda") else "gloo",
                 store=store,
@@ -80,45 +84,41 @@ class Ranks:
         """This rank among those of its part, where ``each`` parts all of them."""
         if self.world == 1:
             return self
-        from torch import distributed
-
+        distributed = _distributed()
         with _met():
             groups = [distributed.new_group(list(members)) for members in each]  # all ranks make all of them
         members, group = next((tuple(m), g) for m, g in zip(each, groups, strict=True) if self.rank in m)
         return Ranks(members.index(self.rank), len(members), self.device, members=members, group=group)
 
     def end(self) -> None:
-        """Part."""
+        """Leave the others. It is no error that there was no meeting."""
         if self.world > 1:
-            from torch import distributed
-
+            distributed = _distributed()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Add up, in place."""
+        """Add up tensors, each with those of the other ranks, in place."""
         if self.world > 1:
-            from torch import distributed
-
+            distributed = _distributed()
             with _met():
                 for tensor in tensors:
                     distributed.all_reduce(tensor, group=self.group)
 
     def counts(self, numbers: list[int]) -> list[int]:
-        """The sums of some whole numbers."""
+        """The sums over all ranks of some whole numbers, one by one."""
         if self.world == 1:
             return numbers
         import torch
 
         held = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         self.sum([held])
-        return held.tolist()
+        return listed(held)
 
     def tell(self, tensor: torch.Tensor, source: int) -> None:
         """Give everyone the tensor of rank ``source``, in place."""
         if self.world > 1:
-            from torch import distributed
-
+            distributed = _distributed()
             with _met():
                 distributed.broadcast(tensor, self.members[source] if self.members else source, group=self.group)
 
@@ -128,8 +128,7 @@ class Ranks:
 
         if self.world == 1:
             return tensor[None]
-        from torch import distributed
-
+        distributed = _distributed()
         out = torch.empty(self.world, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
         with _met():
             distributed.all_gather(list(out.unbind()), tensor, group=self.group)
@@ -139,12 +138,13 @@ class Ranks:
         """Send rows to each, and have theirs, in the order of ranks.
 
         Args:
-            rows: [rows, …], ``sent`` of them for each rank.
+            rows: [rows, …], in the order of the ranks that they are for.
+            sent: how many are for each rank.
             coming: how many each has for this one.
         """
         import torch
-        from torch import distributed
 
+        distributed = _distributed()
         out = torch.empty(sum(coming), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         with _met():
             distributed.all_to_all_single(out, rows, list(coming), list(sent), group=self.group)
@@ -154,40 +154,43 @@ class Ranks:
         """What everyone has to say, in plain JSON."""
         if self.world == 1:
             return [said]
-        from torch import distributed
-
+        distributed = _distributed()
         found: list[Any] = [None] * self.world
         with _met():
             distributed.all_gather_object(found, said, group=self.group)
         return found
 
     def least(self, number: int) -> int:
-        """The least of all."""
+        """The least of all ranks' numbers."""
         if self.world == 1:
             return number
         import torch
-        from torch import distributed
 
+        distributed = _distributed()
         held = torch.tensor([number], dtype=torch.int64, device=self.device)
         with _met():
             distributed.all_reduce(held, distributed.ReduceOp.MIN, group=self.group)
         return int(held)
 
     def any(self, sign: bool) -> bool:
-        """Whether one of them says so."""
+        """Whether any rank has this sign."""
         return self.counts([int(sign)])[0] > 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Come back when all ranks have called this."""
         self.counts([0])
 
     def hear(self) -> None:
-        """Raises Told if this rank was told to stop."""
+        """Go on, unless this rank was told to stop.
+
+        Raises:
+            Told: it was.
+        """
         if self.stop.is_set():
             raise Told
 
     @contextlib.contextmanager
-    def leaving_together(self) -> Iterator[None]:
+    def leaving_together(self) -> Generator[None, None, None]:
         """Do something in which this rank may be told to stop; at its end all ranks go on, or all leave.
 
         What a rank that was told has not done is of no use, so that nothing of it may be told to others or kept before
@@ -210,8 +213,15 @@ class Ranks:
             )
 
 
+def _distributed() -> Any:
+    """What torch has for it, most of which has no annotations."""
+    from torch import distributed
+
+    return distributed
+
+
 @contextlib.contextmanager
-def _met() -> Iterator[None]:
+def _met() -> Generator[None, None, None]:
     """What torch raises where ranks do not come together is one of them gone, or kept from the others."""
     try:
         yield

@@ -169,8 +169,10 @@ def _has_experts(choice: Choice) -> bool:
 
 
 def torn(choices: Mapping[str, Choice]) -> list[str]:
-    """What vLLM loads as one matrix and the choices make of different kinds: queries, keys and values; gate and up;
-    all experts of a layer. A line for a person each; such a checkpoint loads in transformers alone.
+    """What vLLM loads as one matrix and the choices make of different kinds, a line for a person each.
+
+    These are queries, keys and values; gate and up; all experts of a layer. Such a checkpoint loads in transformers
+    alone.
     """
     groups: dict[tuple[str, str], dict[Choice, list[str]]] = {}
     for name, choice in choices.items():

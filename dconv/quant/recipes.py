@@ -15,6 +15,7 @@ def recipe_of(choice: Choice, settings: Gptq | Awq, *, v1: bool, dtype: str) -> 
 
     Args:
         choice: of whole numbers.
+        settings: the method's.
         v1: zero points are stored less one, so that none may be 0.
         dtype: dconv's name of the model's own. AWQ's readers have scales in it, whatever the file has; and
             all that bf16 has but the very small is in fp16, too.

@@ -42,7 +42,7 @@ def files_of(lines: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> I
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
-    """In a sentence."""
+    """The report in a sentence: how many weights, their mean relative error, how many no token reached."""
     if not lines:
         return "no weight was quantised"
     seen = [line for line in lines if line["tokens"]]

@@ -38,12 +38,13 @@ class Room:
 
     @classmethod
     def of(cls, layer: int, budget: int, block: int, needs: Sequence[int], threads: int) -> Room:
-        """Divide what there is.
+        """Divide what there is between blocks under way, sums, and outputs that are kept.
 
         Args:
             layer: bytes of the layer's weights.
-            block: of a block under way (`block_bytes`).
-            needs: of all sums of each stage.
+            budget: bytes beside three times a layer.
+            block: bytes of a block under way (`block_bytes`).
+            needs: bytes of all sums of each stage.
             threads: that there are.
         """
         need = max(needs, default=0)
@@ -54,9 +55,11 @@ class Room:
 
 
 def block_bytes(tokens: int, hidden: int, widest: int) -> int:
-    """What computing a layer takes beside its weights, about.
+    """Bytes that computing a layer takes beside its weights, about.
 
     Args:
+        tokens: of a block.
+        hidden: channels of the hidden states.
         widest: the most that a linear layer takes or gives of a token.
     """
     return 4 * tokens * (_HIDDEN * hidden + _WIDEST * widest)

@@ -97,9 +97,11 @@ class Awq:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The whole of it.
+    """All that decides what a calibrated quantisation chooses.
 
     Attributes:
+        settings: of the method.
+        calibration: the samples.
         table: which weights get what; see `dconv.quant.mixed.resolve`.
         preset: the name of the ready config that it is made of; "" where there is none.
     """
@@ -111,14 +113,17 @@ class Quantization:
 
     @property
     def method(self) -> Method:
+        """Which of the two ``settings`` are of."""
         return "gptq" if isinstance(self.settings, Gptq) else "awq"
 
     @property
     def symmetric(self) -> bool:
+        """Whether there are no zero points."""
         return self.settings.sym if isinstance(self.settings, Gptq) else not self.settings.zero_point
 
     @property
     def lm_head(self) -> bool:
+        """Whether the output layer is quantised as well."""
         return isinstance(self.settings, Gptq) and self.settings.lm_head
 
     def describe(self) -> dict[str, object]:
@@ -133,5 +138,5 @@ class Quantization:
 
 
 def uniform(bits: int, group: int) -> Table:
-    """The same for all weights."""
+    """Whole numbers of so many bits for all weights, in groups of so many columns."""
     return Table(Fields(wq=f"int{bits}", group=group))

@@ -28,9 +28,13 @@ def solve(
     """Quantise the weights of some groups.
 
     Args:
+        groups: of weights with one input.
         hessians: Σ x xᵀ of each group, float32; the list is emptied, so that each goes as soon as it was of use.
         counts: tokens of each.
-        weight: a weight by name.
+        weight: a weight by name, float32 [rows, columns].
+        recipes: of the weights, by name.
+        ranks: that have these weights; the rows are divided over them.
+        threads: parts that are computed at once.
     """
     import torch
 

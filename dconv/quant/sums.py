@@ -56,7 +56,7 @@ class Sum:
 
     @staticmethod
     def bytes_for(columns: int) -> int:
-        """What it takes with all stripes open."""
+        """Bytes that it takes with all stripes open."""
         return sum(_bytes(columns, *stripe) for stripe in _stripes(columns))
 
     @property
@@ -66,13 +66,14 @@ class Sum:
 
     @property
     def closed_bytes(self) -> int:
-        """What the closed stripes take."""
+        """Bytes that the closed stripes take."""
         return sum(block.numel() * block.element_size() for _, _, block in self._closed)
 
     def open(self, room: int, *, least: bool = False) -> int:
-        """Begin with the next stripes, as many as ``room`` bytes hold; returns what they take.
+        """Begin with the next stripes, as many as there is room for; returns the bytes that they take.
 
         Args:
+            room: bytes.
             least: with one in any case.
         """
         import torch

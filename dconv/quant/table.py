@@ -10,13 +10,14 @@ The form is AlphaQuant's (``alphaquant/utils/replacement.py``), whose files are 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import cached_property
 from typing import Any, Final
 
+from dconv.arch.fields import is_list, is_mapping
 from dconv.errors import Refused, UsageError
 from dconv.quant.kinds import ACTIVATIONS, KINDS, ROW
 
@@ -82,18 +83,20 @@ class Table:
 
 
 def overrides_of(said: object, where: str) -> tuple[Override, ...]:
-    """
+    """The list under ``overrides``, in its order; ``where`` is what errors call it.
+
     Raises:
-        UsageError, Refused: see `fields_of`.
+        UsageError: it is no list, or too long, or one has no pattern; see `fields_of` besides.
+        Refused: see `fields_of`.
     """
-    if not isinstance(said, list) or len(said) > _MOST:
+    if not is_list(said) or len(said) > _MOST:
         raise UsageError(
             "overrides is no list", where=where, expected=f"at most {_MOST} of {{pattern, …}}", found=f"{said!r:.80}"
         )
     made: list[Override] = []
     for number, entry in enumerate(said):
         at = f"overrides[{number}] in {where}"
-        pattern = entry.get("pattern") if isinstance(entry, Mapping) else None
+        pattern = entry.get("pattern") if is_mapping(entry) else None
         if not isinstance(pattern, str) or not 0 < len(pattern) <= _LONGEST:
             raise UsageError(
                 "an override has no pattern of names",
@@ -112,7 +115,7 @@ def fields_of(said: object, where: str) -> Fields:
         UsageError: a field that there is not, or a value that it cannot have.
         Refused: activations in a type that no dynamic scheme is for.
     """
-    if not isinstance(said, Mapping):
+    if not is_mapping(said):
         raise UsageError("no mapping of fields", where=where, expected=", ".join(_FIELDS), found=f"{said!r:.80}")
     found: dict[str, Any] = {}
     for key, value in said.items():
@@ -167,7 +170,7 @@ def _element(said: object, wq: str | None, where: str) -> str | None:
         return None
     every = sorted({element for kind in KINDS.values() for element in kind.elements})
     known = KINDS[wq].elements if wq is not None else every
-    if not isinstance(said, Mapping) or set(said) != {"format"} or said["format"] not in known:
+    if not is_mapping(said) or set(said) != {"format"} or said["format"] not in known:
         raise UsageError(
             "extra says the format of a floating code, and nothing else",
             where=f"extra in {where}",

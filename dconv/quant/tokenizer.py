@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+from dconv.arch.fields import is_mapping
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.gguf_tokens import asked
 from dconv.errors import Refused, ToolMissing
@@ -72,7 +74,7 @@ class Tokenizer:
         if self._folder is None or not path.is_file():
             return None
         said = read_json(path.resolve(), what=_CONFIG).get("eos_token")  # `beside` makes links
-        text = said.get("content") if isinstance(said, dict) else said
+        text = said.get("content") if is_mapping(said) else said
         found = self._special(text) if isinstance(text, str) else None
         return found if isinstance(found, int) and found >= 0 else None
 
@@ -109,17 +111,17 @@ class Tokenizer:
 
     @cached_property
     def _whole(self) -> Any:
-        """transformers' own, with template and all."""
+        """The tokenizer of transformers, with template and all."""
         if self._folder is None:
             raise Refused("texts need a tokenizer, and the model has none", do="token ids: .npy, .safetensors, .json")
         try:
-            from transformers import AutoTokenizer
+            auto = import_module("transformers").AutoTokenizer
         except ImportError as fault:
             raise ToolMissing(
                 "this tokenizer needs transformers", where=str(self._folder), do="pip install transformers"
             ) from fault
         try:
-            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
+            return auto.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         except Exception as fault:  # whatever a file may do to it
             raise Refused(
                 "there is no tokenizer that is read here",
