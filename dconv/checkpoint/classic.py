@@ -16,6 +16,7 @@ from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.names import HEAD
 from dconv.checkpoint.shards import Shard, Shards
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_mapping
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, Stored
 
@@ -84,7 +85,7 @@ def flat(chunk: Mapping[Any, Any]) -> dict[str, object]:
 def leaves(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, object]]:
     """What a nested state dict holds, under names with a dot between their parts."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and depth < 4:
+        if is_mapping(value) and depth < 4:
             yield from leaves(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value

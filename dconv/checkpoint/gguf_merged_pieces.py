@@ -30,6 +30,7 @@ from dconv.checkpoint.gguf_tokens import (
     too_many,
 )
 from dconv.errors import Refused
+from dconv.sharding.parsed import Json
 
 _SPACE: Final = "\u2581"
 _OCTET: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -97,7 +98,7 @@ def _prefix(file: Mapping[str, Any]) -> bool | None:
     return before.get("prepend_scheme", "always") != "never"
 
 
-def _scores(pieces: set[str], vocab: Mapping[str, Any], merges: Iterable[object], where: str) -> dict[str, float]:
+def _scores(pieces: set[str], vocab: Mapping[str, Any], merges: Iterable[Json], where: str) -> dict[str, float]:
     """For each piece, less the place of its first merge; for those that no merge makes, less the number of merges.
 
     Args:

@@ -38,6 +38,7 @@ def as_json(side: Side, config: Mapping[str, object]) -> bytes:
             found=str(fault),
             do="pip install transformers; or bring tokenizer.json along",
         ) from None
+    kind: Any = AutoTokenizer  # its stubs leave the class open
     with tempfile.TemporaryDirectory(prefix="dconv-tokenizer-") as scratch:
         folder = Path(scratch)
         for name in (*PAIRS, *_MORE):
@@ -45,7 +46,7 @@ def as_json(side: Side, config: Mapping[str, object]) -> bytes:
                 (folder / name).write_bytes(bytes_of(side, name))
         (folder / "config.json").write_text(json.dumps({"model_type": config.get("model_type")}))
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer: Any = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             return tokenizer.backend_tokenizer.to_str().encode()
         except Exception as fault:  # of a library, on what files say
             raise Refused(

@@ -28,6 +28,7 @@ from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.dtypes import carrier
 from dconv.sharding.ops import MOVE
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
 from dconv.sharding.reader import Reader
 from dconv.sharding.region import Index, Region
@@ -207,7 +208,7 @@ def shards_of(folder: Path) -> list[Shard]:
 
 def _indexed(folder: Path, index: Path) -> Shard:
     weight_map = read_json(index, what="the index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not is_dict(weight_map) or not weight_map:
         raise Damaged("the index has no weight_map", where=str(index))
     wanted = list(dict.fromkeys(check_plain_name(name, said_by=index) for name in weight_map.values()))
     missing = [name for name in wanted if not (folder / name).exists()]

@@ -240,7 +240,8 @@ def _varint(file: BinaryIO, at: int, end: int) -> tuple[int, int]:
 
 
 def _varints(data: bytes) -> list[int]:
-    found, value, shift = [], 0, 0
+    found: list[int] = []
+    value = shift = 0
     for byte in data:
         value |= (byte & 127) << shift
         shift += 7

@@ -16,7 +16,7 @@ from dconv.checkpoint import huggingface, state_dict
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, seal, side_bytes, side_files
 from dconv.errors import Refused
-from dconv.sharding.plan import Target, TargetTensor
+from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Slot, TensorSpec
 
@@ -62,7 +62,8 @@ def lay_out(
         files = [file]
     else:
         parts = {name: regions for entry in family.entries(facts) for name, regions in _cut(entry, tp)}
-        files, tensors = [], []
+        files: list[TargetFile] = []
+        tensors: list[TargetTensor] = []
         for rank in range(tp):
             mine = [_part(spec, parts[spec.name][rank], rank) for spec in specs.values()]
             file, placed = state_dict.lay_out_file(f"pytorch_model.tp{rank}.bin", mine, owner=rank)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged, UsageError
+from dconv.sharding.parsed import is_list
 
 if TYPE_CHECKING:
     import yaml
@@ -44,7 +45,7 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
     import yaml  # a rank without such a file does not pay for it
 
     try:
-        loader = yaml.SafeLoader(data)
+        loader: Any = yaml.SafeLoader(data)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{what} is no mapping", where=str(path), expected=expected)
@@ -90,7 +91,7 @@ def _check(top: yaml.MappingNode, path: Path, what: str, *, aliases: bool) -> No
             continue
         seen.add(id(node))
         check_tag(node, path)
-        children: list[Any] = node.value if isinstance(node.value, list) else []
+        children: list[yaml.Node | tuple[yaml.Node, yaml.Node]] = node.value if is_list(node.value) else []
         keys: set[tuple[str, str]] = set()
         for child in children:
             if not isinstance(child, tuple):

@@ -48,7 +48,8 @@ def tensor(dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: 
     """
     shape = tuple(shape)
     if stride is None:
-        made, step = [], 1
+        made: list[int] = []
+        step = 1
         for n in reversed(shape):
             made.append(step)
             step *= max(n, 1)

@@ -272,7 +272,7 @@ def _ternary(tile: _Tile) -> tuple[Values, Blocks]:
 def _tq1_0(tile: _Tile, out: Blocks) -> None:
     """Five digits of base 3 a byte; the last bytes have four, and a zero below."""
     scale, codes = _ternary(tile)
-    parts = []
+    parts: list[Blocks] = []
     for first, last, run in ((0, 160, 32), (160, 240, 16), (240, 256, 4)):
         digits = codes[:, first:last].reshape(len(codes), -1, run)
         number = digits[:, 0].copy()

@@ -16,6 +16,7 @@ from dconv.coded.integers import Grid, Integers, Parts, add, chosen_by, modules_
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Stored
 
@@ -39,7 +40,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a layout that is not known.
     """
     said = config["quantization_config"]
-    grid = grid_of(said if isinstance(said, Mapping) else {})
+    grid = grid_of(mapping_or_empty(said))
     for module, parts in modules_of(found.tensors, _PARTS).items():
         add(found, module, dtype, parts.named(), _integers(found, parts, grid), "AWQ")
 

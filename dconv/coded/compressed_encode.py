@@ -58,7 +58,7 @@ def targets_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     (``get_experts_scheme``), and vLLM asks for names of its own, whatever the projections are called in files.
     """
     modules = list(modules)
-    layers = dict.fromkeys(filter(None, map(experts_of, modules)))
+    layers = dict.fromkeys(layer for layer in map(experts_of, modules) if layer)
     torn = set(map(experts_of, others))
     if layers and torn <= {""}:
         experts = ["re:.*[.]experts[.]"]

@@ -33,9 +33,9 @@ class Decoded:
 
     tensors: dict[str, Stored]
     values: Callable[[Stored], NDArray[np.generic]]
-    derived: dict[str, Derived] = field(default_factory=dict)
-    coded: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
+    coded: dict[str, str] = field(default_factory=dict[str, str])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
 
     def put(
         self,

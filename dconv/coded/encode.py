@@ -34,8 +34,10 @@ class Coded:
         grid: its whole numbers, where it has such codes.
     """
 
-    parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(default_factory=list)
-    derived: dict[str, Derived] = field(default_factory=dict)
+    parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(
+        default_factory=list[tuple[TensorSpec, tuple[Piece, ...]]]
+    )
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
     kept: bool = False
     grid: Grid | None = None
 

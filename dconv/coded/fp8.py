@@ -20,6 +20,7 @@ from dconv.coded.pairs import pairs_of
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Read
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Stored
 
@@ -41,8 +42,7 @@ _MX: Final = 32
 
 def said_in(config: Mapping[str, object] | None) -> Mapping[str, object]:
     """``quantization_config`` of a config.json."""
-    said = config.get("quantization_config") if config else None
-    return said if isinstance(said, Mapping) else {}
+    return mapping_or_empty(config.get("quantization_config") if config else None)
 
 
 def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
@@ -59,7 +59,7 @@ def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
     size = said["weight_block_size"]
     if size is None:
         return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+    if not is_list(size) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise Damaged(
             "weight_block_size is no pair of positive whole numbers",
             where="config.json: quantization_config.weight_block_size",

@@ -17,6 +17,7 @@ from dconv.coded.integers import Grid, Integers, Listed, Parts, add, modules_of,
 from dconv.errors import Damaged, DconvError
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a format that is not known.
     """
     said = config["quantization_config"]
-    known = config_of(said if isinstance(said, Mapping) else {})
+    known = config_of(mapping_or_empty(said))
     for module, parts in modules_of(found.tensors, _PARTS, (_ORDER,)).items():
         made = _integers(found, parts, known.grid_of(module), known)
         add(found, module, dtype, parts.named(), made, "GPTQ")

@@ -20,6 +20,7 @@ from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.derived import Array, Derived, Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Logical, Stored
 
@@ -260,9 +261,8 @@ class Parts:
 
 def chosen_by(said: Mapping[str, object]) -> tuple[str, ...]:
     """``meta.quantizer`` of a config: programs with their versions, ``gptqmodel:7.7.0``."""
-    meta = said.get("meta")
-    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    programs = named if isinstance(named, list) else [named]
+    named = mapping_or_empty(said.get("meta")).get("quantizer")
+    programs = named if is_list(named) else [named]
     return tuple(text for text in programs if isinstance(text, str) and re.fullmatch(r"[\w.+-]+:[\w.+-]+", text))[:8]
 
 

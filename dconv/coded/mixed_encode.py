@@ -39,7 +39,7 @@ class Mixed:
 
     kinds: Sequence[tuple[Scheme, frozenset[str]]]
     columns: int = field(default=1, init=False)
-    _of: Mapping[str, tuple[Scheme, Logical]] = field(default_factory=dict, repr=False)
+    _of: Mapping[str, tuple[Scheme, Logical]] = field(default_factory=dict[str, tuple[Scheme, Logical]], repr=False)
 
     @property
     def words(self) -> str:

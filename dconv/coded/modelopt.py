@@ -31,6 +31,7 @@ from dconv.coded.modelopt_config import Form, config_of
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.derived import Read, Recipe
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Stored
 
@@ -58,7 +59,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: an algorithm or a layout that is not known.
     """
     said, tensors = config["quantization_config"], found.tensors
-    known = config_of(said if isinstance(said, Mapping) else {}, _FORMS)
+    known = config_of(mapping_or_empty(said), _FORMS)
     for name in [name for name in tensors if name.rpartition(".")[2] in _ACTIVATIONS or name.endswith(_SHIFTS)]:
         del tensors[name]
         found.left_out[name] = "a scale of activations or of a cache, which dense weights have no use for"

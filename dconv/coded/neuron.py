@@ -85,9 +85,9 @@ class _Making:
     logical: Logical
     coding: Coding
     source: dict[str, _Source]
-    derived: dict[str, Derived] = field(default_factory=dict)
-    specs: dict[str, TensorSpec] = field(default_factory=dict)
-    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
+    specs: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict[str, tuple[Piece, ...]])
 
     def make(self, spec: TensorSpec, derived: Derived) -> None:
         """Have a tensor written that is computed."""

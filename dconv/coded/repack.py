@@ -83,7 +83,7 @@ class Repack:
     """
 
     packer: Packer
-    numbers: Mapping[str, Integers] = field(default_factory=dict)
+    numbers: Mapping[str, Integers] = field(default_factory=dict[str, Integers])
     columns: int = field(default=1, init=False)
 
     @property

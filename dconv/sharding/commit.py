@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from dconv.errors import Damaged, DconvError, Refused, StorageFault
@@ -114,7 +114,7 @@ def _lock_of(partial: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _locked(partial: Path) -> Generator[None, None, None]:
     """Alone among the processes of one plan. The lock's file lies beside ``partial`` and goes when that goes."""
     path = _lock_of(partial)
     try:

@@ -283,7 +283,8 @@ def _box(copy: Copy, shape: Index) -> tuple[Region, list[tuple[int, int]] | None
         ValueError: the copy's axes do not run along the tensor's.
     """
     strides = steps(shape)
-    start, rest = [], copy.offset
+    start: list[int] = []
+    rest = copy.offset
     for n, stride in zip(shape, strides, strict=True):
         at = rest // stride if n > 1 else 0
         start.append(at)

@@ -198,7 +198,7 @@ def _check(line: str) -> str:
 
 def good_words(data: bytes) -> list[list[str]]:
     """The words of every line that is whole, and says one of the three things that a line says."""
-    good = []
+    good: list[list[str]] = []
     for line in data.decode("utf-8", "replace").splitlines():
         body, _, check = line.rpartition(" ")
         if _LINE.fullmatch(body) and check == _check(body):

@@ -102,7 +102,7 @@ class Fused:
         whole = self.whole(padded_length)
         if not self.parallel or count == 1:
             return whole
-        cut = []
+        cut: list[Stretch] = []
         for stretch in whole:
             n = stretch.stop
             if n % count:

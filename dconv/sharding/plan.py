@@ -230,7 +230,8 @@ class Plan:
     @cached_property
     def _edges(self) -> list[float]:
         # A task belongs to the stretch that its middle lies in; one byte more gives empty tasks a place, too.
-        edges, at = [], 0.0
+        edges: list[float] = []
+        at = 0.0
         for task in self.tasks:
             edges.append(at + (task.nbytes + 1) / 2)
             at += task.nbytes + 1

@@ -14,6 +14,7 @@ from typing import Final
 
 from dconv.errors import UsageError
 from dconv.sharding.digest import ALGORITHMS, Hasher, tree
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import Plan
 
 RECEIPT: Final = "dconv.json"
@@ -43,7 +44,7 @@ def read_receipt(folder: Path) -> dict[str, object] | None:
         receipt = json.loads((folder / RECEIPT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return receipt if isinstance(receipt, dict) and "plan" in receipt else None
+    return receipt if is_dict(receipt) and "plan" in receipt else None
 
 
 def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launched: float) -> bool:

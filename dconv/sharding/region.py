@@ -34,7 +34,8 @@ class Region:
 
     def intersect(self, other: Region) -> Region | None:
         """The common box, or None when there is none."""
-        start, shape = [], []
+        start: list[int] = []
+        shape: list[int] = []
         for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True):
             low = a if a > b else b
             high = min(a + n, b + m)
@@ -76,7 +77,8 @@ class Region:
 
 def row_major(shape: Sequence[int], itemsize: int) -> Index:
     """Byte strides of a dense row-major array."""
-    strides, step = [], itemsize
+    strides: list[int] = []
+    step = itemsize
     for n in reversed(shape):
         strides.append(step)
         step *= n

@@ -141,10 +141,10 @@ class Logical:
     specs: dict[str, TensorSpec]
     pieces: dict[str, tuple[Piece, ...]]
     files: dict[str, FileStamp]
-    left_out: dict[str, str] = field(default_factory=dict)
-    replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict[str, tuple[Piece, ...]])
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
-    derived: Mapping[str, Derived] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict[str, "Derived"])
     stored: Callable[[], Iterable[Stored]] = tuple
     held: frozenset[str] = frozenset()
