@@ -43,6 +43,10 @@ def run_rank(
     """Do this rank's share of the plan and commit if it was the last.
 
     Args:
+        plan: the same on every rank.
+        out: the output, which is renamed into its place when all is done.
+        kernel: applies numeric ops to tiles.
+        settings: which rank this is, its bounds, and what the receipt says of the run.
         work: does the tasks in an order of its own (`Rank.do`), where the source comes into being on the way; returns
             when all that is this rank's to do is done. Without it the share is done in the plan's order.
 
@@ -169,7 +173,11 @@ def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], sett
     """From a partial folder with every task's bytes in it to a result: closing files, receipt, rename.
 
     Args:
+        plan: what was made.
+        out: where the result goes.
+        partial: the folder that becomes it.
         done: the digest of each task.
+        settings: the run's; its digest and what the receipt says of it are taken.
     """
     closing: dict[str, str] = {}
     for name, data in plan.target.closing():

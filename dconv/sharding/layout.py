@@ -37,6 +37,7 @@ class Part:
 
     @property
     def length(self) -> int:
+        """Indices along the fused axis."""
         return sum(run.length for run in self.runs)
 
 
@@ -76,6 +77,7 @@ class Fused:
 
     @property
     def length(self) -> int:
+        """Indices along ``axis``, padding aside."""
         return sum(part.length for part in self.parts)
 
     def shape(self, length: int | None = None) -> Index:

@@ -192,6 +192,7 @@ class Plan:
 
     @cached_property
     def bytes_written(self) -> int:
+        """Bytes of all tasks: what the output has, closing files aside."""
         return sum(task.nbytes for task in self.tasks)
 
     @cached_property

@@ -101,6 +101,7 @@ def is_whole(plan: Plan, out: Path) -> bool:
 
 
 def is_result(plan: Plan, out: Path) -> bool:
+    """Whether a finished output of this very plan is at ``out``; its weights are not looked at."""
     receipt = read_receipt(out)
     return receipt is not None and receipt["plan"] == plan.id
 
@@ -142,6 +143,7 @@ def make_receipt(
 
 
 def to_json(receipt: Mapping[str, object]) -> bytes:
+    """The bytes of ``dconv.json``: the receipt with its own digest, by the algorithm that it names."""
     return with_own(receipt, str(receipt["digest"]))
 
 
@@ -156,7 +158,9 @@ def is_unchanged(data: bytes, said: dict[str, object], algorithm: object, last: 
     """Whether a file of `with_own` is as it was written, bit by bit; of an older one, without a digest, nobody knows.
 
     Args:
+        data: the file's bytes.
         said: what ``data`` says, its keys in order.
+        algorithm: what it says that its digest was taken by, of whatever type.
         last: the last key of an older one.
     """
     if next(reversed(said), "") == last and OWN not in said:
@@ -176,6 +180,7 @@ def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
 
 
 def hash_bytes(data: bytes, algorithm: str) -> str:
+    """The digest of bytes in hexadecimal digits, by a key of `dconv.sharding.digest.ALGORITHMS`."""
     hasher = ALGORITHMS[algorithm]()
     hasher.update(data)
     return hasher.hexdigest()

@@ -22,14 +22,17 @@ class Region:
 
     @staticmethod
     def whole(shape: Sequence[int]) -> Region:
+        """The box of all indices of a tensor of this shape."""
         return Region((0,) * len(shape), tuple(shape))
 
     @property
     def stop(self) -> Index:
+        """The first index behind the box, on each axis."""
         return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
 
     @property
     def volume(self) -> int:
+        """How many elements it holds: 1 without axes, 0 where an axis is empty."""
         return math.prod(self.shape)
 
     def intersect(self, other: Region) -> Region | None:
@@ -46,6 +49,7 @@ class Region:
         return Region(tuple(start), tuple(shape))
 
     def contains(self, other: Region) -> bool:
+        """Whether ``other`` lies within, by its bounds; so may an empty one."""
         return all(
             a <= b and b + m <= a + n
             for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True)

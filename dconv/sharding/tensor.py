@@ -35,10 +35,12 @@ class TensorSpec:
 
     @property
     def file_shape(self) -> Index:
+        """The shape that files give."""
         return self.shape if self.published is None else self.published
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements, without gaps."""
         return Region.whole(self.shape).volume * ITEMSIZE[self.dtype]
 
 
