@@ -64,6 +64,7 @@ _EARLY: Final[Mapping[str, object]] = {"bias_gelu_fusion": True}
 
 
 def is_classic(chunk: Mapping[Any, Any]) -> bool:
+    """Whether a state dict is one of Megatron-LM's older model classes: nested, under ``language_model``."""
     return _MODEL in chunk
 
 
@@ -151,7 +152,9 @@ def reorder(shards: Shards, order: float, facts: Facts) -> Shards:
     """Shards whose merged rows are in megatron-core's order.
 
     Args:
+        shards: of all ranks, by name.
         order: ``checkpoint_version``.
+        facts: what config and tensors tell of the model.
 
     Raises:
         Damaged: rows that are no whole heads.

@@ -166,6 +166,8 @@ def locate_chunk(directory: Path, chunk: DcpChunk, dtype: str) -> torchzip.Locat
     """Where a chunk's elements lie in ``directory / chunk.file``; offset and strides in bytes.
 
     Args:
+        directory: the checkpoint's.
+        chunk: its file, place and sizes, as ``.metadata`` says.
         dtype: that of the tensor (dconv's short name).
 
     Raises:

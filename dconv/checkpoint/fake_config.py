@@ -48,6 +48,7 @@ class Wishes:
         return next((pattern for pattern in self.fills if fnmatchcase(name, pattern)), None)
 
     def fill_of(self, name: str) -> Fill:
+        """What fills a tensor: by the pattern that its name fits, else ``fill``."""
         pattern = self.pattern_of(name)
         return self.fill if pattern is None else self.fills[pattern]
 

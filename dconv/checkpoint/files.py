@@ -117,7 +117,11 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
     """The stamps of a directory's files by name; to be taken before the files are read.
 
     Args:
+        folder: the directory; those below it are not looked into.
         suffixes: how their names end.
+
+    Raises:
+        StorageFault: it cannot be listed.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))

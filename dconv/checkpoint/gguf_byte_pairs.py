@@ -40,6 +40,11 @@ OPTION: Final = "--gguf-pretokenizer"
 
 
 def check_name(name: str) -> None:
+    """See that llama.cpp knows a name that was given for how text is split.
+
+    Raises:
+        UsageError: it does not; the nearest one is named.
+    """
     known = {*DIGESTS, *_MORE}
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
@@ -54,6 +59,21 @@ def check_name(name: str) -> None:
 def byte_pairs(
     side: Side, file: Mapping[str, Any], said: Mapping[str, Any], rows: int, pretokenizer: str | None, where: str
 ) -> tuple[Values, tuple[str, ...]]:
+    """The keys of a byte-level vocabulary with merges, as llama.cpp's converter writes them, and what to say of them.
+
+    Args:
+        side: files that travel with the model, by name.
+        file: tokenizer.json.
+        said: tokenizer_config.json.
+        rows: of the embedding: as many tokens there are.
+        pretokenizer: what llama.cpp calls the way in which text is split; None finds it out.
+        where: the model, for errors.
+
+    Raises:
+        Refused: a tokenizer of another kind, or one that splits text as none that is known.
+        Damaged: a token without a row, a merge that is none.
+        ToolMissing: no package tokenizers.
+    """
     model = file.get("model")
     if not is_dict(model) or not isinstance(model.get("vocab"), dict):
         raise other(f"a model of type {model.get('type')!r}" if is_dict(model) else "no model", where)
@@ -99,7 +119,8 @@ def _merge(merge: Json, where: str) -> str:
 
 
 def _tokenizer(side: Side) -> Any:
-    """
+    """The tokenizer that the package tokenizers makes of tokenizer.json.
+
     Raises:
         ToolMissing: no package tokenizers.
         Damaged: it makes nothing of the file.

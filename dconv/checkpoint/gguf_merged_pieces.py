@@ -45,6 +45,8 @@ def merged_pieces(file: Mapping[str, Any], rows: int, where: str) -> tuple[Value
 
     Args:
         file: tokenizer.json, whose model falls back to bytes.
+        rows: of the embedding: as many tokens there are.
+        where: the model, for errors.
 
     Raises:
         Refused: llama.cpp would part text in another way.
@@ -104,6 +106,8 @@ def _scores(pieces: set[str], vocab: Mapping[str, Any], merges: Iterable[Json], 
     Args:
         pieces: those that text is parted into.
         vocab: what they may be made of.
+        merges: in their order, the first one first applied.
+        where: the model, for errors.
     """
     first: dict[str, float] = {}
     ways: dict[str, set[int]] = {}

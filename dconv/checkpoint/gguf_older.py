@@ -21,9 +21,10 @@ _MORE: Final = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 
 def as_json(side: Side, config: Mapping[str, object]) -> bytes:
-    """tokenizer.json.
+    """The bytes of a tokenizer.json, made by transformers of a vocabulary and merges in files of their own.
 
     Args:
+        side: files that travel with the model, by name.
         config: config.json, by whose ``model_type`` the class is found where no file names it.
 
     Raises:

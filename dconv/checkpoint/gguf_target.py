@@ -54,9 +54,11 @@ def lay_out(
 
     Args:
         name: of the file, without its ending.
+        tensors: the others, under their names, in the order to write them.
         tables: small tensors of fp32 by name; they come first.
         values: the metadata.
         split: bytes of tensors in a file, at most (one at least); None writes one file.
+        left_out: stored tensors that are not written, each with the reason.
     """
     entries: list[tuple[str, str, tuple[int, ...]]] = [
         *((table, "F32", (len(numbers),)) for table, numbers in tables.items()),

@@ -65,7 +65,8 @@ def _file(path: Path, split: str, name: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _files(path: Path, split: str) -> dict[str, bytes]:
-    """
+    """The tokenizer's files as transformers writes them, by name; empty where it writes none.
+
     Raises:
         ToolMissing: a transformers that does not read it so.
         Refused: it makes no tokenizer of it.

@@ -40,11 +40,17 @@ _AROUND: Final = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 
 
 def bytes_of(side: Side, name: str) -> bytes:
+    """The bytes of a file that travels with the model, read or made."""
     path = side[name]
     return path.make() if isinstance(path, Made) else read_small(path, what=name)
 
 
 def read(side: Side, name: str) -> dict[str, Any] | None:
+    """A file of the tokenizer, parsed, its parts seen to be of their types; None where there is none.
+
+    Raises:
+        Damaged: it is no JSON, or a part is of another type.
+    """
     if name not in side:
         return None
     path = side[name]
@@ -105,7 +111,8 @@ def added_tokens(file: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def halves_of(merge: Json, where: str) -> tuple[str, str]:
-    """
+    """What a merge joins: two texts with a space between, or a list of the two, as newer files have it.
+
     Raises:
         Damaged: a merge that none is.
     """
@@ -116,10 +123,12 @@ def halves_of(merge: Json, where: str) -> tuple[str, str]:
 
 
 def looks_special(token: str) -> bool:
+    """Whether a token is a control token by its looks, as llama.cpp's converter takes it."""
     return token in _CONTROLS or any(token.startswith(a) and token.endswith(b) for a, b in _AROUND)
 
 
 def other(found: str, where: str) -> Refused:
+    """The refusal of a tokenizer that llama.cpp has no kind for."""
     return Refused(
         "a tokenizer of a kind that is not written to a GGUF here, nothing was written",
         where=f"{JSON} of {where}",
@@ -129,6 +138,7 @@ def other(found: str, where: str) -> Refused:
 
 
 def too_many(token: str, number: object, rows: int, where: str) -> Damaged:
+    """The error of a token whose id is no row of the embedding, of which there are ``rows``."""
     return Damaged(
         "a token that the model has no row for, nothing was written",
         where=f"{JSON} of {where}",

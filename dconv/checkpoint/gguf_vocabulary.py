@@ -31,9 +31,11 @@ def vocabulary(
 
     Args:
         side: the files that travel with the model.
+        config: config.json.
         rows: of the embedding: as many tokens there are.
         arch: GGUF's architecture.
         pretokenizer: what llama.cpp calls the way in which text is split; None finds it out.
+        where: the model, for errors.
 
     Raises:
         Refused: no tokenizer, one of a kind that llama.cpp lacks, or one that splits text as none that is known.

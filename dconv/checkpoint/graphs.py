@@ -68,6 +68,7 @@ class Archive:
     records: Mapping[str, tuple[int | None, int]]
 
     def weights(self) -> list[str]:
+        """Names of the records that are weights and are not compressed, so that they can be compared in place."""
         return [name for name, (offset, _) in self.records.items() if _WEIGHTS.fullmatch(name) and offset is not None]
 
     def read(self, name: str) -> bytes:

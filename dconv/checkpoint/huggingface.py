@@ -46,6 +46,7 @@ _SMALL: Final = 1 << 12
 
 
 def is_huggingface(folder: Path) -> bool:
+    """Whether a directory has weights in files of HuggingFace's names."""
     return bool(listed(folder, "*.safetensors") or listed(folder, "pytorch_model*.bin"))
 
 
@@ -104,8 +105,11 @@ def source_of(
     """A checkpoint of HuggingFace's names.
 
     Args:
+        folder: the directory.
         shards: one dict a tensor-parallel rank.
         before: stamps of the directory's weight files, taken before they were read.
+        config: config.json; None where there is none, or another is to be used.
+        side: files that travel with the model, by name.
         container: its name in reports.
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
@@ -323,6 +327,9 @@ def lay_out(
     Args:
         specs: the logical tensors, in the order to write them.
         config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
         twins: names under which logical tensors are written once more, with the tensors' own.
     """
     twins = twins or {}
@@ -346,6 +353,10 @@ def lay_out_slots(
 
     Args:
         held: tensors under their names in the files, and where their elements come from.
+        config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
         indexed: write an index of a single file, too.
         framework: see `dconv.checkpoint.safetensors.lay_out`.
     """

@@ -316,6 +316,7 @@ class Machine:
         return symbol
 
     def foreign(self, name: str) -> NoReturn:
+        """Refuse a name that neither torch nor megatron writes; loading the file elsewhere would run it."""
         raise Damaged(
             "a pickle with a foreign global",
             where=self.where,
@@ -325,6 +326,7 @@ class Machine:
         )
 
     def call(self, symbol: Node, args: Node) -> Any:
+        """What calling a symbol makes: plain data where it is known how, else a `Record` of the call."""
         if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
             self.bad("a call of something that is no global")
         builder = self._builders.get(id(symbol))
@@ -380,7 +382,7 @@ class Machine:
             self.bad("copies without end")
 
     def _persistent(self, pid: Node) -> StorageRef:
-        """torch's ``("storage", type, key, location, numel)``, in old files with a view (None) behind."""
+        """A storage by torch's ``("storage", type, key, location, numel)``, in old files with a view (None) behind."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or any(pid[5:]):
             self.bad("a persistent id that is no storage")
         kind, key, _location, numel = pid[1:5]

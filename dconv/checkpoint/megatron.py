@@ -129,6 +129,7 @@ class Model:
 
     @property
     def padded_vocab(self) -> int:
+        """Rows of the embedding, padded so that they divide over tensor parallelism."""
         return padded_vocab(size(self.facts, "vocab"), self.divisor, self.parallel.tp)
 
     @property

@@ -136,7 +136,7 @@ class Memory:
 
 
 def _dtype(name: str, value: object) -> str:
-    """dconv's name of a tensor's dtype.
+    """The dtype of a tensor, by dconv's short name.
 
     Raises:
         Refused: no tensor, or one whose bytes are elsewhere or in another form than its shape says.
@@ -170,15 +170,18 @@ class MemoryReader:
         self._memory = memory
 
     def close(self) -> None:
-        pass
+        """Nothing is open; the tensors stay the job's."""
 
     def has(self, file: str) -> bool:
+        """Whether the file stands for this rank's memory: other ranks' cannot be read."""
         return file == self._file
 
     def is_sparse(self, file: str) -> bool:  # noqa: ARG002
+        """Never."""
         return False
 
     def is_hole(self, copy: Copy) -> bool:  # noqa: ARG002
+        """Never."""
         return False
 
     def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:

@@ -123,7 +123,12 @@ def lay_out_target(
     """A directory of Neuron's names to be written. It has an index in any case: some loaders read nothing without one.
 
     Args:
+        held: Neuron's tensors, scales among them, in the order to write them.
         specs: HuggingFace's tensors as they are to be written, scales among them.
+        config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
 
     Raises:
         Refused: experts of one layer in several dtypes.

@@ -66,10 +66,12 @@ class Initializer:
 
 
 def is_file(path: Path) -> bool:
+    """Whether a path ends as a graph does; it is not opened."""
     return path.suffix == SUFFIX
 
 
 def is_onnx(folder: Path) -> bool:
+    """Whether a directory has a file that ends as a graph does."""
     return bool(listed(folder, f"*{SUFFIX}"))
 
 

@@ -51,8 +51,13 @@ def lay_out(
     """One state dict, or with ``tp`` over 1 one a rank, config.json and the side files beside.
 
     Args:
+        family: the model's.
+        facts: what config and tensors tell of the model.
         specs: the logical tensors as they are to be written.
+        tp: ranks of tensor parallelism, each with a file of its own.
         config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        left_out: stored tensors that are not written, each with the reason.
 
     Raises:
         Refused: a tensor that does not divide over ``tp`` ranks, or of which a rank would have no unbroken stretch.

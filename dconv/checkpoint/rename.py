@@ -74,6 +74,7 @@ class Renaming:
         """The same values under their new names.
 
         Args:
+            held: anything by stored name.
             where: the file that holds the names, for an error.
 
         Raises:

@@ -133,6 +133,7 @@ def lay_out(specs: Sequence[TensorSpec], framework: str = "pt") -> tuple[int, by
     """Lay out one file: (file size, its first bytes, byte offset of each tensor).
 
     Args:
+        specs: the tensors, in the order to write them.
         framework: whose tensors they are; without it transformers refuses the file.
     """
     header: dict[str, object] = {"__metadata__": {"format": framework}}

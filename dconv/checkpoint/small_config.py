@@ -24,6 +24,7 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
     """The mapping that a file holds: JSON where its name says so, else YAML.
 
     Args:
+        path: the file.
         option: the option that names the file.
         expected: what the file should hold, for errors.
         texts: leave YAML's keys and values the texts that they are (a name may look like a number), and None for what

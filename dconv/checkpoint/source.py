@@ -215,6 +215,7 @@ def seal(config: Mapping[str, object] | None, side: Side, also: str = "") -> str
 
 
 def shape_error(name: str, where: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Damaged:
+    """The error of a tensor whose shape is not the one that the config gives it."""
     return Damaged(
         "a tensor has another shape than its config says",
         where=f"{name} in {where}",

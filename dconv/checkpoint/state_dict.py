@@ -131,6 +131,7 @@ def lay_out_file(
     """A state dict to be written.
 
     Args:
+        path: the file's, relative to the output.
         tensors: what it holds, each under its spec's name; file and offset are filled in.
         owner: see `dconv.sharding.plan.TargetFile`.
         also: further keys, whose value is None.

@@ -43,6 +43,8 @@ def tensor(dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: 
 
     Args:
         dtype: dconv's short name.
+        shape: elements along each axis.
+        key: of the storage, as `frame` is given it.
         offset: elements before the first one.
         stride: elements from one to the next along each axis; row-major without gaps by default.
     """
@@ -80,6 +82,8 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     Args:
         tree: what `dconv.checkpoint.pickling.dumps` takes, and nodes of `tensor`, and `DTypeRef`.
         storages: (key, bytes) of each storage, in file order.
+        base: where the container begins in its file, in bytes.
+        root: name of the archive's folder.
 
     Raises:
         ValueError: a key twice or of odd form, a tensor that is not inside its storage.
@@ -99,10 +103,12 @@ def lower(node: object, sizes: Mapping[str, int], device: str = "cpu") -> object
     """The pickle form of a node of `tensor` or a `DTypeRef`, for `dconv.checkpoint.pickling.dumps`.
 
     Args:
-        sizes: bytes of each storage.
+        node: what `dumps` has no form for.
+        sizes: bytes of each storage, by key.
         device: torch's name of where a reader puts it.
 
     Raises:
+        TypeError: a node of another type.
         ValueError: a tensor that is not inside its storage.
     """
     if isinstance(node, DTypeRef):

@@ -78,7 +78,10 @@ def decode(
 
     Args:
         codes: u1 [..., columns].
-        scales, biases: [..., groups] in ``carrier(source)``; columns are whole groups.
+        scales: [..., groups] in ``carrier(source)``; columns are whole groups.
+        biases: [..., groups], as the scales; what code 0 stands for.
+        source: the dtype of scales and biases.
+        target: f64, f32, f16 or bf16.
         factor: multiplies every weight; it adds one rounding to fp64.
     """
     scale, bias = (cast(found, source, "f64").view("<f8")[..., None] for found in (scales, biases))

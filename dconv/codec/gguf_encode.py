@@ -206,7 +206,8 @@ def _signed(tile: _Tile, bits: int) -> tuple[Values, Blocks]:
 
 
 def _from_minimum(tile: _Tile, bits: int) -> tuple[Values, Values, Blocks]:
-    """
+    """Codes of so many bits above the least weight of each block.
+
     Returns:
         Scales; the least weights; codes of blocks side by side.
     """

@@ -107,6 +107,7 @@ class Numbers:
     rows: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the rows of the box."""
         del dtype, factor
         (top, left), (rows, columns) = box.start, box.shape
         first, words, held, at = span(top, rows, self.rows, BITS)

@@ -102,6 +102,7 @@ class Pack:
     """``qweight`` [in, words] or ``qzeros`` [groups, words]; input: codes [out, in], or zeros [out, groups]."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack all rows of the words in the box; a word has `PER_WORD` of them."""
         del dtype, factor
         (left, first), (columns, count) = box.start, box.shape
         region = Region((first * PER_WORD, left), (count * PER_WORD, columns))

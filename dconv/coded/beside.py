@@ -1,5 +1,6 @@
-"""What is said of codes beside config.json, and by some writers only there: ``quantize_config.json`` of AutoGPTQ,
-GPTQModel and AutoAWQ, ``hf_quant_config.json`` of ModelOpt.
+"""What is said of codes beside config.json, and by some writers only there.
+
+AutoGPTQ, GPTQModel and AutoAWQ write ``quantize_config.json``, ModelOpt ``hf_quant_config.json``.
 """
 
 from __future__ import annotations

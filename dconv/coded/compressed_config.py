@@ -70,7 +70,8 @@ class Target:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """
+        """Its expression, compiled once.
+
         Raises:
             Refused: it is no regular expression, or one that is not tried.
         """
@@ -122,6 +123,7 @@ class Config:
         """The group of a module whose weight is stored in codes.
 
         Args:
+            module: the module's name, without ``.weight``.
             where: a stored tensor that shows that it is.
 
         Raises:
@@ -165,7 +167,8 @@ def config_of(said: Mapping[str, object]) -> Config:
 
 
 def _refuse_more(said: Mapping[str, object]) -> None:
-    """
+    """Refuse what makes weights of codes by more than a scale.
+
     Raises:
         Refused: weights are sparse, or are right only behind a transform.
     """

@@ -72,6 +72,7 @@ def config(groups: Sequence[Mapping[str, Any]], plain: list[str]) -> dict[str, A
     """``quantization_config`` of groups that have every linear layer but ``plain``.
 
     Args:
+        groups: entries of ``config_groups``, in order.
         plain: whole parts of modules' names, which leave out what is inside of these modules, too.
     """
     forms = {str(group["format"]) for group in groups}
@@ -147,6 +148,7 @@ class Codes:
     dtype: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Divide the weights of the box by the scales of their blocks, and round."""
         del dtype, factor
         (m, n), (row, column) = self.block, box.start
         blocks = Region((row // m, column // n), (-(-box.stop[0] // m) - row // m, -(-box.stop[1] // n) - column // n))
@@ -163,6 +165,7 @@ class Scale:
     dtype: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The scales of the blocks in the box, rounded as the weights are."""
         del dtype, factor
         single = len(box.shape) == 1
         largest = read(0, Region((0, 0), (1, 1)) if single else box, "").view(np.float32)

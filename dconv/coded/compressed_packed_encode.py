@@ -140,6 +140,7 @@ class PackCodes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the columns whose codes lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (top, first), (rows, count) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -155,6 +156,7 @@ class PackZeros:
     rows: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the rows whose zeros lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (first, left), (count, groups) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -169,5 +171,6 @@ class Shape:
     shape: tuple[int, int]
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Rows and columns as i64; nothing is read."""
         del dtype, factor, read
         return np.array(self.shape, "<i8")[box.start[0] : box.start[0] + box.shape[0]]

@@ -43,7 +43,9 @@ def decode(
     """The stored tensors of a source with those in codes decoded.
 
     Args:
-        values: reads a small one.
+        tensors: as they are stored, by name.
+        config: config.json, whose ``quantization_config`` names the scheme; None where there is none.
+        values: reads a small one, whole.
 
     Raises:
         Refused: a scheme that is not known.

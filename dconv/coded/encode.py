@@ -85,6 +85,8 @@ def kept(
     """The source's own tensors where a weight is decoded from the very parts that are wanted, else None.
 
     Args:
+        dense: the weight as it is to be written.
+        logical: the source.
         recipe: what decodes the parts.
         parts: in the order of its inputs.
         scales: dtypes that loaders take for the second part beside its own.
@@ -130,6 +132,10 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
     """Replace the weights ``wanted`` by a scheme's codes.
 
     Args:
+        family: the model's.
+        facts: what config and tensors tell of the model.
+        logical: the source; its other tensors stay as they are.
+        scheme: what makes codes of a weight.
         wanted: of `linears`, of `stacked`, or those whose codes the source has.
 
     Raises:

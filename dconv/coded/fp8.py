@@ -99,6 +99,7 @@ class Decode:
     reciprocal: bool = False
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the codes of the box, with the scales of the blocks that it touches."""
         (row0, rows), (col0, columns) = zip(box.start[-2:], box.shape[-2:], strict=True)
         m, n = self.block
         touched = Region(

@@ -97,6 +97,10 @@ class Amax:
     rounded: str = "f32"
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Read the blocks of the box whole.
+
+        One that is large is read in parts, so that one scale for a tensor takes no more memory than others.
+        """
         del dtype, factor
         start = tuple(at * step for at, step in zip(box.start, self.block, strict=True))
         stop = (min(end * step, n) for end, step, n in zip(box.stop, self.block, self.shape, strict=True))
@@ -115,6 +119,7 @@ class Codes:
     power_of_two: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the weights of the box by the `Amax` of the blocks that it touches."""
         del dtype, factor
         (m, n), (row, column) = self.block, box.start
         blocks = Region((row // m, column // n), (-(-box.stop[0] // m) - row // m, -(-box.stop[1] // n) - column // n))
@@ -137,6 +142,7 @@ class Scale:
     single: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The scales of the blocks in the box, as fp32 or as E8M0 bytes."""
         del dtype, factor
         largest = read(0, Region((0, 0), (1, 1)) if self.single else box, "")
         _, stored = fp8.scales(largest, power_of_two=self.power_of_two)

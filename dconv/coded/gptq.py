@@ -108,6 +108,7 @@ class Codes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the columns of the box."""
         del dtype, factor
         (top, left), (rows, columns) = box.start, box.shape
         first, words, held, at = span(left, columns, self.columns, self.bits, self.layout)
@@ -127,6 +128,12 @@ class Zeros:
     carry: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the rows of the box.
+
+        Raises:
+            Damaged: another number of words than the rows take.
+            Refused: a zero that GPTQ's first format leaves open (`dconv.codec.gptq.unpack_zeros`).
+        """
         del dtype, factor
         (top, left), (rows, groups) = box.start, box.shape
         first, words, held, at = span(top, rows, self.rows, self.bits, self.layout)

@@ -83,7 +83,8 @@ class Config:
 
 
 def config_of(said: Mapping[str, object]) -> Config:
-    """
+    """Read ``quantization_config``, or the ``quantize_config.json`` beside it.
+
     Raises:
         Refused: a format or a width that is not known.
         Damaged: a value that makes no sense, or one that is missing.

@@ -158,6 +158,7 @@ class PackCodes:
     bits: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the columns whose codes lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (first, top), (count, rows) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -173,6 +174,7 @@ class PackZeros:
     version: gptq.Version
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the rows whose zeros lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (top, first), (groups, count) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -187,5 +189,6 @@ class InOrder:
     size: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Each column's group, by its place; nothing is read."""
         del dtype, factor, read
         return integer.groups_of(box.shape[0], self.size, box.start[0])

@@ -51,6 +51,7 @@ class Grid:
         return columns if self.group < 0 else self.group
 
     def groups(self, columns: int) -> int:
+        """Scales of each row in a weight of so many columns; the last group may be short."""
         return -(-columns // self.size(columns)) if columns else 0
 
 
@@ -78,8 +79,10 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """(code - zero) × scale (`dconv.codec.integer`); inputs: codes, scales; zeros where ``zero``, which is all of
-    them, is None; groups if ``listed``. No zero is below ``least``.
+    """(code - zero) × scale (`dconv.codec.integer`).
+
+    Inputs: codes, scales; zeros where ``zero``, which is all of them, is None; groups if ``listed``. No zero is below
+    ``least``.
     """
 
     grid: Grid
@@ -90,6 +93,7 @@ class Product:
     least: int = 0
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the codes of the box, with the scales from its first to its last group."""
         (top, left), (rows, columns) = box.start, box.shape
         if self.listed:
             groups = read(2 + (self.zero is None), Region((left,), (columns,)), "").view("<i4")
@@ -117,6 +121,11 @@ class Listed:
     count: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The groups of the columns in the box, each seen to be one.
+
+        Raises:
+            Damaged: a group that has no scale.
+        """
         del dtype, factor
         found = read(0, box, "").view("<i4")
         wrong = np.flatnonzero((found < 0) | (found >= self.count))
@@ -135,7 +144,11 @@ def add(found: Decoded, module: str, dtype: str, parts: Mapping[str, Stored], ma
     """Put a module's weight in the place of the parts that it is made of.
 
     Args:
+        found: gets the weight, and loses the parts.
+        module: the module's name, without ``.weight``.
         dtype: what it is decoded to where nothing else is asked for.
+        parts: the stored tensors, by name.
+        made: what they mean.
         scheme: in words, where codes of so many bits are not all that there is to say.
     """
     (rows, columns), grid = made.shape, made.grid
@@ -185,6 +198,7 @@ def modules_of(tensors: Mapping[str, Stored], needed: Iterable[str], also: Itera
     """Modules whose weights are in codes, each with its parts.
 
     Args:
+        tensors: as they are stored, by name.
         needed: ends of the parts' names, the codes first.
         also: those that need not be there.
 

@@ -177,6 +177,7 @@ class MxPart:
     part: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks that the box touches, and cut it out."""
         del dtype, factor
         fmt = _FORMATS[self.bits]
         region, columns = _elements(box, mx.BLOCK, mx.BLOCK * self.bits // 8 if self.part == "codes" else 1)
@@ -196,6 +197,7 @@ class NvPart:
     part: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks that the box touches by the tensor's scale, and cut it out."""
         del dtype, factor
         region, columns = _elements(box, nvfp4.BLOCK, nvfp4.BLOCK // 2 if self.part == "codes" else 1)
         whole = nvfp4.global_scale(_largest(read, 1, self.fused), self.rounded)
@@ -214,6 +216,7 @@ class Whole:
     fused: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The divisor of the largest absmax, in the shape of the box."""
         del dtype, factor
         return np.full(box.shape, nvfp4.global_scale(_largest(read, 0, self.fused), self.rounded), np.float32)
 
@@ -226,6 +229,7 @@ def _elements(box: Region, block: int, width: int) -> tuple[Region, slice]:
     """The whole groups of a weight that a box of its codes or scales touches, and where the box's columns are in them.
 
     Args:
+        box: of codes or scales.
         block: columns of the weight that are a group.
         width: columns of the box that a group takes.
     """

@@ -49,6 +49,7 @@ class Decode:
     stored: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole groups that the box touches, and cut it out."""
         bits, group = self.grid.bits, self.grid.group
         first = box.start[-1] // group
         count = -(-(box.start[-1] + box.shape[-1]) // group) - first
@@ -68,6 +69,7 @@ def decode(found: Decoded, config: Mapping[str, Any], shapes: Mapping[str, Index
     """Replace what is in MLX's codes by the weights that they make.
 
     Args:
+        found: the stored tensors; weights take the place of their parts.
         config: config.json, whose ``quantization`` may name modules.
         shapes: of the weights, by name: the shapes of the parts alone do not tell bits from columns.
 

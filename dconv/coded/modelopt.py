@@ -96,7 +96,8 @@ def _sized(args: Args, form: Form, where: str) -> Args:
 
 
 def _refuse_stacked(tensors: Mapping[str, Stored]) -> None:
-    """
+    """Refuse experts in one tensor, whose scales have no place here.
+
     Raises:
         Refused: scales of weights that are in one tensor for all experts.
     """
@@ -175,6 +176,7 @@ class Int4:
     scale: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the pairs of rows that hold the box, and multiply by the scales of its groups."""
         (top, left), (rows, columns) = box.start, box.shape
         first, last = top // 2, -(-box.stop[0] // 2)
         pairs = read(0, Region((first, left), (last - first, columns)), "").view(np.uint8)
@@ -200,6 +202,7 @@ class Smoothed:
     number: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Compute the box in fp64, and multiply each column."""
         by = read(self.number, Region(box.start[1:], box.shape[1:]), "f64").view("<f8")
         with np.errstate(all="ignore"):  # infinity and NaN as IEEE says
             return cast(self.recipe(box, "f64", factor, read).view("<f8") * by, "f64", dtype)

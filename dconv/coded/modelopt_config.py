@@ -63,6 +63,7 @@ class Config:
         return plain, begins, tuple(entry for entry in self.left_out if entry not in known)
 
     def leaves_out(self, module: str) -> bool:
+        """Whether the config leaves a module out, by its name or by an expression."""
         plain, begins, others = self.by_kind
         return module in plain or module.startswith(begins) or any(fnmatchcase(module, text) for text in others)
 
@@ -70,6 +71,7 @@ class Config:
         """How the weight of a module is coded that is stored in codes.
 
         Args:
+            module: the module's name, without ``.weight``.
             where: a stored tensor that shows that it is.
 
         Raises:
@@ -112,6 +114,7 @@ def config_of(said: Mapping[str, object], known: Collection[str]) -> Config:
     """``quantization_config``, read.
 
     Args:
+        said: the section, or ``hf_quant_config.json``.
         known: algorithms that can be decoded.
 
     Raises:

@@ -57,6 +57,7 @@ class Packer(Protocol):
 
         Args:
             name: of the weight, ``….weight``.
+            numbers: codes, scales and zeros, and how they belong together.
             derived: what the arrays of the numbers are computed by, where that is known: codes that lie in words as
                 they are wanted are copied.
 
@@ -186,6 +187,7 @@ class Fill:
     value: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The number for each element of the box; nothing is read."""
         del dtype, factor, read
         return np.full(box.shape, self.value, np.uint8)
 
@@ -211,6 +213,7 @@ def grids_of(coded: Mapping[str, Coded]) -> dict[str, Grid]:
 
 
 def unfit(where: str, found: str, expected: str, do: str = "FORMAT hf decodes them") -> Refused:
+    """The refusal of a weight whose whole numbers a format has no place for; ``where`` is the weight's name."""
     return Refused(
         "whole numbers of the source do not fit the format without a new rounding, nothing was written",
         where=where,
