@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import struct
-from collections.abc import Iterator
 from mmap import mmap
 from typing import Any, Final, NoReturn
 
@@ -70,7 +69,7 @@ def bounded(tree: Node, *, where: str, nodes: int = 4_000_000, depth: int = 200)
     Raises:
         Damaged: more than ``nodes`` values on the way, or nested deeper than ``depth``.
     """
-    todo: list[Iterator[Any]] = [iter((tree,))]
+    todo: list[Any] = [iter((tree,))]
     while todo:
         node: Node = next(todo[-1], todo)
         if node is todo:
@@ -91,9 +90,7 @@ class Machine:
     """Runs the one pickle at ``start``. Afterwards ``pos`` is its end, ``storages`` what it referred to."""
 
     def __init__(self, data: bytes | mmap, start: int, where: str) -> None:
-        self.data = data
-        self.pos = start
-        self.where = where
+        self.data, self.pos, self.where = data, start, where
         self.limit = min(len(data), start + MAX_BYTES)
         self.storages: dict[str, StorageRef] = {}
         self._stack: list[Any] = []
@@ -297,8 +294,7 @@ class Machine:
     def _global(self, module: object, name: object) -> Symbol | DTypeRef:
         if type(module) is not str or type(name) is not str:  # before they are hashed
             self.bad("a global whose name is no string")
-        known = self._symbols.get((module, name))
-        if known is not None:
+        if known := self._symbols.get((module, name)):
             return known
         if not f"{module}.{name}".replace(".", "_").isidentifier():  # also keeps control characters off terminals
             self.bad("a global of odd name")
