@@ -82,7 +82,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file begins with."""
+    """Metadata by key, and tensors by name, in the order of the file."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]

@@ -153,7 +153,7 @@ def source_of(
 
 
 def small_values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
-    """A small tensor."""
+    """All elements of a stored tensor of a few numbers, in ``carrier`` of its dtype."""
     extent, out = stored.extents[0], np.empty(stored.spec.shape, carrier(stored.spec.dtype))
     reader.read_box(Copy(extent.region, extent.file, extent.offset, extent.strides, stored.spec.dtype, MOVE), out)
     return out

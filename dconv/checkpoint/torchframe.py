@@ -140,7 +140,7 @@ class ZipWriter:
         self._central: list[bytes] = []
 
     def add(self, name: str, content: bytes) -> None:
-        """A record whose bytes are known."""
+        """Write a record whose bytes are known, with their checksum."""
         self._header(name, len(content), zlib.crc32(content), b"")
         self._write(content)
 

@@ -71,7 +71,7 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(data: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The other way round."""
+    """Codes u1 [..., columns] of bytes that `pack` made."""
     if bits == 8:
         return data
     return np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1).astype(np.uint8)

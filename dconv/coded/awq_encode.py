@@ -33,20 +33,20 @@ _INSIDE: Final = "language_model."
 
 @dataclass(frozen=True)
 class AWQ:
-    """See `dconv.coded.repack.Packer`."""
+    """AutoAWQ's ``gemm`` layout of whole numbers of 4 bits, a `dconv.coded.repack.Packer`."""
 
     @property
     def asks(self) -> frozenset[Value]:
-        """See `dconv.coded.repack.Packer`."""
+        """Whether columns are in order: there is no place for another one."""
         return frozenset({"order"})
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "AWQ (gemm)"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """See `dconv.coded.repack.Packer`."""
+        """``qweight`` [in, words], ``qzeros`` [groups, words] and ``scales`` [groups, out]; 4 bits, columns in order."""
         made, module = Coded(), name.removesuffix(".weight")
         (rows, columns), grid = numbers.shape, numbers.grid
         if grid.bits != BITS:
@@ -92,7 +92,7 @@ class AWQ:
         }
 
     def note(self, config: Mapping[str, Any]) -> str:
-        """See `dconv.coded.repack.Packer`."""
+        """Nothing; loaders agree on what is written."""
         del config
         return ""
 

@@ -40,7 +40,14 @@ BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": 
 def group_of(
     form: str, weights: dict[str, Any], activations: dict[str, Any] | None, targets: Sequence[str] = ("Linear",)
 ) -> dict[str, Any]:
-    """One of ``config_groups``."""
+    """One entry of ``config_groups``, in compressed-tensors' spelling.
+
+    Args:
+        form: the format's name, as `dconv.coded.compressed_config.FORMATS` has it.
+        weights: the arguments of weights.
+        activations: those of activations that are rounded as they come; None leaves them as they are.
+        targets: the modules that it is for.
+    """
     return {
         "targets": list(targets),
         "weights": {**weights, "dynamic": False},
@@ -104,12 +111,12 @@ class CompressedFP8:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         of = {"block": f"{self.block[0]} x {self.block[1]} block", "channel": "row"}.get(self.strategy, self.strategy)
         return f"FP8 (e4m3) with a scale for each {of}, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes in e4m3 [out, in]; scales [1], [out, 1] or one for each block, in the dtype of the weight."""
         rows, columns = spec.shape
         block = {"block": self.block, "channel": (1, columns)}.get(self.strategy, (rows, columns))
         grid = scales_shape(spec.shape, block)

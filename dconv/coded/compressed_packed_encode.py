@@ -44,12 +44,12 @@ class Packed:
 
     @property
     def asks(self) -> frozenset[Value]:
-        """See `dconv.coded.repack.Packer`."""
+        """The order of columns, and whether groups are even."""
         return frozenset({"order", "even"})
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"{FORMAT}, for compressed-tensors"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
@@ -166,7 +166,7 @@ class PackZeros:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``weight_shape``."""
+    """``weight_shape``, i64 [2]; no inputs."""
 
     shape: tuple[int, int]
 

@@ -42,7 +42,7 @@ class Coded:
     grid: Grid | None = None
 
     def make(self, spec: TensorSpec, derived: Derived) -> None:
-        """Have a tensor written that is computed."""
+        """Have a tensor written that is computed: ``derived`` under the name of ``spec``, in its dtype."""
         self.derived[PREFIX + spec.name] = derived
         self.parts.append((spec, (derived.piece(spec.name, PREFIX + spec.name, spec.dtype),)))
 
@@ -57,7 +57,7 @@ class Scheme(Protocol):
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it, such as ``NVFP4, for compressed-tensors``."""
         ...
 
     @property
@@ -66,7 +66,16 @@ class Scheme(Protocol):
         ...
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """What a weight becomes."""
+        """The tensors that a weight becomes, those of the source itself where it has the very codes.
+
+        Args:
+            spec: its name, ``….weight``, its shape [out, in], and the dtype that it would be written in.
+            dense: where its elements lie, or what computes them.
+            logical: the source.
+
+        Raises:
+            Refused: a shape that the scheme does not store.
+        """
         ...
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, object]:

@@ -172,7 +172,7 @@ def _as_grid(scale: Stored, axes: int) -> Stored:
 
 
 def scales_shape(shape: Index, block: tuple[int, int]) -> Index:
-    """The shape of a weight's scales."""
+    """The shape of the scales of a weight [..., out, in]: one for each block, those at the edges among them."""
     return (*shape[:-2], *(-(-n // step) for n, step in zip(shape[-2:], block, strict=True)))
 
 

@@ -46,12 +46,12 @@ class BlockFP8:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         of = f"{self.block[0]} x {self.block[1]} block" if self.block else "tensor"
         return f"FP8 (e4m3) with a scale for each {of}"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes in e4m3 [out, in]; ``weight_scale_inv``, one for each block, in fp32 or E8M0."""
         block = self.block or (spec.shape[0], spec.shape[1])
         shape = scales_shape(spec.shape, block)
         codes = TensorSpec(spec.name, spec.shape, FP8)

@@ -237,7 +237,7 @@ class Parts:
     stored: Mapping[str, Stored]
 
     def named(self) -> dict[str, Stored]:
-        """By their whole names."""
+        """The parts by the whole names that they are stored under."""
         return {f"{self.module}.{part}": stored for part, stored in self.stored.items()}
 
     def matrix(self, part: str) -> tuple[int, int]:

@@ -67,11 +67,11 @@ class MicroMX:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"MXFP{self.bits}, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes u8 [out, bytes], or e4m3 [out, in] for MXFP8; E8M0 scales u8 [out, in / 32]."""
         rows, columns = spec.shape
         packed = self.bits < 8
         bytes_ = columns * self.bits // 8
@@ -106,11 +106,11 @@ class MicroNV:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "NVFP4, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes u8 [out, in / 2]; e4m3 scales [out, in / 16]; one divisor, the same for weights that runtimes fuse."""
         rows, columns = spec.shape
         codes = TensorSpec(f"{spec.name}_packed", (rows, columns // 2), "u8")
         scale = TensorSpec(f"{spec.name}_scale", (rows, columns // nvfp4.BLOCK), FP8)
@@ -130,7 +130,7 @@ class MicroNV:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """One group of ``nvfp4-pack-quantized``, activations left as they are."""
         del coded
         weights = {
             "num_bits": 4,
@@ -144,7 +144,7 @@ class MicroNV:
 
 
 def spec_as(spec: TensorSpec, dtype: str) -> TensorSpec:
-    """The same in another dtype."""
+    """A tensor of the same name and shape in another dtype."""
     return TensorSpec(spec.name, spec.shape, dtype)
 
 

@@ -37,7 +37,7 @@ class Grid:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"MLX int{self.bits} code x the scale of its {self.group} columns + their bias"
 
 

@@ -38,12 +38,12 @@ class Blocks:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"int{self.bits}, {self.size} columns with a scale (MatMulNBits)"
 
     @property
     def nbytes(self) -> int:
-        """Of a block's codes."""
+        """Bytes of a block's codes."""
         return self.size * self.bits // 8
 
 

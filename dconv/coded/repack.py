@@ -49,7 +49,7 @@ class Packer(Protocol):
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it, such as ``AWQ (gemm)``."""
         ...
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
@@ -67,7 +67,7 @@ class Packer(Protocol):
         ...
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """As of `dconv.coded.encode.Scheme`; what no key can say is refused."""
         ...
 
     def note(self, config: Mapping[str, Any]) -> str:
@@ -89,7 +89,7 @@ class Repack:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return self.packer.words
 
     def of(self, logical: Logical) -> Repack:
@@ -101,14 +101,14 @@ class Repack:
         return replace(self, numbers=_met(_numbers(logical), logical, self.packer.asks))
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """The packer's tensors of the source's numbers; ``dense`` is not looked at."""
         del dense
         coded = self.packer.pack(spec.name, self.numbers[spec.name], logical.derived)
         coded.kept = True
         return coded
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """The packer's."""
         return self.packer.config(plain, coded)
 
 
@@ -182,7 +182,7 @@ def _parts(reader: BoxReader, array: Array) -> Iterator[NDArray[np.generic]]:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """One number everywhere."""
+    """One byte everywhere; no inputs."""
 
     value: int
 
@@ -208,7 +208,7 @@ def stored_as(array: Array, derived: Mapping[str, Derived], recipe: object) -> A
 
 
 def grids_of(coded: Mapping[str, Coded]) -> dict[str, Grid]:
-    """By module."""
+    """The grids of weights that have one, by module."""
     return {name.removesuffix(".weight"): one.grid for name, one in coded.items() if one.grid}
 
 

@@ -97,7 +97,7 @@ def steps(shape: Index) -> Index:
 
 
 def real_files(files: Iterable[str], derived: Mapping[str, Derived]) -> set[str]:
-    """The files behind ``files``."""
+    """The files that can be opened behind ``files``: those that derived tensors are computed from, to the last."""
     found: set[str] = set()
     seen: set[str] = set()
     waiting = list(files)
