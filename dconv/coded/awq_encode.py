@@ -46,7 +46,7 @@ class AWQ:
         return "AWQ (gemm)"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """``qweight`` [in, words], ``qzeros`` [groups, words] and ``scales`` [groups, out]; 4 bits, columns in order."""
+        """``qweight`` [in, words], ``qzeros`` [groups, words], ``scales`` [groups, out]: of 4 bits, columns in order."""
         made, module = Coded(), name.removesuffix(".weight")
         (rows, columns), grid = numbers.shape, numbers.grid
         if grid.bits != BITS:
@@ -92,7 +92,7 @@ class AWQ:
         }
 
     def note(self, config: Mapping[str, Any]) -> str:
-        """Nothing; loaders agree on what is written."""
+        """Always "": there is nothing to know."""
         del config
         return ""
 

@@ -44,7 +44,7 @@ class Packed:
 
     @property
     def asks(self) -> frozenset[Value]:
-        """The order of columns, and whether groups are even."""
+        """The order of columns, and whether every zero is half the range, which then needs no part of its own."""
         return frozenset({"order", "even"})
 
     @property
