@@ -46,7 +46,7 @@ class AWQ:
         return "AWQ (gemm)"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """``qweight`` [in, words], ``qzeros`` [groups, words], ``scales`` [groups, out]: of 4 bits, columns in order."""
+        """``qweight`` [in, words], ``qzeros`` [groups, words] and ``scales`` [groups, out] of numbers of 4 bits."""
         made, module = Coded(), name.removesuffix(".weight")
         (rows, columns), grid = numbers.shape, numbers.grid
         if grid.bits != BITS:
