@@ -73,7 +73,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """Describe a GGUF from its headers; of its tensors only a table of frequencies is read.
 
     Args:
-        path: the file, or any file of a set, or the directory that has one.
+        path: a file, any one of a set, or the directory that has them.
         own_config: translate the metadata; False leaves the config to ``--hf-config``.
         rename: gives the stored tensors other names before they are looked at.
 
