@@ -53,7 +53,7 @@ class Packed:
         return f"{FORMAT}, for compressed-tensors"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """``weight_packed`` [out, words], its scales and shape, and zero points [words, groups] where the grid has any."""
+        """``weight_packed`` [out, words], scales and ``weight_shape``; zero points [words, groups] unless symmetric."""
         made, (rows, columns), bits = Coded(), numbers.shape, numbers.grid.bits
         grid = _grid(name, numbers)
         words = TensorSpec(f"{name}_packed", (rows, bitpack.words_for(columns, bits)), "i32")
