@@ -1,0 +1,1 @@
+"""Containers, read and written by region; renaming, folding and made-up weights before a plan sees them."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from dconv.checkpoint.pickled import DTypeRef, OrderedMap, Record, StorageRef, Symbol, TensorRef
+from dconv.checkpoint.pickled import DTypeRef, Node, OrderedMap, Record, StorageRef, Symbol, TensorRef
 
 if TYPE_CHECKING:
     from dconv.checkpoint.inert import Machine
@@ -20,7 +20,7 @@ def is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _sizes(value: object) -> tuple[int, ...]:
+def _sizes(value: Node) -> tuple[int, ...]:
     """A tensor's shape, strides or offsets; torch allows 64 axes."""
     if not isinstance(value, tuple | list) or len(value) > 64 or not all(map(is_size, value)):
         raise ValueError("a shape of wrong form")
@@ -75,7 +75,7 @@ def _mapping(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> dict[An
     """dict, OrderedDict and Counter of nothing, of a dict or of pairs; ``defaultdict(factory, ...)``."""
     if symbol.name == "defaultdict":
         args = args[1:]
-    content = args[0] if args else ()
+    content: dict[Any, Any] | list[Any] | tuple[Any, ...] = args[0] if args else ()
     if not _concrete(content):
         machine.bad("a dict of no pairs")
     machine.copied(len(content))
@@ -85,7 +85,7 @@ def _mapping(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> dict[An
     return made
 
 
-def _concrete(value: object) -> bool:
+def _concrete(value: Node) -> bool:
     """Not a range: its elements cost the file nothing."""
     return isinstance(value, list | tuple | set | frozenset | dict)
 
@@ -101,7 +101,7 @@ def _collection(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
 
 def _text(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
     """str, bytes, bytearray and ``_codecs.encode`` of text; bytes of a number would ask for memory."""
-    source = args[0] if args else b""
+    source: Node = args[0] if args else b""
     encoding = args[1] if len(args) > 1 else "utf-8"
     if encoding not in ("latin1", "latin-1", "ascii", "utf-8"):  # others import a module by name
         machine.bad("an encoding of no use")

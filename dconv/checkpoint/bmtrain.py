@@ -70,7 +70,9 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """Describe a state dict of BMTrain's names: a file, or the one in a directory.
 
     Args:
+        path: the file, or the directory that has one.
         own_config: translate the config.json beside it; False leaves the config to ``--hf-config``.
+        rename: gives the stored tensors other names before they are looked at.
 
     Raises:
         Damaged: no such file, one that is torn, or a config with a missing or impossible value.
@@ -113,8 +115,12 @@ def lay_out(
     """``pytorch_model.pt`` and a config.json in BMTrain's keys, with the side files beside.
 
     Args:
+        family: the model's.
+        facts: what config and tensors tell of the model.
         specs: the logical tensors as they are to be written.
         config: HuggingFace's config.json.
+        side: files that travel with the model, by name.
+        left_out: stored tensors that are not written, each with the reason.
 
     Raises:
         Refused: tensors or properties that BMTrain has no name for.

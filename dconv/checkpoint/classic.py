@@ -16,6 +16,7 @@ from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.names import HEAD
 from dconv.checkpoint.shards import Shard, Shards
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_mapping
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, Stored
 
@@ -63,6 +64,7 @@ _EARLY: Final[Mapping[str, object]] = {"bias_gelu_fusion": True}
 
 
 def is_classic(chunk: Mapping[Any, Any]) -> bool:
+    """Whether a state dict is one of Megatron-LM's older model classes: nested, under ``language_model``."""
     return _MODEL in chunk
 
 
@@ -84,7 +86,7 @@ def flat(chunk: Mapping[Any, Any]) -> dict[str, object]:
 def leaves(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, object]]:
     """What a nested state dict holds, under names with a dot between their parts."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and depth < 4:
+        if is_mapping(value) and depth < 4:
             yield from leaves(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
@@ -150,7 +152,9 @@ def reorder(shards: Shards, order: float, facts: Facts) -> Shards:
     """Shards whose merged rows are in megatron-core's order.
 
     Args:
+        shards: of all ranks, by name.
         order: ``checkpoint_version``.
+        facts: what config and tensors tell of the model.
 
     Raises:
         Damaged: rows that are no whole heads.

@@ -17,9 +17,10 @@ from typing import Any, Final, NoReturn, TypeGuard
 from dconv.checkpoint import inert, pickling, torchframe, torchzip
 from dconv.checkpoint.allowed import is_size
 from dconv.checkpoint.files import check_plain_name, stamp
-from dconv.checkpoint.pickled import DTypeRef, Record, TensorRef
+from dconv.checkpoint.pickled import DTypeRef, Node, Record, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged, Refused, StorageFault
+from dconv.sharding.parsed import is_dict, is_list
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem"
@@ -86,7 +87,7 @@ class _Reader:
     def metadata(self, tree: object) -> DcpMetadata:
         fields = self._fields(tree, "Metadata", "metadata")
         entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
-        if not isinstance(entries, dict) or not isinstance(stored, dict):
+        if not is_dict(entries) or not is_dict(stored):
             self.bad("no metadata of torch.distributed.checkpoint", "state_dict_metadata, storage_data")
         places: dict[tuple[object, object], tuple[str, int, int]] = {}
         for index, info in stored.items():
@@ -133,7 +134,7 @@ class _Reader:
 
     def _tensor(self, key: str, fields: dict[str, Any], places: Mapping[Any, tuple[str, int, int]]) -> DcpTensor:
         properties, shape, chunks = fields.get("properties"), fields.get("size"), fields.get("chunks")
-        if not isinstance(properties, Record) or not _sizes(shape) or not isinstance(chunks, list):
+        if not isinstance(properties, Record) or not _sizes(shape) or not is_list(chunks):
             self.bad("a tensor of unknown form", key)
         state = properties.state
         dtype = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
@@ -157,7 +158,7 @@ class _Reader:
         return DcpTensor(dtype.name, shape, tuple(found.values()))
 
 
-def _sizes(value: object) -> TypeGuard[tuple[int, ...]]:
+def _sizes(value: Node) -> TypeGuard[tuple[int, ...]]:
     return type(value) is tuple and len(value) <= 64 and all(map(is_size, value))
 
 
@@ -165,6 +166,8 @@ def locate_chunk(directory: Path, chunk: DcpChunk, dtype: str) -> torchzip.Locat
     """Where a chunk's elements lie in ``directory / chunk.file``; offset and strides in bytes.
 
     Args:
+        directory: the checkpoint's.
+        chunk: its file, place and sizes, as ``.metadata`` says.
         dtype: that of the tensor (dconv's short name).
 
     Raises:
@@ -202,7 +205,7 @@ def dump_metadata(tensors: Mapping[str, DcpTensor], objects: Mapping[str, tuple[
     entries: dict[str, NewObj] = {}
     places: dict[NewObj, NewObj] = {}
     for key, tensor in tensors.items():
-        boxes = []
+        boxes: list[NewObj] = []
         for index, chunk in enumerate(tensor.chunks):
             offsets = _size(chunk.offsets)
             boxes.append(NewObj(_CHUNK, (), {"offsets": offsets, "sizes": _size(chunk.sizes)}))

@@ -45,6 +45,7 @@ def open_source(
     """Describe the checkpoint at ``path``: a directory, a file, or a name on the hub where there is neither.
 
     Args:
+        path: a directory, a file, or a name on the hub.
         said: what ``--from`` says it is; None detects it.
         own_config: False when a config comes from elsewhere, so that the checkpoint's own need not be understood.
         rename: gives the stored tensors other names before they are looked at.

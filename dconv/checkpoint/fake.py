@@ -49,18 +49,22 @@ class FakeReader:
         self._wishes = wishes
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
     def has(self, file: str) -> bool:  # noqa: ARG002 - of every tensor
+        """Always: values are made up for every tensor."""
         return True
 
     def is_sparse(self, file: str) -> bool:
+        """Where the tensor is filled with zeros: its output needs no disk."""
         return self._wishes.fill_of(file).is_zero
 
     def is_hole(self, copy: Copy) -> bool:
+        """Where the tensor is filled with zeros."""
         return self.is_sparse(copy.file)
 
     def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
+        """Make the values up, each from its place in the tensor: however boxes are cut, they are the same."""
         itemsize = ITEMSIZE[copy.dtype]
         index = np.array(copy.offset // itemsize, np.uint64)
         for n, stride in zip(copy.region.shape, copy.strides, strict=True):

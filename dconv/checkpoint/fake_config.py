@@ -22,6 +22,7 @@ from typing import Any, Final
 from dconv.checkpoint.small_config import read_mapping
 from dconv.codec.fill import KINDS, Fill
 from dconv.errors import UsageError
+from dconv.sharding.parsed import is_dict, is_list
 
 _KEYS: Final = ("dimensions", "shapes", "fill", "fills")
 
@@ -37,16 +38,17 @@ class Wishes:
     """
 
     file: Path = Path()
-    dimensions: Mapping[str, Any] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dimensions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     fill: Fill = Fill()
-    fills: Mapping[str, Fill] = field(default_factory=dict)
+    fills: Mapping[str, Fill] = field(default_factory=dict[str, Fill])
 
     def pattern_of(self, name: str) -> str | None:
         """The pattern of ``fills`` that counts for a tensor."""
         return next((pattern for pattern in self.fills if fnmatchcase(name, pattern)), None)
 
     def fill_of(self, name: str) -> Fill:
+        """What fills a tensor: by the pattern that its name fits, else ``fill``."""
         pattern = self.pattern_of(name)
         return self.fill if pattern is None else self.fills[pattern]
 
@@ -61,8 +63,8 @@ class Wishes:
             *path, last = key.split(".")
             held: Any = made
             for part in path:
-                held = held.get(part) if isinstance(held, dict) else None
-            if not isinstance(held, dict) or last not in held:
+                held = held.get(part) if is_dict(held) else None
+            if not is_dict(held) or last not in held:
                 raise UsageError(
                     "a dimension that config.json does not have",
                     where=f"{key} in {self.file}",
@@ -71,7 +73,7 @@ class Wishes:
             before, held[last] = held[last], value
             if last == "num_hidden_layers" and _is_size(before) and _is_size(value):
                 for other, entries in held.items():
-                    if isinstance(entries, list) and len(entries) == before > value:
+                    if is_list(entries) and len(entries) == before > value:
                         held[other] = entries[:value]
         return made
 
@@ -80,7 +82,7 @@ def numbers(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The config's keys that are sizes, dotted."""
     found: list[str] = []
     for key, value in config.items():
-        if isinstance(value, dict):
+        if is_dict(value):
             found += numbers(value, f"{prefix}{key}.")
         elif _is_size(value):
             found.append(prefix + key)
@@ -115,27 +117,27 @@ def read_wishes(path: Path) -> Wishes:
 
 def _mapping(path: Path, said: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = said.get(key, {})
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+    if not is_dict(value) or not all(isinstance(name, str) for name in value):
         raise _wrong(path, key, "a mapping by name", value)
     return value
 
 
 def _shape(path: Path, pattern: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+    if not is_list(value) or not value or not all(map(_is_size, value)):
         raise _wrong(path, pattern, "a list of sizes such as [4096, 11008]", value)
     return tuple(value)
 
 
 def _fill(path: Path, name: str, value: object) -> Fill:
-    kind, options = value, {}
-    if isinstance(value, dict) and len(value) == 1:
+    kind, options = value, dict[str, Any]()
+    if is_dict(value) and len(value) == 1:
         ((kind, options),) = value.items()
         options = {"value": options} if kind == "constant" else options
     known = {"constant": {"value"}, "normal": {"std", "seed"}}.get(str(kind), set[str]())
     if (
         kind not in KINDS
         or (kind == "constant" and not options)
-        or not isinstance(options, dict)
+        or not is_dict(options)
         or not known.issuperset(options)
         or not all(map(_is_number, options.values()))
         or not isinstance(options.get("seed", 0), int)

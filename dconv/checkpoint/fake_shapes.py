@@ -62,7 +62,7 @@ def _moved(
     axis = next(i for i, (a, b) in enumerate(zip(shape, wished, strict=True)) if a != b)
     keys = _deciding(config, name, axis, shapes_of)
     free = [key for key in keys if key not in pinned]
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for key in free:
         size = _get(config, key) * wished[axis]
         if size % shape[axis] == 0 and (changed := _try(config, key, size // shape[axis], shapes_of)) is not None:

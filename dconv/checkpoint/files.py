@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from dconv.errors import Damaged, StorageFault
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.tensor import FileStamp
 
 #: ``follow`` takes links wherever they lead.
@@ -116,7 +117,11 @@ def stamps(folder: Path, suffixes: tuple[str, ...]) -> dict[str, FileStamp]:
     """The stamps of a directory's files by name; to be taken before the files are read.
 
     Args:
+        folder: the directory; those below it are not looked into.
         suffixes: how their names end.
+
+    Raises:
+        StorageFault: it cannot be listed.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name.endswith(suffixes))
@@ -147,7 +152,7 @@ def read_whole(fd: int, nbytes: int, offset: int) -> bytes:
     Raises:
         OSError: they cannot be read.
     """
-    parts = []
+    parts: list[bytes] = []
     while nbytes and (part := os.pread(fd, nbytes, offset)):
         parts.append(part)
         offset, nbytes = offset + len(part), nbytes - len(part)
@@ -212,7 +217,7 @@ def parse_json(data: bytes, *, where: str, what: str) -> dict[str, object]:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as fault:
         raise Damaged(f"{what} is not valid JSON", where=where, found=str(fault)[:200]) from fault
-    if not isinstance(value, dict):
+    if not is_dict(value):
         raise Damaged(f"{what} is not a JSON object", where=where, found=type(value).__name__)
     return value
 

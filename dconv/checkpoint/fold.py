@@ -71,6 +71,8 @@ def fold(family: Family, config: Mapping[str, object], logical: Logical, stored:
 
     Args:
         family: one whose ``mup`` is set.
+        config: config.json, with the scalars.
+        logical: the source.
         stored: shapes of the source's tensors, as for `dconv.arch.family.Family.facts`.
 
     Raises:
@@ -130,6 +132,8 @@ def meaning_of(family: Family, config: Mapping[str, object], stored: Mapping[str
     """What each muP factor of a model is: formula, value and the tensors (patterns) that `fold` would multiply by it.
 
     Args:
+        family: one whose ``mup`` is set.
+        config: config.json, with the scalars.
         stored: as for `fold`.
 
     Raises:

@@ -73,7 +73,9 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """Describe a GGUF from its headers; of its tensors only a table of frequencies is read.
 
     Args:
+        path: a file, any one of a set, or the directory that has them.
         own_config: translate the metadata; False leaves the config to ``--hf-config``.
+        rename: gives the stored tensors other names before they are looked at.
 
     Raises:
         Damaged: a header or a set that is not whole, a value that none is.
@@ -255,8 +257,12 @@ def _locate(
     found: Decoded,
     behind: tuple[Path, Mapping[str, FileStamp], Mapping[str, Stored]],
 ) -> Located:
-    """
+    """The logical tensors of a family, each where the file has it.
+
     Args:
+        boxes: the logical tensors, and what of which stored one each is.
+        facts: what config and tensors tell of the model.
+        found: the stored tensors, those in blocks decoded.
         behind: directory, files and the tensors as they are stored.
     """
     located, used = Located({}, {}, {}), set[str]()

@@ -30,6 +30,7 @@ from dconv.checkpoint.gguf_tokens import (
 )
 from dconv.checkpoint.source import Side
 from dconv.errors import Refused, ToolMissing, UsageError
+from dconv.sharding.parsed import Json, is_dict
 
 #: Names for the expression that splits text, with whether whole words come before merges (``ignore_merges``).
 _BY_EXPRESSION: Final = {"llama-bpe": True, "qwen2": False, "qwen35": False, "gpt-4o": False, "tekken": True}
@@ -39,6 +40,11 @@ OPTION: Final = "--gguf-pretokenizer"
 
 
 def check_name(name: str) -> None:
+    """See that llama.cpp knows a name that was given for how text is split.
+
+    Raises:
+        UsageError: it does not; the nearest one is named.
+    """
     known = {*DIGESTS, *_MORE}
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
@@ -53,9 +59,24 @@ def check_name(name: str) -> None:
 def byte_pairs(
     side: Side, file: Mapping[str, Any], said: Mapping[str, Any], rows: int, pretokenizer: str | None, where: str
 ) -> tuple[Values, tuple[str, ...]]:
+    """The keys of a byte-level vocabulary with merges, as llama.cpp's converter writes them, and what to say of them.
+
+    Args:
+        side: files that travel with the model, by name.
+        file: tokenizer.json.
+        said: tokenizer_config.json.
+        rows: of the embedding: as many tokens there are.
+        pretokenizer: what llama.cpp calls the way in which text is split; None finds it out.
+        where: the model, for errors.
+
+    Raises:
+        Refused: a tokenizer of another kind, or one that splits text as none that is known.
+        Damaged: a token without a row, a merge that is none.
+        ToolMissing: no package tokenizers.
+    """
     model = file.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise other(f"a model of type {(model or {}).get('type')!r}" if isinstance(model, dict) else "no model", where)
+    if not is_dict(model) or not isinstance(model.get("vocab"), dict):
+        raise other(f"a model of type {model.get('type')!r}" if is_dict(model) else "no model", where)
     if model.get("type") not in (None, "BPE") or not model.get("merges"):
         raise other(f"a model of type {model.get('type')!r} with {len(model.get('merges') or ())} merges", where)
     tokenizer = _tokenizer(side)
@@ -65,9 +86,9 @@ def byte_pairs(
         notes = (f"text is split as {pretokenizer} does it in llama.cpp, by {how}",)
     tokens = [f"[PAD{number}]" for number in range(rows)]
     types = [UNUSED] * rows
-    added = {entry["content"]: entry for entry in added_tokens(file)}
-    decoder = said.get("added_tokens_decoder") or {}
-    every = {**model["vocab"], **{token: entry["id"] for token, entry in added.items()}}
+    added: dict[str, dict[str, Any]] = {entry["content"]: entry for entry in added_tokens(file)}
+    decoder: dict[str, Any] = said.get("added_tokens_decoder") or {}
+    every: dict[str, Any] = {**model["vocab"], **{token: entry["id"] for token, entry in added.items()}}
     for token, number in every.items():
         if type(number) is not int or not 0 <= number < rows:
             raise too_many(token, number, rows, where)
@@ -75,7 +96,8 @@ def byte_pairs(
         if entry is None:
             tokens[number], types[number] = token, NORMAL
             continue
-        entry = {**entry, **(decoder.get(str(number)) or {})}
+        more: dict[str, Any] = decoder.get(str(number)) or {}
+        entry = {**entry, **more}
         text = token if entry.get("normalized", True) else _normalised(tokenizer, token)
         control = bool(entry.get("special")) or looks_special(text)
         types[number] = CONTROL if control else USER
@@ -89,7 +111,7 @@ def byte_pairs(
     }, notes
 
 
-def _merge(merge: object, where: str) -> str:
+def _merge(merge: Json, where: str) -> str:
     """Two halves with a space between; spaces in them as GPT-2 spells them."""
     if isinstance(merge, str):
         return merge
@@ -97,7 +119,8 @@ def _merge(merge: object, where: str) -> str:
 
 
 def _tokenizer(side: Side) -> Any:
-    """
+    """The tokenizer that the package tokenizers makes of tokenizer.json.
+
     Raises:
         ToolMissing: no package tokenizers.
         Damaged: it makes nothing of the file.
@@ -124,7 +147,7 @@ def _pretokenizer(tokenizer: Any, file: Mapping[str, Any], where: str) -> tuple[
     Raises:
         Refused: it is not known here.
     """
-    digests = []
+    digests: list[str] = []
     for special in (True, False):
         with asked(JSON):
             ids = tokenizer.encode(PROBE, add_special_tokens=special).ids
@@ -144,9 +167,11 @@ def _pretokenizer(tokenizer: Any, file: Mapping[str, Any], where: str) -> tuple[
 
 def _by_expression(file: Mapping[str, Any]) -> str:
     """The name of what a file does before its merges, where that is all that llama.cpp does under it; else ""."""
-    before = file.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before]) if before.get("type") == "Sequence" else [before]
-    normaliser = file.get("normalizer")
+    before: dict[str, Any] = file.get("pre_tokenizer") or {}
+    steps: list[dict[str, Any]] = [before]
+    if before.get("type") == "Sequence":
+        steps = before.get("pretokenizers", steps)
+    normaliser: dict[str, Any] | None = file.get("normalizer")
     if (normaliser or {"type": "NFC"}).get("type") != "NFC" or not steps:
         return ""
     *first, last = steps
@@ -161,7 +186,8 @@ def _by_expression(file: Mapping[str, Any]) -> str:
         return "" if first else "gpt-2"
     if len(first) != 1 or first[0].get("type") != "Split" or first[0].get("behavior") != "Isolated":
         return ""
-    expression = (first[0].get("pattern") or {}).get("Regex")
+    pattern: dict[str, Any] = first[0].get("pattern") or {}
+    expression = pattern.get("Regex")
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as SPLITS
     except ImportError:

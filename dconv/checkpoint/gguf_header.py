@@ -70,17 +70,19 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row, along the fastest axis; blocks do not reach over rows."""
         weights, size = BLOCKS[self.kind]
         return (self.shape[-1] if self.shape else 1) // weights * size
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows, without the padding behind."""
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file begins with."""
+    """Metadata by key, and tensors by name, in the order of the file."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]

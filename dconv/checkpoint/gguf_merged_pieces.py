@@ -30,6 +30,7 @@ from dconv.checkpoint.gguf_tokens import (
     too_many,
 )
 from dconv.errors import Refused
+from dconv.sharding.parsed import Json
 
 _SPACE: Final = "\u2581"
 _OCTET: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -44,6 +45,8 @@ def merged_pieces(file: Mapping[str, Any], rows: int, where: str) -> tuple[Value
 
     Args:
         file: tokenizer.json, whose model falls back to bytes.
+        rows: of the embedding: as many tokens there are.
+        where: the model, for errors.
 
     Raises:
         Refused: llama.cpp would part text in another way.
@@ -97,12 +100,14 @@ def _prefix(file: Mapping[str, Any]) -> bool | None:
     return before.get("prepend_scheme", "always") != "never"
 
 
-def _scores(pieces: set[str], vocab: Mapping[str, Any], merges: Iterable[object], where: str) -> dict[str, float]:
+def _scores(pieces: set[str], vocab: Mapping[str, Any], merges: Iterable[Json], where: str) -> dict[str, float]:
     """For each piece, less the place of its first merge; for those that no merge makes, less the number of merges.
 
     Args:
         pieces: those that text is parted into.
         vocab: what they may be made of.
+        merges: in their order, the first one first applied.
+        where: the model, for errors.
     """
     first: dict[str, float] = {}
     ways: dict[str, set[int]] = {}

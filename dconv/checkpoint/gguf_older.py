@@ -21,9 +21,10 @@ _MORE: Final = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 
 
 def as_json(side: Side, config: Mapping[str, object]) -> bytes:
-    """tokenizer.json.
+    """The bytes of a tokenizer.json, made by transformers of a vocabulary and merges in files of their own.
 
     Args:
+        side: files that travel with the model, by name.
         config: config.json, by whose ``model_type`` the class is found where no file names it.
 
     Raises:
@@ -38,6 +39,7 @@ def as_json(side: Side, config: Mapping[str, object]) -> bytes:
             found=str(fault),
             do="pip install transformers; or bring tokenizer.json along",
         ) from None
+    kind: Any = AutoTokenizer  # its stubs leave the class open
     with tempfile.TemporaryDirectory(prefix="dconv-tokenizer-") as scratch:
         folder = Path(scratch)
         for name in (*PAIRS, *_MORE):
@@ -45,7 +47,7 @@ def as_json(side: Side, config: Mapping[str, object]) -> bytes:
                 (folder / name).write_bytes(bytes_of(side, name))
         (folder / "config.json").write_text(json.dumps({"model_type": config.get("model_type")}))
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer: Any = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             return tokenizer.backend_tokenizer.to_str().encode()
         except Exception as fault:  # of a library, on what files say
             raise Refused(

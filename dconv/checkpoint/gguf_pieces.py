@@ -26,6 +26,7 @@ from dconv.checkpoint.gguf_tokens import (
 )
 from dconv.checkpoint.source import Side
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_dict
 
 
 def pieces(side: Side, said: Mapping[str, Any], rows: int, where: str) -> Values:
@@ -41,9 +42,10 @@ def pieces(side: Side, said: Mapping[str, Any], rows: int, where: str) -> Values
         if type(number) is not int or not 0 <= number < rows:
             raise too_many(token, number, rows, where)
         tokens[number], scores[number], types[number] = token, ADDED, USER
-    for key, entry in (said.get("added_tokens_decoder") or {}).items():
+    decoder: dict[str, Any] = said.get("added_tokens_decoder") or {}
+    for key, entry in decoder.items():
         number = int(key) if key.isdecimal() and len(key) < 10 else -1
-        token = entry.get("content") if isinstance(entry, dict) else None
+        token = entry.get("content") if is_dict(entry) else None
         if not isinstance(token, str) or not 0 <= number < rows:
             raise too_many(str(token), key, rows, where)
         control = bool(entry.get("special")) or looks_special(token)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from dconv.checkpoint.gguf_header import ALIGNMENT, ARRAY, FORMS, MAGIC, TEXT, TYPES, padded
 from dconv.checkpoint.source import seal
 from dconv.coded.gguf_encode import Stored
+from dconv.sharding.parsed import is_list_or_tuple
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Slot
@@ -53,12 +54,16 @@ def lay_out(
 
     Args:
         name: of the file, without its ending.
+        tensors: the others, under their names, in the order to write them.
         tables: small tensors of fp32 by name; they come first.
         values: the metadata.
         split: bytes of tensors in a file, at most (one at least); None writes one file.
+        left_out: stored tensors that are not written, each with the reason.
     """
-    entries = [*((table, "F32", (len(numbers),)) for table, numbers in tables.items()),
-               *((tensor.spec.name, tensor.kind, tensor.shape) for tensor in tensors)]  # fmt: skip
+    entries: list[tuple[str, str, tuple[int, ...]]] = [
+        *((table, "F32", (len(numbers),)) for table, numbers in tables.items()),
+        *((tensor.spec.name, tensor.kind, tensor.shape) for tensor in tensors),
+    ]
     data = [struct.pack(f"<{len(numbers)}f", *numbers) for numbers in tables.values()]
     sizes = [*map(len, data), *(tensor.spec.nbytes for tensor in tensors)]
     files: list[TargetFile] = []
@@ -74,7 +79,8 @@ def lay_out(
                 "split.count": Typed(_U16, len(parts)),
                 "split.tensors.count": Typed(_I32, len(entries)),
             }
-        offsets, at = [], 0
+        offsets: list[int] = []
+        at = 0
         for index in part:
             offsets.append(at)
             at = padded(at + sizes[index], ALIGNMENT)
@@ -133,7 +139,7 @@ def packed(value: Any) -> bytes:
         return struct.pack("<I" + FORMS[value.kind], value.kind, value.value)
     if isinstance(value, str | bytes):
         return struct.pack("<I", TEXT) + _text(value)
-    if isinstance(value, list | tuple):
+    if is_list_or_tuple(value):
         if isinstance(value[0], str | bytes):
             return struct.pack("<IIQ", ARRAY, TEXT, len(value)) + b"".join(map(_text, value))
         kind = _kind(value[0], _I32)

@@ -65,7 +65,8 @@ def _file(path: Path, split: str, name: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _files(path: Path, split: str) -> dict[str, bytes]:
-    """
+    """The tokenizer's files as transformers writes them, by name; empty where it writes none.
+
     Raises:
         ToolMissing: a transformers that does not read it so.
         Refused: it makes no tokenizer of it.
@@ -81,11 +82,12 @@ def _files(path: Path, split: str) -> dict[str, bytes]:
             found=str(fault),
             do=f"pip install --upgrade transformers; or {_DO}",
         ) from None
+    kind: Any = PreTrainedTokenizerFast
     known = SPLITS.get(_ALIKE.get(split, split))
     if split not in (*_PLAIN, *_DIGITS, "") and known is None:
         raise ToolMissing(f"this transformers does not know how {split} splits text", where=str(path), do=_DO)
     try:
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: Any = kind.from_pretrained(path.parent, gguf_file=path.name)
         if split in _DIGITS:
             apart = pre_tokenizers.Digits(individual_digits=True)
             level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

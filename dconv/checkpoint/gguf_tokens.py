@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
 from typing import Any, Final
 
 from dconv.checkpoint.files import Made, parse_json, read_small
 from dconv.checkpoint.source import Side
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import Json, is_dict, is_list
 
 Values = dict[str, Any]
 #: ``llama_token_type``.
@@ -23,7 +23,7 @@ _CONTROLS: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _STEPS: Final = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
 _TEMPLATED: Final = {".single": list, ".single.*": dict, ".single.*.SpecialToken": dict}
 #: What the parts of each file are, by their place in it.
-_FORMS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
+_FORMS: Final[Mapping[str, Mapping[str, type | tuple[type, ...]]]] = {
     JSON: {
         "model": dict, "model.merges": list, "added_tokens": list,
         **dict.fromkeys(_STEPS, dict),
@@ -33,18 +33,24 @@ _FORMS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
         **{f"post_processor{inner}": kind for inner, kind in _TEMPLATED.items()},
         **{f"post_processor.processors.*{inner}": kind for inner, kind in _TEMPLATED.items()},
     },
-    CONFIG: {"added_tokens_decoder": dict, "added_tokens_decoder.*": dict, "chat_template": str | list},
-    "chat_template.json": {"chat_template": str | list},
+    CONFIG: {"added_tokens_decoder": dict, "added_tokens_decoder.*": dict, "chat_template": (str, list)},
+    "chat_template.json": {"chat_template": (str, list)},
 }  # fmt: skip
 _AROUND: Final = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 
 
 def bytes_of(side: Side, name: str) -> bytes:
+    """The bytes of a file that travels with the model, read or made."""
     path = side[name]
     return path.make() if isinstance(path, Made) else read_small(path, what=name)
 
 
 def read(side: Side, name: str) -> dict[str, Any] | None:
+    """A file of the tokenizer, parsed, its parts seen to be of their types; None where there is none.
+
+    Raises:
+        Damaged: it is no JSON, or a part is of another type.
+    """
     if name not in side:
         return None
     path = side[name]
@@ -54,7 +60,7 @@ def read(side: Side, name: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def asked(where: str) -> Iterator[None]:
+def asked(where: str) -> Generator[None, None, None]:
     """What a library raises on what a file says; a panic of its Rust is no `Exception`.
 
     Raises:
@@ -85,9 +91,9 @@ def _parts(node: object, keys: Sequence[str]) -> Iterator[object]:
     if not keys:
         yield node
     elif keys[0] == "*":
-        for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        for part in node.values() if is_dict(node) else node if is_list(node) else ():
             yield from _parts(part, keys[1:])
-    elif isinstance(node, dict) and node.get(keys[0]) is not None:
+    elif is_dict(node) and node.get(keys[0]) is not None:
         yield from _parts(node[keys[0]], keys[1:])
 
 
@@ -97,15 +103,16 @@ def added_tokens(file: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         Damaged: entries that are none.
     """
-    found = file.get("added_tokens") or []
+    found: list[Any] = file.get("added_tokens") or []
     for entry in found:
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or type(entry.get("id")) is not int:
+        if not is_dict(entry) or not isinstance(entry.get("content"), str) or type(entry.get("id")) is not int:
             raise Damaged("an added token that none is", where=JSON, found=f"{entry!r:.80}")
     return found
 
 
-def halves_of(merge: object, where: str) -> tuple[str, str]:
-    """
+def halves_of(merge: Json, where: str) -> tuple[str, str]:
+    """What a merge joins: two texts with a space between, or a list of the two, as newer files have it.
+
     Raises:
         Damaged: a merge that none is.
     """
@@ -116,10 +123,12 @@ def halves_of(merge: object, where: str) -> tuple[str, str]:
 
 
 def looks_special(token: str) -> bool:
+    """Whether a token is a control token by its looks, as llama.cpp's converter takes it."""
     return token in _CONTROLS or any(token.startswith(a) and token.endswith(b) for a, b in _AROUND)
 
 
 def other(found: str, where: str) -> Refused:
+    """The refusal of a tokenizer that llama.cpp has no kind for."""
     return Refused(
         "a tokenizer of a kind that is not written to a GGUF here, nothing was written",
         where=f"{JSON} of {where}",
@@ -129,6 +138,7 @@ def other(found: str, where: str) -> Refused:
 
 
 def too_many(token: str, number: object, rows: int, where: str) -> Damaged:
+    """The error of a token whose id is no row of the embedding, of which there are ``rows``."""
     return Damaged(
         "a token that the model has no row for, nothing was written",
         where=f"{JSON} of {where}",

@@ -17,6 +17,7 @@ from dconv.checkpoint.gguf_pieces import pieces
 from dconv.checkpoint.gguf_tokens import CONFIG, JSON, PIECES, Values, added_tokens, bytes_of, read
 from dconv.checkpoint.source import Side
 from dconv.errors import Damaged, Refused, UsageError
+from dconv.sharding.parsed import is_dict
 
 _SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 #: GGUF's keys for their ids, where they are not ``<name>``.
@@ -30,9 +31,11 @@ def vocabulary(
 
     Args:
         side: the files that travel with the model.
+        config: config.json.
         rows: of the embedding: as many tokens there are.
         arch: GGUF's architecture.
         pretokenizer: what llama.cpp calls the way in which text is split; None finds it out.
+        where: the model, for errors.
 
     Raises:
         Refused: no tokenizer, one of a kind that llama.cpp lacks, or one that splits text as none that is known.
@@ -57,7 +60,7 @@ def vocabulary(
         file = read(side, JSON)
         if file is None:
             raise _none(where)
-        model = file.get("model") or {}
+        model: dict[str, Any] = file.get("model") or {}
         _check_vocabulary(model)
         if isinstance(model.get("vocab"), dict) and model.get("byte_fallback") and model.get("merges"):
             _check_unsplit(pretokenizer)
@@ -106,7 +109,7 @@ def _specials(
     values: Values = {}
     for name in _SPECIAL:
         token = said.get(f"{name}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+        text = token.get("content") if is_dict(token) else token
         number = ids.get(text) if isinstance(text, str) else None
         number = config.get(f"{name}_token_id") if number is None else number
         if type(number) is int and 0 <= number < rows:
@@ -122,13 +125,14 @@ def _specials(
 def _around(file: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, bool]:
     """What ``post_processor`` puts around a text: of templates the first and the last token."""
     found: dict[str, bool] = {}
-    processor = file.get("post_processor") or {}
+    processor: dict[str, Any] = file.get("post_processor") or {}
+    steps: list[dict[str, Any]] = processor.get("processors", [processor] if processor else [])
 
     def text(name: str) -> object:
         token = said.get(f"{name}_token")
-        return token.get("content") if isinstance(token, dict) else token
+        return token.get("content") if is_dict(token) else token
 
-    for one in processor.get("processors", [processor] if processor else []):
+    for one in steps:
         if one.get("type") == "ByteLevel":
             found = {"bos": False, "eos": False, **found}
         elif one.get("type") == "TemplateProcessing" and len(single := one.get("single") or []) > 1:
@@ -149,7 +153,7 @@ def _template(side: Side, said: Mapping[str, Any]) -> Values:
     if isinstance(found, str):
         return {"tokenizer.chat_template": found} if found else {}
     values: Values = {}
-    named = {str(one.get("name")): one.get("template") for one in found or [] if isinstance(one, dict)}
+    named: dict[str, Any] = {str(one.get("name")): one.get("template") for one in found or () if is_dict(one)}
     for name, template in named.items():
         if isinstance(template, str) and template:
             values["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = template

@@ -23,6 +23,7 @@ from dconv.checkpoint.files import check_link, read_json, stamp
 from dconv.checkpoint.source import Located, Source, seal, side_bytes, side_files
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.errors import Damaged, Refused, StorageFault
+from dconv.sharding.parsed import Json, mapping_or_empty
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
@@ -67,6 +68,7 @@ class Archive:
     records: Mapping[str, tuple[int | None, int]]
 
     def weights(self) -> list[str]:
+        """Names of the records that are weights and are not compressed, so that they can be compared in place."""
         return [name for name, (offset, _) in self.records.items() if _WEIGHTS.fullmatch(name) and offset is not None]
 
     def read(self, name: str) -> bytes:
@@ -227,7 +229,7 @@ def device_of(archive: Archive) -> str:
         said = json.loads(archive.read(f"extra/{PORTS}"))
     except (ValueError, RecursionError):
         return ""
-    return str(said.get("device", "")) if isinstance(said, dict) else ""
+    return str(mapping_or_empty(said).get("device", ""))
 
 
 def _export_on(name: str, content: bytes, device: str) -> bytes:
@@ -242,9 +244,9 @@ def _export_on(name: str, content: bytes, device: str) -> bytes:
 def exported_on(content: bytes, device: str) -> bytes:
     """JSON of torch.export, whose tensors and operations are on another device."""
     kind, _, index = device.partition(":")
-    said = {"type": kind, "index": int(index) if index else None}
+    said: dict[str, Any] = {"type": kind, "index": int(index) if index else None}
 
-    def placed(node: Any) -> Any:
+    def placed(node: Json) -> Json:
         if isinstance(node, list):
             return [placed(it) for it in node]
         if isinstance(node, dict):

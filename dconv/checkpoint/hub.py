@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dconv.checkpoint.source import SIDE_FILES
 from dconv.coded.beside import BESIDE
@@ -86,8 +86,9 @@ def fetch(name: str, revision: str | None = None) -> Path:
             where=said,
             expected="safetensors, pytorch_model*.bin or Meta's consolidated.*.pth, not in a folder",
         )
+    hub: Any = huggingface_hub  # which leaves types of its parameters open
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_literal(files)))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_literal(files)))
     except Exception as fault:
         if error := _refusal(said, fault):
             raise error from fault
@@ -97,11 +98,13 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 def _cached(name: str, revision: str | None) -> Path | None:
     """The directory of an earlier download. It may be incomplete: whoever opens it says which shards are missing."""
-    from huggingface_hub import errors, snapshot_download
+    import huggingface_hub
+    from huggingface_hub import errors
 
+    hub: Any = huggingface_hub  # as above
     few = ["config.json", "params.json"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=few, local_files_only=True))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=few, local_files_only=True))
     except errors.LocalEntryNotFoundError:
         return None
 

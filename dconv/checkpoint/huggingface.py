@@ -28,6 +28,7 @@ from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.dtypes import carrier
 from dconv.sharding.ops import MOVE
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
 from dconv.sharding.reader import Reader
 from dconv.sharding.region import Index, Region
@@ -45,6 +46,7 @@ _SMALL: Final = 1 << 12
 
 
 def is_huggingface(folder: Path) -> bool:
+    """Whether a directory has weights in files of HuggingFace's names."""
     return bool(listed(folder, "*.safetensors") or listed(folder, "pytorch_model*.bin"))
 
 
@@ -103,8 +105,11 @@ def source_of(
     """A checkpoint of HuggingFace's names.
 
     Args:
+        folder: the directory.
         shards: one dict a tensor-parallel rank.
         before: stamps of the directory's weight files, taken before they were read.
+        config: config.json; None where there is none, or another is to be used.
+        side: files that travel with the model, by name.
         container: its name in reports.
     """
     files = {name: before[name] if name in before else stamp(folder / name) for shard in shards for name in shard}
@@ -148,7 +153,7 @@ def source_of(
 
 
 def small_values(reader: Reader, stored: Stored) -> NDArray[np.generic]:
-    """A small tensor."""
+    """All elements of a stored tensor of a few numbers, in ``carrier`` of its dtype."""
     extent, out = stored.extents[0], np.empty(stored.spec.shape, carrier(stored.spec.dtype))
     reader.read_box(Copy(extent.region, extent.file, extent.offset, extent.strides, stored.spec.dtype, MOVE), out)
     return out
@@ -207,7 +212,7 @@ def shards_of(folder: Path) -> list[Shard]:
 
 def _indexed(folder: Path, index: Path) -> Shard:
     weight_map = read_json(index, what="the index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not is_dict(weight_map) or not weight_map:
         raise Damaged("the index has no weight_map", where=str(index))
     wanted = list(dict.fromkeys(check_plain_name(name, said_by=index) for name in weight_map.values()))
     missing = [name for name in wanted if not (folder / name).exists()]
@@ -322,6 +327,9 @@ def lay_out(
     Args:
         specs: the logical tensors, in the order to write them.
         config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
         twins: names under which logical tensors are written once more, with the tensors' own.
     """
     twins = twins or {}
@@ -345,6 +353,10 @@ def lay_out_slots(
 
     Args:
         held: tensors under their names in the files, and where their elements come from.
+        config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
         indexed: write an index of a single file, too.
         framework: see `dconv.checkpoint.safetensors.lay_out`.
     """

@@ -27,7 +27,7 @@ from dconv.checkpoint.allowed import (
     builder_of,
     is_size,
 )
-from dconv.checkpoint.pickled import DTypeRef, OrderedMap, Record, StorageRef, Symbol
+from dconv.checkpoint.pickled import DTypeRef, Node, OrderedMap, Record, StorageRef, Symbol
 from dconv.errors import Damaged
 from dconv.sharding.dtypes import FROM_TORCH
 
@@ -63,15 +63,15 @@ def load(data: bytes, *, where: str) -> Any:
     return value
 
 
-def bounded(tree: object, *, where: str, nodes: int = 4_000_000, depth: int = 200) -> None:
+def bounded(tree: Node, *, where: str, nodes: int = 4_000_000, depth: int = 200) -> None:
     """Make sure that a recursion over ``tree`` ends soon: a list may hold itself, or another one twice.
 
     Raises:
         Damaged: more than ``nodes`` values on the way, or nested deeper than ``depth``.
     """
-    todo = [iter((tree,))]
+    todo: list[Any] = [iter((tree,))]
     while todo:
-        node = next(todo[-1], todo)
+        node: Node = next(todo[-1], todo)
         if node is todo:
             todo.pop()
             continue
@@ -90,9 +90,7 @@ class Machine:
     """Runs the one pickle at ``start``. Afterwards ``pos`` is its end, ``storages`` what it referred to."""
 
     def __init__(self, data: bytes | mmap, start: int, where: str) -> None:
-        self.data = data
-        self.pos = start
-        self.where = where
+        self.data, self.pos, self.where = data, start, where
         self.limit = min(len(data), start + MAX_BYTES)
         self.storages: dict[str, StorageRef] = {}
         self._stack: list[Any] = []
@@ -154,7 +152,7 @@ class Machine:
                 memo[_U32.unpack_from(data, pos)[0]] = stack[-1]
                 pos += 4
             elif op == 0x85:  # TUPLE1
-                stack[-1] = (stack[-1],)
+                stack[-1:] = [(stack[-1],)]
             elif op == 0x86:  # TUPLE2
                 stack[-2:] = [(stack[-2], stack[-1])]
             elif op == 0x87:  # TUPLE3
@@ -162,8 +160,8 @@ class Machine:
             elif op == 0x29:  # EMPTY_TUPLE
                 stack.append(())
             elif op in (0x52, 0x81):  # REDUCE, NEWOBJ
-                args = stack.pop()
-                symbol = stack[-1]
+                args: Node = stack.pop()
+                symbol: Node = stack[-1]
                 if type(symbol) is not Symbol or type(args) is not tuple:
                     self.bad("a call of something that is no global")
                 builder = builders.get(id(symbol))
@@ -296,8 +294,7 @@ class Machine:
     def _global(self, module: object, name: object) -> Symbol | DTypeRef:
         if type(module) is not str or type(name) is not str:  # before they are hashed
             self.bad("a global whose name is no string")
-        known = self._symbols.get((module, name))
-        if known is not None:
+        if known := self._symbols.get((module, name)):
             return known
         if not f"{module}.{name}".replace(".", "_").isidentifier():  # also keeps control characters off terminals
             self.bad("a global of odd name")
@@ -315,6 +312,7 @@ class Machine:
         return symbol
 
     def foreign(self, name: str) -> NoReturn:
+        """Refuse a name that neither torch nor megatron writes; loading the file elsewhere would run it."""
         raise Damaged(
             "a pickle with a foreign global",
             where=self.where,
@@ -323,19 +321,20 @@ class Machine:
             do="do not load this file with torch either: loading would run that name",
         )
 
-    def call(self, symbol: object, args: object) -> Any:
+    def call(self, symbol: Node, args: Node) -> Any:
+        """What calling a symbol makes: plain data where it is known how, else a `Record` of the call."""
         if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
             self.bad("a call of something that is no global")
         builder = self._builders.get(id(symbol))
         return Record(symbol, args) if builder is None else builder(self, symbol, args)
 
-    def _build(self, target: object, state: object) -> None:
+    def _build(self, target: Node, state: Node) -> None:
         if type(target) is Record:
             target.state = state
         elif type(target) is not OrderedMap:
             self.bad(f"a state for a {type(target).__name__}")
 
-    def put(self, target: Any, items: list[Any]) -> None:
+    def put(self, target: Node, items: list[Any]) -> None:
         """``target[items[0]] = items[1]`` and so on."""
         if len(items) % 2:
             self.bad("a key without a value")
@@ -346,7 +345,7 @@ class Machine:
         else:
             self.bad(f"entries for a {type(target).__name__}")
 
-    def _extend(self, target: Any, items: list[Any]) -> None:
+    def _extend(self, target: Node, items: list[Any]) -> None:
         if type(target) is list:
             target.extend(items)
         elif type(target) is set:
@@ -356,13 +355,14 @@ class Machine:
         else:
             self.bad(f"elements for a {type(target).__name__}")
 
-    def keys(self, keys: list[Any]) -> list[Any]:
+    def keys(self, keys: list[Node]) -> list[Node]:
         """The same keys, each cheap to hash and compare."""
         for key in keys:
             if type(key) is int and not -_MAX_KEY < key < _MAX_KEY:
                 self.bad("a number too large for a key")
             if type(key) is tuple or type(key) is frozenset:
-                nodes, todo = 0, [key]
+                nodes = 0
+                todo: list[tuple[Node, ...] | frozenset[Node]] = [key]
                 while todo:
                     inner = todo.pop()
                     nodes += len(inner)
@@ -377,8 +377,8 @@ class Machine:
         if self._copies < 0:
             self.bad("copies without end")
 
-    def _persistent(self, pid: object) -> object:
-        """torch's ``("storage", type, key, location, numel)``, in old files with a view (None) behind."""
+    def _persistent(self, pid: Node) -> StorageRef:
+        """A storage by torch's ``("storage", type, key, location, numel)``, in old files with a view (None) behind."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or any(pid[5:]):
             self.bad("a persistent id that is no storage")
         kind, key, _location, numel = pid[1:5]

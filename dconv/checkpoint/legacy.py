@@ -24,6 +24,7 @@ from dconv.checkpoint.shards import Holder, Place, Shard, Shards, locate, staged
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.parsed import is_mapping
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
@@ -206,7 +207,7 @@ def _open(folder: Path) -> torchzip.TorchFile:
 def _chunks(file: torchzip.TorchFile) -> list[Mapping[str, Any]]:
     held = {str(key): value for key, value in file.tree.items() if _CHUNK.fullmatch(str(key))}
     names = ["model"] if "model" in held else [f"model{i}" for i in range(len(held))]
-    chunks = [value for name in names if isinstance(value := held.get(name), Mapping)]
+    chunks: list[Mapping[str, Any]] = [value for name in names if is_mapping(value := held.get(name))]
     if not chunks or len(chunks) != len(held):
         raise Damaged(
             "no model in a Megatron checkpoint",
@@ -228,7 +229,7 @@ def _order(opened: Mapping[Place, torchzip.TorchFile]) -> float | None:
     """
     found = {
         classic.version(file.tree.get("checkpoint_version"), str(file.path))
-        if any(isinstance(held, Mapping) and classic.is_classic(held) for held in file.tree.values())
+        if any(is_mapping(held) and classic.is_classic(held) for held in file.tree.values())
         else None
         for file in opened.values()
     }
@@ -249,7 +250,7 @@ def _as_saved(iteration: Path, file: torchzip.TorchFile) -> Iterator[Stored]:
 
 def _beside(file: torchzip.TorchFile) -> Mapping[str, TensorRef]:
     held = file.tree.get(_BESIDE, {})
-    if not isinstance(held, Mapping) or not all(isinstance(value, TensorRef) for value in held.values()):
+    if not is_mapping(held) or not all(isinstance(value, TensorRef) for value in held.values()):
         raise Damaged("what lies beside the model is no tensor", where=f"{_BESIDE} in {file.path}", found=short(held))
     _check_chunk(file, held)
     return held

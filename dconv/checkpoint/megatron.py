@@ -18,6 +18,7 @@ from dconv.errors import Damaged, Refused
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.layout import Fused, Stretch
+from dconv.sharding.parsed import is_list_or_tuple, is_mapping
 from dconv.sharding.region import Index
 from dconv.sharding.tensor import Slot
 
@@ -128,6 +129,7 @@ class Model:
 
     @property
     def padded_vocab(self) -> int:
+        """Rows of the embedding, padded so that they divide over tensor parallelism."""
         return padded_vocab(size(self.facts, "vocab"), self.divisor, self.parallel.tp)
 
     @property
@@ -262,7 +264,7 @@ def sides(iteration: Path) -> tuple[dict[str, object] | None, dict[str, Path]]:
 def plain_args(value: object) -> dict[str, object] | None:
     """An inert ``argparse.Namespace`` as a dict; members that are no plain data become their printed form."""
     fields = value.fields if isinstance(value, Record) else value
-    if not isinstance(fields, Mapping):
+    if not is_mapping(fields):
         return None
     return {str(key): _plain(item) for key, item in fields.items()}
 
@@ -270,9 +272,9 @@ def plain_args(value: object) -> dict[str, object] | None:
 def _plain(value: object) -> object:
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple):
+    if is_list_or_tuple(value):
         return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, DTypeRef):
         return f"torch.{TO_TORCH[value.name]}"

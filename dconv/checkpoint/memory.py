@@ -8,7 +8,7 @@ ranks tell each other is names, shapes, dtypes and places: never a weight.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -20,12 +20,13 @@ import xxhash
 from dconv.checkpoint import megatron, names
 from dconv.checkpoint.sharded import Box, boxes, is_sharded
 from dconv.checkpoint.shards import Holder, Shard, Shards, locate, staged
-from dconv.checkpoint.source import Source
+from dconv.checkpoint.source import Located, Source
 from dconv.checkpoint.stacked import apart
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE, carrier
 from dconv.sharding.ops import MOVE
+from dconv.sharding.parsed import is_mapping
 from dconv.sharding.plan import Copy
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Stored, TensorSpec
@@ -33,6 +34,9 @@ from dconv.sharding.tensor import Extent, FileStamp, Piece, Stored, TensorSpec
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+    from dconv.arch.family import Family
+    from dconv.arch.layouts import Facts
 
 FORMAT: Final = "megatron in memory"
 #: Stands for a directory, the same on every rank.
@@ -132,7 +136,7 @@ class Memory:
 
 
 def _dtype(name: str, value: object) -> str:
-    """dconv's name of a tensor's dtype.
+    """The dtype of a tensor, by dconv's short name.
 
     Raises:
         Refused: no tensor, or one whose bytes are elsewhere or in another form than its shape says.
@@ -166,15 +170,18 @@ class MemoryReader:
         self._memory = memory
 
     def close(self) -> None:
-        pass
+        """Nothing is open; the tensors stay the job's."""
 
     def has(self, file: str) -> bool:
+        """Whether the file stands for this rank's memory: other ranks' cannot be read."""
         return file == self._file
 
     def is_sparse(self, file: str) -> bool:  # noqa: ARG002
+        """Never."""
         return False
 
     def is_hole(self, copy: Copy) -> bool:  # noqa: ARG002
+        """Never."""
         return False
 
     def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
@@ -186,8 +193,9 @@ class MemoryReader:
         tensor = self._memory.tensors[number]
         bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
         at = tensor.storage_offset() + (copy.offset - self._memory.starts[number]) // itemsize
+        framework: Any = torch  # whose from_numpy says nothing of what it takes
         box = tensor.as_strided(copy.region.shape, [stride // itemsize for stride in copy.strides], at)
-        torch.from_numpy(out.view(f"<i{itemsize}")).copy_(box.view(bits))
+        framework.from_numpy(out.view(f"<i{itemsize}")).copy_(box.view(bits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +218,7 @@ class Manifest:
 
 def plain_args(args: object) -> dict[str, object] | None:
     """Megatron's args, a Namespace or a mapping, as a checkpoint would give them back."""
-    return megatron.plain_args(args if isinstance(args, Mapping) or args is None else vars(args))
+    return megatron.plain_args(args if is_mapping(args) or args is None else vars(args))
 
 
 def open_source(manifests: Sequence[Manifest], args: dict[str, object] | None) -> Source:
@@ -243,9 +251,17 @@ def open_source(manifests: Sequence[Manifest], args: dict[str, object] | None) -
     )
 
 
-def _source(manifests: Sequence[Manifest], args: dict[str, object] | None, **found: Any) -> Source:
+def _source(
+    manifests: Sequence[Manifest],
+    args: dict[str, object] | None,
+    *,
+    locate: Callable[[Family, Facts], Located],
+    **found: Any,
+) -> Source:
     files = {m.file: FileStamp(m.size, m.time, 0, m.size) for m in manifests}
-    return Source(format=FORMAT, root=_ROOT, config=None, args=args, side={}, files=files, in_memory=True, **found)
+    return Source(
+        format=FORMAT, root=_ROOT, config=None, args=args, side={}, files=files, locate=locate, in_memory=True, **found
+    )
 
 
 def _by_place(placed: Sequence[tuple[Manifest, Coord, Parallel]]) -> tuple[Parallel, Shards]:

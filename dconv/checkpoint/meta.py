@@ -65,7 +65,9 @@ def open_source(folder: Path, *, own_config: bool = True, rename: Renaming = AS_
     """Describe a release from headers alone. Llama 3.2's output weights are compared with the embedding.
 
     Args:
+        folder: the directory.
         own_config: translate params.json; False leaves the config to ``--hf-config``.
+        rename: gives the stored tensors other names before they are looked at.
 
     Raises:
         Damaged: a missing or broken shard, a params.json that is not JSON or impossible.
@@ -184,6 +186,10 @@ def _pieces(spec: TensorSpec, tensor: Stored, rank: int, count: int, head: int) 
     """A rank's tensor in HuggingFace's coordinates.
 
     Args:
+        spec: the logical tensor.
+        tensor: what the rank has of it.
+        rank: the file's number.
+        count: how many files there are.
         head: rows of one attention head.
     """
     extent, shape = tensor.extents[0], tensor.spec.shape

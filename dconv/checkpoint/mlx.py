@@ -210,6 +210,10 @@ def lay_out_target(
 
     Args:
         specs: MLX's tensors, codes and scales among them.
+        config: config.json, which says how codes are to be read.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
     """
     held = [(spec, (_whole(spec),)) for spec in specs]
     return huggingface.lay_out_slots(

@@ -63,7 +63,9 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """Describe such a directory, or its ``model.pt`` by name, from headers alone.
 
     Args:
+        path: the directory, or the file.
         own_config: False leaves the config to ``--hf-config``; ``metadata.json`` is then not needed.
+        rename: gives the stored tensors other names before they are looked at.
 
     Raises:
         Damaged: no ``model.pt``, one that is torn, or a ``metadata.json`` that says another model than its tensors.

@@ -21,8 +21,9 @@ from dconv.coded.fp8 import SUFFIX, block_of
 from dconv.coded.neuron import with_scales
 from dconv.errors import Damaged, Refused
 from dconv.sharding.layout import pieces
+from dconv.sharding.parsed import is_mapping
 from dconv.sharding.plan import Target
-from dconv.sharding.tensor import Extent, Stored, TensorSpec
+from dconv.sharding.tensor import Extent, Slot, Stored, TensorSpec
 
 #: What no other checkpoint has in its names.
 _MARKS: Final = (".self_attn.qkv_proj.q_proj.", ".expert_mlps.mlp_op.")
@@ -40,7 +41,7 @@ def is_neuron(folder: Path) -> bool:
             names = safetensors.read_header(listed(folder, "*.safetensors")[0])
     except (Damaged, Refused, IndexError):
         return False
-    return isinstance(names, Mapping) and any(mark in str(name) for name in names for mark in _MARKS)
+    return is_mapping(names) and any(mark in str(name) for name in names for mark in _MARKS)
 
 
 def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
@@ -122,12 +123,17 @@ def lay_out_target(
     """A directory of Neuron's names to be written. It has an index in any case: some loaders read nothing without one.
 
     Args:
+        held: Neuron's tensors, scales among them, in the order to write them.
         specs: HuggingFace's tensors as they are to be written, scales among them.
+        config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
+        left_out: stored tensors that are not written, each with the reason.
 
     Raises:
         Refused: experts of one layer in several dtypes.
     """
-    tensors = []
+    tensors: list[tuple[TensorSpec, tuple[Slot, ...]]] = []
     for one in with_scales(held, specs):
         dtypes = {specs[spec.name].dtype for each in one.sources for spec in each}
         if len(dtypes) > 1:

@@ -66,10 +66,12 @@ class Initializer:
 
 
 def is_file(path: Path) -> bool:
+    """Whether a path ends as a graph does; it is not opened."""
     return path.suffix == SUFFIX
 
 
 def is_onnx(folder: Path) -> bool:
+    """Whether a directory has a file that ends as a graph does."""
     return bool(listed(folder, f"*{SUFFIX}"))
 
 
@@ -240,7 +242,8 @@ def _varint(file: BinaryIO, at: int, end: int) -> tuple[int, int]:
 
 
 def _varints(data: bytes) -> list[int]:
-    found, value, shift = [], 0, 0
+    found: list[int] = []
+    value = shift = 0
     for byte in data:
         value |= (byte & 127) << shift
         shift += 7

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+from dconv.sharding.parsed import is_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Record:
 
     __slots__ = ("args", "items", "state", "symbol")
 
-    def __init__(self, symbol: Symbol, args: tuple[Any, ...] = (), state: object = None) -> None:
+    def __init__(self, symbol: Symbol, args: tuple[Any, ...] = (), state: Node = None) -> None:
         self.symbol = symbol
         self.args = args
         self.state = state
@@ -68,13 +70,20 @@ class Record:
         if isinstance(state, dict):
             return state
         if isinstance(state, tuple) and len(state) == 2:  # (__dict__, __slots__)
-            return {k: v for part in state if isinstance(part, dict) for k, v in part.items()}
+            return {k: v for part in state if is_dict(part) for k, v in part.items()}
         return {}
 
     def __repr__(self) -> str:
         # members of an enum and paths are read off this; nested arguments may be huge
         args = (repr(a) if isinstance(a, int | float | str) else "..." for a in self.args[:8])
         return f"{self.symbol}({', '.join(args)})"
+
+
+#: Whatever a tree is made of. What containers hold is of these again.
+Node: TypeAlias = (
+    dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any] | frozenset[Any] | str | bytes | bytearray | int | float
+    | Record | TensorRef | StorageRef | DTypeRef | Symbol | None
+)  # fmt: skip
 
 
 class OrderedMap(dict[Any, Any]):

@@ -81,6 +81,10 @@ def dumps(tree: object, lower: Callable[[object], object] | None = None) -> byte
     return b"\x80\x02" + b"".join(writer.out) + b"."
 
 
+#: ``type``, whose answer the type checker takes for one it knows.
+_type_of: Final[Callable[[Any], type[Any]]] = type
+
+
 class _Writer:
     def __init__(self, lower: Callable[[object], object] | None) -> None:
         self.out: list[bytes] = []
@@ -90,7 +94,7 @@ class _Writer:
 
     def put(self, node: Any) -> None:
         out = self.out
-        kind = type(node)
+        kind = _type_of(node)
         if kind is str or kind is Global:
             known = self._memo.get(node)
             if known is not None:
@@ -115,7 +119,7 @@ class _Writer:
             out.append(b"\x88" if node else b"\x89")
         elif kind is float:
             out.append(b"G" + struct.pack(">d", node))
-        elif isinstance(node, dict):
+        elif issubclass(kind, dict):
             out.append(b"}")
             if node:
                 out.append(b"(")
@@ -123,7 +127,7 @@ class _Writer:
                     self.put(key)
                     self.put(value)
                 out.append(b"u")
-        elif isinstance(node, list):
+        elif issubclass(kind, list):
             out.append(b"]")
             if node:
                 out.append(b"(")

@@ -16,7 +16,7 @@ from dconv.checkpoint import huggingface, state_dict
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, seal, side_bytes, side_files
 from dconv.errors import Refused
-from dconv.sharding.plan import Target, TargetTensor
+from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Slot, TensorSpec
 
@@ -51,8 +51,13 @@ def lay_out(
     """One state dict, or with ``tp`` over 1 one a rank, config.json and the side files beside.
 
     Args:
+        family: the model's.
+        facts: what config and tensors tell of the model.
         specs: the logical tensors as they are to be written.
+        tp: ranks of tensor parallelism, each with a file of its own.
         config: config.json's content; None copies the one among ``side`` as it is.
+        side: files that travel with the model, by name.
+        left_out: stored tensors that are not written, each with the reason.
 
     Raises:
         Refused: a tensor that does not divide over ``tp`` ranks, or of which a rank would have no unbroken stretch.
@@ -62,7 +67,8 @@ def lay_out(
         files = [file]
     else:
         parts = {name: regions for entry in family.entries(facts) for name, regions in _cut(entry, tp)}
-        files, tensors = [], []
+        files: list[TargetFile] = []
+        tensors: list[TargetTensor] = []
         for rank in range(tp):
             mine = [_part(spec, parts[spec.name][rank], rank) for spec in specs.values()]
             file, placed = state_dict.lay_out_file(f"pytorch_model.tp{rank}.bin", mine, owner=rank)

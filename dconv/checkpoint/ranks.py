@@ -16,6 +16,7 @@ def read_ranks(folder: Path, pattern: re.Pattern[str]) -> list[tuple[str, dict[s
     """The torch files of a directory that hold one tensor-parallel rank each, in rank order, with their tensors.
 
     Args:
+        folder: the directory.
         pattern: of their names; its group is the rank's number.
 
     Raises:
@@ -44,6 +45,10 @@ def cut_region(spec: TensorSpec, tensor: Stored, rank: int, count: int, *, ranke
     """The box of a logical tensor that a rank's file holds: stacked along the one axis on which it is short.
 
     Args:
+        spec: the logical tensor, whole.
+        tensor: what the rank's file has of it.
+        rank: the rank's number.
+        count: how many ranks there are.
         ranked: the file is one of several ranks', of which some may be missing.
 
     Raises:

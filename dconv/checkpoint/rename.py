@@ -65,15 +65,16 @@ class Renaming:
 
     rules: tuple[Rule, ...] = ()
     file: Path = Path()
-    used: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set[str])
     submodel: str = ""
-    seen: dict[str, str] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
+    seen: dict[str, str] = field(default_factory=dict[str, str])
+    taken: set[str] = field(default_factory=set[str])
 
     def __call__(self, held: Mapping[str, _T], where: object) -> dict[str, _T]:
         """The same values under their new names.
 
         Args:
+            held: anything by stored name.
             where: the file that holds the names, for an error.
 
         Raises:

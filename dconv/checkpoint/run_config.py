@@ -17,6 +17,7 @@ from dconv.arch.carried import NO_PRE_NORMS, POST_NORMS, RESCALING
 from dconv.checkpoint.files import read_small
 from dconv.checkpoint.inert import bounded
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_mapping
 
 NAME: Final = "run_config.yaml"
 
@@ -92,8 +93,8 @@ def read_args(path: Path) -> tuple[dict[str, object] | None, str]:
     except (ValueError, RecursionError, yaml.YAMLError) as fault:
         raise Damaged("not a YAML file", where=str(path), found=str(fault)[:200]) from fault
     bounded(run, where=str(path), nodes=100_000)
-    model = run.get("model") if isinstance(run, Mapping) else None
-    if not isinstance(model, Mapping):
+    model = run.get("model") if is_mapping(run) else None
+    if not is_mapping(model):
         raise Damaged("no model in Megatron-Bridge's run config", where=str(path), expected="a mapping under model")
     target = model.get(_TARGET)
     if target is not None and not _BY_FIELDS.fullmatch(str(target)):
@@ -119,7 +120,7 @@ def _to_args(model: Mapping[str, Any]) -> dict[str, object]:
 
 def _plain(value: Any) -> object:
     """A ``_target_`` by its name, everything else as it is."""
-    named = value.get(_TARGET) if isinstance(value, Mapping) else None
+    named = value.get(_TARGET) if is_mapping(value) else None
     return named if isinstance(named, str) else value
 
 

@@ -12,11 +12,12 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeGuard
 
 from dconv.checkpoint.files import check_tensor_name, parse_json, read_whole, stamp
 from dconv.errors import Damaged, StorageFault
 from dconv.sharding.dtypes import FROM_SAFETENSORS, ITEMSIZE, TO_SAFETENSORS
+from dconv.sharding.parsed import Json, mapping_or_empty
 from dconv.sharding.region import Region, row_major
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
 
@@ -36,7 +37,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     data = _header_bytes(path, size)
     begin = 8 + len(data)
     header = _parsed(data, path)
-    about = header.pop("__metadata__", {})
+    about: Json = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
         raise _bad(path, "__metadata__", "texts by name", repr(about)[:80])
     stored: list[tuple[int, int, Stored]] = []
@@ -70,11 +71,10 @@ def framework(path: Path) -> str:
         Damaged: see `read_header`.
     """
     header = _parsed(_header_bytes(path, stamp(path).size), path)
-    said = header.get("__metadata__")
-    return str(said.get("format", "")) if isinstance(said, dict) else ""
+    return str(mapping_or_empty(header.get("__metadata__")).get("format", ""))
 
 
-def _parsed(data: bytes, path: Path) -> dict[str, object]:
+def _parsed(data: bytes, path: Path) -> dict[str, Any]:
     if data.count(b'"data_offsets"') > _MOST_TENSORS:
         raise Damaged(
             "a safetensors header holds more tensors than any", where=str(path), expected=f"at most {_MOST_TENSORS:,}"
@@ -102,7 +102,7 @@ def _header_bytes(path: Path, size: int) -> bytes:
         raise StorageFault(f"cannot read: {fault.strerror}", where=str(path)) from fault
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+def _entry(path: Path, name: str, entry: Json) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
     dtype = FROM_SAFETENSORS.get(str(entry["dtype"]))
@@ -117,7 +117,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
     return TensorSpec(name, tuple(shape), dtype), offsets[0], offsets[1]
 
 
-def _naturals(value: object) -> bool:
+def _naturals(value: Json) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= 32
@@ -133,10 +133,12 @@ def lay_out(specs: Sequence[TensorSpec], framework: str = "pt") -> tuple[int, by
     """Lay out one file: (file size, its first bytes, byte offset of each tensor).
 
     Args:
+        specs: the tensors, in the order to write them.
         framework: whose tensors they are; without it transformers refuses the file.
     """
     header: dict[str, object] = {"__metadata__": {"format": framework}}
-    at, offsets = 0, []
+    at = 0
+    offsets: list[int] = []
     for spec in specs:
         header[spec.name] = {
             "dtype": TO_SAFETENSORS[spec.dtype],

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dconv.checkpoint import names
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_list_or_tuple, is_mapping
 from dconv.sharding.region import Index
 
 _MAPPING: Final = "megatron.core.dist_checkpointing.mapping"
@@ -74,10 +75,10 @@ def boxes(states: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str
 
 def _leaves(mapping: Any, value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value, with what factories make, and the keys that lead to it."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         for key, item in value.items():
             yield from _leaves(mapping, item, f"{path}/{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
+    elif is_list_or_tuple(value):
         for item in value:
             yield from _leaves(mapping, item, path)
     elif isinstance(value, mapping.ShardedTensorFactory):

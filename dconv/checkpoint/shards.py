@@ -92,7 +92,7 @@ def staged(parallel: Parallel, chunks: Mapping[Place, Sequence[Mapping[str, Any]
     vpp = {len(held) for held in chunks.values()}
     if len(vpp) != 1:
         raise Damaged("ranks disagree on the number of virtual pipeline chunks", found=str(sorted(vpp)))
-    stages = []
+    stages: list[tuple[int, ...]] = []
     for stage in range(parallel.pp):
         counts = {
             tuple(names.local_layers(chunk) for chunk in held) for (_, p, _), held in chunks.items() if p == stage

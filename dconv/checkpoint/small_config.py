@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged, UsageError
+from dconv.sharding.parsed import is_list
 
 if TYPE_CHECKING:
     import yaml
@@ -23,6 +24,7 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
     """The mapping that a file holds: JSON where its name says so, else YAML.
 
     Args:
+        path: the file.
         option: the option that names the file.
         expected: what the file should hold, for errors.
         texts: leave YAML's keys and values the texts that they are (a name may look like a number), and None for what
@@ -44,7 +46,7 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
     import yaml  # a rank without such a file does not pay for it
 
     try:
-        loader = yaml.SafeLoader(data)
+        loader: Any = yaml.SafeLoader(data)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{what} is no mapping", where=str(path), expected=expected)
@@ -90,7 +92,7 @@ def _check(top: yaml.MappingNode, path: Path, what: str, *, aliases: bool) -> No
             continue
         seen.add(id(node))
         check_tag(node, path)
-        children: list[Any] = node.value if isinstance(node.value, list) else []
+        children: list[yaml.Node | tuple[yaml.Node, yaml.Node]] = node.value if is_list(node.value) else []
         keys: set[tuple[str, str]] = set()
         for child in children:
             if not isinstance(child, tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -68,17 +68,17 @@ class Source:
     files: dict[str, FileStamp]
     parallel: Parallel | None
     locate: Callable[[Family, Facts], Located]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
     stored_bytes: int = 0
-    shapes: dict[str, Index] = field(default_factory=dict)
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    shapes: dict[str, Index] = field(default_factory=dict[str, Index])
+    tensors: dict[str, Stored] = field(default_factory=dict[str, Stored])
     lacks: str = ""
     in_memory: bool = False
     notes: tuple[str, ...] = ()
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
-    derived: Mapping[str, Derived] = field(default_factory=dict)
-    coded: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict[str, Derived])
+    coded: Mapping[str, str] = field(default_factory=dict[str, str])
     fault: DconvError | None = None
     stored: Callable[[], Iterable[Stored]] = tuple
 
@@ -178,7 +178,7 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def beside(side: Side) -> Iterator[Path]:
+def beside(side: Side) -> Generator[Path, None, None]:
     """A directory, for a while, with the side files in it, config.json excepted."""
     with TemporaryDirectory(prefix="dconv-run-") as scratch:
         folder = Path(scratch)
@@ -215,6 +215,7 @@ def seal(config: Mapping[str, object] | None, side: Side, also: str = "") -> str
 
 
 def shape_error(name: str, where: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Damaged:
+    """The error of a tensor whose shape is not the one that the config gives it."""
     return Damaged(
         "a tensor has another shape than its config says",
         where=f"{name} in {where}",

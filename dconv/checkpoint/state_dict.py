@@ -17,6 +17,7 @@ from dconv.checkpoint.files import check_tensor_name, stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, FileStamp, Stored, TensorSpec
@@ -97,7 +98,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         Damaged: the tensors lie deeper, or under names that are no text.
     """
     file = torchzip.read(path)
-    if not isinstance(file.tree, dict):
+    if not is_dict(file.tree):
         raise Damaged("not a state dict", where=str(path), found=type(file.tree).__name__)
     tensors: dict[str, Stored] = {}
     for name, value in file.tree.items():
@@ -130,6 +131,7 @@ def lay_out_file(
     """A state dict to be written.
 
     Args:
+        path: the file's, relative to the output.
         tensors: what it holds, each under its spec's name; file and offset are filled in.
         owner: see `dconv.sharding.plan.TargetFile`.
         also: further keys, whose value is None.

@@ -49,6 +49,7 @@ def alone(
 
 
 def differ(head: str, embedding: str, folder: Path) -> Refused:
+    """The refusal of an output layer and an embedding that should be one tensor and are not."""
     return Refused(
         "the config ties the output to the embedding, but the two are stored and differ, nothing was written",
         where=f"{head} and {embedding} in {folder}",

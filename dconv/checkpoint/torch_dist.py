@@ -22,6 +22,7 @@ from dconv.checkpoint.shards import locate
 from dconv.checkpoint.source import Located, Source
 from dconv.errors import Refused
 from dconv.sharding.coords import Coord
+from dconv.sharding.parsed import is_list, is_mapping
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Extent, Stored, TensorSpec
@@ -106,8 +107,8 @@ def _args(iteration: Path, metadata: dcp.DcpMetadata) -> tuple[dict[str, object]
         common = torchzip.read(iteration / _COMMON).tree
     elif _COMMON_STATE in metadata.objects:
         common = dcp.read_object(iteration, metadata.objects[_COMMON_STATE])
-        common = common[0] if isinstance(common, list) and common else common
-    if isinstance(common, Mapping) and "args" in common:
+        common = common[0] if is_list(common) and common else common
+    if is_mapping(common) and "args" in common:
         return megatron.plain_args(common["args"]), ""
     return run_config.read_args(iteration / run_config.NAME)
 

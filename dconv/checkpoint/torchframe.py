@@ -43,12 +43,15 @@ def tensor(dtype: str, shape: Sequence[int], key: str, offset: int = 0, stride: 
 
     Args:
         dtype: dconv's short name.
+        shape: elements along each axis.
+        key: of the storage, as `frame` is given it.
         offset: elements before the first one.
         stride: elements from one to the next along each axis; row-major without gaps by default.
     """
     shape = tuple(shape)
     if stride is None:
-        made, step = [], 1
+        made: list[int] = []
+        step = 1
         for n in reversed(shape):
             made.append(step)
             step *= max(n, 1)
@@ -79,6 +82,8 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
     Args:
         tree: what `dconv.checkpoint.pickling.dumps` takes, and nodes of `tensor`, and `DTypeRef`.
         storages: (key, bytes) of each storage, in file order.
+        base: where the container begins in its file, in bytes.
+        root: name of the archive's folder.
 
     Raises:
         ValueError: a key twice or of odd form, a tensor that is not inside its storage.
@@ -98,10 +103,12 @@ def lower(node: object, sizes: Mapping[str, int], device: str = "cpu") -> object
     """The pickle form of a node of `tensor` or a `DTypeRef`, for `dconv.checkpoint.pickling.dumps`.
 
     Args:
-        sizes: bytes of each storage.
+        node: what `dumps` has no form for.
+        sizes: bytes of each storage, by key.
         device: torch's name of where a reader puts it.
 
     Raises:
+        TypeError: a node of another type.
         ValueError: a tensor that is not inside its storage.
     """
     if isinstance(node, DTypeRef):
@@ -133,7 +140,7 @@ class ZipWriter:
         self._central: list[bytes] = []
 
     def add(self, name: str, content: bytes) -> None:
-        """A record whose bytes are known."""
+        """Write a record whose bytes are known, with their checksum."""
         self._header(name, len(content), zlib.crc32(content), b"")
         self._write(content)
 

@@ -25,6 +25,7 @@ from dconv.checkpoint.files import stamp
 from dconv.checkpoint.pickled import StorageRef, TensorRef
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import is_dict, is_list
 
 LOCAL: Final = struct.Struct("<4s5H3L2H")
 CENTRAL: Final = struct.Struct("<4s6H3L5H2L")
@@ -136,7 +137,7 @@ class _Blob:
         """``size`` bytes at ``offset`` of the blob."""
         if offset < 0 or size < 0 or offset + size > self.length:
             raise self.damaged("a record outside its container", f"bytes {offset} to {offset + size}")
-        parts = []
+        parts: list[bytes] = []
         while size:  # Linux returns at most 2 GiB at once
             part = os.pread(self.fd, size, self.base + offset)
             if not part:
@@ -178,7 +179,7 @@ def _read_zip(blob: _Blob) -> TorchFile:
     machine = inert.Machine(_content(blob, pickled), 0, where)
     tree = machine.run()
     inert.bounded(tree, where=where)
-    storages = {}
+    storages: dict[str, tuple[int, int]] = {}
     for key in machine.storages:
         record = records.get(root + b"/data/" + key.encode("utf-8", "surrogatepass"))
         if record is None:
@@ -191,7 +192,7 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
     """The central directory: every record, checked to lie in the blob and apart from the others."""
     try:
         start, count, data = _find_directory(blob)
-        found = []
+        found: list[tuple[bytes, int, int, int]] = []
         at = 0
         while at < len(data):
             record, at = _entry(blob, data, at)
@@ -201,7 +202,7 @@ def _directory(blob: _Blob) -> dict[bytes, _Record]:
     if len(found) != count:
         raise blob.damaged("a broken zip directory", f"{len(found)} records, {count} announced")
     found.sort(key=lambda entry: entry[1])
-    records = {}
+    records: dict[bytes, _Record] = {}
     for (name, header, size, crc), (_, limit, _, _) in zip(found, [*found[1:], (b"", start, 0, 0)], strict=True):
         if header + LOCAL.size + len(name) + size > limit:
             raise blob.damaged("records that overlap", _shown(name))
@@ -307,7 +308,7 @@ def _read_legacy(blob: _Blob) -> TorchFile:
             refs.update(machine.storages)
             at = machine.pos
     _, protocol, system, tree, keys = values
-    if protocol != 1001 or not isinstance(system, dict) or not isinstance(keys, list):
+    if protocol != 1001 or not is_dict(system) or not is_list(keys):
         raise blob.damaged("a broken file of torch before 1.6", f"protocol {short(protocol)}")
     if system.get("little_endian") is not True:
         raise Refused("data that is not little-endian", where=str(blob.path))

@@ -35,7 +35,8 @@ def steps(weights: NDArray[np.float32], bits: int, group: int) -> tuple[NDArray[
         Damaged: a weight is not finite, for which MLX has no code.
     """
     parts = _parts(weights, group)
-    low, high = parts.min(-1), parts.max(-1)
+    low: NDArray[np.float32] = parts.min(-1)
+    high: NDArray[np.float32] = parts.max(-1)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise Damaged(
             "a weight that is to be stored in codes is not a finite number",
@@ -43,12 +44,12 @@ def steps(weights: NDArray[np.float32], bits: int, group: int) -> tuple[NDArray[
             do="without --quant the weights are written as they are",
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        scale = np.maximum((high - low) / np.float32((1 << bits) - 1), _LEAST)
-        below = np.abs(low) > np.abs(high)
+        scale: NDArray[np.float32] = np.maximum((high - low) / np.float32((1 << bits) - 1), _LEAST)
+        below: NDArray[np.bool] = np.abs(low) > np.abs(high)
         scale = np.where(below, scale, -scale)
         edge = np.where(below, low, high)
-        whole = np.rint(edge / scale)
-        some = whole != 0
+        whole: NDArray[np.float32] = np.rint(edge / scale)
+        some: NDArray[np.bool] = whole != 0
         scale = np.where(some, edge / np.where(some, whole, np.float32(1)), scale)
     return scale.astype(np.float32), np.where(some, edge, np.float32(0)).astype(np.float32)
 
@@ -77,7 +78,10 @@ def decode(
 
     Args:
         codes: u1 [..., columns].
-        scales, biases: [..., groups] in ``carrier(source)``; columns are whole groups.
+        scales: [..., groups] in ``carrier(source)``; columns are whole groups.
+        biases: [..., groups], as the scales; what code 0 stands for.
+        source: the dtype of scales and biases.
+        target: f64, f32, f16 or bf16.
         factor: multiplies every weight; it adds one rounding to fp64.
     """
     scale, bias = (cast(found, source, "f64").view("<f8")[..., None] for found in (scales, biases))

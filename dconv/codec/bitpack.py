@@ -181,7 +181,8 @@ def _unpack_planes(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
 
 def _pack_planes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     blocks = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 32, 32)
-    planes, low = [], 0
+    planes: list[NDArray[np.uint32]] = []
+    low = 0
     for width in _PLANES[bits]:
         planes.append(_pack_whole((blocks >> np.uint8(low)) & np.uint8((1 << width) - 1), width))
         low += width

@@ -48,9 +48,11 @@ def scales(
     stands for it, so that no scale is zero.
 
     Args:
-        power_of_two: the stored scale is rounded up to a power of two, 2^-126 or more ("ue8m0"), by way of a
-            logarithm in fp32: one that is larger by less than that can tell is rounded down, and the block's largest
-            saturate. The multiplier is its reciprocal.
+        largest: `amax` of the blocks, finite, of any shape.
+        target: the format of the codes.
+        power_of_two: the stored scale is rounded up to a power of two, 2^-126 or more ("ue8m0"), by way of a logarithm
+            in fp32: one that is larger by less than that can tell is rounded down, and the block's largest saturate.
+            The multiplier is its reciprocal.
     """
     with np.errstate(over="ignore", under="ignore", divide="ignore"):
         multiplier = np.minimum(np.float32(1) / largest * np.float32(target.largest), _F32.max)
@@ -81,8 +83,11 @@ def encode(
     Args:
         x: […, rows, cols].
         block: (m, n); blocks at the edges count as padded with zeros.
+        target: the format of the codes.
+        power_of_two: see `scales`.
         largest: `amax` of the blocks that ``x`` touches, where they reach beyond it: a channel or tensor in parts.
-        row0, col0: with ``largest``, where the first element lies in its block.
+        row0: with ``largest``, the row in its block where ``x`` begins.
+        col0: with ``largest``, the column in its block where ``x`` begins.
 
     Returns:
         codes […, rows, cols], one a byte; scale […, ceil(rows / m), ceil(cols / n)], or in the shape of ``largest``.
@@ -120,7 +125,7 @@ def decode(
     col0: int = 0,
     reciprocal: bool = False,
 ) -> NDArray[np.generic]:
-    """code × scale × factor in ``carrier(target)``: multiplied in fp64, where code × scale is exact, and rounded once.
+    """Code × scale × factor in ``carrier(target)``: multiplied in fp64, where code × scale is exact, and rounded once.
 
     Args:
         codes: […, rows, cols].
@@ -128,7 +133,10 @@ def decode(
             bytes (``u1``).
         block: (m, n).
         target: f64, f32, f16 or bf16.
-        row0, col0: where the first code lies in its block.
+        fmt: the format of the codes.
+        factor: multiplies every weight.
+        row0: the row in its block where the codes begin.
+        col0: the column in its block where the codes begin.
         reciprocal: the scale divides instead, as GPTQModel 7.7 stores it under the same name.
 
     Raises:

@@ -61,7 +61,7 @@ def library() -> Library:
     Raises:
         ToolMissing: there is none.
     """
-    tried = []
+    tried: list[str] = []
     for path, said in _candidates():
         try:
             calls = ctypes.CDLL(str(path))

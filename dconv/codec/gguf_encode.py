@@ -206,7 +206,8 @@ def _signed(tile: _Tile, bits: int) -> tuple[Values, Blocks]:
 
 
 def _from_minimum(tile: _Tile, bits: int) -> tuple[Values, Values, Blocks]:
-    """
+    """Codes of so many bits above the least weight of each block.
+
     Returns:
         Scales; the least weights; codes of blocks side by side.
     """
@@ -272,7 +273,7 @@ def _ternary(tile: _Tile) -> tuple[Values, Blocks]:
 def _tq1_0(tile: _Tile, out: Blocks) -> None:
     """Five digits of base 3 a byte; the last bytes have four, and a zero below."""
     scale, codes = _ternary(tile)
-    parts = []
+    parts: list[Blocks] = []
     for first, last, run in ((0, 160, 32), (160, 240, 16), (240, 256, 4)):
         digits = codes[:, first:last].reshape(len(codes), -1, run)
         number = digits[:, 0].copy()

@@ -131,6 +131,6 @@ def _product(
 
 def _looked_up(table: NDArray[np.generic], codes: NDArray[np.uint8]) -> NDArray[np.generic]:
     """``table`` [rows, groups, codes there are], ``codes`` [rows, groups, width]."""
-    size = table.shape[-1]
+    size: int = table.shape[-1]
     first = np.arange(0, table.size, size).reshape(*table.shape[:-1], 1)
     return np.take(table.reshape(-1), codes + first, mode="wrap")

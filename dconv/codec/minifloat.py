@@ -44,6 +44,7 @@ class Minifloat:
 
     @property
     def bits(self) -> int:
+        """Bits of a code, its sign among them."""
         return 1 + self.exponent + self.mantissa
 
     @property
@@ -100,6 +101,8 @@ def nearest(fmt: Minifloat, x: NDArray[np.float32], *, saturate: bool = True) ->
     becomes ``nan``; in a format that has none it becomes zero, for the caller to mark elsewhere.
 
     Args:
+        fmt: the format of the codes, of 8 bits or fewer.
+        x: numbers of any shape.
         saturate: infinity becomes ``largest`` too; else the format's infinity, or NaN, where it has one.
 
     An fp32 number is first cut to its upper 16 bits *rounded to odd*, which no later rounding to 6 bits or fewer can

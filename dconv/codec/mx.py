@@ -45,6 +45,8 @@ def encode(
 
     Args:
         x: […, n].
+        fmt: the format of the codes.
+        rule: how a block's scale is found, see above.
         positive_zeros: -0.0 and what scaling makes it become 0.0, as compressed-tensors has it; else they stay.
 
     Returns:
@@ -83,7 +85,9 @@ def decode(
     Args:
         packed: […, n · bits / 8]; gpt-oss's ``blocks`` [..., groups, 16] with the last two axes taken together.
         scale: […, n / 32].
+        fmt: the format of the codes.
         target: f64, f32, f16 or bf16.
+        factor: multiplies every weight.
 
     Raises:
         ValueError: there is not one scale for each 32 elements.

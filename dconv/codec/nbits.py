@@ -31,14 +31,16 @@ def scales(weights: NDArray[np.float32], bits: int, block: int, dtype: str) -> N
         Damaged: a weight is not finite, for which there is no code.
     """
     parts = _blocks(weights, block)
-    low, high = parts.min(-1), parts.max(-1)
+    low: NDArray[np.float32] = parts.min(-1)
+    high: NDArray[np.float32] = parts.max(-1)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise Damaged(
             "a weight that is to be stored in codes is not a finite number",
             expected="numbers: NaN and infinity have no code",
             do="without --quant the weights are written as they are",
         )
-    farthest = np.where(np.abs(high) > np.abs(low), high, low)
+    farther: NDArray[np.bool] = np.abs(high) > np.abs(low)
+    farthest: NDArray[np.float32] = np.where(farther, high, low)
     return cast((farthest / np.float32(-_half(bits))).astype(np.float32), "f32", dtype)
 
 
@@ -69,7 +71,7 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(data: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The other way round."""
+    """Codes u1 [..., columns] of bytes that `pack` made."""
     if bits == 8:
         return data
     return np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1).astype(np.uint8)

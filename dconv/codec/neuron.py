@@ -96,5 +96,5 @@ def decode(
     col0: int = 0,
     reciprocal: bool = False,
 ) -> NDArray[np.generic]:
-    """code × scale in ``carrier(target)``, rounded once; arguments as `dconv.codec.fp8.decode`'s."""
+    """Code × scale in ``carrier(target)``, rounded once; arguments as `dconv.codec.fp8.decode`'s."""
     return fp8.decode(codes, scale, block, target, fmt=E4M3_IEEE, row0=row0, col0=col0, reciprocal=reciprocal)

@@ -34,6 +34,7 @@ def global_scale(amax: float, dtype: str = "f32") -> np.float32:
     1 where that is not finite, which is for amax below 7.9e-36; ModelOpt's ``weight_scale_2`` is the reciprocal.
 
     Args:
+        amax: the largest finite magnitude, 0 or more.
         dtype: of the weights, to which each step is rounded.
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -53,6 +54,7 @@ def encode(
 
     Args:
         x: […, n].
+        divisor: what `global_scale` gives for the tensor.
         dtype: of the weights, to which amax / 6 is rounded.
         positive_zeros: -0.0 and what scaling makes it become 0.0, as compressed-tensors has it; else they stay.
 
@@ -111,6 +113,7 @@ def decode(
         whole: the tensor's scale.
         target: f64, f32, f16 or bf16.
         divides: as compressed-tensors' ``weight_global_scale`` does; ModelOpt's ``weight_scale_2`` multiplies.
+        factor: multiplies every weight.
 
     Raises:
         ValueError: there is not one scale for each 16 elements.

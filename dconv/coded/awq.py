@@ -16,6 +16,7 @@ from dconv.coded.integers import Grid, Integers, Parts, add, chosen_by, modules_
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Stored
 
@@ -39,7 +40,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a layout that is not known.
     """
     said = config["quantization_config"]
-    grid = grid_of(said if isinstance(said, Mapping) else {})
+    grid = grid_of(mapping_or_empty(said))
     for module, parts in modules_of(found.tensors, _PARTS).items():
         add(found, module, dtype, parts.named(), _integers(found, parts, grid), "AWQ")
 
@@ -106,6 +107,7 @@ class Numbers:
     rows: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the rows of the box."""
         del dtype, factor
         (top, left), (rows, columns) = box.start, box.shape
         first, words, held, at = span(top, rows, self.rows, BITS)

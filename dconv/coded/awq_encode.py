@@ -33,20 +33,20 @@ _INSIDE: Final = "language_model."
 
 @dataclass(frozen=True)
 class AWQ:
-    """See `dconv.coded.repack.Packer`."""
+    """AutoAWQ's ``gemm`` layout of whole numbers of 4 bits, a `dconv.coded.repack.Packer`."""
 
     @property
     def asks(self) -> frozenset[Value]:
-        """See `dconv.coded.repack.Packer`."""
+        """Whether columns are in order: there is no place for another one."""
         return frozenset({"order"})
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "AWQ (gemm)"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """See `dconv.coded.repack.Packer`."""
+        """``qweight`` [in, words], ``qzeros`` [groups, words] and ``scales`` [groups, out] of numbers of 4 bits."""
         made, module = Coded(), name.removesuffix(".weight")
         (rows, columns), grid = numbers.shape, numbers.grid
         if grid.bits != BITS:
@@ -92,7 +92,7 @@ class AWQ:
         }
 
     def note(self, config: Mapping[str, Any]) -> str:
-        """See `dconv.coded.repack.Packer`."""
+        """Always "": there is nothing to know."""
         del config
         return ""
 
@@ -102,6 +102,7 @@ class Pack:
     """``qweight`` [in, words] or ``qzeros`` [groups, words]; input: codes [out, in], or zeros [out, groups]."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack all rows of the words in the box; a word has `PER_WORD` of them."""
         del dtype, factor
         (left, first), (columns, count) = box.start, box.shape
         region = Region((first * PER_WORD, left), (count * PER_WORD, columns))

@@ -1,5 +1,6 @@
-"""What is said of codes beside config.json, and by some writers only there: ``quantize_config.json`` of AutoGPTQ,
-GPTQModel and AutoAWQ, ``hf_quant_config.json`` of ModelOpt.
+"""What is said of codes beside config.json, and by some writers only there.
+
+AutoGPTQ, GPTQModel and AutoAWQ write ``quantize_config.json``, ModelOpt ``hf_quant_config.json``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Final
 
 from dconv.coded import awq, gptq_config, modelopt_config
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_mapping, mapping_or_empty
 
 KEY: Final = "quantization_config"
 #: GPTQModel's name for it.
@@ -32,9 +34,9 @@ def with_beside(config: dict[str, object], said: Mapping[str, object], where: st
         Refused: they say different things.
     """
     own = config.get(KEY)
-    if KEY in config and not isinstance(own, Mapping):
+    if KEY in config and not is_mapping(own):
         return config
-    own = own if isinstance(own, Mapping) else {}
+    own = mapping_or_empty(own)
     if where.endswith(modelopt_config.FILE):
         methods, older = modelopt_config.METHODS, own.get("quant_method") or modelopt_config.METHOD
         said = modelopt_config.flat(said)

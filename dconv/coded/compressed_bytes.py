@@ -94,6 +94,7 @@ class Int8:
     zeros: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the bytes of the box, with the scales and zero points of the blocks that it touches."""
         rows, columns = (np.arange(a, b) // n - a // n for a, b, n in zip(box.start, box.stop, self.block, strict=True))
         touched = Region(
             (box.start[0] // self.block[0], box.start[1] // self.block[1]), (int(rows[-1]) + 1, int(columns[-1]) + 1)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from dconv.coded.patterns import REPEATS, check_length, compiled, is_tame
 from dconv.coded.places import place_of
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_list, is_mapping, is_texts
 
 KEY: Final = "config.json: quantization_config"
 METHOD: Final = "compressed-tensors"
@@ -69,7 +70,8 @@ class Target:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """
+        """Its expression, compiled once.
+
         Raises:
             Refused: it is no regular expression, or one that is not tried.
         """
@@ -109,7 +111,7 @@ class Config:
 
     groups: tuple[Group, ...]
     ignore: tuple[Target, ...] = ()
-    _found: dict[str, Group] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[str, Group] = field(default_factory=dict[str, Group], compare=False, repr=False)
 
     @cached_property
     def _targets(self) -> list[tuple[Target, Group]]:
@@ -121,6 +123,7 @@ class Config:
         """The group of a module whose weight is stored in codes.
 
         Args:
+            module: the module's name, without ``.weight``.
             where: a stored tensor that shows that it is.
 
         Raises:
@@ -156,20 +159,21 @@ def config_of(said: Mapping[str, object]) -> Config:
     _refuse_more(said)
     top = str(said.get("format") or "")
     groups = _mapping(said.get("config_groups"), "config_groups")
-    ignore = said.get("ignore") or []
-    if not isinstance(ignore, list) or len(ignore) > _MOST or not all(isinstance(entry, str) for entry in ignore):
+    ignore = said.get("ignore") or list[str]()
+    if not is_list(ignore) or len(ignore) > _MOST or not is_texts(ignore):
         raise _odd("ignore", f"a list of at most {_MOST:,} names", ignore)
     found = [_group(str(name), group, top) for name, group in groups.items()]
     return Config(tuple(group for group in found if group), tuple(map(Target, dict.fromkeys(ignore))))
 
 
 def _refuse_more(said: Mapping[str, object]) -> None:
-    """
+    """Refuse what makes weights of codes by more than a scale.
+
     Raises:
         Refused: weights are sparse, or are right only behind a transform.
     """
     sparsity = said.get("sparsity_config")
-    kind = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+    kind = sparsity.get("format") if is_mapping(sparsity) else None
     if kind not in (None, "", "dense"):
         raise Refused(
             "the weights are stored sparse, which this version does not decode, nothing was written",
@@ -179,7 +183,7 @@ def _refuse_more(said: Mapping[str, object]) -> None:
             do="decompress them with the compressed-tensors that wrote them (0.14 at the latest)",
         )
     transform = said.get("transform_config")
-    if isinstance(transform, Mapping) and transform.get("config_groups"):
+    if is_mapping(transform) and transform.get("config_groups"):
         raise Refused(
             "the weights were rotated, and are right only behind transforms that a plain model lacks, "
             "nothing was written",
@@ -198,7 +202,7 @@ def _group(name: str, said: object, top: str) -> Group | None:
         )
     group = _mapping(said, at)
     targets = group.get("targets")
-    if not isinstance(targets, list) or len(targets) > _MOST or not all(isinstance(text, str) for text in targets):
+    if not is_list(targets) or len(targets) > _MOST or not is_texts(targets):
         raise _odd(f"{at}.targets", f"a list of at most {_MOST:,} names", targets)
     if group.get("weights") is None:
         return None
@@ -245,13 +249,13 @@ def _args(said: Mapping[str, Any], at: str) -> Args:
 def _block(said: object, at: str) -> tuple[int, int]:
     if isinstance(said, str) and re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", said, re.ASCII):
         said = [int(part) for part in said.split("x")]  # as it was written once
-    if not isinstance(said, list) or len(said) != 2 or not all(type(n) is int and n > 0 for n in said):
+    if not is_list(said) or len(said) != 2 or not all(type(n) is int and n > 0 for n in said):
         raise _odd(at, "a pair of positive whole numbers", said)
     return said[0], said[1]
 
 
 def _mapping(said: object, at: str) -> Mapping[str, Any]:
-    if not isinstance(said, Mapping):
+    if not is_mapping(said):
         raise _odd(at, "a mapping", said)
     return said
 

@@ -40,7 +40,14 @@ BY_TOKEN: Final = {**_ARGS, "group_size": None, "strategy": "token", "dynamic": 
 def group_of(
     form: str, weights: dict[str, Any], activations: dict[str, Any] | None, targets: Sequence[str] = ("Linear",)
 ) -> dict[str, Any]:
-    """One of ``config_groups``."""
+    """One entry of ``config_groups``, in compressed-tensors' spelling.
+
+    Args:
+        form: the format's name, as `dconv.coded.compressed_config.FORMATS` has it.
+        weights: the arguments of weights.
+        activations: those of activations that are rounded as they come; None leaves them as they are.
+        targets: the modules that it is for.
+    """
     return {
         "targets": list(targets),
         "weights": {**weights, "dynamic": False},
@@ -58,7 +65,7 @@ def targets_of(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     (``get_experts_scheme``), and vLLM asks for names of its own, whatever the projections are called in files.
     """
     modules = list(modules)
-    layers = dict.fromkeys(filter(None, map(experts_of, modules)))
+    layers = dict.fromkeys(layer for layer in map(experts_of, modules) if layer)
     torn = set(map(experts_of, others))
     if layers and torn <= {""}:
         experts = ["re:.*[.]experts[.]"]
@@ -72,6 +79,7 @@ def config(groups: Sequence[Mapping[str, Any]], plain: list[str]) -> dict[str, A
     """``quantization_config`` of groups that have every linear layer but ``plain``.
 
     Args:
+        groups: entries of ``config_groups``, in order.
         plain: whole parts of modules' names, which leave out what is inside of these modules, too.
     """
     forms = {str(group["format"]) for group in groups}
@@ -103,12 +111,12 @@ class CompressedFP8:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         of = {"block": f"{self.block[0]} x {self.block[1]} block", "channel": "row"}.get(self.strategy, self.strategy)
         return f"FP8 (e4m3) with a scale for each {of}, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes in e4m3 [out, in]; scales [1], [out, 1] or one for each block, in the dtype of the weight."""
         rows, columns = spec.shape
         block = {"block": self.block, "channel": (1, columns)}.get(self.strategy, (rows, columns))
         grid = scales_shape(spec.shape, block)
@@ -147,6 +155,7 @@ class Codes:
     dtype: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Divide the weights of the box by the scales of their blocks, and round."""
         del dtype, factor
         (m, n), (row, column) = self.block, box.start
         blocks = Region((row // m, column // n), (-(-box.stop[0] // m) - row // m, -(-box.stop[1] // n) - column // n))
@@ -163,6 +172,7 @@ class Scale:
     dtype: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The scales of the blocks in the box, rounded as the weights are."""
         del dtype, factor
         single = len(box.shape) == 1
         largest = read(0, Region((0, 0), (1, 1)) if single else box, "").view(np.float32)

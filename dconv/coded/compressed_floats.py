@@ -98,6 +98,7 @@ class Mx:
     bits: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole blocks that the box touches, and cut it out."""
         codes, scales, columns = _read(box, mx.BLOCK, self.bits, read)
         return mx.decode(codes, scales, FORMATS[self.bits], dtype, factor=factor)[:, columns]
 
@@ -115,6 +116,7 @@ class Nv:
     divides: bool = True
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole blocks that the box touches, and cut it out."""
         codes, scales, columns = _read(box, nvfp4.BLOCK, E2M1.bits, read)
         whole = float(read(2, Region.whole((1,) * self.axes), "").reshape(-1)[0])
         return nvfp4.decode(codes, scales, whole, dtype, divides=self.divides, factor=factor)[:, columns]

@@ -99,6 +99,7 @@ class Codes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the columns of the box."""
         del dtype, factor
         (top, left), (rows, columns) = box.start, box.shape
         first, words, held, at = span(left, columns, self.columns, self.bits, self.layout)
@@ -115,6 +116,7 @@ class Zeros:
     rows: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the rows of the box."""
         del dtype, factor
         (top, left), (rows, groups) = box.start, box.shape
         first, words, held, at = span(top, rows, self.rows, self.bits, self.layout)
@@ -127,5 +129,6 @@ class Every:
     """A scale for each row, all the same; input: the one scale, [1, 1]."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Repeat the one scale for each row of the box."""
         del dtype, factor
         return np.repeat(read(0, Region((0, 0), (1, 1)), ""), box.shape[0], 0)

@@ -44,16 +44,16 @@ class Packed:
 
     @property
     def asks(self) -> frozenset[Value]:
-        """See `dconv.coded.repack.Packer`."""
+        """The order of columns, and whether every zero is half the range, which then needs no part of its own."""
         return frozenset({"order", "even"})
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"{FORMAT}, for compressed-tensors"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """See `dconv.coded.repack.Packer`."""
+        """``weight_packed`` [out, words], scales and ``weight_shape``; zero points [words, groups] unless symmetric."""
         made, (rows, columns), bits = Coded(), numbers.shape, numbers.grid.bits
         grid = _grid(name, numbers)
         words = TensorSpec(f"{name}_packed", (rows, bitpack.words_for(columns, bits)), "i32")
@@ -140,6 +140,7 @@ class PackCodes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the columns whose codes lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (top, first), (rows, count) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -155,6 +156,7 @@ class PackZeros:
     rows: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the rows whose zeros lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (first, left), (count, groups) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -164,10 +166,11 @@ class PackZeros:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``weight_shape``."""
+    """``weight_shape``, i64 [2]; no inputs."""
 
     shape: tuple[int, int]
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Rows and columns as i64; nothing is read."""
         del dtype, factor, read
         return np.array(self.shape, "<i8")[box.start[0] : box.start[0] + box.shape[0]]

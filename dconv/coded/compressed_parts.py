@@ -31,6 +31,7 @@ class Module:
 
     @property
     def args(self) -> Args:
+        """How the codes are made, as the module's group says."""
         return self.group.args
 
     def need(self, part: str, dtypes: tuple[str, ...], *shapes: Index) -> Stored:
@@ -60,7 +61,8 @@ class Module:
         return found
 
     def check_no_more(self, *parts: str) -> None:
-        """
+        """See that a module has these parts and no others.
+
         Raises:
             Damaged: there are others than these.
         """
@@ -100,6 +102,7 @@ def parts_of(
     """Modules whose weights are in codes, each with its parts by the ends of their names.
 
     Args:
+        tensors: as they are stored, by name.
         codes: parts that have codes, with the dtypes in which they do; none where all do.
         beside: parts that say what codes mean.
 
@@ -125,6 +128,11 @@ def parts_of(
 
 
 def matrix(codes: Stored) -> tuple[int, int]:
+    """The two sizes of codes as they are stored, [out, bytes or words of a row] for most formats.
+
+    Raises:
+        Damaged: they have not two axes.
+    """
     if len(codes.spec.shape) != 2:
         raise Damaged(
             "codes are no matrix",
@@ -169,6 +177,7 @@ def as_grid(scale: Stored, shape: Index) -> Stored:
 
 
 def of_words(block: tuple[int, int], shape: tuple[int, int]) -> str:
+    """What has a scale in a matrix of this shape, for a person: its tensor, its row, so many columns, a block."""
     if block == shape:
         return "its tensor"
     if block[0] == 1:

@@ -15,6 +15,7 @@ from dconv.coded.compressed_parts import Made, Module, parts_of
 from dconv.coded.decoded import Decoded, dense
 from dconv.coded.integers import Integers, add
 from dconv.errors import Damaged
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.tensor import Stored
 
 #: A module's tensors that its weight is made of, those with codes by the dtypes that tell.
@@ -37,7 +38,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a format that is not known.
     """
     said = config["quantization_config"]
-    groups = config_of(said if isinstance(said, Mapping) else {})
+    groups = config_of(mapping_or_empty(said))
     tensors = found.tensors
     for name in [name for name in tensors if name.rpartition(".")[2] in _ACTIVATIONS]:
         del tensors[name]

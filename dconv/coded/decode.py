@@ -10,6 +10,7 @@ from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
 from dconv.sharding.dtypes import FROM_TORCH
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.tensor import Stored
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ KEY: Final = "quantization_config"
 
 def method_of(config: Mapping[str, object]) -> str:
     """``quant_method`` of a config.json; "" where it says none."""
-    said = config.get(KEY)
-    return str(said.get("quant_method") or "") if isinstance(said, Mapping) else ""
+    return str(mapping_or_empty(config.get(KEY)).get("quant_method") or "")
 
 
 def decode(
@@ -43,7 +43,9 @@ def decode(
     """The stored tensors of a source with those in codes decoded.
 
     Args:
-        values: reads a small one.
+        tensors: as they are stored, by name.
+        config: config.json, whose ``quantization_config`` names the scheme; None where there is none.
+        values: reads a small one, whole.
 
     Raises:
         Refused: a scheme that is not known.

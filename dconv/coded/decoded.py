@@ -33,9 +33,9 @@ class Decoded:
 
     tensors: dict[str, Stored]
     values: Callable[[Stored], NDArray[np.generic]]
-    derived: dict[str, Derived] = field(default_factory=dict)
-    coded: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
+    coded: dict[str, str] = field(default_factory=dict[str, str])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
 
     def put(
         self,
@@ -46,10 +46,13 @@ class Decoded:
         scheme: str,
         order: Index | None = None,
     ) -> None:
-        """Replace the stored tensors ``parts`` (by name) by the dense one that they make.
+        """Replace stored tensors by the dense one that they make.
 
         Args:
+            name: of the dense tensor.
             dtype: what the dense tensor is decoded to where nothing else is asked for.
+            parts: by their names; they are not seen any more.
+            dense: what computes it.
             scheme: in words, the same for all tensors that are alike.
             order: for each axis of the tensor that of ``dense`` which it is; None where they are the same.
         """
@@ -82,6 +85,10 @@ def dense(shape: tuple[int, ...], parts: Mapping[str, Stored], recipe: Recipe, w
     """A weight decoded from stored tensors, in any floating dtype.
 
     Args:
+        shape: of the weight.
+        parts: its inputs, in the order that ``recipe`` takes them.
+        recipe: computes a box of it.
+        words: how it is computed, for a person.
         bits: read for each of its elements.
     """
     return Derived(shape, tuple(map(array_of, parts.values())), recipe, How(words, exact=False, bits=bits, floats=True))

@@ -34,13 +34,15 @@ class Coded:
         grid: its whole numbers, where it has such codes.
     """
 
-    parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(default_factory=list)
-    derived: dict[str, Derived] = field(default_factory=dict)
+    parts: list[tuple[TensorSpec, tuple[Piece, ...]]] = field(
+        default_factory=list[tuple[TensorSpec, tuple[Piece, ...]]]
+    )
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
     kept: bool = False
     grid: Grid | None = None
 
     def make(self, spec: TensorSpec, derived: Derived) -> None:
-        """Have a tensor written that is computed."""
+        """Have a tensor written that is computed: ``derived`` under the name of ``spec``, in its dtype."""
         self.derived[PREFIX + spec.name] = derived
         self.parts.append((spec, (derived.piece(spec.name, PREFIX + spec.name, spec.dtype),)))
 
@@ -55,7 +57,7 @@ class Scheme(Protocol):
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it, such as ``NVFP4, for compressed-tensors``."""
         ...
 
     @property
@@ -64,7 +66,16 @@ class Scheme(Protocol):
         ...
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """What a weight becomes."""
+        """The tensors that a weight becomes, those of the source itself where it has the very codes.
+
+        Args:
+            spec: its name, ``….weight``, its shape [out, in], and the dtype that it would be written in.
+            dense: where its elements lie, or what computes them.
+            logical: the source.
+
+        Raises:
+            Refused: a shape that the scheme does not store.
+        """
         ...
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, object]:
@@ -83,6 +94,8 @@ def kept(
     """The source's own tensors where a weight is decoded from the very parts that are wanted, else None.
 
     Args:
+        dense: the weight as it is to be written.
+        logical: the source.
         recipe: what decodes the parts.
         parts: in the order of its inputs.
         scales: dtypes that loaders take for the second part beside its own.
@@ -128,6 +141,10 @@ def encode(family: Family, facts: Facts, logical: Logical, scheme: Scheme, wante
     """Replace the weights ``wanted`` by a scheme's codes.
 
     Args:
+        family: the model's.
+        facts: what config and tensors tell of the model.
+        logical: the source; its other tensors stay as they are.
+        scheme: what makes codes of a weight.
         wanted: of `linears`, of `stacked`, or those whose codes the source has.
 
     Raises:

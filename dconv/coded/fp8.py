@@ -20,6 +20,7 @@ from dconv.coded.pairs import pairs_of
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Read
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Stored
 
@@ -41,8 +42,7 @@ _MX: Final = 32
 
 def said_in(config: Mapping[str, object] | None) -> Mapping[str, object]:
     """``quantization_config`` of a config.json."""
-    said = config.get("quantization_config") if config else None
-    return said if isinstance(said, Mapping) else {}
+    return mapping_or_empty(config.get("quantization_config") if config else None)
 
 
 def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
@@ -59,7 +59,7 @@ def block_of(config: Mapping[str, object] | None) -> tuple[int, int] | None:
     size = said["weight_block_size"]
     if size is None:
         return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+    if not is_list(size) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise Damaged(
             "weight_block_size is no pair of positive whole numbers",
             where="config.json: quantization_config.weight_block_size",
@@ -99,6 +99,7 @@ class Decode:
     reciprocal: bool = False
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the codes of the box, with the scales of the blocks that it touches."""
         (row0, rows), (col0, columns) = zip(box.start[-2:], box.shape[-2:], strict=True)
         m, n = self.block
         touched = Region(
@@ -171,7 +172,7 @@ def _as_grid(scale: Stored, axes: int) -> Stored:
 
 
 def scales_shape(shape: Index, block: tuple[int, int]) -> Index:
-    """The shape of a weight's scales."""
+    """The shape of the scales of a weight [..., out, in]: one for each block, those at the edges among them."""
     return (*shape[:-2], *(-(-n // step) for n, step in zip(shape[-2:], block, strict=True)))
 
 

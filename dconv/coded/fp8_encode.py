@@ -46,12 +46,12 @@ class BlockFP8:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         of = f"{self.block[0]} x {self.block[1]} block" if self.block else "tensor"
         return f"FP8 (e4m3) with a scale for each {of}"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes in e4m3 [out, in]; ``weight_scale_inv``, one for each block, in fp32 or E8M0."""
         block = self.block or (spec.shape[0], spec.shape[1])
         shape = scales_shape(spec.shape, block)
         codes = TensorSpec(spec.name, spec.shape, FP8)
@@ -97,6 +97,10 @@ class Amax:
     rounded: str = "f32"
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Read the blocks of the box whole.
+
+        One that is large is read in parts, so that one scale for a tensor takes no more memory than others.
+        """
         del dtype, factor
         start = tuple(at * step for at, step in zip(box.start, self.block, strict=True))
         stop = (min(end * step, n) for end, step, n in zip(box.stop, self.block, self.shape, strict=True))
@@ -115,6 +119,7 @@ class Codes:
     power_of_two: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the weights of the box by the `Amax` of the blocks that it touches."""
         del dtype, factor
         (m, n), (row, column) = self.block, box.start
         blocks = Region((row // m, column // n), (-(-box.stop[0] // m) - row // m, -(-box.stop[1] // n) - column // n))
@@ -137,6 +142,7 @@ class Scale:
     single: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The scales of the blocks in the box, as fp32 or as E8M0 bytes."""
         del dtype, factor
         largest = read(0, Region((0, 0), (1, 1)) if self.single else box, "")
         _, stored = fp8.scales(largest, power_of_two=self.power_of_two)

@@ -28,6 +28,7 @@ class Blocks:
     kind: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole blocks that the box touches, and cut it out."""
         weights, size = gguf.BLOCKS[self.kind]
         first, last = box.start[-1] // weights, -(-box.stop[-1] // weights)
         place = Region((*box.start[:-1], first * size), (*box.shape[:-1], (last - first) * size))
@@ -46,6 +47,7 @@ class Less:
     number: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Taken in fp64 and rounded once."""
         stored = read(0, box, "f64").view("<f8")
         return cast((stored - self.number) * factor, "f64", dtype)
 

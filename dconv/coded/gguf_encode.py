@@ -51,10 +51,12 @@ class Tensor:
 
     @property
     def name(self) -> str:
+        """GGUF's name for it."""
         return self.spec.name
 
     @property
     def shape(self) -> Index:
+        """GGUF's shape, slowest axis first."""
         return self.spec.file_shape
 
 
@@ -65,6 +67,7 @@ class Rows:
     kind: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks whose bytes the box touches, and cut it out."""
         del dtype, factor
         weights, nbytes = BLOCKS[self.kind]
         first, last = box.start[-1] // nbytes, -(-box.stop[-1] // nbytes)

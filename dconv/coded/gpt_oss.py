@@ -68,7 +68,7 @@ class GptOss:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "MXFP4 blocks and scales, as gpt-oss is released"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
@@ -86,6 +86,6 @@ class GptOss:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, object]:
-        """See `dconv.coded.encode.Scheme`."""
+        """gpt-oss's own: the method, and the modules that are never in codes."""
         del plain, coded
         return {"modules_to_not_convert": list(_PLAIN), "quant_method": METHOD}

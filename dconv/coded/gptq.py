@@ -17,6 +17,7 @@ from dconv.coded.integers import Grid, Integers, Listed, Parts, add, modules_of,
 from dconv.errors import Damaged, DconvError
 from dconv.sharding.derived import Derived, Read
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: a format that is not known.
     """
     said = config["quantization_config"]
-    known = config_of(said if isinstance(said, Mapping) else {})
+    known = config_of(mapping_or_empty(said))
     for module, parts in modules_of(found.tensors, _PARTS, (_ORDER,)).items():
         made = _integers(found, parts, known.grid_of(module), known)
         add(found, module, dtype, parts.named(), made, "GPTQ")
@@ -107,6 +108,7 @@ class Codes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the columns of the box."""
         del dtype, factor
         (top, left), (rows, columns) = box.start, box.shape
         first, words, held, at = span(left, columns, self.columns, self.bits, self.layout)
@@ -126,6 +128,12 @@ class Zeros:
     carry: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the words that hold the rows of the box.
+
+        Raises:
+            Damaged: another number of words than the rows take.
+            Refused: a zero that GPTQ's first format leaves open (`dconv.codec.gptq.unpack_zeros`).
+        """
         del dtype, factor
         (top, left), (rows, groups) = box.start, box.shape
         first, words, held, at = span(top, rows, self.rows, self.bits, self.layout)

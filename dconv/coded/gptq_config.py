@@ -12,6 +12,7 @@ from dconv.codec.gptq import Version
 from dconv.coded.integers import Grid, chosen_by
 from dconv.coded.patterns import LONGEST, compiled, is_tame
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_mapping, mapping_or_empty
 
 METHOD: Final = "gptq"
 _WHERE: Final = "quantization_config"
@@ -82,7 +83,8 @@ class Config:
 
 
 def config_of(said: Mapping[str, object]) -> Config:
-    """
+    """Read ``quantization_config``, or the ``quantize_config.json`` beside it.
+
     Raises:
         Refused: a format or a width that is not known.
         Damaged: a value that makes no sense, or one that is missing.
@@ -132,7 +134,7 @@ def _rules(said: object) -> tuple[Rule, ...]:
     where = f"{_WHERE}.dynamic"
     if said is None or said is False:
         return ()
-    if not isinstance(said, Mapping) or len(said) > _MOST:
+    if not is_mapping(said) or len(said) > _MOST:
         raise Damaged("dynamic is no table of modules", where=where, found=f"{said!r:.80}")
     return tuple(_rule(str(text), changes, where) for text, changes in said.items())
 
@@ -140,7 +142,7 @@ def _rules(said: object) -> tuple[Rule, ...]:
 def _rule(text: str, changes: object, where: str) -> Rule:
     skip = text.startswith(_SKIP)
     raw = text[2:] if text.startswith((_SKIP, "+:")) else text
-    if not isinstance(changes, Mapping) and not (skip and changes is None):
+    if not is_mapping(changes) and not (skip and changes is None):
         raise Damaged("dynamic is no table of modules", where=f"{where} {text!r:.80}", found=f"{changes!r:.80}")
     if len(raw) > LONGEST or not is_tame(_REST.sub("", raw)):
         raise Refused(
@@ -152,4 +154,4 @@ def _rule(text: str, changes: object, where: str) -> Rule:
         pattern = compiled(raw)
     except ValueError as error:
         raise Damaged("no regular expression", where=f"{where} {text!r:.80}", found=str(error)) from error
-    return Rule(text, pattern, skip, changes if isinstance(changes, Mapping) else {})
+    return Rule(text, pattern, skip, mapping_or_empty(changes))

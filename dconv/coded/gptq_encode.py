@@ -34,7 +34,7 @@ _BITS: Final = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class GPTQ:
-    """See `dconv.coded.repack.Packer`.
+    """GPTQ's layout of whole numbers, a `dconv.coded.repack.Packer`.
 
     Attributes:
         version: v1 stores zeros less one.
@@ -44,12 +44,12 @@ class GPTQ:
 
     @property
     def asks(self) -> frozenset[Value]:
-        """See `dconv.coded.repack.Packer`."""
+        """For v1 the least zero point: one of 0 has no form there."""
         return frozenset({"least"} if self.version == "v1" else ())
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"GPTQ ({self._form})"
 
     @property
@@ -57,7 +57,7 @@ class GPTQ:
         return "gptq" if self.version == "v1" else "gptq_v2"
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
-        """See `dconv.coded.repack.Packer`."""
+        """``qweight`` [words, out], ``qzeros`` [groups, words], ``scales`` [groups, out] and ``g_idx`` [in]."""
         made, module = Coded(), name.removesuffix(".weight")
         (rows, columns), grid = numbers.shape, numbers.grid
         bits, groups = grid.bits, grid.groups(columns)
@@ -158,6 +158,7 @@ class PackCodes:
     bits: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the columns whose codes lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (first, top), (count, rows) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -173,6 +174,7 @@ class PackZeros:
     version: gptq.Version
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Pack the rows whose zeros lie, in whole or in part, in the words of the box."""
         del dtype, factor
         (top, first), (groups, count) = box.start, box.shape
         begin, number, at = around(first, count, self.bits)
@@ -187,5 +189,6 @@ class InOrder:
     size: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Each column's group, by its place; nothing is read."""
         del dtype, factor, read
         return integer.groups_of(box.shape[0], self.size, box.start[0])

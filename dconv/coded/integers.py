@@ -20,6 +20,7 @@ from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.derived import Array, Derived, Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
+from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Logical, Stored
 
@@ -50,6 +51,7 @@ class Grid:
         return columns if self.group < 0 else self.group
 
     def groups(self, columns: int) -> int:
+        """Scales of each row in a weight of so many columns; the last group may be short."""
         return -(-columns // self.size(columns)) if columns else 0
 
 
@@ -77,8 +79,10 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """(code - zero) × scale (`dconv.codec.integer`); inputs: codes, scales; zeros where ``zero``, which is all of
-    them, is None; groups if ``listed``. No zero is below ``least``.
+    """(code - zero) × scale (`dconv.codec.integer`).
+
+    Inputs: codes, scales; zeros where ``zero``, which is all of them, is None; groups if ``listed``. No zero is below
+    ``least``.
     """
 
     grid: Grid
@@ -89,6 +93,7 @@ class Product:
     least: int = 0
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the codes of the box, with the scales from its first to its last group."""
         (top, left), (rows, columns) = box.start, box.shape
         if self.listed:
             groups = read(2 + (self.zero is None), Region((left,), (columns,)), "").view("<i4")
@@ -116,6 +121,11 @@ class Listed:
     count: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The groups of the columns in the box, each seen to be one.
+
+        Raises:
+            Damaged: a group that has no scale.
+        """
         del dtype, factor
         found = read(0, box, "").view("<i4")
         wrong = np.flatnonzero((found < 0) | (found >= self.count))
@@ -134,7 +144,11 @@ def add(found: Decoded, module: str, dtype: str, parts: Mapping[str, Stored], ma
     """Put a module's weight in the place of the parts that it is made of.
 
     Args:
+        found: gets the weight, and loses the parts.
+        module: the module's name, without ``.weight``.
         dtype: what it is decoded to where nothing else is asked for.
+        parts: the stored tensors, by name.
+        made: what they mean.
         scheme: in words, where codes of so many bits are not all that there is to say.
     """
     (rows, columns), grid = made.shape, made.grid
@@ -184,6 +198,7 @@ def modules_of(tensors: Mapping[str, Stored], needed: Iterable[str], also: Itera
     """Modules whose weights are in codes, each with its parts.
 
     Args:
+        tensors: as they are stored, by name.
         needed: ends of the parts' names, the codes first.
         also: those that need not be there.
 
@@ -222,7 +237,7 @@ class Parts:
     stored: Mapping[str, Stored]
 
     def named(self) -> dict[str, Stored]:
-        """By their whole names."""
+        """The parts by the whole names that they are stored under."""
         return {f"{self.module}.{part}": stored for part, stored in self.stored.items()}
 
     def matrix(self, part: str) -> tuple[int, int]:
@@ -260,9 +275,8 @@ class Parts:
 
 def chosen_by(said: Mapping[str, object]) -> tuple[str, ...]:
     """``meta.quantizer`` of a config: programs with their versions, ``gptqmodel:7.7.0``."""
-    meta = said.get("meta")
-    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    programs = named if isinstance(named, list) else [named]
+    named = mapping_or_empty(said.get("meta")).get("quantizer")
+    programs = named if is_list(named) else [named]
     return tuple(text for text in programs if isinstance(text, str) and re.fullmatch(r"[\w.+-]+:[\w.+-]+", text))[:8]
 
 

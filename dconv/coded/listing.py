@@ -16,6 +16,7 @@ from typing import Final
 
 from dconv.coded.patterns import compiled, is_tame
 from dconv.coded.places import loaded_as
+from dconv.sharding.parsed import is_texts
 
 #: MiniMax's name for it comes second; transformers reads both.
 KEYS: Final = ("modules_to_not_convert", "ignored_layers")
@@ -77,7 +78,7 @@ class Listing:
     key: str = ""
     entries: tuple[Entry, ...] | None = None
     odd: str = ""
-    _seen: dict[str, Entry | None] = field(default_factory=dict, compare=False, repr=False)
+    _seen: dict[str, Entry | None] = field(default_factory=dict[str, Entry | None], compare=False, repr=False)
 
     def by(self, module: str) -> Entry | None:
         """The entry by which transformers leaves a module out."""
@@ -103,7 +104,7 @@ def listing_of(quantization: Mapping[str, object]) -> Listing:
     if not key:
         return Listing()
     said = quantization[key]
-    if not isinstance(said, list) or not all(isinstance(entry, str) and entry for entry in said):
+    if not is_texts(said) or not all(said):
         return Listing(key, None, f"a list of names, found {said!r:.60}")
     if len(said) > _MOST:
         return Listing(key, None, f"at most {_MOST:,} names, found {len(said):,}")

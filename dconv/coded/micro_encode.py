@@ -67,11 +67,11 @@ class MicroMX:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"MXFP{self.bits}, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes u8 [out, bytes], or e4m3 [out, in] for MXFP8; E8M0 scales u8 [out, in / 32]."""
         rows, columns = spec.shape
         packed = self.bits < 8
         bytes_ = columns * self.bits // 8
@@ -106,11 +106,11 @@ class MicroNV:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "NVFP4, for compressed-tensors"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes u8 [out, in / 2]; e4m3 scales [out, in / 16]; one divisor, the same for weights that runtimes fuse."""
         rows, columns = spec.shape
         codes = TensorSpec(f"{spec.name}_packed", (rows, columns // 2), "u8")
         scale = TensorSpec(f"{spec.name}_scale", (rows, columns // nvfp4.BLOCK), FP8)
@@ -130,7 +130,7 @@ class MicroNV:
         return made
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """One group of ``nvfp4-pack-quantized``, activations left as they are."""
         del coded
         weights = {
             "num_bits": 4,
@@ -144,7 +144,7 @@ class MicroNV:
 
 
 def spec_as(spec: TensorSpec, dtype: str) -> TensorSpec:
-    """The same in another dtype."""
+    """A tensor of the same name and shape in another dtype."""
     return TensorSpec(spec.name, spec.shape, dtype)
 
 
@@ -177,6 +177,7 @@ class MxPart:
     part: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks that the box touches, and cut it out."""
         del dtype, factor
         fmt = _FORMATS[self.bits]
         region, columns = _elements(box, mx.BLOCK, mx.BLOCK * self.bits // 8 if self.part == "codes" else 1)
@@ -196,6 +197,7 @@ class NvPart:
     part: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks that the box touches by the tensor's scale, and cut it out."""
         del dtype, factor
         region, columns = _elements(box, nvfp4.BLOCK, nvfp4.BLOCK // 2 if self.part == "codes" else 1)
         whole = nvfp4.global_scale(_largest(read, 1, self.fused), self.rounded)
@@ -214,6 +216,7 @@ class Whole:
     fused: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The divisor of the largest absmax, in the shape of the box."""
         del dtype, factor
         return np.full(box.shape, nvfp4.global_scale(_largest(read, 0, self.fused), self.rounded), np.float32)
 
@@ -226,6 +229,7 @@ def _elements(box: Region, block: int, width: int) -> tuple[Region, slice]:
     """The whole groups of a weight that a box of its codes or scales touches, and where the box's columns are in them.
 
     Args:
+        box: of codes or scales.
         block: columns of the weight that are a group.
         width: columns of the box that a group takes.
     """

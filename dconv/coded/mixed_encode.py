@@ -39,11 +39,11 @@ class Mixed:
 
     kinds: Sequence[tuple[Scheme, frozenset[str]]]
     columns: int = field(default=1, init=False)
-    _of: Mapping[str, tuple[Scheme, Logical]] = field(default_factory=dict, repr=False)
+    _of: Mapping[str, tuple[Scheme, Logical]] = field(default_factory=dict[str, tuple[Scheme, Logical]], repr=False)
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return "codes of several kinds, as quark" if self._quark else f"codes of several kinds ({MIXED})"
 
     @property
@@ -68,7 +68,7 @@ class Mixed:
         return replace(self, kinds=kinds, _of=found)
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """By the scheme that the weight was given."""
         del logical
         scheme, own = self._of[spec.name]
         return scheme.code(spec, dense, own)

@@ -16,6 +16,7 @@ from dconv.coded.decoded import Decoded, dense
 from dconv.errors import Damaged, Refused
 from dconv.sharding.derived import Read
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import is_mapping, mapping_or_empty
 from dconv.sharding.region import Index, Region
 from dconv.sharding.tensor import Stored
 
@@ -36,7 +37,7 @@ class Grid:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"MLX int{self.bits} code x the scale of its {self.group} columns + their bias"
 
 
@@ -48,6 +49,7 @@ class Decode:
     stored: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole groups that the box touches, and cut it out."""
         bits, group = self.grid.bits, self.grid.group
         first = box.start[-1] // group
         count = -(-(box.start[-1] + box.shape[-1]) // group) - first
@@ -67,6 +69,7 @@ def decode(found: Decoded, config: Mapping[str, Any], shapes: Mapping[str, Index
     """Replace what is in MLX's codes by the weights that they make.
 
     Args:
+        found: the stored tensors; weights take the place of their parts.
         config: config.json, whose ``quantization`` may name modules.
         shapes: of the weights, by name: the shapes of the parts alone do not tell bits from columns.
 
@@ -74,14 +77,13 @@ def decode(found: Decoded, config: Mapping[str, Any], shapes: Mapping[str, Index
         Refused: another mode than affine.
         Damaged: parts that are missing or do not fit each other or the config.
     """
-    said = config.get(KEY)
-    said = said if isinstance(said, Mapping) else {}
+    said = mapping_or_empty(config.get(KEY))
     for name in [name for name in found.tensors if name.endswith(".scales")]:
         module = name.removesuffix(".scales")
         stored = {f"{module}.{part}": found.tensors.get(f"{module}.{part}") for part in ("weight", "scales", "biases")}
         there = {part: tensor for part, tensor in stored.items() if tensor is not None}
         own = said.get(module)
-        mode = (own if isinstance(own, Mapping) else said).get("mode", _MODE)
+        mode = (own if is_mapping(own) else said).get("mode", _MODE)
         if mode != _MODE or there[name].spec.dtype == "u8":
             raise Refused(
                 "MLX codes of a mode that this version does not decode, nothing was written",
@@ -122,7 +124,7 @@ def _grid(module: str, parts: Mapping[str, Stored], shape: Index, own: object) -
     fits = fits and words.shape == (*lead, columns * grid.bits // 32) and words.dtype == "u32"
     fits = fits and scales.shape == biases.shape == (*lead, columns // grid.group)
     fits = fits and scales.dtype == biases.dtype and scales.dtype in ("f32", "f16", "bf16")
-    if isinstance(own, Mapping):
+    if is_mapping(own):
         fits = fits and (grid.bits, grid.group) == (own.get("bits"), own.get("group_size"))
     if not fits:
         raise Damaged(

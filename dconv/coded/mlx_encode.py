@@ -39,6 +39,7 @@ class Codes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole groups whose codes lie in the words of the box, and cut it out."""
         del dtype, factor
         bits, group = self.grid.bits, self.grid.group
         begin, number, _ = around(box.start[-1], box.shape[-1], bits)
@@ -59,6 +60,7 @@ class Steps:
     part: Literal["scales", "biases"]
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Find the scales or biases of the groups in the box."""
         del dtype, factor
         group = self.grid.group
         region = Region((*box.start[:-1], box.start[-1] * group), (*box.shape[:-1], box.shape[-1] * group))
@@ -72,6 +74,8 @@ def code(spec: TensorSpec, dense: Array, logical: Logical, grid: Grid) -> Coded:
     Args:
         spec: its name, shape and the dtype that it would be written in, one of `DTYPES`.
         dense: where it is.
+        logical: the source.
+        grid: bits and columns of a group.
     """
     *lead, columns = spec.shape
     module, bits = spec.name.removesuffix(".weight"), 8 * ITEMSIZE[dense.dtype]

@@ -31,6 +31,7 @@ from dconv.coded.modelopt_config import Form, config_of
 from dconv.errors import Damaged, Refused, group_names
 from dconv.sharding.derived import Read, Recipe
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Stored
 
@@ -58,7 +59,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         Refused: an algorithm or a layout that is not known.
     """
     said, tensors = config["quantization_config"], found.tensors
-    known = config_of(said if isinstance(said, Mapping) else {}, _FORMS)
+    known = config_of(mapping_or_empty(said), _FORMS)
     for name in [name for name in tensors if name.rpartition(".")[2] in _ACTIVATIONS or name.endswith(_SHIFTS)]:
         del tensors[name]
         found.left_out[name] = "a scale of activations or of a cache, which dense weights have no use for"
@@ -95,7 +96,8 @@ def _sized(args: Args, form: Form, where: str) -> Args:
 
 
 def _refuse_stacked(tensors: Mapping[str, Stored]) -> None:
-    """
+    """Refuse experts in one tensor, whose scales have no place here.
+
     Raises:
         Refused: scales of weights that are in one tensor for all experts.
     """
@@ -174,6 +176,7 @@ class Int4:
     scale: str
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Unpack the pairs of rows that hold the box, and multiply by the scales of its groups."""
         (top, left), (rows, columns) = box.start, box.shape
         first, last = top // 2, -(-box.stop[0] // 2)
         pairs = read(0, Region((first, left), (last - first, columns)), "").view(np.uint8)
@@ -199,6 +202,7 @@ class Smoothed:
     number: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Compute the box in fp64, and multiply each column."""
         by = read(self.number, Region(box.start[1:], box.shape[1:]), "f64").view("<f8")
         with np.errstate(all="ignore"):  # infinity and NaN as IEEE says
             return cast(self.recipe(box, "f64", factor, read).view("<f8") * by, "f64", dtype)

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from dconv.coded.patterns import check_length
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_list, is_mapping, is_texts
 
 METHOD: Final = "modelopt"
 #: What vLLM and SGLang call it where they were told which algorithm.
@@ -54,7 +55,7 @@ class Config:
     left_out: tuple[str, ...]
 
     @cached_property
-    def _out(self) -> tuple[frozenset[str], tuple[str, ...], tuple[str, ...]]:
+    def by_kind(self) -> tuple[frozenset[str], tuple[str, ...], tuple[str, ...]]:
         """Entries by their kind: names, beginnings, and other expressions."""
         plain = frozenset(entry for entry in self.left_out if _WILD.isdisjoint(entry))
         begins = tuple(text[:-1] for text in self.left_out if text.endswith("*") and _WILD.isdisjoint(text[:-1]))
@@ -62,13 +63,15 @@ class Config:
         return plain, begins, tuple(entry for entry in self.left_out if entry not in known)
 
     def leaves_out(self, module: str) -> bool:
-        plain, begins, others = self._out
+        """Whether the config leaves a module out, by its name or by an expression."""
+        plain, begins, others = self.by_kind
         return module in plain or module.startswith(begins) or any(fnmatchcase(module, text) for text in others)
 
     def form_of(self, module: str, where: str) -> Form:
         """How the weight of a module is coded that is stored in codes.
 
         Args:
+            module: the module's name, without ``.weight``.
             where: a stored tensor that shows that it is.
 
         Raises:
@@ -100,7 +103,7 @@ class Config:
 def flat(said: Mapping[str, object]) -> dict[str, object]:
     """``hf_quant_config.json`` in the spelling of ``quantization_config``."""
     inner = said.get("quantization")
-    if not isinstance(inner, Mapping):
+    if not is_mapping(inner):
         return dict(said)
     outer = {key: value for key, value in said.items() if key != "quantization"}
     spelled = {"ignore" if key == "exclude_modules" else str(key): value for key, value in inner.items()}
@@ -111,6 +114,7 @@ def config_of(said: Mapping[str, object], known: Collection[str]) -> Config:
     """``quantization_config``, read.
 
     Args:
+        said: the section, or ``hf_quant_config.json``.
         known: algorithms that can be decoded.
 
     Raises:
@@ -123,10 +127,10 @@ def config_of(said: Mapping[str, object], known: Collection[str]) -> Config:
             "the embedding is in codes that one more scale belongs to, input_scale, nothing was written",
             where=f"{_WHERE}.nvfp4_embed",
         )
-    ignore, layers = said.get("ignore") or [], said.get("quantized_layers") or {}
-    if not isinstance(ignore, list) or len(ignore) > _MOST or not all(isinstance(text, str) for text in ignore):
+    ignore, layers = said.get("ignore") or list[str](), said.get("quantized_layers") or dict[str, Any]()
+    if not is_list(ignore) or len(ignore) > _MOST or not is_texts(ignore):
         raise _odd("ignore", f"a list of at most {_MOST:,} names", ignore)
-    if not isinstance(layers, Mapping) or len(layers) > _MOST:
+    if not is_mapping(layers) or len(layers) > _MOST:
         raise _odd("quantized_layers", f"a table of at most {_MOST:,} modules", layers)
     algo = _algorithm(said, "")
     mixed = algo == MIXED
@@ -137,13 +141,13 @@ def config_of(said: Mapping[str, object], known: Collection[str]) -> Config:
     found = Config(everywhere, forms if mixed else {}, tuple(ignore))
     for text in ignore:
         check_length(text, f"{_WHERE}.ignore")
-    if len(found._out[2]) > _MOST_WILD:
+    if len(found.by_kind[2]) > _MOST_WILD:
         raise _odd("ignore", f"at most {_MOST_WILD:,} expressions with a wildcard inside", ignore)
     return found
 
 
 def _form(said: object, at: str, known: Collection[str]) -> Form:
-    if not isinstance(said, Mapping):
+    if not is_mapping(said):
         raise _odd(at, "a table", said)
     algo, group = _algorithm(said, at), said.get("group_size") or 0
     where = f"{_WHERE}.{at}.quant_algo" if at else f"{_WHERE}.quant_algo"

@@ -45,6 +45,7 @@ class Decode:
     blocked: bool = False
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Decode the whole blocks that the box touches, and cut it out."""
         first, last = box.start[-1] // mx.BLOCK, -(-box.stop[-1] // mx.BLOCK)
         touched = Region((*box.start[:-1], first), (*box.shape[:-1], last - first))
         each = width(self.fmt)
@@ -73,6 +74,7 @@ class Codes:
     pairs: bool = False
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the whole blocks whose bytes the box touches, and cut it out."""
         del dtype, factor
         each = width(self.fmt)
         if self.blocked:
@@ -93,6 +95,7 @@ class Scales:
     pairs: bool = False
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Find the scales of the blocks in the box."""
         del dtype, factor
         return mx.scales(_weights(read, box, self.pairs), self.fmt, self.rule)
 
@@ -121,6 +124,11 @@ def encoded(
 
     Args:
         dense: the weight, with ``pairs`` [..., out / 2, 2, in].
+        shape: of the weight.
+        fmt: the format of the codes.
+        rule: how a block's scale is found (`dconv.codec.mx.encode`).
+        blocked: as of `Decode`.
+        pairs: as of `Codes`.
 
     Raises:
         Refused: the rows are not of whole blocks.
@@ -155,6 +163,7 @@ def kept(
     Args:
         dense: the weight, its axes in the order of its rows.
         made_of: what the source's derived tensors are.
+        recipe: what would decode the codes that are wanted.
     """
     if len(dense.pieces) != 1 or dense.twins:
         return None

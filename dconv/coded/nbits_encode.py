@@ -38,12 +38,12 @@ class Blocks:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"int{self.bits}, {self.size} columns with a scale (MatMulNBits)"
 
     @property
     def nbytes(self) -> int:
-        """Of a block's codes."""
+        """Bytes of a block's codes."""
         return self.size * self.bits // 8
 
 
@@ -60,6 +60,7 @@ class Codes:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the rows and blocks of the box whole, and cut the bytes out."""
         del dtype, factor
         weights, real = _filled(self.how, self.rounded, self.columns, box.start[:2], box.shape[:2], read)
         codes = nbits.encode(weights, self.how.bits, self.how.size, self.rounded)
@@ -77,6 +78,7 @@ class Scales:
     columns: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Find the scales of the blocks in the box."""
         del dtype, factor
         weights, _ = _filled(self.how, self.rounded, self.columns, box.start, box.shape, read)
         return nbits.scales(weights, self.how.bits, self.how.size, self.rounded)
@@ -99,6 +101,7 @@ def code(name: str, dense: Array, how: Blocks, dtype: str) -> Coded:
     Args:
         name: of the weight; codes end in ``_Q4``, scales in ``_scales``, as onnxruntime's quantiser calls them.
         dense: where it is.
+        how: bits and columns of a block.
         dtype: it is rounded to this before, and its scales are in it.
     """
     rows, columns = dense.shape

@@ -85,9 +85,9 @@ class _Making:
     logical: Logical
     coding: Coding
     source: dict[str, _Source]
-    derived: dict[str, Derived] = field(default_factory=dict)
-    specs: dict[str, TensorSpec] = field(default_factory=dict)
-    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    derived: dict[str, Derived] = field(default_factory=dict[str, Derived])
+    specs: dict[str, TensorSpec] = field(default_factory=dict[str, TensorSpec])
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict[str, tuple[Piece, ...]])
 
     def make(self, spec: TensorSpec, derived: Derived) -> None:
         """Have a tensor written that is computed."""
@@ -146,6 +146,7 @@ def with_scales(held: Iterable[Held], specs: Mapping[str, TensorSpec]) -> Iterat
     """Neuron's tensors, those in FP8 with their scales behind them.
 
     Args:
+        held: Neuron's tensors, in the order of their files.
         specs: HuggingFace's tensors and their scales.
     """
     for one in held:
@@ -229,6 +230,7 @@ class Recode:
     by: Fraction
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Read the codes of the box, and give each the code of its number divided by ``by``."""
         del dtype, factor
         return neuron.recode(read(0, box, "").view("u1"), self.by)
 
@@ -241,6 +243,7 @@ class Rescale:
     reciprocal: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Read the scales of the box; each result is rounded once, to fp32."""
         del dtype, factor
         return neuron.rescale(read(0, box, "f32"), self.by, reciprocal=self.reciprocal)
 
@@ -250,6 +253,7 @@ class RowCodes:
     """Neuron's codes; inputs: the weight, its rows' `Amax`."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """Encode the weights of the box by their rows' `Amax`."""
         del dtype, factor
         rows = Region((box.start[0], 0), (box.shape[0], 1))
         return neuron.encode_rows(read(0, box, "f32"), largest=read(1, rows, ""))
@@ -262,5 +266,6 @@ class RowScale:
     reciprocal: bool
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The scales of the rows in the box, or what they are divided by."""
         del dtype, factor
         return neuron.row_scales(read(0, box, ""), reciprocal=self.reciprocal)

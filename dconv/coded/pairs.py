@@ -14,6 +14,7 @@ def pairs_of(
     """What the names of codes and of their scales have in common, in order; each proved to have both.
 
     Args:
+        tensors: as they are stored, by name.
         ends: of the names of codes, and of scales.
         kind: of codes, for a person.
         dtypes: of codes; None where the name alone tells.

@@ -30,7 +30,8 @@ def is_tame(text: str, *, repeats: int = REPEATS, longest: int = LONGEST) -> boo
 
 
 def compiled(text: str) -> re.Pattern[str]:
-    """
+    """An expression, compiled; whether it is a tame one is asked before (`is_tame`).
+
     Raises:
         ValueError: it is no regular expression.
     """
@@ -41,7 +42,8 @@ def compiled(text: str) -> re.Pattern[str]:
 
 
 def check_length(module: str, where: str) -> None:
-    """
+    """See that a module's name is short enough for expressions to be tried on it.
+
     Raises:
         Damaged: a module's name is longer than any is.
     """

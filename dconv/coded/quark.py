@@ -19,6 +19,7 @@ from dconv.coded import mx
 from dconv.coded.decoded import Decoded, dense
 from dconv.coded.pairs import pairs_of
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.tensor import Stored
 
 METHOD: Final = "quark"
@@ -82,11 +83,9 @@ class _Said:
 
     @staticmethod
     def of(config: Mapping[str, object]) -> _Said:
-        said = config.get("quantization_config")
-        said = said if isinstance(said, Mapping) else {}
-        everywhere, patterns = said.get("global_quant_config"), said.get("layer_quant_config")
+        said = mapping_or_empty(config.get("quantization_config"))
         return _Said(
-            everywhere if isinstance(everywhere, Mapping) else {}, patterns if isinstance(patterns, Mapping) else {}
+            mapping_or_empty(said.get("global_quant_config")), mapping_or_empty(said.get("layer_quant_config"))
         )
 
     def kind(self, module: str) -> str:
@@ -97,8 +96,7 @@ class _Said:
         """
         fits = (found for pattern, found in self.patterns.items() if fnmatch.fnmatchcase(module, str(pattern)))
         layer = next(fits, self.everywhere)
-        weight = layer.get("weight") if isinstance(layer, Mapping) else None
-        weight = weight if isinstance(weight, Mapping) else {}
+        weight = mapping_or_empty(mapping_or_empty(layer).get("weight"))
         said = (weight.get("qscheme"), weight.get("group_size"), weight.get("scale_format"))
         kind, wanted = weight.get("dtype"), ("per_group", BLOCK, "e8m0")
         if kind not in DTYPES or said != wanted or weight.get("ch_axis", -1) not in (-1, 1):

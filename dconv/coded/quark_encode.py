@@ -28,11 +28,11 @@ class Quark:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return f"MXFP{self.fmt.bits} ({self.fmt.name}), {BLOCK} with a power of two, as quark"
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """Codes u8 [out, bytes] under the weight's name; E8M0 scales u8 [out, in / 32]."""
         codes, scales = mx.encoded(dense, spec.shape, self.fmt, self.rule)
         weight = TensorSpec(spec.name, codes.shape, "u8")
         scale = TensorSpec(spec.name.removesuffix(WEIGHT) + SCALE, scales.shape, "u8")

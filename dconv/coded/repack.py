@@ -49,7 +49,7 @@ class Packer(Protocol):
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it, such as ``AWQ (gemm)``."""
         ...
 
     def pack(self, name: str, numbers: Integers, derived: Mapping[str, Derived]) -> Coded:
@@ -57,6 +57,7 @@ class Packer(Protocol):
 
         Args:
             name: of the weight, ``….weight``.
+            numbers: codes, scales and zeros, and how they belong together.
             derived: what the arrays of the numbers are computed by, where that is known: codes that lie in words as
                 they are wanted are copied.
 
@@ -66,7 +67,7 @@ class Packer(Protocol):
         ...
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """As of `dconv.coded.encode.Scheme`; what no key can say is refused."""
         ...
 
     def note(self, config: Mapping[str, Any]) -> str:
@@ -83,12 +84,12 @@ class Repack:
     """
 
     packer: Packer
-    numbers: Mapping[str, Integers] = field(default_factory=dict)
+    numbers: Mapping[str, Integers] = field(default_factory=dict[str, Integers])
     columns: int = field(default=1, init=False)
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """How reports call it."""
         return self.packer.words
 
     def of(self, logical: Logical) -> Repack:
@@ -100,14 +101,14 @@ class Repack:
         return replace(self, numbers=_met(_numbers(logical), logical, self.packer.asks))
 
     def code(self, spec: TensorSpec, dense: Array, logical: Logical) -> Coded:
-        """See `dconv.coded.encode.Scheme`."""
+        """The packer's tensors of the source's numbers; ``dense`` is not looked at."""
         del dense
         coded = self.packer.pack(spec.name, self.numbers[spec.name], logical.derived)
         coded.kept = True
         return coded
 
     def config(self, plain: list[str], coded: Mapping[str, Coded]) -> dict[str, Any]:
-        """See `dconv.coded.encode.Scheme`."""
+        """The packer's."""
         return self.packer.config(plain, coded)
 
 
@@ -181,11 +182,12 @@ def _parts(reader: BoxReader, array: Array) -> Iterator[NDArray[np.generic]]:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """One number everywhere."""
+    """One byte everywhere; no inputs."""
 
     value: int
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The number for each element of the box; nothing is read."""
         del dtype, factor, read
         return np.full(box.shape, self.value, np.uint8)
 
@@ -206,11 +208,12 @@ def stored_as(array: Array, derived: Mapping[str, Derived], recipe: object) -> A
 
 
 def grids_of(coded: Mapping[str, Coded]) -> dict[str, Grid]:
-    """By module."""
+    """The grids of weights that have one, by module."""
     return {name.removesuffix(".weight"): one.grid for name, one in coded.items() if one.grid}
 
 
 def unfit(where: str, found: str, expected: str, do: str = "FORMAT hf decodes them") -> Refused:
+    """The refusal of a weight whose whole numbers a format has no place for; ``where`` is the weight's name."""
     return Refused(
         "whole numbers of the source do not fit the format without a new rounding, nothing was written",
         where=where,

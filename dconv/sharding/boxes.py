@@ -28,6 +28,7 @@ class Plain:
     """The only input, in the dtype that is asked for."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The box itself; what is looked at is never scaled."""
         del factor
         return read(0, box, dtype)
 
@@ -46,6 +47,7 @@ class Boxes:
         self._reader = open_reader(view, _SCRATCH, kernel, log)
 
     def close(self) -> None:
+        """Close the files behind it."""
         self._reader.close()
 
     def array(self, array: Array, region: Region, dtype: str) -> NDArray[Any]:

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from dconv.errors import Damaged, DconvError, Refused, StorageFault
@@ -43,6 +43,10 @@ def run_rank(
     """Do this rank's share of the plan and commit if it was the last.
 
     Args:
+        plan: the same on every rank.
+        out: the output, which is renamed into its place when all is done.
+        kernel: applies numeric ops to tiles.
+        settings: which rank this is, its bounds, and what the receipt says of the run.
         work: does the tasks in an order of its own (`Rank.do`), where the source comes into being on the way; returns
             when all that is this rank's to do is done. Without it the share is done in the plan's order.
 
@@ -114,7 +118,7 @@ def _lock_of(partial: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _locked(partial: Path) -> Generator[None, None, None]:
     """Alone among the processes of one plan. The lock's file lies beside ``partial`` and goes when that goes."""
     path = _lock_of(partial)
     try:
@@ -169,7 +173,11 @@ def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], sett
     """From a partial folder with every task's bytes in it to a result: closing files, receipt, rename.
 
     Args:
+        plan: what was made.
+        out: where the result goes.
+        partial: the folder that becomes it.
         done: the digest of each task.
+        settings: the run's; its digest and what the receipt says of it are taken.
     """
     closing: dict[str, str] = {}
     for name, data in plan.target.closing():

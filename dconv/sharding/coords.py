@@ -82,6 +82,7 @@ class Parallel:
 
     @property
     def world(self) -> int:
+        """Ranks of the model, data parallelism aside."""
         return self.pp * self.inner
 
     def layout_string(self) -> str | None:
@@ -172,6 +173,7 @@ class Parallel:
 
     @cached_property
     def described(self) -> str:
+        """The sizes for a person: ``tp 2 x pp 4``, the others where they are more than 1."""
         parts = [f"tp {self.tp}", f"pp {self.pp}"]
         parts += [f"{name} {getattr(self, name)}" for name in ("vpp", "ep", "etp") if getattr(self, name) > 1]
         return " x ".join(parts)

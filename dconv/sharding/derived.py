@@ -97,7 +97,7 @@ def steps(shape: Index) -> Index:
 
 
 def real_files(files: Iterable[str], derived: Mapping[str, Derived]) -> set[str]:
-    """The files behind ``files``."""
+    """The files that can be opened behind ``files``: those that derived tensors are computed from, to the last."""
     found: set[str] = set()
     seen: set[str] = set()
     waiting = list(files)
@@ -124,6 +124,10 @@ def open_reader(
     """What reads the boxes of a checkpoint, computed ones included.
 
     Args:
+        logical: the checkpoint.
+        scratch_bytes: size of the reader's scratch buffer.
+        kernel: applies the ops of what derived tensors are made of.
+        log: is told of every read.
         over: puts what reads `Logical.held` over what reads the files.
         stage: has copies of the files on this machine.
     """
@@ -148,20 +152,25 @@ class DerivedReader:
         self._held = 0
 
     def close(self) -> None:
+        """Drop the rows that are held, and close the reader of the files."""
         self._rows.clear()
         self._held = 0
         self._reader.close()
 
     def has(self, file: str) -> bool:
+        """Whether every file is there that the tensor is computed from."""
         return all(map(self._reader.has, real_files([file], self._derived)))
 
     def is_sparse(self, file: str) -> bool:
+        """Never of what is computed: nobody knows where it is zero."""
         return file not in self._derived and self._reader.is_sparse(file)
 
     def is_hole(self, copy: Copy) -> bool:
+        """Never of what is computed."""
         return copy.file not in self._derived and self._reader.is_hole(copy)
 
     def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
+        """Compute the smallest box that holds the copy, and take its elements; read what lies in files."""
         derived = self._derived.get(copy.file)
         if derived is None:
             self._reader.read_box(copy, out)
@@ -283,7 +292,8 @@ def _box(copy: Copy, shape: Index) -> tuple[Region, list[tuple[int, int]] | None
         ValueError: the copy's axes do not run along the tensor's.
     """
     strides = steps(shape)
-    start, rest = [], copy.offset
+    start: list[int] = []
+    rest = copy.offset
     for n, stride in zip(shape, strides, strict=True):
         at = rest // stride if n > 1 else 0
         start.append(at)

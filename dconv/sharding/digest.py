@@ -16,8 +16,15 @@ DEFAULT: Final = "xxh3"
 
 
 class Hasher(Protocol):
-    def update(self, data: memoryview | bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
+    """A digest under way, with the two methods of `hashlib` that are used."""
+
+    def update(self, data: memoryview | bytes, /) -> None:
+        """Take these bytes behind those before."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far, in hexadecimal digits."""
+        ...
 
 
 def _sha256() -> Hasher:
@@ -49,6 +56,7 @@ def of_zeros(algorithm: str, nbytes: int) -> str:
 
 
 def update_zeros(hasher: Hasher, nbytes: int) -> None:
+    """Feed ``nbytes`` zero bytes to ``hasher``, of which no more than 1 MiB is in memory."""
     while nbytes > 0:
         step = min(nbytes, len(_ZEROS))
         hasher.update(_ZEROS[:step])

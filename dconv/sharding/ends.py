@@ -46,7 +46,7 @@ class Ends:
                 raise StorageFault(f"cannot write: {fault.strerror}", where=str(self._folder)) from fault
 
     def unmark(self) -> None:
-        """Say that it has again."""
+        """Say that this rank has something under way again."""
         with contextlib.suppress(OSError):  # a mark that stays costs the others a look
             self._mine.unlink()
 

@@ -79,6 +79,14 @@ class Worker:
         )
 
     def do(self, task: Task) -> Done:
+        """Do one task: its bytes are at their place in the output when this returns, though not yet flushed to disk.
+
+        Returns:
+            The task, its digest ("" where other processes write a part of it, too) and the bytes written.
+
+        Raises:
+            DconvError: the source cannot be read, is damaged, or the output cannot be written.
+        """
         if task.tensor < 0:
             return self._frame(task)
         tensor = self._plan.target.tensors[task.tensor]

@@ -27,6 +27,7 @@ _TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def cannot(what: str, where: Path, fault: OSError) -> StorageFault:
+    """The error of an output that cannot be written; where the disk is full it says that a resumed run goes on."""
     full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
     do = "free space and run again with --resume: what is finished is kept" if full else ""
     return StorageFault(f"cannot {what}: {fault.strerror}", where=str(fault.filename or where), do=do)
@@ -44,6 +45,7 @@ def finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str,
 
 
 def sync_folders(partial: Path) -> None:
+    """Flush to disk the names in a folder and in all below it; the files themselves are flushed before."""
     for folder, _, _ in os.walk(partial):
         sync_folder(Path(folder))
 
@@ -119,6 +121,7 @@ def aside_of(out: Path, partial: Path) -> Path:
 
 
 def remove(aside: Path) -> None:
+    """Remove an old output, a directory, a file or a link; what cannot be removed of a directory stays."""
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside, ignore_errors=True)
     else:

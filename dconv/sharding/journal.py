@@ -47,8 +47,11 @@ class Noted:
 
 
 class Journal:
-    """The journals of all processes of one plan. This process's own is made at once, so that it can be written to
-    also when another process commits and removes the folder."""
+    """The journals of all processes of one plan.
+
+    This process's own is made at once, so that it can be written to also when another process commits and removes the
+    folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,6 +94,7 @@ class Journal:
         self._append([f"claim {task.index}" for task in tasks])
 
     def append(self, done: Iterable[Done]) -> None:
+        """Note tasks as done, each with its digest; they are in doubt until the lines are on disk."""
         items = list(done)
         tasks = {item.task.index for item in items}
         self.doubtful |= tasks
@@ -134,6 +138,7 @@ class Journal:
             ) from fault
 
     def close(self) -> None:
+        """Close this process's own journal; the second time does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -198,7 +203,7 @@ def _check(line: str) -> str:
 
 def good_words(data: bytes) -> list[list[str]]:
     """The words of every line that is whole, and says one of the three things that a line says."""
-    good = []
+    good: list[list[str]] = []
     for line in data.decode("utf-8", "replace").splitlines():
         body, _, check = line.rpartition(" ")
         if _LINE.fullmatch(body) and check == _check(body):
@@ -207,7 +212,7 @@ def good_words(data: bytes) -> list[list[str]]:
 
 
 def is_journal(name: str) -> bool:
-    """Whether a file's name is a journal's: a network file system names what was removed while open, .nfs…"""
+    """Whether a file's name is a journal's; a network file system gives a removed file that is open one of its own."""
     return _NAME.fullmatch(name) is not None
 
 

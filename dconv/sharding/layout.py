@@ -37,6 +37,7 @@ class Part:
 
     @property
     def length(self) -> int:
+        """Indices along the fused axis."""
         return sum(run.length for run in self.runs)
 
 
@@ -76,6 +77,7 @@ class Fused:
 
     @property
     def length(self) -> int:
+        """Indices along ``axis``, padding aside."""
         return sum(part.length for part in self.parts)
 
     def shape(self, length: int | None = None) -> Index:
@@ -102,7 +104,7 @@ class Fused:
         whole = self.whole(padded_length)
         if not self.parallel or count == 1:
             return whole
-        cut = []
+        cut: list[Stretch] = []
         for stretch in whole:
             n = stretch.stop
             if n % count:

@@ -22,6 +22,7 @@ class Move:
 
     @property
     def exact(self) -> bool:
+        """Always: no bit changes."""
         return True
 
 
@@ -34,6 +35,7 @@ class Cast:
 
     @property
     def exact(self) -> bool:
+        """Where the target holds every number of the source."""
         return (self.source, self.target) in _WIDENING
 
 
@@ -52,6 +54,7 @@ class Scale:
 
     @property
     def exact(self) -> bool:
+        """Never: a factor of 1 is no `Scale`."""
         return False
 
 
@@ -82,6 +85,7 @@ class Derive:
 
     @property
     def exact(self) -> bool:
+        """Where computing is exact, and nothing is multiplied."""
         return self.how.exact and self.factor == 1.0
 
 

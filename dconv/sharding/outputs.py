@@ -36,6 +36,11 @@ class Outputs:
         _allow_files(len(self._files))
 
     def fd(self, file: int) -> int:
+        """The descriptor of a file by its number in the plan, made and sized where it is not there yet.
+
+        Raises:
+            StorageFault: it cannot be made.
+        """
         with self._lock:
             fd = self._open.get(file)
             if fd is None:
@@ -64,6 +69,11 @@ class Outputs:
         )
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Write all of ``data`` at a byte offset of a file; several threads may, at places of their own.
+
+        Raises:
+            StorageFault: it cannot be written, as on a full disk.
+        """
         fd = self.fd(file)
         try:
             done = os.pwrite(fd, data, offset)
@@ -86,6 +96,11 @@ class Outputs:
             raise self._fault("read back", file, fault) from fault
 
     def sync(self, files: Sequence[int]) -> None:
+        """Flush what was written to these files to disk.
+
+        Raises:
+            StorageFault: a write that was taken before turns out to have failed.
+        """
         for file in files:
             try:
                 os.fsync(self.fd(file))
@@ -113,6 +128,7 @@ class Outputs:
         self._open.clear()
 
     def close(self) -> None:
+        """Close the files and the folder; the second time does nothing."""
         self.close_files()
         if self.folder >= 0:
             os.close(self.folder)

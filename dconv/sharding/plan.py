@@ -192,6 +192,7 @@ class Plan:
 
     @cached_property
     def bytes_written(self) -> int:
+        """Bytes of all tasks: what the output has, closing files aside."""
         return sum(task.nbytes for task in self.tasks)
 
     @cached_property
@@ -230,7 +231,8 @@ class Plan:
     @cached_property
     def _edges(self) -> list[float]:
         # A task belongs to the stretch that its middle lies in; one byte more gives empty tasks a place, too.
-        edges, at = [], 0.0
+        edges: list[float] = []
+        at = 0.0
         for task in self.tasks:
             edges.append(at + (task.nbytes + 1) / 2)
             at += task.nbytes + 1

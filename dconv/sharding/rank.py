@@ -62,10 +62,10 @@ class Settings:
     resume: bool = False
     launched: float = math.inf
     again: bool = False
-    progress: Callable[[int, int], None] = lambda *_: None
+    progress: Callable[[int, int], None] = lambda _finished, _share: None
     stop: threading.Event | None = None
     log: ReadLog | None = None
-    about: Mapping[str, object] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict[str, object])
     algorithm: str = DEFAULT
     steal: bool = False
     meet: Callable[[Path], None] | None = None

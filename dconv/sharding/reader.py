@@ -39,11 +39,33 @@ ReadLog = Callable[[str, int, int], None]
 class BoxReader(Protocol):
     """What fills boxes: `Reader` from files, or a running job's own memory (`dconv.checkpoint.memory`)."""
 
-    def has(self, file: str) -> bool: ...
-    def is_sparse(self, file: str) -> bool: ...
-    def is_hole(self, copy: Copy) -> bool: ...
-    def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None: ...
-    def close(self) -> None: ...
+    def has(self, file: str) -> bool:
+        """Whether this process can read the file; in a job whose ranks hold the source, not every one can."""
+        ...
+
+    def is_sparse(self, file: str) -> bool:
+        """Whether the file has stretches that were never written, so that asking for holes pays."""
+        ...
+
+    def is_hole(self, copy: Copy) -> bool:
+        """Whether all bytes of the copy lie in such stretches, and are zeros without being read."""
+        ...
+
+    def read_box(self, copy: Copy, out: NDArray[np.generic]) -> None:
+        """Fill ``out``, which has the copy's shape, with its elements as they are stored.
+
+        Args:
+            copy: the box, and where its elements lie.
+            out: in ``carrier`` of the copy's dtype.
+
+        Raises:
+            DconvError: the file cannot be read, or is not what it was when the plan was made.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds open; it reads nothing after that."""
+        ...
 
 
 class Reader:
@@ -68,6 +90,7 @@ class Reader:
         self._log = log
 
     def close(self) -> None:
+        """Close the files that are open."""
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()

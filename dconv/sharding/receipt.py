@@ -14,6 +14,7 @@ from typing import Final
 
 from dconv.errors import UsageError
 from dconv.sharding.digest import ALGORITHMS, Hasher, tree
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import Plan
 
 RECEIPT: Final = "dconv.json"
@@ -43,7 +44,7 @@ def read_receipt(folder: Path) -> dict[str, object] | None:
         receipt = json.loads((folder / RECEIPT).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return receipt if isinstance(receipt, dict) and "plan" in receipt else None
+    return receipt if is_dict(receipt) and "plan" in receipt else None
 
 
 def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launched: float) -> bool:
@@ -100,6 +101,7 @@ def is_whole(plan: Plan, out: Path) -> bool:
 
 
 def is_result(plan: Plan, out: Path) -> bool:
+    """Whether a finished output of this very plan is at ``out``; its weights are not looked at."""
     receipt = read_receipt(out)
     return receipt is not None and receipt["plan"] == plan.id
 
@@ -141,6 +143,7 @@ def make_receipt(
 
 
 def to_json(receipt: Mapping[str, object]) -> bytes:
+    """The bytes of ``dconv.json``: the receipt with its own digest, by the algorithm that it names."""
     return with_own(receipt, str(receipt["digest"]))
 
 
@@ -155,7 +158,9 @@ def is_unchanged(data: bytes, said: dict[str, object], algorithm: object, last: 
     """Whether a file of `with_own` is as it was written, bit by bit; of an older one, without a digest, nobody knows.
 
     Args:
+        data: the file's bytes.
         said: what ``data`` says, its keys in order.
+        algorithm: what it says that its digest was taken by, of whatever type.
         last: the last key of an older one.
     """
     if next(reversed(said), "") == last and OWN not in said:
@@ -175,6 +180,7 @@ def hash_stretch(fd: int, offset: int, nbytes: int, algorithm: str) -> str:
 
 
 def hash_bytes(data: bytes, algorithm: str) -> str:
+    """The digest of bytes in hexadecimal digits, by a key of `dconv.sharding.digest.ALGORITHMS`."""
     hasher = ALGORITHMS[algorithm]()
     hasher.update(data)
     return hasher.hexdigest()

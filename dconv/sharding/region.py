@@ -22,19 +22,23 @@ class Region:
 
     @staticmethod
     def whole(shape: Sequence[int]) -> Region:
+        """The box of all indices of a tensor of this shape."""
         return Region((0,) * len(shape), tuple(shape))
 
     @property
     def stop(self) -> Index:
+        """The first index behind the box, on each axis."""
         return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
 
     @property
     def volume(self) -> int:
+        """How many elements it holds: 1 without axes, 0 where an axis is empty."""
         return math.prod(self.shape)
 
     def intersect(self, other: Region) -> Region | None:
         """The common box, or None when there is none."""
-        start, shape = [], []
+        start: list[int] = []
+        shape: list[int] = []
         for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True):
             low = a if a > b else b
             high = min(a + n, b + m)
@@ -45,6 +49,7 @@ class Region:
         return Region(tuple(start), tuple(shape))
 
     def contains(self, other: Region) -> bool:
+        """Whether ``other`` lies within, by its bounds; so may an empty one."""
         return all(
             a <= b and b + m <= a + n
             for a, n, b, m in zip(self.start, self.shape, other.start, other.shape, strict=True)
@@ -76,7 +81,8 @@ class Region:
 
 def row_major(shape: Sequence[int], itemsize: int) -> Index:
     """Byte strides of a dense row-major array."""
-    strides, step = [], itemsize
+    strides: list[int] = []
+    step = itemsize
     for n in reversed(shape):
         strides.append(step)
         step *= n

@@ -56,7 +56,11 @@ class Stage:
         """A descriptor from which a stretch of a file can be read: of its copy, or ``source`` where there is no room.
 
         Args:
-            source: an open descriptor of the file itself, ``size`` bytes long.
+            file: its path relative to the checkpoint's root.
+            source: an open descriptor of the file itself.
+            size: of the file, in bytes.
+            offset: where the stretch begins, in bytes.
+            nbytes: how long it is.
 
         Raises:
             OSError: the file cannot be read, or the copy not be written for want of anything but room.

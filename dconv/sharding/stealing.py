@@ -97,11 +97,11 @@ class Stealing:
         self._ends.mark()
 
     def begin(self) -> None:
-        """This rank begins with tasks of others."""
+        """Say that this rank has tasks of others under way."""
         self._ends.unmark()
 
     def end(self) -> None:
-        """And is done with them."""
+        """Say that it has none under way any more."""
         self._ends.mark()
 
     def doubt(self) -> None:

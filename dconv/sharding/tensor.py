@@ -35,10 +35,12 @@ class TensorSpec:
 
     @property
     def file_shape(self) -> Index:
+        """The shape that files give."""
         return self.shape if self.published is None else self.published
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements, without gaps."""
         return Region.whole(self.shape).volume * ITEMSIZE[self.dtype]
 
 
@@ -141,10 +143,10 @@ class Logical:
     specs: dict[str, TensorSpec]
     pieces: dict[str, tuple[Piece, ...]]
     files: dict[str, FileStamp]
-    left_out: dict[str, str] = field(default_factory=dict)
-    replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    replicas: dict[str, tuple[Piece, ...]] = field(default_factory=dict[str, tuple[Piece, ...]])
     reader: Callable[[int], BoxReader] | None = None
     made: str = ""
-    derived: Mapping[str, Derived] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict[str, "Derived"])
     stored: Callable[[], Iterable[Stored]] = tuple
     held: frozenset[str] = frozenset()

@@ -44,6 +44,7 @@ class Tries:
         """Wait before a new try, and return.
 
         Args:
+            fault: what went wrong.
             progress: something went well since the last failure.
 
         Raises:
