@@ -93,7 +93,7 @@ def compare(job: Job, written: Described, out: Path) -> Found:
     request = job.request
     none = {"quantization_config": None, "calibration": None, "strict": False}
     plain = prepare(replace(request, format="hf", quant=None, dtype=None, **none, **OPTIONS)).logical
-    chosen = job.calibrating.changed if job.calibrating else frozenset()
+    chosen: frozenset[str] = job.calibrating.changed if job.calibrating else frozenset()
     worst, sides = variant_of(request).worst, (plain, written.logical)
     bounds = {name: job.worst.get(name, worst) for name in plain.specs}
     if odd := sorted(plain.specs.keys() ^ written.logical.specs.keys()):
@@ -133,8 +133,7 @@ def compare(job: Job, written: Described, out: Path) -> Found:
             reader.close()
     if far:
         raise _too_far(far, bounds, job, written, out)
-    worst = max((worst, *job.worst.values()))
-    return Found(len(plain.specs), coded, weights, error, worst, len(chosen))
+    return Found(len(plain.specs), coded, weights, error, max((worst, *job.worst.values())), len(chosen))
 
 
 def _too_far(far: dict[str, float], bounds: dict[str, float], job: Job, written: Described, out: Path) -> VerifyFailed:
@@ -209,7 +208,7 @@ def _share(
 
     Of a block with no finite largest nothing is asked; errors up to ``spacing`` are none, unless all is to be kept.
     """
-    largest = np.abs(before)
+    largest: NDArray[np.float64] = np.abs(before)
     for axis, size in enumerate(block):
         largest = np.maximum.reduceat(largest, np.arange(0, largest.shape[axis], size), axis)
     for axis, size in enumerate(block):

@@ -33,6 +33,7 @@ from dconv.request import CALIBRATED, Request
 from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
+from dconv.sharding.parsed import is_mapping
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,14 +72,14 @@ class Calibrating:
     recipes: Mapping[str, Recipe]
     record: Mapping[str, Any]
     folds: Folds | None = None
-    stored: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict[str, str])
     peers: int = 1
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     @property
     def changed(self) -> frozenset[str]:
         """The tensors that are other ones afterwards."""
-        return frozenset(self.recipes) | (self.folds.plain if self.folds else frozenset())
+        return frozenset(self.recipes) | (self.folds.plain if self.folds else frozenset[str]())
 
     def closing(self, files: Callable[[], Iterable[tuple[str, bytes]]]) -> Callable[[], Iterable[tuple[str, bytes]]]:
         """The small files of an output, with the report among them."""
@@ -169,7 +170,7 @@ def plan(request: Request, model: Described) -> Planned:
         none = "no type of the table is of whole numbers: nothing is calibrated, and no samples are read"
         return Planned(model, None, schemes, tuple(filter(None, (none, predictor, *said))))
     text = model.config.get("text_config")
-    longest = (text if isinstance(text, Mapping) else model.config).get("max_position_embeddings")
+    longest = (text if is_mapping(text) else model.config).get("max_position_embeddings")
     calibration, cut = asked.calibration.clipped(longest if isinstance(longest, int) else None)
     if importlib.util.find_spec("transformers"):  # without it nothing is run, and no plan needs it
         own.require(model.family, model.config, calibration.seqlen)
@@ -257,7 +258,8 @@ def _run(job: Calibrating, rank: Rank, device: str) -> None:
     from dconv.quant.ranks import Ranks
 
     settings, plan, held = rank.settings, rank.plan, Held()
-    by_weight, parts = tasks_of(plan), {}
+    by_weight = tasks_of(plan)
+    parts: dict[str, list[Task]] = {}
     later = {index for found in by_weight.values() for index in found}
     plain = [task for task in plan.share(settings.rank, settings.world) if task.index not in later]
     rank.reader = lambda scratch: open_reader(plan.source, scratch, rank.kernel, settings.log, held.reader, rank.stage)

@@ -156,7 +156,7 @@ def check(
     looked = implausible.of_model(model)
     _judge(looked, model.source.root, strict)
     report = report_of(path, model, hf_config)
-    notes = []
+    notes: list[str] = []
     if read and read.strangers:
         notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, MANY).splitlines())}")
     if not run:

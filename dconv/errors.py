@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 
 class DconvError(Exception):
@@ -85,7 +85,7 @@ class StorageFault(DconvError):
 
 
 @contextlib.contextmanager
-def storage_faults() -> Iterator[None]:
+def storage_faults() -> Generator[None]:
     """What the operating system says of a file, in the words of dconv; also a decorator, ``@storage_faults()``.
 
     Raises:
@@ -133,7 +133,7 @@ def group_names(names: Iterable[str], limit: int = 8) -> str:
     for name in names:
         name = name.replace("\0", "?")
         groups.setdefault(_NUMBER.sub("\0", name), []).append(tuple(_NUMBER.findall(name)))
-    lines = []
+    lines: list[str] = []
     for template, members in groups.items():
         columns = [_ranges(set(column)) for column in zip(*members, strict=True)]
         filled = template

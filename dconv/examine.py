@@ -26,7 +26,8 @@ from dconv.report import explained, implausible, mup, words
 from dconv.report.implausible import Implausible
 from dconv.report.page import page
 from dconv.report.precision import Precision, precision_of
-from dconv.sharding.execute import _TILE_BYTES
+from dconv.sharding.execute import TILE_BYTES
+from dconv.sharding.parsed import is_list
 from dconv.sharding.precision import numeric, precision
 
 _WIDTH: Final = 100
@@ -72,19 +73,19 @@ class Report:
     family: str | None = None
     architecture: str | None = None
     config_from: str = "nothing"
-    parallel: dict[str, object] = field(default_factory=dict)
+    parallel: dict[str, object] = field(default_factory=dict[str, object])
     layers: int | None = None
     parameters: int | None = None
-    dtypes: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict[str, int])
     tied: bool | None = None
     vocab: int | None = None
     padded_vocab: int | None = None
     side: tuple[str, ...] = ()
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
     refused: str = ""
     names: tuple[str, ...] = ()
     receipt: str | None = None
-    mup: dict[str, Any] = field(default_factory=dict)
+    mup: dict[str, Any] = field(default_factory=dict[str, Any])
     precision: Precision | None = None
     explained: explaining.Explanation | None = None
     implausible: Implausible | None = None
@@ -255,7 +256,7 @@ def in_part(path: Path, source: Source, refused: str) -> Report:
     return Report(
         **_container(path, source, facts),
         family=family.name if family else None,
-        architecture=str(named[0] if isinstance(named, list) else named) if named else None,
+        architecture=str(named[0] if is_list(named) else named) if named else None,
         config_from=_own(source) if source.config else "Megatron's args" if source.args else "nothing",
         left_out=source.left_out,
         refused=refused,
@@ -331,7 +332,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         },
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "largest_buffer": _TILE_BYTES,
+        "largest_buffer": TILE_BYTES,
         "tensors": len(specs),
         "rounded": len(rounded),
         "precision": precision(plan),
@@ -348,7 +349,7 @@ def _shares(job: Job, world: int) -> list[dict[str, Any]]:
     plan = job.plan
     parallel = job.request.parallel
     names = [f"tp{c.tp} pp{c.pp}" + f" ep{c.ep}" * (parallel.ep > 1) for c in parallel.coords()]
-    ranks = []
+    ranks: list[dict[str, Any]] = []
     for rank in range(world):
         tasks = plan.share(rank, world)
         read = 0

@@ -120,7 +120,7 @@ class _Side:
 
 def _compared(request: Request) -> Iterator[_Side]:
     """The models of a request: one, or a student and its teacher."""
-    options = {
+    options: dict[str, Any] = {
         "source_format": request.source_format,
         "model_type": request.model_type,
         "hf_config": request.hf_config,

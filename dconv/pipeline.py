@@ -68,7 +68,7 @@ class Job:
     trace: tuple[Trace, ...] = ()
     scales: Mapping[str, Any] | None = None
     calibrating: Calibrating | None = None
-    worst: Mapping[str, float] = field(default_factory=dict)
+    worst: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 #: Of a run's working state: the partial folder, its lock, ``.dconv``, and what lies in it.

@@ -66,7 +66,7 @@ class Schemes:
     linears: Scheme
     stacked: Scheme | None = None
     wanted: frozenset[str] | None = None
-    worst: Mapping[str, float] = field(default_factory=dict)
+    worst: Mapping[str, float] = field(default_factory=dict[str, float])
     reader: Reader | None = None
 
 
@@ -211,7 +211,7 @@ def scheme_of(request: Request) -> Schemes | None:
             where=f"--quant {name}",
             expected="\n".join(f"{key}  {known.words}" for key, known in variants.items()),
         )
-    takes = variant.options | ({"quant_config"} if variant.readers else set())
+    takes = variant.options | ({"quant_config"} if variant.readers else set[str]())
     if idle := sorted(given - takes):
         raise UsageError(
             f"{name} takes no such option, nothing was written",
@@ -299,7 +299,7 @@ def quantised(model: Described, schemes: Schemes) -> tuple[Described, tuple[str,
         Refused: see `dconv.coded.encode.encode`, ``linears`` and `dconv.coded.repack.Repack.of`.
     """
     of = model.family, model.facts, model.logical
-    experts = stacked(*of) if schemes.stacked else set()
+    experts = stacked(*of) if schemes.stacked else set[str]()
     scheme = schemes.stacked if schemes.stacked and experts else schemes.linears
     if isinstance(scheme, Repack):
         scheme = scheme.of(model.logical)

@@ -170,7 +170,7 @@ class _Ways:
         """
         found = [logical for name, logical in self._names.items() if fnmatchcase(name, pattern)]
         if found:
-            return set().union(*found)
+            return set[str]().union(*found)
         raise UsageError(
             "no tensor of either side has such a name",
             where=f"--trace {pattern!r:.200}",

@@ -20,6 +20,7 @@ from dconv.errors import Damaged, DconvError, StorageFault, VerifyFailed, group_
 from dconv.pipeline import Job
 from dconv.sharding.digest import ALGORITHMS, of_zeros, tree, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE
+from dconv.sharding.parsed import is_list, is_mapping, mapping_or_empty
 from dconv.sharding.plan import LEAF_BYTES
 from dconv.sharding.receipt import OWN, RECEIPT, hash_stretch, is_unchanged
 from dconv.sharding.region import Region
@@ -72,8 +73,7 @@ def find_receipt(path: Path) -> Path | None:
         if (folder / RECEIPT).is_file():
             receipt = _receipt(folder)
             inside = f"{path.absolute().name}/"
-            frames = receipt.get("frames")
-            covered = frames if isinstance(frames, dict) else {}
+            covered = mapping_or_empty(receipt.get("frames"))
             if folder == path or path.name in covered or any(name.startswith(inside) for name in covered):
                 return folder
     return None
@@ -201,19 +201,19 @@ def _plain_path(folder: Path, part: str, name: object) -> str:
 
 def _digests(folder: Path, receipt: Mapping[str, object], part: str) -> dict[str, str]:
     listed = receipt.get(part, {})
-    if not isinstance(listed, dict):
+    if not is_mapping(listed):
         raise _broken_receipt(folder, part, "files with digests", listed)
     return {_plain_path(folder, part, name): str(said) for name, said in listed.items()}
 
 
 def _tensors(folder: Path, receipt: Mapping[str, object]) -> Iterator[_Tensor]:
     listed = receipt.get("tensors")
-    if not isinstance(listed, dict):
+    if not is_mapping(listed):
         raise _broken_receipt(folder, "tensors", "tensors with digests", listed)
     for key, entry in listed.items():
-        fields: Any = entry if isinstance(entry, dict) else {}
+        fields = mapping_or_empty(entry)
         dtype, shape, offset = fields.get("dtype"), fields.get("shape"), fields.get("offset")
-        numbers = [*shape, offset] if isinstance(shape, list) else [None]
+        numbers = [*shape, offset] if is_list(shape) else [None]
         if str(dtype) not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise _broken_receipt(folder, key, "dtype, shape and offset", entry)
         file = _plain_path(folder, key, fields.get("file"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from dconv.arch.fields import deep, flag, is_row, multiple, whole
+from dconv.arch.fields import deep, flag, multiple, whole
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list_or_tuple
 
 ARGS: Final = "Megatron args"
 
@@ -79,11 +80,11 @@ def window(said: Mapping[str, object]) -> tuple[int | None, list[bool]]:
     size, skip = said.get("window_size"), said.get("window_attn_skip_freq")
     if size is None:
         return None, []
-    if not is_row(size) or len(size) != 2 or not all(type(end) is int for end in size):
+    if not is_list_or_tuple(size) or len(size) != 2 or not all(type(end) is int for end in size):
         raise Damaged("window_size is not a pair of whole numbers", where=ARGS, found=f"{size!r:.80}")
     if size[0] < 0:
         return None, []
-    if is_row(skip) and len(skip) == layers:
+    if is_list_or_tuple(skip) and len(skip) == layers:
         slides = [bool(slide) for slide in skip]
     elif skip is None or (type(skip) is int and skip > 0):
         slides = [skip is None or layer % skip != 0 for layer in range(1, layers + 1)]

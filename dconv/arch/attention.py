@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS, biases, window
-from dconv.arch.fields import count, deep, flag, heads, is_list, multiple, positive, whole
+from dconv.arch.fields import count, deep, flag, heads, multiple, positive, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list
 
 _HEADS: Final = {
     "num_attention_heads": "num_attention_heads",

@@ -15,7 +15,7 @@ from dconv.arch.attention import Grouped
 from dconv.arch.config import COMMON
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family, Row
-from dconv.arch.fields import deep, heads, is_list, multiple, number, whole
+from dconv.arch.fields import deep, heads, multiple, number, whole
 from dconv.arch.hybrid import PATTERN, Mixer, Stack
 from dconv.arch.layouts import columns, copied, gate_up, query_groups, vocab_rows
 from dconv.arch.mamba import MAMBA2
@@ -23,6 +23,7 @@ from dconv.arch.rope import rope_parameters
 from dconv.arch.rotary import Rope
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list
 
 _ATTENDS: Final = "attn_layer_indices"
 _STACK: Final = Stack("M*-")

@@ -13,10 +13,11 @@ from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import count, deep, flag, is_list, is_row, whole
+from dconv.arch.fields import count, deep, flag, whole
 from dconv.arch.routing import Router
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list, is_list_or_tuple
 
 #: Args with which Megatron's experts compute something that no family here does.
 _UNSET: Final[Mapping[str, object]] = {
@@ -197,6 +198,6 @@ def moe_layers(said: Said) -> list[bool]:
     layers, freq = deep(said, "num_layers", ARGS), said.get("moe_layer_freq", 1)
     if type(freq) is int and freq > 0:
         return [layer % freq == 0 for layer in range(layers)]
-    if is_row(freq) and len(freq) == layers and all(here in (0, 1) for here in freq):
+    if is_list_or_tuple(freq) and len(freq) == layers and all(here in (0, 1) for here in freq):
         return [bool(here) for here in freq]
     raise Damaged("moe_layer_freq is neither a step nor one entry a layer", where=ARGS, found=f"{freq!r:.80}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TypeGuard
 
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list, is_mapping
 
 #: No tensor that exists has an axis this long; a damaged number must not size a plan.
 _LARGEST = 2**31
@@ -15,21 +15,6 @@ _LARGEST = 2**31
 _DEEPEST = 10_000
 #: The same for lists of one entry a query group.
 _MOST_HEADS = 65_536
-
-
-def is_list(said: object) -> TypeGuard[list[Any]]:
-    """Whether a value is a list, of whatever."""
-    return isinstance(said, list)
-
-
-def is_row(said: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
-    """Whether a value is a list, or a tuple as args have them."""
-    return isinstance(said, list | tuple)
-
-
-def is_mapping(said: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Whether a value is a mapping: of JSON, where its keys are texts, or of a pickle, where they are anything."""
-    return isinstance(said, Mapping)
 
 
 def whole(said: Mapping[str, object], key: str, where: str) -> int:

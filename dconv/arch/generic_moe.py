@@ -14,10 +14,10 @@ from typing import Final
 from dconv.arch import moe_configs
 from dconv.arch.deepseek import DEEPSEEK
 from dconv.arch.experts import Experts
-from dconv.arch.fields import is_list
 from dconv.arch.routing import Router
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_list
 
 NAME: Final = "generic_moe"
 _EXPERTS: Final = ("n_routed_experts", "num_local_experts", "num_experts")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dconv.arch.fields import is_list
 from dconv.errors import Damaged, Refused
+from dconv.sharding.parsed import is_list
 from dconv.sharding.region import Index
 
 #: Keys of every architecture that say nothing of the function, or what tensors say as well.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dconv.arch.fields import is_list
 from dconv.arch.gguf_metadata import Metadata
 from dconv.arch.gguf_rope import rope
+from dconv.sharding.parsed import is_list
 
 Hf = dict[str, Any]
 

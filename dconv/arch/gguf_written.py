@@ -15,7 +15,6 @@ from typing import Any, Final
 from dconv.arch import predictors, registry
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
-from dconv.arch.fields import is_mapping, is_row
 from dconv.arch.gguf import ARCHS, config_of
 from dconv.arch.gguf_metadata import Metadata, fp32
 from dconv.arch.gguf_parts import SCALES, SIGMOID, SIZES, SOFTMAX
@@ -23,6 +22,7 @@ from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT, llama3_factors
 from dconv.arch.layouts import Facts, size
 from dconv.arch.rope import rope_parameters
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_list_or_tuple, is_mapping
 from dconv.sharding.region import Index
 
 Hf = Mapping[str, Any]
@@ -117,7 +117,7 @@ def _same(a: Any, b: Any) -> bool:
     if is_mapping(a) and is_mapping(b):
         ours, theirs = ({**one, "type": None, "rope_type": one.get("rope_type") or one.get("type")} for one in (a, b))
         return all(_same(ours.get(key), theirs.get(key)) for key in ours.keys() | theirs.keys())
-    if is_row(a) and is_row(b):
+    if is_list_or_tuple(a) and is_list_or_tuple(b):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
         return a == b or fp32(float(a)) == fp32(float(b))

@@ -15,9 +15,10 @@ from typing import Any, Final
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
 from dconv.arch.experts import Experts
-from dconv.arch.fields import deep, flag, heads, is_list, is_row, multiple, not_negative, number, whole
+from dconv.arch.fields import deep, flag, heads, multiple, not_negative, number, whole
 from dconv.arch.translate import CONFIG, Said
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list, is_list_or_tuple
 
 #: A layer's letter on both sides, and what ``layers_block_type`` calls it, first what is written.
 LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -239,7 +240,7 @@ class Stack:
         found: dict[str, Any] = {}
         if self.experts and any(moe):
             own = self.experts.facts(said)
-            found = {key: moe if is_row(value) and any(value) else value for key, value in own.items()}
+            found = {key: moe if is_list_or_tuple(value) and any(value) else value for key, value in own.items()}
         bias, wide = flag(said, "mlp_bias", CONFIG), said.get("moe_latent_size") is not None
         return {
             **found,

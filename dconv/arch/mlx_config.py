@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dconv.arch.family import Family
-from dconv.arch.fields import is_list, table
+from dconv.arch.fields import table
 from dconv.arch.layouts import Facts, size
 from dconv.arch.mlx import model_of
 from dconv.arch.rope import rope_parameters
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_list
 
 #: What ``initialize_rope`` knows, and computes as transformers does.
 _ALL: Final = ("default", "linear", "llama3", "yarn", "longrope")

@@ -27,9 +27,9 @@ from dconv.arch import (
 )
 from dconv.arch.config import detect_by_args
 from dconv.arch.family import Family
-from dconv.arch.fields import is_list
 from dconv.arch.generic_moe import GENERIC_MOE, has_experts
 from dconv.errors import Damaged, Refused, group_names
+from dconv.sharding.parsed import is_list
 
 _MODULES: Final = (
     llama, phi, gemma, glm, olmo, granite, moe, deepseek, glm_moe, mamba, bamba, minicpm, gpt2, bert, t5, llava,

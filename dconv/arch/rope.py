@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dconv.arch.fields import flag, is_list, is_mapping, not_negative, number, table, whole
+from dconv.arch.fields import flag, not_negative, number, table, whole
 from dconv.errors import Damaged
+from dconv.sharding.parsed import is_list, is_mapping
 
 _CONFIG: Final = "config.json"
 

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import is_mapping, number, table, whole
+from dconv.arch.fields import number, table, whole
 from dconv.arch.rope import LONGROPE, TABLE, longrope, rope_from_args, rope_parameters, rope_to_args
 from dconv.arch.translate import CONFIG, Said
+from dconv.sharding.parsed import is_mapping
 
 #: What mainline megatron-core would have to compute with a carried longrope.
 LONGROPE_NEEDS: Final = "rope_type longrope: a factor for each frequency, short and long"

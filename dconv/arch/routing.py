@@ -12,8 +12,9 @@ from typing import Any, Final, Literal
 
 from dconv.arch.args import ARGS
 from dconv.arch.attention import differing
-from dconv.arch.fields import flag, is_row, number, whole
+from dconv.arch.fields import flag, number, whole
 from dconv.arch.translate import CONFIG, Said
+from dconv.sharding.parsed import is_list_or_tuple
 
 #: Own arg: by how many of its experts a group is judged, where Megatron would take topk // group_topk.
 _GROUP_SCORE: Final = "moe_router_group_score_topk"
@@ -122,7 +123,7 @@ class Router:
         if not self.scaling and said.get("moe_router_topk_scaling_factor") not in (None, 0, 1):
             reasons.append(f"moe_router_topk_scaling_factor is {said['moe_router_topk_scaling_factor']}, it has none")
         balancing = said.get("moe_router_load_balancing_type")
-        for kind in balancing if is_row(balancing) else (balancing,):
+        for kind in balancing if is_list_or_tuple(balancing) else (balancing,):
             if kind in ("sinkhorn", "quantile_balancing"):
                 reasons.append(f"moe_router_load_balancing_type is {kind}, this family takes the best scores")
         if said.get("moe_router_topk_limited_devices") is not None:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dconv.arch.fields import is_mapping, is_row
 from dconv.checkpoint.memory import Chunks, Manifest, Memory, plain_args, shard_name
 from dconv.errors import Damaged, UsageError, group_names
 from dconv.live.ranks import Ranks, standing
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.parsed import is_list_or_tuple, is_mapping
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece
 
@@ -23,7 +23,7 @@ def state_dicts(models: object) -> list[Mapping[str, Any]]:
     Raises:
         UsageError: neither modules nor state dicts.
     """
-    chunks = models if is_row(models) else [models]
+    chunks = models if is_list_or_tuple(models) else [models]
     found: list[Mapping[str, Any]] = []
     for chunk in chunks:
         ask = getattr(chunk, "state_dict_for_save_checkpoint", None) or getattr(chunk, "state_dict", None)

@@ -16,10 +16,10 @@ from typing import Any, Final
 from dconv.arch import mup
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
-from dconv.arch.fields import is_list, is_mapping
 from dconv.arch.rope import LONGROPE, rope_parameters
 from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
+from dconv.sharding.parsed import is_list, is_mapping
 
 #: By the family's name, what an expert's gate, up and down are called in its checkpoints.
 _USUAL: Final = ("gate_proj", "up_proj", "down_proj")

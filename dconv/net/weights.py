@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.arch.fields import is_list
 from dconv.codec.kernels import apply
 from dconv.errors import Damaged, group_names
 from dconv.net.untyped import first_of, from_numpy
 from dconv.sharding.derived import open_reader
 from dconv.sharding.dtypes import ITEMSIZE, TO_TORCH
 from dconv.sharding.ops import MOVE
+from dconv.sharding.parsed import is_list
 from dconv.sharding.plan import Copy
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical

@@ -20,10 +20,10 @@ from typing import Any, Final, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from dconv.arch.fields import is_list, is_mapping
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import check_plain_name, read_json
 from dconv.errors import Damaged, Refused, StorageFault, ToolMissing, UsageError
+from dconv.sharding.parsed import is_list, is_mapping
 
 DEFAULT_TEXT: Final = Path(__file__).parent / "default_text.txt.xz"
 #: All files of a source together. Calibration reads a few megabytes of them.

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from dconv.arch.fields import is_row
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
 from dconv.net.skeleton import built, fill_computed, layers_of
@@ -16,6 +15,7 @@ from dconv.net.untyped import first_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
+from dconv.sharding.parsed import is_list_or_tuple
 
 if TYPE_CHECKING:
     import torch
@@ -262,7 +262,7 @@ def _moved(value: Any, device: str) -> Any:
             if id(one) not in seen:
                 seen[id(one)] = one.to(device)
             return seen[id(one)]
-        if is_row(one):
+        if is_list_or_tuple(one):
             return type(one)(map(move, one))
         if _is_dict(one):
             return {key: move(item) for key, item in one.items()}

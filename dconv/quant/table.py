@@ -17,9 +17,9 @@ from fnmatch import translate
 from functools import cached_property
 from typing import Any, Final
 
-from dconv.arch.fields import is_list, is_mapping
 from dconv.errors import Refused, UsageError
 from dconv.quant.kinds import ACTIVATIONS, KINDS, ROW
+from dconv.sharding.parsed import is_list, is_mapping
 
 _MOST: Final = 1000
 #: Longer ones are no pattern of names.

@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.arch.fields import is_mapping
 from dconv.checkpoint.files import read_json
 from dconv.checkpoint.gguf_tokens import asked
 from dconv.errors import Refused, ToolMissing
+from dconv.sharding.parsed import is_mapping
 
 _FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
-_TILE_BYTES: Final = 1 << 20
+TILE_BYTES: Final = 1 << 20
 #: The usual block of a file system: a hole is made of whole ones.
 _BLOCK: Final = 4096
 
@@ -68,7 +68,7 @@ class Worker:
         stage: Stage | None = None,
     ) -> None:
         # tile + scratch + (for casts) a tile in the source dtype with its fp32 and rounding temporaries
-        self._tile_bytes = max(4096, min(_TILE_BYTES, budget // 24))
+        self._tile_bytes = max(4096, min(TILE_BYTES, budget // 24))
         self._plan = plan
         self._outputs = outputs
         self._kernel = kernel
