@@ -63,6 +63,8 @@ def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
     """Run a few tokens through megatron-core's own model.
 
     Args:
+        path: a checkpoint's root, or the directory of an iteration.
+        prompt: how the model is asked; its tokens are those that are run.
         options: as for `dconv.pipeline.describe_model`.
 
     Returns:
@@ -163,12 +165,12 @@ def _ask(models: list[Any], prompt: Prompt) -> tuple[Any, ...] | None:
 
     from dconv.export import megatron_runtime as core
 
-    tokens = torch.from_numpy(prompt.tokens)
+    tokens = torch.as_tensor(prompt.tokens)
     if prompt.types is not None:
-        return core.bert_logits(models, tokens, token_types=torch.from_numpy(prompt.types))
+        return core.bert_logits(models, tokens, token_types=torch.as_tensor(prompt.types))
     if prompt.replies is not None:
-        return (core.t5_logits(models, tokens, torch.from_numpy(prompt.replies)),)
+        return (core.t5_logits(models, tokens, torch.as_tensor(prompt.replies)),)
     if prompt.image is not None:
-        return (core.llava_logits(models, tokens, torch.from_numpy(prompt.image)),)
+        return (core.llava_logits(models, tokens, torch.as_tensor(prompt.image)),)
     found = core.logits(models, tokens)
     return None if found is None else (found,)

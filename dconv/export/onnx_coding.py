@@ -20,6 +20,8 @@ class Coding:
     """A model's matrices in codes.
 
     Args:
+        logical: the model's tensors as they lie in the source.
+        how: bits of a code, and numbers of a block.
         wanted: whether a weight that something is multiplied by is to be in codes.
 
     Attributes:
@@ -32,7 +34,7 @@ class Coding:
         self._behind: set[str] = set()
 
     def of(self, graph: Any, weights: list[Weight]) -> list[Weight]:
-        """Put them into a graph; returns what it takes then."""
+        """Put them into a graph (``onnx_ir.Model``); returns what it takes then."""
         pairs = in_codes(graph, weights, self._wanted, self._how.bits, self._how.size)
         found: list[Weight] = []
         for weight in weights:

@@ -55,10 +55,14 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def angles(said: Mapping[str, Any], places: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines [1, 1, places, rope-dim] of a rotation.
+    """Cosines and sines of a rotation, [1, 1, places, rope-dim] each.
 
     Llama 3's scaling: of wavelengths longer than the original text the frequency is divided by the factor, shorter ones
     stay, and between the two it is mixed (transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters``).
+
+    Args:
+        said: of `rotation`, with ``rope-dim``: half a head's width.
+        places: positions, [places].
     """
     count = int(said["rope-dim"])
     turns = 1.0 / np.float64(said["rope-theta"]) ** (np.arange(count) / count)
@@ -100,9 +104,11 @@ def config_of(
     """``genie_config.json``.
 
     Args:
-        model, generation: see `ends`.
+        model: config.json.
+        generation: generation_config.json; see `ends`.
         rope: of `rotation`, with ``rope-dim``.
         sizes: ``context``, ``vocabulary`` and ``width`` of a head.
+        binary: the file with the graphs, beside this one.
 
     Raises:
         Refused: see `ends`.

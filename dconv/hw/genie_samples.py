@@ -38,9 +38,10 @@ Arrays = dict[str, NDArray[Any]]
 class Ranges:
     """The least and the largest number of a tensor, of all samples, 0 included."""
 
-    found: dict[str, tuple[float, float]] = field(default_factory=dict)
+    found: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def see(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Widen the ranges by tensors of a sample, by name."""
         for name, held in arrays.items():
             low, high = self.found.get(name, (0.0, 0.0))
             self.found[name] = min(low, float(held.min())), max(high, float(held.max()))
@@ -75,7 +76,10 @@ class Graph:
     """A graph in onnxruntime.
 
     Attributes:
+        name: as Genie calls it.
         length: tokens that it reads at once.
+        context: tokens of the cache and of these.
+        rope: how its angles are computed.
     """
 
     name: str
@@ -86,16 +90,23 @@ class Graph:
 
     @classmethod
     def opened(cls, name: str, path: Path, rope: Mapping[str, Any]) -> Graph:
-        """
+        """The graph in a file, on the CPU; its lengths are those of its inputs.
+
+        Args:
+            name: as Genie calls it.
+            path: of the ONNX file.
+            rope: the rotation, of `dconv.hw.genie_config.rotation` and with ``rope-dim``.
+
         Raises:
             ToolMissing: onnxruntime does not take it.
         """
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        runtime: Any = onnxruntime  # in part of compiled code, which says no types
+        options = runtime.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # whatever a runtime raises about one graph
             raise _failed(name, error) from error
         shapes = {one.name: one.shape for one in session.get_inputs()}
@@ -132,6 +143,11 @@ class Graph:
         return {name: np.ascontiguousarray(held) for name, held in given.items()}
 
     def run(self, given: Arrays) -> Arrays:
+        """Outputs by name, of inputs by name.
+
+        Raises:
+            ToolMissing: onnxruntime fails.
+        """
         names = [one.name for one in self.session.get_outputs()]
         try:
             return dict(zip(names, self.session.run(None, given), strict=True))
@@ -193,7 +209,7 @@ def _sample(work: Path, graph: Graph, given: Arrays, number: int) -> str:
     """A line of the list: the quantizer reads fp32, whole numbers too, from files by name."""
     folder = work / FOLDER / graph.name
     folder.mkdir(parents=True, exist_ok=True)
-    words = []
+    words: list[str] = []
     for name, held in given.items():
         # most of a cache is empty at first: zeros of a shape are one file
         stem = f"{name}_{number}" if held.any() else f"zeros_{'x'.join(map(str, held.shape))}"
