@@ -75,7 +75,7 @@ def archive(path: Path, kind: str) -> Archive:
 
 
 def runs_code(found: Archive, where: str) -> Refused:
-    """The refusal of an archive that could do more than compute: only what is to be raised is made.
+    """The refusal of an archive that could do more than compute, for who found that to raise.
 
     Args:
         found: the archive.

@@ -35,7 +35,7 @@ _NEW_TOKENS: Final = 3
 
 
 def obstacle(model: Described) -> str:
-    """Why a model cannot be run layer by layer; empty when it can. A sentence's part, for a person."""
+    """Why a model cannot be run layer by layer, for a person; empty when it can."""
     coded = sorted({spec.dtype for spec in model.logical.specs.values()} - {"f64", "f32", "f16", "bf16"})
     if any(dtype.startswith("f8") for dtype in coded):
         return "its FP8 weights have no scales here"
@@ -91,6 +91,7 @@ def opened(model: Described, budget: int) -> Generator[tuple[Any, int, Path, tup
 
     Raises:
         Damaged: weights are missing or of another shape.
+        Refused: the budget is too small for the largest thing that is needed at once.
         ToolMissing: transformers cannot build the model.
     """
     import torch

@@ -34,7 +34,15 @@ class Coding:
         self._behind: set[str] = set()
 
     def of(self, graph: Any, weights: list[Weight]) -> list[Weight]:
-        """Put them into a graph (``onnx_ir.Model``); returns what it takes then."""
+        """Put the codes into a graph in place of its matrices.
+
+        Args:
+            graph: an ``onnx_ir.Model``.
+            weights: those that it takes.
+
+        Returns:
+            What it takes then: codes and scales, and of ``weights`` those that it still uses.
+        """
         pairs = in_codes(graph, weights, self._wanted, self._how.bits, self._how.size)
         found: list[Weight] = []
         for weight in weights:

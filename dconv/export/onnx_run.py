@@ -176,7 +176,7 @@ class Runs:
         return said.astype(np.float32), present
 
     def generated(self, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A sentence and what follows it greedily, as tokens; of an encoder-decoder its answer.
+        """A sentence and what follows it greedily, as tokens [1, length]; of an encoder-decoder its answer.
 
         A graph of given lengths takes the sentence as far as it reaches.
         """

@@ -248,7 +248,7 @@ def _fakes(net: Any) -> Generator[None]:
 
 @contextmanager
 def silent() -> Generator[None]:
-    """Without what torch's exporter tells a person at a terminal."""
+    """For a while, without what torch's exporter tells a person at a terminal: no logger warns."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -109,7 +109,12 @@ def compiled(adapter: Adapter, handing: Handing, tool: Tool, ask: Ask, how: Fini
 
 
 def bundled(adapter: Adapter, handing: Handing, ask: Ask, how: Finish) -> dict[str, Any]:
-    """Put the work folder itself in the result's place, ready to be compiled elsewhere; returns its manifest."""
+    """Put the work folder itself in the result's place, ready to be compiled elsewhere; returns its manifest.
+
+    Raises:
+        VerifyFailed: what was prepared is not what was planned.
+        UsageError: something is in the result's place by now.
+    """
     shutil.rmtree(how.work / OUT, ignore_errors=True)
     try:
         adapter.lay_out(handing, how.work, ask)

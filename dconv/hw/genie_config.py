@@ -147,7 +147,7 @@ def config_of(
 
 
 def on_device(chip: Chip) -> dict[str, Any]:
-    """How the HTP is set where Genie runs."""
+    """How the HTP is set where Genie runs: the file `HTP`, which ``genie_config.json`` names as ``extensions``."""
     core = {"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}
     return {
         "devices": [{"soc_model": chip.model, "dsp_arch": f"v{chip.arch}", "cores": [core]}],
@@ -157,7 +157,12 @@ def on_device(chip: Chip) -> dict[str, Any]:
 
 
 def at_compile(chip: Chip, graphs: list[str]) -> dict[str, Any]:
-    """How the HTP is set where graphs are compiled: a graph that is not named would be compiled with defaults."""
+    """How the HTP is set where graphs are compiled.
+
+    Args:
+        chip: what they are compiled for.
+        graphs: their names, all of them: a graph that is not named would be compiled with defaults.
+    """
     return {
         "graphs": [{"graph_names": graphs, "O": 3}],
         "devices": [{"soc_model": chip.model, "dsp_arch": f"v{chip.arch}"}],

@@ -47,7 +47,10 @@ class Ranges:
             self.found[name] = min(low, float(held.min())), max(high, float(held.max()))
 
     def encodings(self) -> dict[str, Any]:
-        """For ``--quantization_overrides``: codes of what went through a graph's inputs and outputs."""
+        """For ``--quantization_overrides``: codes of what went through a graph's inputs and outputs.
+
+        Keys and values have one entry for what a graph gives and the same for what it takes.
+        """
         said: dict[str, Any] = {}
         for name, (low, high) in sorted(self.found.items()):
             if name.startswith("past_") and name.endswith("_out"):
@@ -113,7 +116,7 @@ class Graph:
         return cls(name, session, shapes["input_ids"][1], shapes["attention_mask"][3], rope)
 
     def empty(self) -> Arrays:
-        """A cache of nothing, as long as the context."""
+        """A cache of nothing, as long as the context: zeros, keys [heads, 1, width, context], values transposed."""
         found: Arrays = {}
         for one in self.session.get_inputs():
             if one.name.startswith("past_"):
@@ -127,7 +130,13 @@ class Graph:
         return self.context - self.length
 
     def inputs(self, tokens: NDArray[np.int32], cache: Arrays, before: int) -> Arrays:
-        """Of a call: tokens behind ``before`` others, which are the first of the cache, filled up with hidden ones."""
+        """Inputs of a call: tokens behind ``before`` others, filled up with hidden ones.
+
+        Args:
+            tokens: `length` of them at most.
+            cache: keys and values, of which the first ``before`` places are taken.
+            before: tokens that were read.
+        """
         count = len(tokens)
         filled = np.zeros((1, self.length), np.int32)
         filled[0, :count] = tokens
@@ -161,7 +170,14 @@ def _failed(name: str, error: Exception) -> ToolMissing:
 
 
 def kept(cache: Arrays, made: Arrays, before: int, count: int) -> None:
-    """Put what is new into the cache, as Genie does."""
+    """Put what is new into the cache, in place and as Genie does.
+
+    Args:
+        cache: keys and values, by the names of inputs.
+        made: a call's outputs.
+        before: tokens that are in the cache.
+        count: tokens of the call that are no filling.
+    """
     for name, held in cache.items():
         new = made[f"{name.removesuffix('_in')}_out"]
         if "_key_" in name:
@@ -184,7 +200,17 @@ def calls(prompt: Graph, token: Graph, text: NDArray[np.int32]) -> Iterator[tupl
 
 
 def write(work: Path, prompt: Graph, token: Graph, texts: NDArray[np.int32]) -> None:
-    """Write the samples of both graphs, their lists, and the codes of inputs and outputs."""
+    """Write the samples of both graphs, their lists, and the codes of inputs and outputs.
+
+    Args:
+        work: the work folder: `FOLDER` and `ENCODINGS` are made in it.
+        prompt: the graph that reads many tokens at once.
+        token: the graph that reads one.
+        texts: [texts, tokens], each read to its end by both.
+
+    Raises:
+        ToolMissing: onnxruntime fails.
+    """
     ranges, lines = Ranges(), {prompt.name: list[str](), token.name: list[str]()}
     for text in texts:
         for graph, given, made, count in calls(prompt, token, text):

@@ -109,7 +109,7 @@ def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: st
 
 
 def meant(word: str, known: Collection[str]) -> str:
-    """A question after the nearest word, or nothing."""
+    """A question after the nearest of the known words, for an error's ``do``; empty where none is near."""
     close = get_close_matches(word.lower(), [name.lower() for name in known], 1)
     return f"did you mean {next(name for name in known if name.lower() == close[0])}?" if close else ""
 
