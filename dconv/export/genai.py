@@ -38,7 +38,7 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
     """
     keys = graph.inputs[graph.cached or 0 :: 2]
     _, heads, _, width = keys[0].axes
-    config, said = model.config, _generation(model)
+    config, said = model.config, generation_of(model)
     context = next((value for key in ("max_position_embeddings", "n_positions") if (value := config.get(key))), 2048)
     first, last = (said.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id"))
     fill: Any = said.get("pad_token_id", config.get("pad_token_id"))
@@ -90,7 +90,12 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
 _HEADS: Final = {"num_attention_heads": ("num_attention_heads", "n_head")}
 
 
-def _generation(model: Described) -> Mapping[str, Any]:
+def generation_of(model: Described) -> Mapping[str, Any]:
+    """generation_config.json of a source; empty where there is none, or none yet.
+
+    Raises:
+        Damaged: it is no JSON object.
+    """
     path = model.source.side.get(_GENERATION)
     if path is None or isinstance(path, Made):
         return {}

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import TransformerConfig
 
-_REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
+# sizes that have no default
+REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
 
 # arguments that have the same name in TransformerConfig and say which function is computed
 _SAME_NAME = (
@@ -86,7 +87,7 @@ def as_dict(args: Args, *, hybrid: bool = False) -> dict[str, Any]:
         Refused: a size is missing, or what is asked for is not computed here.
     """
     given = dict(vars(args) if isinstance(args, Namespace) else args)
-    missing = [name for name in _REQUIRED if given.get(name) is None]
+    missing = [name for name in REQUIRED if given.get(name) is None]
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))
     if unsupported := not_computed(given, hybrid=hybrid):

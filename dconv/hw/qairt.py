@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.arch.layouts import size
-from dconv.checkpoint.files import Made, read_json
+from dconv.checkpoint.files import read_json
 from dconv.describe import Described
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.genai import generation_of
 from dconv.export.genie import NAME
 from dconv.export.prompt import kind_of
 from dconv.export.runtimes import missing
@@ -45,7 +46,6 @@ BINARY: Final = "model_part_1_of_1.bin"
 INFO: Final = "model_part_1_of_1.json"
 METADATA: Final = "metadata.json"
 _SETTINGS: Final = "htp_compile.json"
-_GENERATION: Final = "generation_config.json"
 #: In a binary: the compiler's settings, of which these two say what it is for.
 _TARGET: Final = re.compile(rb"soc_type=(\w+);arch=(\d+)")
 
@@ -129,7 +129,7 @@ class Qairt:
             "width": given["inputs"]["past_key_0_in"]["shape"][2],
         }
         model = handing.model
-        config = genie_config.config_of(model.config, _generation(model), rope, sizes, BINARY)
+        config = genie_config.config_of(model.config, generation_of(model), rope, sizes, BINARY)
         genie = work / "genie"
         genie.mkdir(exist_ok=True)
         _write(genie / genie_config.CONFIG, config)
@@ -185,7 +185,7 @@ def _require_runnable(model: Described, context: int) -> dict[str, Any]:
     if genie_config.TOKENIZER not in model.source.side:
         raise Refused("Genie reads a tokenizer, nothing was written", where=str(model.source.root),
                       expected=genie_config.TOKENIZER, do="--hf-config DIR, of one that has it")  # fmt: skip
-    genie_config.ends(config, _generation(model))
+    genie_config.ends(config, generation_of(model))
     return genie_config.rotation(config)
 
 
@@ -237,11 +237,6 @@ def _ports(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         }
 
     return {"inputs": said(graph.input), "outputs": said(graph.output)}
-
-
-def _generation(model: Described) -> Mapping[str, Any]:
-    path = model.source.side.get(_GENERATION)
-    return {} if path is None or isinstance(path, Made) else read_json(path, what=_GENERATION)
 
 
 def _write(path: Path, said: Any) -> None:
