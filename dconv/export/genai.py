@@ -14,6 +14,7 @@ from dconv.arch.layouts import size
 from dconv.checkpoint.files import Made, read_json
 from dconv.describe import Described
 from dconv.export.graph import Graph
+from dconv.export.parsed import is_list
 
 FILE: Final = "genai_config.json"
 _GENERATION: Final = "generation_config.json"
@@ -28,17 +29,23 @@ _SEARCH: Final = {
 
 
 def config_of(model: Described, graph: Graph, filename: str) -> Made:
-    """The file of a decoder with a cache."""
+    """``genai_config.json`` of a decoder with a cache.
+
+    Args:
+        model: config.json and generation_config.json say the tokens that begin, end and fill a text.
+        graph: of `dconv.export.graph.graph_of`, with keys and values of any length.
+        filename: of the graph, beside which the file is.
+    """
     keys = graph.inputs[graph.cached or 0 :: 2]
     _, heads, _, width = keys[0].axes
-    config, said = model.config, _generation(model)
+    config, said = model.config, generation_of(model)
     context = next((value for key in ("max_position_embeddings", "n_positions") if (value := config.get(key))), 2048)
     first, last = (said.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id"))
-    fill = said.get("pad_token_id", config.get("pad_token_id"))
+    fill: Any = said.get("pad_token_id", config.get("pad_token_id"))
     if fill is None:
-        fill = last[0] if isinstance(last, list) else last
+        fill = last[0] if is_list(last) else last
     heads_of = {key: config[name] for key, names in _HEADS.items() for name in names if name in config}
-    found = {
+    found: dict[str, Any] = {
         "model": {
             "bos_token_id": 1 if first is None else first,
             "context_length": context,
@@ -83,7 +90,12 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
 _HEADS: Final = {"num_attention_heads": ("num_attention_heads", "n_head")}
 
 
-def _generation(model: Described) -> Mapping[str, Any]:
+def generation_of(model: Described) -> Mapping[str, Any]:
+    """generation_config.json of a source; empty where there is none, or none yet.
+
+    Raises:
+        Damaged: it is no JSON object.
+    """
     path = model.source.side.get(_GENERATION)
     if path is None or isinstance(path, Made):
         return {}

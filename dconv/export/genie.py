@@ -12,7 +12,7 @@ time; here it is transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -41,7 +41,8 @@ def graph_of(model: Any, plain: Graph) -> Graph:
         raise _refused(model, "it has no cache of keys and values")
     rotary, half = _rotary(model)
     cached = plain.inputs[plain.cached :]
-    past, present = [], []
+    past: list[Port] = []
+    present: list[Port] = []
     for layer, (key, value) in enumerate(zip(cached[::2], cached[1::2], strict=True)):
         (_, heads, _, width), deep = key.axes, value.axes[3]
         if width != deep:
@@ -83,7 +84,8 @@ def _forward(rotary: Any) -> Any:
             said = model(
                 input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
             )
-        new = [layer.newest for layer in cache.layers]  # type: ignore[attr-defined]
+        layers: list[Any] = cache.layers
+        new: list[tuple[Any, Any]] = [layer.newest for layer in layers]
         return said.logits, *(
             held for keys, values in new for held in (keys.permute(1, 0, 3, 2), values.permute(1, 0, 2, 3))
         )
@@ -92,12 +94,16 @@ def _forward(rotary: Any) -> Any:
 
 
 @contextmanager
-def _turned(rotary: Any, cos: Any, sin: Any) -> Iterator[None]:
+def _turned(rotary: Any, cos: Any, sin: Any) -> Generator[None]:
     """Have a model's rotary embedding answer with given angles, [1, text, half] each, for a while."""
     import torch
 
     whole = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-    rotary.forward = lambda x, *_, **__: tuple(part.to(x.dtype) for part in whole)
+
+    def given(x: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+        return tuple(part.to(x.dtype) for part in whole)
+
+    rotary.forward = given
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ class Port:
     """A tensor that a graph takes or gives.
 
     Attributes:
+        name: as the runtime asks for it.
         axes: lengths; a name of `LENGTHS` for one that is any.
         whole: whole numbers; else of the model's own dtype.
         bits: of a whole number.
@@ -34,7 +35,7 @@ class Port:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a sample."""
+        """Of a `sample`: an axis of any length has its number of `LENGTHS`."""
         return tuple(LENGTHS[axis] if isinstance(axis, str) else axis for axis in self.axes)
 
 
@@ -60,7 +61,12 @@ class Graph:
 
 
 def graph_of(model: Any, kind: Kind) -> Graph:
-    """The graph of a model that `dconv.net.skeleton.built` made, and that does not see."""
+    """The graph of a model, with axes of any length: tokens and masks in, logits out, and a decoder's keys and values.
+
+    Args:
+        model: of `dconv.net.skeleton.built`; one that sees has no such graph.
+        kind: how it is asked, of `dconv.export.prompt.kind_of`.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     tokens = Port("input_ids", (BATCH, SEQUENCE), True)
     if kind == "encoder":
@@ -82,7 +88,8 @@ def graph_of(model: Any, kind: Kind) -> Graph:
     if kind == "hybrid":
         return Graph(module_of(model, _read), (tokens, Port("attention_mask", (BATCH, SEQUENCE), True)), (logits,))
     masks = (Port("attention_mask", (BATCH, TOTAL), True), Port("position_ids", (BATCH, SEQUENCE), True))
-    past, present = [], []
+    past: list[Port] = []
+    present: list[Port] = []
     for layer, (key, value) in enumerate(_cache_shapes(model)):
         for name, (heads, width) in (("key", key), ("value", value)):
             past.append(Port(f"past_key_values.{layer}.{name}", (BATCH, heads, PAST, width)))
@@ -96,6 +103,7 @@ def fixed(graph: Graph, sequence: int, past: int) -> Graph:
     Where there is no past there are no inputs for it: compilers of NPUs take no tensors of no elements.
 
     Args:
+        graph: of axes of any length.
         sequence: tokens of a text, and of a reply.
         past: tokens that keys and values are there of.
     """
@@ -112,7 +120,13 @@ def fixed(graph: Graph, sequence: int, past: int) -> Graph:
 
 
 def sample(port: Port, dtype: Any, device: str) -> Any:
-    """A tensor for a port: zeros, and ones for a mask."""
+    """A tensor for a port, as long as `LENGTHS` says: zeros, and ones for a mask.
+
+    Args:
+        port: what it is for.
+        dtype: torch's, of what is no whole number.
+        device: where it lies.
+    """
     import torch
 
     fill = torch.ones if port.name == "attention_mask" else torch.zeros
@@ -121,7 +135,7 @@ def sample(port: Port, dtype: Any, device: str) -> Any:
 
 
 def module_of(model: Any, forward: Any) -> Any:
-    """What is traced: ``forward`` of a model and of plain tensors."""
+    """What is traced: a module, in evaluation mode, that calls ``forward`` with a model and plain tensors."""
     import torch
 
     class Traced(torch.nn.Module):
@@ -170,4 +184,7 @@ def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with torch.no_grad():
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return [tuple((t.shape[1], t.shape[3]) for t in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[return-value]
+    layers: list[Any] = cache.layers
+    return [
+        ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])) for layer in layers
+    ]

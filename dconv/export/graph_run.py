@@ -6,7 +6,7 @@ Only torch is needed: what a graph takes is said inside its archive.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,8 @@ class Ports:
     """What a graph takes and gives.
 
     Attributes:
+        inputs: in the order in which the graph takes them.
+        outputs: in that in which it gives them.
         dtype: torch's name of what it computes in.
         device: and where.
     """
@@ -73,6 +75,12 @@ def archive(path: Path, kind: str) -> Archive:
 
 
 def runs_code(found: Archive, where: str) -> Refused:
+    """The refusal of an archive that could do more than compute, for who found that to raise.
+
+    Args:
+        found: the archive.
+        where: its record, or the operations, that tell so.
+    """
     return Refused(
         "this archive has more than tensors and operations on them, and is not run",
         where=f"{where} in {found.path}",
@@ -81,11 +89,11 @@ def runs_code(found: Archive, where: str) -> Refused:
 
 
 @contextmanager
-def loading(found: Archive) -> Iterator[None]:
+def loading(found: Archive) -> Generator[None]:
     """Errors of torch's loaders, told as ours.
 
     Raises:
-        ToolMissing: torch does not open it.
+        ToolMissing: torch does not open it, or it is for a device that is not here.
     """
     device = device_of(found) or "cpu"
     if not is_here(device):
@@ -130,15 +138,18 @@ def ports_of(found: Archive, text: str) -> Ports:
 
 
 def answers(graph: Loaded, prompt: Prompt) -> Answers:
-    """fp32 logits; of a graph with a cache in two steps, so that it counts, too."""
+    """fp32 logits [batch, sequence, vocabulary], and what other outputs an encoder has.
+
+    A graph with a cache is asked in two steps, so that the cache counts, too.
+    """
     import torch
 
-    tokens = torch.from_numpy(prompt.tokens)
+    tokens = torch.as_tensor(prompt.tokens)
     with torch.no_grad(), quiet():
         if prompt.types is not None:
-            made = graph.call(tokens, torch.ones_like(tokens), torch.from_numpy(prompt.types))
+            made = graph.call(tokens, torch.ones_like(tokens), torch.as_tensor(prompt.types))
         elif prompt.replies is not None:
-            made = graph.call(tokens, torch.ones_like(tokens), torch.from_numpy(prompt.replies))
+            made = graph.call(tokens, torch.ones_like(tokens), torch.as_tensor(prompt.replies))
         elif not _has_cache(graph):
             made = graph.call(tokens, torch.ones_like(tokens))
         else:
@@ -149,7 +160,14 @@ def answers(graph: Loaded, prompt: Prompt) -> Answers:
 
 
 def infer(graph: Loaded, path: Path, prompt: Prompt) -> dict[str, object]:
-    """See ``can_infer`` of the engines."""
+    """Run a few tokens, and continue a sentence greedily where there is a tokenizer beside the graph.
+
+    Returns:
+        As `dconv.export.huggingface.can_infer`, and ``computed``: in what dtype and where.
+
+    Raises:
+        Damaged: the logits are not finite.
+    """
     folder = path if path.is_dir() else path.parent
     shown: dict[str, object] = {
         "runtime": graph.runtime,
@@ -184,7 +202,7 @@ def _generated(graph: Loaded, prompt: Prompt, sentence: NDArray[np.int64]) -> ND
     """Greedily, a token a step where there is a cache."""
     import torch
 
-    tokens = torch.from_numpy(sentence)
+    tokens = torch.as_tensor(sentence)
     replies = torch.zeros_like(tokens[:, :1])  # T5 and its kind begin with their padding, token 0
     fed, cache = tokens, None
     with torch.no_grad(), quiet():

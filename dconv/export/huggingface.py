@@ -41,6 +41,8 @@ def can_infer(
     """Run a few tokens, and continue a sentence greedily where there is a tokenizer.
 
     Args:
+        path: the directory.
+        prompt: how the model is asked; its tokens are those that are run.
         hf_config: directory of config.json, when it is not in ``path``.
         model_type: the family, where it is not the one that the config says.
 
@@ -61,7 +63,7 @@ def can_infer(
 
 
 def runtime_of(model: Any) -> str:
-    """What computes a model, for a person."""
+    """The version of transformers that computes a model, and whether its layers are ours, for a person."""
     import transformers
 
     theirs = f"transformers {transformers.__version__}"
@@ -71,7 +73,11 @@ def runtime_of(model: Any) -> str:
 
 
 def largest(answers: Answers, path: Path) -> float:
-    """The largest logit.
+    """The largest logit by magnitude, of the words.
+
+    Args:
+        answers: all of them must be finite.
+        path: where the model is, for the error.
 
     Raises:
         Damaged: one is not finite.
@@ -147,11 +153,11 @@ def _ours(path: Path, hf_config: Path | None, kind: Kind, model_type: str | None
 
 
 def forward(model: Any, prompt: Prompt) -> Answers:
-    """What a model of transformers answers."""
+    """What a model of transformers answers: one pass without gradients, logits in fp32."""
     import torch
 
     def given(values: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(values)
+        return torch.as_tensor(values)
 
     with torch.no_grad(), quiet():
         if prompt.types is not None:
@@ -172,6 +178,7 @@ def continuation(
 
     Args:
         folder: with the tokenizer.
+        prompt: how the model is asked; an encoder writes nothing.
         write: makes of a sentence's tokens [1, length] those of the text.
 
     Returns:
@@ -183,9 +190,10 @@ def continuation(
         return {"no_text": "no tokenizer"}
     from transformers import AutoTokenizer
 
+    loader: Any = AutoTokenizer
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             made = write(tokenizer(_PROMPT, return_tensors="np")["input_ids"])
             return {"continuation": tokenizer.decode(made[0], skip_special_tokens=True)}
     except DconvError:
@@ -198,12 +206,12 @@ def _generated(model: Any, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArr
     """Greedily, by transformers' own loop."""
     import torch
 
-    inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(sentence)}
+    inputs: dict[str, torch.Tensor] = {"input_ids": torch.as_tensor(sentence)}
     if prompt.image is not None:
         places = prompt.with_places()[:, : prompt.patches]
         inputs = {
-            "input_ids": torch.from_numpy(np.concatenate([places, sentence], 1)),
-            "pixel_values": torch.from_numpy(prompt.image),
+            "input_ids": torch.as_tensor(np.concatenate([places, sentence], 1)),
+            "pixel_values": torch.as_tensor(prompt.image),
         }
     with torch.no_grad():
         # a pad token that the config lacks would be warned about and is not used for one row

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ _NEW_TOKENS: Final = 3
 
 
 def obstacle(model: Described) -> str:
-    """Why a model cannot be run so; empty when it can."""
+    """Why a model cannot be run layer by layer, for a person; empty when it can."""
     coded = sorted({spec.dtype for spec in model.logical.specs.values()} - {"f64", "f32", "f16", "bf16"})
     if any(dtype.startswith("f8") for dtype in coded):
         return "its FP8 weights have no scales here"
@@ -46,6 +46,8 @@ def can_infer(model: Described, prompt: Prompt, budget: int) -> dict[str, object
     """Run a few tokens, and continue them greedily.
 
     Args:
+        model: as it is described, in any container.
+        prompt: how it is asked; its tokens are those that are run.
         budget: bytes that weights may take at a time, beside about 10 MB to read and compute with.
 
     Returns:
@@ -76,9 +78,22 @@ def answers_of(model: Described, prompt: Prompt, budget: int) -> Answers:
 
 
 @contextlib.contextmanager
-def opened(model: Described, budget: int) -> Iterator[tuple[Any, int, Path, tuple[str, ...]]]:
-    """A model of transformers that reads its weights as it runs, its number of layers, a directory with its config and
-    tokenizer, and the tensors that it has no place for."""
+def opened(model: Described, budget: int) -> Generator[tuple[Any, int, Path, tuple[str, ...]]]:
+    """A model of transformers that reads its weights as it runs; its files are closed at the end.
+
+    Args:
+        model: as it is described, in any container.
+        budget: bytes that weights may take at a time.
+
+    Yields:
+        The model, its number of layers, a directory with its config and tokenizer, and the tensors that it has no place
+        for.
+
+    Raises:
+        Damaged: weights are missing or of another shape.
+        Refused: the budget is too small for the largest thing that is needed at once.
+        ToolMissing: transformers cannot build the model.
+    """
     import torch
 
     return_freed_memory()
@@ -110,8 +125,9 @@ def _prepare(net: Any, weights: Weights, budget: int) -> int:
 
 
 def _require_finite(name: str, _module: Any, _given: Any, output: Any) -> None:
-    """Raises Damaged where what the layer computes is not finite: the first such layer is at fault."""
-    hidden = output[0] if isinstance(output, tuple) else output
+    """Raise Damaged where what the layer computes is not finite: the first such layer is at fault."""
+    held: Any = output  # not narrowed: what a tuple has is of any type
+    hidden = held[0] if isinstance(output, tuple) else held
     if not bool(hidden.isfinite().all()):
         raise Damaged(
             "a layer computes no finite values",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dconv.errors import ToolMissing
 from dconv.export.huggingface import largest
@@ -20,6 +21,7 @@ _CONTEXT: Final = 256
 
 
 def installed() -> bool:
+    """Whether llama-cpp-python can be imported; nothing of it is."""
     return find_spec("llama_cpp") is not None
 
 
@@ -28,6 +30,7 @@ def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
 
     Args:
         path: a GGUF, or the first of a set.
+        prompt: whose tokens are run, row by row.
 
     Returns:
         As `dconv.export.huggingface.can_infer`.
@@ -65,7 +68,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def _answers(model: Any, prompt: Prompt) -> Answers:
-    rows = []
+    rows: list[NDArray[np.float32]] = []
     for tokens in prompt.tokens:
         model.reset()
         model.eval([int(token) for token in tokens])

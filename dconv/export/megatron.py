@@ -18,13 +18,13 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.source import Source
 from dconv.errors import ToolMissing
 from dconv.export.huggingface import largest
+from dconv.export.megatron_config import REQUIRED
 from dconv.export.megatron_cpu import parallel_world, spawn
 from dconv.export.prompt import Answers, Kind, Prompt
 from dconv.pipeline import Request, convert
 
 #: Processes that one machine starts to load a legacy checkpoint; each takes about 0.5 GB beside its weights.
 _MOST_RANKS: Final = 8
-_NEEDED: Final = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
 #: Args that say how the pipeline was split unevenly.
 _UNEVEN: Final = (
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
@@ -63,6 +63,8 @@ def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
     """Run a few tokens through megatron-core's own model.
 
     Args:
+        path: a checkpoint's root, or the directory of an iteration.
+        prompt: how the model is asked; its tokens are those that are run.
         options: as for `dconv.pipeline.describe_model`.
 
     Returns:
@@ -117,7 +119,7 @@ def _require() -> None:
 def _as_it_is(source: Source) -> _Run | None:
     """How megatron-core loads this checkpoint without help, or None."""
     args = source.args or {}
-    if any(args.get(name) is None for name in _NEEDED):
+    if any(args.get(name) is None for name in REQUIRED):
         return None
     parallel = source.parallel
     if parallel is None:
@@ -163,12 +165,12 @@ def _ask(models: list[Any], prompt: Prompt) -> tuple[Any, ...] | None:
 
     from dconv.export import megatron_runtime as core
 
-    tokens = torch.from_numpy(prompt.tokens)
+    tokens = torch.as_tensor(prompt.tokens)
     if prompt.types is not None:
-        return core.bert_logits(models, tokens, token_types=torch.from_numpy(prompt.types))
+        return core.bert_logits(models, tokens, token_types=torch.as_tensor(prompt.types))
     if prompt.replies is not None:
-        return (core.t5_logits(models, tokens, torch.from_numpy(prompt.replies)),)
+        return (core.t5_logits(models, tokens, torch.as_tensor(prompt.replies)),)
     if prompt.image is not None:
-        return (core.llava_logits(models, tokens, torch.from_numpy(prompt.image)),)
+        return (core.llava_logits(models, tokens, torch.as_tensor(prompt.image)),)
     found = core.logits(models, tokens)
     return None if found is None else (found,)

@@ -42,6 +42,7 @@ def build_bert(args: Args, *, dtype: torch.dtype | None = None) -> list[BertMode
 
     given = as_dict(args)
     config = transformer_config(given, dtype or torch.float32)
+    state: Any = parallel_state  # whose functions have no types
     positions = position_embedding(given)
     if positions not in ("learned_absolute", "rope"):
         raise Refused("megatron-core's BERT has learned or rotary positions", found=f"{positions}")
@@ -53,8 +54,8 @@ def build_bert(args: Args, *, dtype: torch.dtype | None = None) -> list[BertMode
         transformer_layer_spec=bert_layer_local_spec,
         vocab_size=given["padded_vocab_size"],
         max_sequence_length=given.get("max_position_embeddings") or 0,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=state.is_pipeline_first_stage(),
+        post_process=state.is_pipeline_last_stage(),
         parallel_output=False,
         share_embeddings_and_output_weights=not given.get("untie_embeddings_and_output_weights", False),
         position_embedding_type=positions,
@@ -81,6 +82,9 @@ def bert_logits(
 
     Returns:
         On the last stage float32 [batch, sequence, padded vocabulary] and, with a binary head, [batch, 2]; else None.
+
+    Raises:
+        Refused: tokens are not a matrix of numbers below the vocabulary size.
     """
     import torch
     import torch.distributed as dist
@@ -90,9 +94,10 @@ def bert_logits(
     require_tokens(model.vocab_size, tokens)
     mask = torch.ones_like(tokens) if mask is None else mask
     token_types = torch.zeros_like(tokens) if token_types is None else token_types
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    state: Any = parallel_state  # whose functions have no types
+    group = state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stage: int = state.get_pipeline_model_parallel_rank()
     with torch.no_grad():
         if not model.pre_process:
             shape = (tokens.shape[1], tokens.shape[0], model.config.hidden_size)
@@ -113,6 +118,9 @@ def build_t5(args: Args, *, dtype: torch.dtype | None = None) -> list[T5Model]:
     Arguments as for `dconv.export.megatron_gpt.build_gpt`, and encoder_num_layers and decoder_num_layers where they
     differ from num_layers, ``position_embedding_type`` relative, relative_attention_num_buckets (32) and
     relative_attention_max_distance (128).
+
+    Returns:
+        One `T5Model`.
 
     Raises:
         Refused: an argument is missing, or asks for what this runtime does not compute.
@@ -183,10 +191,14 @@ def t5_logits(models: list[T5Model], tokens: torch.Tensor, answers: torch.Tensor
 
     Args:
         models: from `build_t5`.
-        tokens, answers: int64 [batch, sequence], of the encoder and the decoder.
+        tokens: int64 [batch, sequence], of the encoder.
+        answers: int64 [batch, sequence], of the decoder.
 
     Returns:
         float32 [batch, sequence of answers, padded vocabulary], gathered over tensor parallel.
+
+    Raises:
+        Refused: tokens or answers are not a matrix of numbers below the vocabulary size.
     """
     import torch
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import TransformerConfig
 
-_REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
+# sizes that have no default
+REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size")
 
 # arguments that have the same name in TransformerConfig and say which function is computed
 _SAME_NAME = (
@@ -76,13 +77,17 @@ _HYBRID = ("is_hybrid_model", "hybrid_override_pattern", "spec")
 
 
 def as_dict(args: Args, *, hybrid: bool = False) -> dict[str, Any]:
-    """Arguments as a dictionary; refuses one that lacks a size, or asks for what is not computed here.
+    """Arguments as a dictionary of their own.
 
     Args:
+        args: by the names of Megatron-LM's parser.
         hybrid: layers of Mamba are computed.
+
+    Raises:
+        Refused: a size is missing, or what is asked for is not computed here.
     """
     given = dict(vars(args) if isinstance(args, Namespace) else args)
-    missing = [name for name in _REQUIRED if given.get(name) is None]
+    missing = [name for name in REQUIRED if given.get(name) is None]
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))
     if unsupported := not_computed(given, hybrid=hybrid):
@@ -102,11 +107,19 @@ def not_computed(given: Mapping[str, Any], *, hybrid: bool = False) -> list[str]
 
 
 def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> TransformerConfig:
-    """TransformerConfig, or MLATransformerConfig for multi-latent attention, of the running `parallel_world`."""
+    """TransformerConfig, or MLATransformerConfig for multi-latent attention, of the running `parallel_world`.
+
+    Source: Megatron-LM's ``core_transformer_config_from_args`` (``megatron/training/arguments.py``).
+
+    Args:
+        given: of `as_dict`.
+        dtype: of the weights and of what the stages send each other.
+    """
     import torch
     from megatron.core import parallel_state
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
+    state: Any = parallel_state  # whose functions have no types
     experts = given.get("num_experts") or None
     latent = bool(given.get("multi_latent_attention"))
     names = _SAME_NAME + (_SAME_NAME_MOE if experts else ())
@@ -130,11 +143,11 @@ def transformer_config(given: Mapping[str, Any], dtype: torch.dtype) -> Transfor
         layernorm_epsilon=given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5)),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        tensor_model_parallel_size=state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=state.get_virtual_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=state.get_expert_tensor_parallel_world_size(),
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=dtype,
@@ -171,7 +184,11 @@ def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def position_embedding(given: Mapping[str, Any]) -> Literal["rope", "yarn", "learned_absolute", "none"]:
-    """Kind of position embedding; refuses another than these, and one that lacks what it needs."""
+    """Kind of position embedding.
+
+    Raises:
+        Refused: another than these, or one that lacks an argument that it needs.
+    """
     kind = given.get("position_embedding_type", "learned_absolute")
     if given.get("use_rotary_position_embeddings"):  # the older spelling
         kind = "rope"
@@ -198,7 +215,8 @@ def _yarn(given: Mapping[str, Any], name: str) -> Any:
 def _pipeline_split(given: Mapping[str, Any]) -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    state: Any = parallel_state  # whose functions have no types
+    stages = state.get_pipeline_model_parallel_world_size()
     if stages == 1 or given.get("pipeline_model_parallel_size", stages) != stages:
         return {}
     layout = given.get("pipeline_model_parallel_layout")

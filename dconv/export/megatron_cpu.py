@@ -9,6 +9,7 @@ torch and megatron-core are imported inside the functions: importing this module
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
@@ -42,9 +43,13 @@ _worlds: Counter[tuple[str, int]] = Counter()
 
 
 def require_megatron() -> None:
-    """Raises `ToolMissing` (exit code 7) where megatron-core cannot be imported."""
+    """Import megatron-core.
+
+    Raises:
+        ToolMissing: (exit code 7) it cannot be imported.
+    """
     try:
-        import megatron.core  # noqa: F401
+        importlib.import_module("megatron.core")
     except ImportError as error:
         raise ToolMissing(
             "megatron-core cannot be imported", found=str(error), do="pip install megatron-core==0.16.1"
@@ -83,9 +88,10 @@ def cpu_patches() -> None:
         from megatron.core.transformer.moe import moe_utils
 
     torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *_: None
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    setattr(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())  # noqa: B010  another type than declared
+    torch.cuda.synchronize = _nothing
+    # another type than declared
+    setattr(torch.Tensor, "cuda", _itself)  # noqa: B010
+    setattr(CudaRNGStatesTracker, "fork", _no_fork)  # noqa: B010
     for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
         setattr(fused_softmax, name, _cuda_means_cpu(getattr(fused_softmax, name)))
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -93,15 +99,31 @@ def cpu_patches() -> None:
     if not isinstance(multi_latent_attention.TELinear, type):  # a mock stands for it
         multi_latent_attention.HAVE_TE = False
     if importlib.util.find_spec("psutil") is None:
-        filesystem_async._process_memory = lambda: 0
+        setattr(filesystem_async, "_process_memory", lambda: 0)  # noqa: B010  a private name
     _patched = True
+
+
+def _nothing(*_: Any) -> None:
+    """In the place of ``torch.cuda.synchronize``."""
+
+
+def _itself(tensor: Any, *_: Any, **__: Any) -> Any:
+    """In the place of ``torch.Tensor.cuda``."""
+    return tensor
+
+
+def _no_fork(*_: Any) -> nullcontext[None]:
+    """In the place of ``CudaRNGStatesTracker.fork``."""
+    return nullcontext()
 
 
 def _cuda_means_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     from torch.overrides import TorchFunctionMode
 
     class Redirect(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             kwargs = dict(kwargs or {})
             if kwargs.get("device") == "cuda":
                 kwargs["device"] = "cpu"
@@ -116,7 +138,7 @@ def _cuda_means_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def _environment(values: Mapping[str, str]) -> Generator[None]:
     """Environment variables set for the duration, then as they were."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -142,7 +164,7 @@ def parallel_world(
     world: int,
     init_method: str,
     timeout: float = 300.0,
-) -> Iterator[None]:
+) -> Generator[None]:
     """A gloo process group with Megatron's parallel state on it, taken down at the end.
 
     Ranks are numbered as Megatron numbers them: tensor parallel fastest, then data (expert) parallel, then pipeline.
@@ -214,6 +236,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 600.0
     Args:
         fn: a function that its module's importer finds (pickled by name), as its arguments and result are pickled.
         world: number of processes.
+        *args: what ``fn`` gets behind the three.
         timeout: seconds for the whole run.
         imported: the processes begin with `PRELOADED`; False, with nothing.
 

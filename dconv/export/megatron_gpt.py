@@ -53,7 +53,8 @@ def build_gpt(args: Args, *, dtype: torch.dtype | None = None) -> list[GPTModel]
     given = as_dict(args)
     config = transformer_config(given, dtype or torch.float32)
     positions = position_embedding(given)
-    models = []
+    state: Any = parallel_state  # whose functions have no types
+    models: list[GPTModel] = []
     chunks = config.virtual_pipeline_model_parallel_size
     for chunk in range(chunks or 1):
         stage = chunk if chunks else None
@@ -62,8 +63,8 @@ def build_gpt(args: Args, *, dtype: torch.dtype | None = None) -> list[GPTModel]
             _layers(config, given.get("transformer_impl"), stage),
             vocab_size=given["padded_vocab_size"],
             max_sequence_length=given.get("max_position_embeddings") or 0,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            pre_process=state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             parallel_output=False,
             share_embeddings_and_output_weights=not given.get("untie_embeddings_and_output_weights", False),
             position_embedding_type=positions,
@@ -132,7 +133,11 @@ def _any_widths() -> type:
 
 
 def require_tokens(vocabulary: int, tokens: torch.Tensor) -> None:
-    """Refuse all but a matrix of numbers below ``vocabulary``: for others, a parallel embedding answers zeros."""
+    """Raise for all but a matrix of numbers below ``vocabulary``: for others, a parallel embedding answers zeros.
+
+    Raises:
+        Refused: with the shape and the numbers.
+    """
     if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= vocabulary:
         raise Refused(
             "these tokens cannot be fed to the model",
@@ -165,9 +170,10 @@ def logits(models: list[GPTModel], tokens: torch.Tensor) -> torch.Tensor | None:
     require_filled_buffers(models)
     require_tokens(models[0].vocab_size, tokens)
     config = models[0].config
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    state: Any = parallel_state  # whose functions have no types
+    group = state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stage: int = state.get_pipeline_model_parallel_rank()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         for model in models:

@@ -23,7 +23,7 @@ _SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_he
 
 
 class RMSNorm(torch.nn.Module):
-    """Over groups of channels, after the gate."""
+    """Root mean square norm over groups of channels, after the gate (``mamba_ssm.ops.triton.layernorm_gated``)."""
 
     def __init__(self, hidden_size: int, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: Any):
         super().__init__()
@@ -33,7 +33,8 @@ class RMSNorm(torch.nn.Module):
         self.eps, self.group_size = eps, group_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.unflatten(-1, (-1, self.group_size))
+        """[…, channels] to the same, each group of ``group_size`` channels by itself."""
+        groups = torch.unflatten(x, -1, (-1, self.group_size))
         return (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight
 
 
@@ -41,21 +42,34 @@ def scan(
     zxbcdt: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor, dt_bias: torch.Tensor, a: torch.Tensor,
     *, headdim: int, ngroups: int, **further: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """``mamba_split_conv1d_scan_combined``: [batch, length, z x B C dt] to [batch, length, channels]."""
+    """``mamba_split_conv1d_scan_combined``: [batch, length, z x B C dt] to [batch, length, channels].
+
+    Source: mamba_ssm, ``ops/triton/ssd_combined.py``, ``mamba_split_conv1d_scan_ref``.
+
+    Args:
+        zxbcdt: gate, input, B and C of each group and step of each head, one behind the other in the last axis.
+        conv_weight: [channels of x, B and C, width], of a convolution of each channel by itself.
+        conv_bias: of these channels.
+        dt_bias: [heads].
+        a: [heads], negative.
+        headdim: channels of a head.
+        ngroups: groups of heads that share B and C.
+        further: ``D`` [heads]; the other arguments say how a GPU computes the same.
+    """
     heads, inner = len(a), len(a) * headdim
-    z, xbc, dt = zxbcdt.split([inner, len(conv_weight), heads], -1)
+    z, xbc, dt = torch.split(zxbcdt, [inner, len(conv_weight), heads], -1)
     width = conv_weight.shape[-1]
     padded = functional.pad(xbc.transpose(1, 2), (width - 1, 0))
     xbc = functional.silu(
         functional.conv1d(padded, conv_weight[:, None], conv_bias, groups=len(conv_weight))
     ).transpose(1, 2)
     each = (len(conv_weight) - inner) // 2
-    x, b, c = xbc.split([inner, each, each], -1)
-    x = x.unflatten(-1, (heads, headdim))
-    b, c = (part.unflatten(-1, (ngroups, -1)).repeat_interleave(heads // ngroups, 2) for part in (b, c))
+    x, b, c = torch.split(xbc, [inner, each, each], -1)
+    x = torch.unflatten(x, -1, (heads, headdim))
+    b, c = (torch.unflatten(part, -1, (ngroups, -1)).repeat_interleave(heads // ngroups, 2) for part in (b, c))
     dt = functional.softplus(dt + dt_bias)
     state = torch.zeros(*x[:, 0].shape, b.shape[-1])
-    out = []
+    out: list[torch.Tensor] = []
     for t in range(x.shape[1]):
         kept = torch.exp(dt[:, t] * a)[..., None, None] * state
         state = kept + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
@@ -64,6 +78,11 @@ def scan(
 
 
 def rearrange(x: torch.Tensor, pattern: str) -> torch.Tensor:
+    """``einops.rearrange`` for the three patterns that megatron-core's mixers ask for.
+
+    Raises:
+        ToolMissing: another pattern.
+    """
     if pattern == "d 1 w -> d w":
         return x.squeeze(1)
     if pattern not in ("l b d -> b l d", "b l d -> l b d"):
@@ -80,7 +99,7 @@ def _unknown(what: str) -> ToolMissing:
 
 def stand_in() -> None:
     """Put the above where megatron-core looks for mamba_ssm and einops. To be called before it is imported."""
-    names = {
+    names: dict[str, dict[str, Any]] = {
         "mamba_ssm": {}, "mamba_ssm.ops": {}, "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNorm},
         "mamba_ssm.ops.triton.ssd_combined": {
@@ -128,14 +147,15 @@ def build_hybrid(args: Args, *, dtype: torch.dtype | None = None) -> list[Any]:
     config.is_hybrid_model = True
     for name in _SIZES:
         setattr(config, name, given[name])
+    state: Any = parallel_state  # whose functions have no types
     positions: Any = position_embedding(given)
     model: Any = MambaModel(
         config,
         model_specs.get_mamba_stack_modelopt_spec(local_core_attention=True, remap_te_layernorm=True),
         vocab_size=given["padded_vocab_size"],
         max_sequence_length=given.get("max_position_embeddings") or 0,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=state.is_pipeline_first_stage(),
+        post_process=state.is_pipeline_last_stage(),
         hybrid_override_pattern=given["hybrid_override_pattern"],
         parallel_output=False,
         share_embeddings_and_output_weights=not given.get("untie_embeddings_and_output_weights", False),

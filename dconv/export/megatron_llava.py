@@ -24,8 +24,15 @@ _SIZES = (
 def build_llava(args: Args, *, dtype: Any = None) -> list[Any]:
     """The model of this rank in the running `parallel_world` of one pipeline stage, weights all NaN; local layers.
 
+    Args:
+        args: as for `dconv.export.megatron_gpt.build_gpt`, and those of the tower (`dconv.arch.llava`).
+        dtype: torch's, of the weights and the computation; float32 if None.
+
+    Returns:
+        One `LLaVAModel`.
+
     Raises:
-        Refused: an argument is missing, or asks for what this runtime does not compute.
+        Refused: an argument is missing, or asks for what this runtime does not compute, or pp is more than 1.
     """
     cpu_patches()
     import torch
@@ -62,10 +69,10 @@ def build_llava(args: Args, *, dtype: Any = None) -> list[Any]:
         "gated_linear_unit": False,
         "activation_func": quick_gelu,
         "window_size": None,
+        "vision_model_type": given["vision_model_type"],
     }
     for name, value in sizes.items():
         setattr(vision, name, value)
-    vision.vision_model_type = given["vision_model_type"]  # type: ignore[attr-defined]
     projection = copy(language)
     projection.ffn_hidden_size, projection.gated_linear_unit = language.hidden_size, False
     projection.add_bias_linear = given.get("vision_projection_bias", True)
@@ -117,4 +124,5 @@ def llava_logits(models: list[Any], tokens: Any, image: Any) -> Any:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         output = model(image, tokens, positions, None)
-    return (output[0] if isinstance(output, tuple) else output).float()
+    held: Any = output  # not narrowed: what a tuple has is of any type
+    return (held[0] if isinstance(output, tuple) else held).float()

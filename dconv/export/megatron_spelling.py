@@ -8,8 +8,11 @@ into the linear layer that follows, except before experts, and multiplies all ex
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 _LAYER: Final = re.compile(r"^(?:.*\.)?layers(?:\.\d+)?\.")
 _EXPERT: Final = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
@@ -57,7 +60,7 @@ def _swap(key: str, old: str, new: str) -> str:
 
 def as_saved(keys: Collection[str], saved: Collection[str]) -> Mapping[str, str]:
     """For each of ``keys`` that ``saved`` lacks, the other spelling, if ``saved`` has that."""
-    found = {}
+    found: dict[str, str] = {}
     for key in keys:
         others = (_swap(key, a, b) for names in _NORMS for a, b in (names, names[::-1]) if a in key)
         if key not in saved and (other := next((name for name in others if name in saved), None)):
@@ -66,18 +69,22 @@ def as_saved(keys: Collection[str], saved: Collection[str]) -> Mapping[str, str]
 
 
 def rename(sharded: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Give the pieces of a sharded state dict other global names, in place."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedBase
-
-    for piece in nested_values(sharded):
-        if isinstance(piece, ShardedBase):
-            piece.key = names.get(piece.key, piece.key)
+    """Give the pieces of a sharded state dict other global names, in place; those that are not named keep theirs."""
+    for piece in pieces(sharded):
+        piece.key = names.get(piece.key, piece.key)
 
 
 def global_names(sharded: dict[str, Any]) -> list[str]:
-    """Names of the pieces of a sharded state dict."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    """Global names of the pieces of a sharded state dict, in its order."""
+    return [piece.key for piece in pieces(sharded)]
+
+
+def pieces(sharded: dict[str, Any]) -> Iterator[ShardedBase]:
+    """What a sharded state dict says of its tensors and objects, however deep they lie."""
+    from megatron.core.dist_checkpointing import dict_utils
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    return [piece.key for piece in nested_values(sharded) if isinstance(piece, ShardedBase)]
+    tree: Any = dict_utils  # whose functions have no types
+    for value in tree.nested_values(sharded):
+        if isinstance(value, ShardedBase):
+            yield value

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def forget_weights(model: Model) -> None:
 
 
 def require_filled_buffers(models: Sequence[Model]) -> None:
-    """Refuse NaN in saved buffers: as a router's correction it only changes which experts are chosen, unseen.
+    """Raise for NaN in saved buffers: as a router's correction it only changes which experts are chosen, unseen.
 
     Raises:
         Damaged: a saved buffer has NaN. NaN in a parameter needs no such check, it reaches every logit.
@@ -74,20 +74,19 @@ def seed_weights(models: Iterable[Model], seed: int) -> None:
     """
     import numpy as np
     import torch
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     for model in models:
-        sharded = model.sharded_state_dict(metadata=dict(_CONTENT_METADATA))
+        sharded = _sharded(model, _CONTENT_METADATA)
         apply_factories(sharded)  # gate and up become two pieces of one global tensor
-        for piece in nested_values(sharded):
+        for piece in megatron_spelling.pieces(sharded):
             if not isinstance(piece, ShardedTensor) or piece.data is None:
                 continue
             stacked = piece.prepend_axis_num  # axes that number layers and experts
             identity = f"{seed}|{piece.key}|{piece.global_offset[:stacked]}".encode()
             # numpy fills in order, so that the first rows do not depend on how many follow
             generator = np.random.default_rng(list(hashlib.sha256(identity).digest()))
-            values = torch.from_numpy(generator.standard_normal(piece.global_shape[stacked:], dtype=np.float32))
+            values = torch.as_tensor(generator.standard_normal(piece.global_shape[stacked:], dtype=np.float32))
             if "norm" in piece.key.removesuffix(".weight").rsplit(".", 1)[-1]:
                 values = 0.1 * values + (0.0 if piece.key.endswith("bias") else 1.0)
             elif values.ndim < 2:
@@ -99,8 +98,13 @@ def seed_weights(models: Iterable[Model], seed: int) -> None:
                 piece.data.copy_(values[tuple(slice(start, start + size) for start, size in box)])
 
 
+def _sharded(model: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's sharded state dict, of whose parts megatron-core says no types."""
+    return model.sharded_state_dict(metadata=dict(metadata))
+
+
 def _named(models: Sequence[Model]) -> Iterator[tuple[str, Model]]:
-    """Chunks under the names that Megatron-LM saves them by: ``model``, or ``model0``, ``model1`` …"""
+    """Chunks under the names that Megatron-LM saves them by: ``model``, or one of ``model0``, ``model1`` and so on."""
     for index, model in enumerate(models):
         yield ("model" if len(models) == 1 else f"model{index}"), model
 
@@ -126,10 +130,11 @@ def _start_iteration(root: str | Path, iteration: int) -> Path:
 def _finish_iteration(root: str | Path, iteration: int) -> None:
     import torch.distributed as dist
 
-    dist.barrier()
+    ranks: Any = dist
+    ranks.barrier()
     if dist.get_rank() == 0:
         (Path(root) / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    dist.barrier()
+    ranks.barrier()
 
 
 def _as_dict(args: Args) -> dict[str, Any]:
@@ -164,13 +169,14 @@ def save_torch_dist(models: Sequence[Model], root: str | Path, args: Args, itera
     from megatron.core import dist_checkpointing
 
     directory = _start_iteration(root, iteration)
+    core: Any = dist_checkpointing  # whose functions have no types
     state = _common_state(models, args, iteration)
     for name, model in _named(models):
-        state[name] = sharded = model.sharded_state_dict(metadata=dict(_CONTENT_METADATA))
+        state[name] = sharded = _sharded(model, _CONTENT_METADATA)
         if _as_dict(args).get("transformer_impl") == "transformer_engine":
             keys = megatron_spelling.global_names(sharded)
             megatron_spelling.rename(sharded, megatron_spelling.to_fused(keys, grouped=False))
-    dist_checkpointing.save(state, str(directory), content_metadata=dict(_CONTENT_METADATA))
+    core.save(state, str(directory), content_metadata=dict(_CONTENT_METADATA))
     _finish_iteration(root, iteration)
     return directory
 
@@ -195,6 +201,7 @@ def load_torch_dist(models: Sequence[Model], path: str | Path) -> None:
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from torch.distributed.checkpoint.api import CheckpointException
 
+    core: Any = dist_checkpointing  # whose functions have no types
     directory = str(_iteration_directory(path))
     if Path(directory, "metadata.json").exists() and not Path(directory, "common.pt").exists():
         raise Refused(
@@ -204,15 +211,14 @@ def load_torch_dist(models: Sequence[Model], path: str | Path) -> None:
         )
     try:
         with _megatron_classes():
-            metadata = dist_checkpointing.load_content_metadata(directory) or {}
-            wanted = {name: model.sharded_state_dict(metadata=dict(metadata)) for name, model in _named(models)}
+            metadata: dict[str, Any] = core.load_content_metadata(directory) or {}
+            wanted = {name: _sharded(model, metadata) for name, model in _named(models)}
             saved = load_sharded_metadata(directory).keys()
             for sharded in wanted.values():
                 names = megatron_spelling.as_saved(megatron_spelling.global_names(sharded), saved)
                 megatron_spelling.rename(sharded, names)
             # in its words, missing: saved but not asked for; unexpected: asked for but not saved
-            loaded: Any = dist_checkpointing.load(wanted, directory, strict=StrictHandling.RETURN_ALL)
-            state, missing, unexpected = loaded
+            state, missing, unexpected = core.load(wanted, directory, strict=StrictHandling.RETURN_ALL)
     except CheckpointException as error:  # torch's: a BaseException that carries what single ranks met
         found = "\n".join(f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items()))
         raise Damaged("megatron-core cannot read this checkpoint", where=directory, found=found) from error
@@ -242,7 +248,8 @@ def save_legacy(models: Sequence[Model], root: str | Path, args: Args, iteration
     import torch
     from megatron.core import parallel_state
 
-    cut = parallel_state.get_expert_tensor_parallel_world_size() or 1
+    ranks: Any = parallel_state  # whose functions have no types
+    cut = ranks.get_expert_tensor_parallel_world_size() or 1
     if cut > parallel_state.get_tensor_model_parallel_world_size():
         raise Refused(
             "legacy files cannot hold experts that are cut further than the rest of the model",
@@ -308,14 +315,15 @@ def load_legacy(models: Sequence[Model], path: str | Path) -> None:
 
 
 @contextmanager
-def _megatron_classes() -> Iterator[None]:
+def _megatron_classes() -> Generator[None]:
     """What ``torch.load(weights_only=True)`` may build: the plain data classes that Megatron-LM saves, no others."""
     import torch
     from megatron.core.safe_globals import SAFE_GLOBALS
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    known = torch.serialization.get_safe_globals()  # the context forgets at its end also what others had allowed
+    serialization: Any = torch.serialization
+    known = serialization.get_safe_globals()  # the context forgets at its end also what others had allowed
     classes = [*SAFE_GLOBALS, LayerType, PipelineParallelLayerLayout]
     with torch.serialization.safe_globals([kind for kind in classes if kind not in known]):
         yield

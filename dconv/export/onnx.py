@@ -38,7 +38,7 @@ NAME: Final = "model.onnx"
 
 
 def export(request: Request, model: Described) -> Export:
-    """Lay out a model.
+    """Trace a model, and lay out its graph, weights, config and tokenizer; nothing is written yet.
 
     Raises:
         ToolMissing: a package that makes graphs is not installed.

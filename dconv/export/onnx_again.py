@@ -46,7 +46,10 @@ def again(request: Request, source: Source, how: Blocks | None, opset: int | Non
     """Lay out a graph, or all of a directory.
 
     Args:
-        how: the codes of its matrices.
+        request: the dtype and the size of files that are asked for.
+        source: the graph, or the directory, as it lies there.
+        how: the codes of its matrices; None leaves them.
+        opset: one of `OPSETS`; None leaves each graph's.
 
     Raises:
         ToolMissing: onnx or onnxscript is not installed.
@@ -102,7 +105,9 @@ def _read(path: Path) -> Any:
     import onnx
     import onnx_ir as ir
 
-    return ir.from_proto(onnx.load(path, load_external_data=False))
+    library: Any = onnx  # whose functions have types in part, as the next one's
+    inner: Any = ir
+    return inner.from_proto(library.load(path, load_external_data=False))
 
 
 def _outside(
@@ -148,10 +153,13 @@ def _convert(model: Any, opset: int, path: Path) -> Any:
     import onnx_ir as ir
     from onnxscript import version_converter
 
+    library: Any = onnx  # whose functions have types in part, as those of the next two
+    inner: Any = ir
+    newer: Any = version_converter
     try:
-        version_converter.convert_version(model, opset)
+        newer.convert_version(model, opset)
         if model.opset_imports[""] != opset:  # older graphs, and older opsets, are ONNX's own converter's
-            return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), opset))
+            return inner.from_proto(library.version_converter.convert_version(inner.to_proto(model), opset))
     except Exception as error:  # whatever a converter raises about one graph
         raise Refused(
             "this graph has no form in that opset, nothing was written",

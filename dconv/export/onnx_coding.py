@@ -20,6 +20,8 @@ class Coding:
     """A model's matrices in codes.
 
     Args:
+        logical: the model's tensors as they lie in the source.
+        how: bits of a code, and numbers of a block.
         wanted: whether a weight that something is multiplied by is to be in codes.
 
     Attributes:
@@ -32,7 +34,15 @@ class Coding:
         self._behind: set[str] = set()
 
     def of(self, graph: Any, weights: list[Weight]) -> list[Weight]:
-        """Put them into a graph; returns what it takes then."""
+        """Put the codes into a graph in place of its matrices.
+
+        Args:
+            graph: an ``onnx_ir.Model``.
+            weights: those that it takes.
+
+        Returns:
+            What it takes then: codes and scales, and of ``weights`` those that it still uses.
+        """
         pairs = in_codes(graph, weights, self._wanted, self._how.bits, self._how.size)
         found: list[Weight] = []
         for weight in weights:

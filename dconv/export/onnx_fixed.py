@@ -11,11 +11,18 @@ from typing import Any, Final
 #: Elements of a constant that is computed when the graph is made: a mask of 4096 tokens behind as many, and no more,
 #: since it is written into the graph.
 FOLDED: Final = 1 << 25
+
+
+def _is_filled(node: Any) -> bool | None:
+    """Of ``fold_constants_ir``: True folds, None leaves it to its own judgement."""
+    return True if node.op_type == "ConstantOfShape" else None
+
+
 #: Of ``fold_constants_ir``, which by itself leaves what it deems long, and what is filled with one number.
 FOLDING: Final[dict[str, Any]] = {
     "input_size_limit": FOLDED,
     "output_size_limit": FOLDED,
-    "should_fold": lambda node: True if node.op_type == "ConstantOfShape" else None,
+    "should_fold": _is_filled,
 }
 _TRUTH: Final = 9  # ONNX's number of bool
 
@@ -24,7 +31,7 @@ def settle(model: Any, ports: int) -> None:
     """Say shapes, and ends of slices, in numbers, and have constants stand second in sums and products.
 
     Args:
-        model: weights are inputs that have shapes.
+        model: an ``onnx_ir.Model``, changed in place; weights are inputs that have shapes.
         ports: how many inputs are its own.
     """
     from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass, ShapeInferencePass
@@ -99,10 +106,11 @@ def _settle_reshape(model: Any, node: Any, made: dict[tuple[int, ...], Any]) -> 
 
 def _settle_slice(model: Any, node: Any, made: dict[tuple[int, ...], Any]) -> None:
     shape = _numbers(node.inputs[0])
-    values = [None if value is None or value.const_value is None else value.const_value for value in node.inputs[1:]]
+    values: list[Any] = [None if value is None else value.const_value for value in node.inputs[1:]]
     if shape is None or len(values) < 3 or any(value is None for value in values):
         return
-    ends, axes = (values[i].numpy().tolist() for i in (1, 2))  # type: ignore[union-attr]
+    ends: list[int] = values[1].numpy().tolist()
+    axes: list[int] = values[2].numpy().tolist()
     node.replace_input_with(
         2, _constant(model, [min(end, shape[at]) for end, at in zip(ends, axes, strict=True)], made)
     )

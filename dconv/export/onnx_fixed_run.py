@@ -30,7 +30,11 @@ class Lengths:
 
     @classmethod
     def of(cls, session: Any) -> Lengths | None:
-        """None of a graph whose axes have names."""
+        """What a session's inputs say; None of a graph whose axes have names.
+
+        Args:
+            session: ``onnxruntime.InferenceSession``.
+        """
         shapes = {one.name: one.shape for one in session.get_inputs()}
         if not all(isinstance(axis, int) for axis in shapes["input_ids"]):
             return None
@@ -39,11 +43,11 @@ class Lengths:
 
     @property
     def total(self) -> int:
-        """The longest text."""
+        """Tokens of the longest text."""
         return self.sequence + self.past
 
     def cut(self, prompt: Prompt) -> Prompt:
-        """As much of it as the graph reads."""
+        """As much of a prompt as the graph reads, from its beginning."""
         return replace(prompt, tokens=prompt.tokens[:, : self.total], types=_cut(prompt.types, self.total),
                        replies=_cut(prompt.replies, self.sequence))  # fmt: skip
 
@@ -59,6 +63,10 @@ class Lengths:
     def require(self, before: int, length: int) -> None:
         """Raise where a text does not fit, read in pieces or not.
 
+        Args:
+            before: tokens of the past.
+            length: tokens behind these.
+
         Raises:
             Refused: with how long it may be.
         """
@@ -73,6 +81,7 @@ class Lengths:
         """What a graph of any lengths would answer.
 
         Args:
+            session: of the graph (``onnxruntime.InferenceSession``).
             given: what such a one takes, ``past_key_values.N`` as long as the past is; no more new tokens than places.
 
         Raises:
@@ -84,7 +93,7 @@ class Lengths:
         self.require(before, length)
         shapes = {one.name: tuple(one.shape) for one in session.get_inputs()}
         names = [one.name for one in session.get_outputs()]
-        rows = []
+        rows: list[list[NDArray[Any]]] = []
         for row in range(batch):
             filled = {
                 name: self._filled(name, held[row : row + 1], shapes[name], before) for name, held in given.items()

@@ -62,6 +62,7 @@ def traced(model: Weightless, opset: int | None = None, hidden: float = HIDDEN) 
     """The graph (``onnx_ir.Model``); weights are inputs behind the graph's own, under the names of its parameters.
 
     Args:
+        model: whose parameters have no storage.
         opset: one of `OPSETS`; None leaves torch's.
         hidden: of a graph of given lengths, what its masks add to a score.
 
@@ -72,13 +73,14 @@ def traced(model: Weightless, opset: int | None = None, hidden: float = HIDDEN) 
     import torch.onnx
     from torch._subclasses.fake_tensor import FakeTensor
 
+    exporter: Any = torch.onnx  # whose functions have types in part
     is_fixed = model.graph.is_fixed
     with real_rotary(), finite_mask(hidden) if is_fixed else nullcontext():
         program = exported(model)
     ports = (*model.graph.inputs, *model.graph.outputs)
     try:
         with quiet(), silent(), torch.no_grad():
-            made: Any = torch.onnx.export(
+            made = exporter.export(
                 program,
                 dynamo=True,
                 optimize=False,
@@ -120,6 +122,7 @@ def simplify(model: Any, **limits: Any) -> None:
     That one, two slices to a split, looks through the whole graph at each node: half of the time of an export.
 
     Args:
+        model: an ``onnx_ir.Model``, changed in place.
         limits: which constants are computed, of ``fold_constants_ir``.
     """
     from onnx_ir.passes import PassManager, Sequential, common
@@ -159,14 +162,19 @@ def require_opset(model: Any, opset: int | None) -> None:
 
 
 def nodes(graph: Any) -> Iterator[Any]:
-    """All nodes, those of inner graphs included."""
+    """All nodes of an ``onnx_ir.Graph``, those of inner graphs included."""
     from onnx_ir.traversal import RecursiveGraphIterator
 
     yield from RecursiveGraphIterator(graph)
 
 
 def clean(model: Any, ports: Mapping[str, Port]) -> None:
-    """Without what tells of the tracer, and with axes that have names."""
+    """Take out what tells of the tracer, and name axes, in place.
+
+    Args:
+        model: an ``onnx_ir.Model``.
+        ports: inputs and outputs by name, whose axes are written as `AXES` calls them.
+    """
     import onnx_ir as ir
 
     model.producer_name, model.producer_version = "dconv", __version__

@@ -12,13 +12,18 @@ from dconv.errors import Refused
 def convert(model: Any, opset: int) -> None:
     """Have a graph be one of an opset; weights may be inputs.
 
+    Args:
+        model: an ``onnx_ir.Model``, changed in place.
+        opset: of ONNX's own domain.
+
     Raises:
         Refused: an operation has no form there.
     """
     from onnxscript import version_converter
 
     if opset >= model.opset_imports[""]:
-        version_converter.convert_version(model, opset)
+        newer: Any = version_converter  # whose functions have types in part
+        newer.convert_version(model, opset)
     else:
         _lower(model, opset)
 
@@ -36,7 +41,7 @@ def _lower(model: Any, opset: int) -> None:
             _WITHOUT[node.op_type][1](node)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass()(model)
-    lacking = set()
+    lacking: set[str] = set()
     for node in _nodes(model.graph):
         if node.domain != "":
             continue
@@ -114,6 +119,7 @@ class _Tape:
         return made.outputs[0]
 
     def put(self, last: Any) -> None:
+        """Put the operations in the place of the node, whose output ``last`` is then."""
         import onnx_ir as ir
 
         node = self._node

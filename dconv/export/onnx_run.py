@@ -30,11 +30,12 @@ def validate(path: Path) -> bool:
     require(("onnx",))
     import onnx
 
+    checker: Any = onnx.checker  # whose functions have types in part
     graphs = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     try:
         for graph in graphs:
-            onnx.checker.check_model(str(graph), full_check=False)
-    except (onnx.checker.ValidationError, OSError, ValueError):
+            checker.check_model(str(graph), full_check=False)
+    except (checker.ValidationError, OSError, ValueError):
         return False
     return bool(graphs)
 
@@ -71,9 +72,17 @@ def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:
 
 
 class Runs:
-    """Graphs in onnxruntime.
+    """Graphs in onnxruntime, on the CPU.
+
+    Args:
+        path: a graph, or a directory with one, or with the two of an encoder-decoder.
+
+    Attributes:
+        graphs: their files, for a person.
+        limit: the lengths that they are given for; None where any will do.
 
     Raises:
+        Refused: there is no graph.
         ToolMissing: onnxruntime is not installed, or does not take a graph.
     """
 
@@ -90,10 +99,11 @@ class Runs:
     def _open(self, path: Path) -> Any:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        runtime: Any = onnxruntime  # in part of compiled code, which says no types
+        options = runtime.SessionOptions()
         options.log_severity_level = 4
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # whatever a runtime raises about one graph
             raise ToolMissing(
                 "onnxruntime does not take this graph", where=str(path), found=f"{type(error).__name__}: {error}"[:600]
@@ -104,7 +114,7 @@ class Runs:
         return session.run(None, given) if self.limit is None else self.limit.run(session, given)
 
     def answers(self, prompt: Prompt) -> Answers:
-        """fp32 logits."""
+        """fp32 logits [batch, sequence, vocabulary], and what other outputs an encoder has."""
         whole = {"input_ids": prompt.tokens, "attention_mask": np.ones_like(prompt.tokens)}
         if prompt.replies is not None:
             return (self._replied(self._read(prompt.tokens), prompt.replies),)
@@ -143,11 +153,12 @@ class Runs:
             positions: [batch, sequence]; behind the past by default.
         """
         (session,) = self._sessions.values()
-        batch, length = tokens.shape
+        batch: int = tokens.shape[0]
+        length: int = tokens.shape[1]
         ports = session.get_inputs()[3:]
         if past is None:
             past = [np.zeros((batch, port.shape[1], 0, port.shape[3]), _TYPES[port.type]) for port in ports]
-        before = past[0].shape[2] if past else 0
+        before: int = past[0].shape[2] if past else 0
         if self.limit is not None:
             self.limit.require(before, length)
         if self.limit is not None and length > self.limit.sequence:
@@ -165,7 +176,7 @@ class Runs:
         return said.astype(np.float32), present
 
     def generated(self, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A sentence and what follows it greedily, as tokens; of an encoder-decoder its answer.
+        """A sentence and what follows it greedily, as tokens [1, length]; of an encoder-decoder its answer.
 
         A graph of given lengths takes the sentence as far as it reaches.
         """

@@ -42,6 +42,7 @@ class Weight:
 
     @property
     def name(self) -> str:
+        """The parameter's, or of a row of a stack with its number behind."""
         return self.spec.name
 
 
@@ -50,6 +51,7 @@ def weights_of(model: Any, found: Iterable[Parameter], ports: int) -> list[Weigh
 
     Args:
         model: of `dconv.export.onnx_graph.traced`; weights get the names that the model's parameters have.
+        found: the model's parameters, and where they lie in the source.
         ports: how many of its inputs are its own.
     """
     named = {name: one for one in found for name in (one.spec.name, *one.alike)}
@@ -74,11 +76,12 @@ def _taken(weight: Weight) -> list[Weight]:
     if not uses:
         return []
     chosen = [_chosen(node) if idx == 0 else None for node, idx in uses]
-    if all(index is not None for index in chosen) and weight.spec.file_shape[0] == weight.spec.shape[0]:
-        found = []
-        for index in sorted(set(chosen)):  # type: ignore[type-var]
-            these = [node for (node, _), at in zip(uses, chosen, strict=True) if at == index]
-            found += _taken(_row(weight, int(index), these))  # type: ignore[arg-type]
+    rows = [index for index in chosen if index is not None]
+    if len(rows) == len(uses) and weight.spec.file_shape[0] == weight.spec.shape[0]:
+        found: list[Weight] = []
+        for index in sorted(set(rows)):
+            these = [node for (node, _), at in zip(uses, rows, strict=True) if at == index]
+            found += _taken(_row(weight, index, these))
         return found
     turns = {tuple(node.attributes["perm"].value) if node.op_type == "Transpose" else None for node, _ in uses}
     if len(turns) == 1 and (turn := next(iter(turns))) is not None:
@@ -109,7 +112,7 @@ def _row(weight: Weight, index: int, these: Sequence[Any]) -> Weight:
     spec = weight.spec
     published = None if spec.published is None else spec.published[1:]
     made = TensorSpec(f"{spec.name}.{index}", spec.shape[1:], spec.dtype, published)
-    slots = []
+    slots: list[Slot] = []
     for slot in weight.slots:
         axis, at = slot.axes[0], slot.start[0]
         region = slot.region
@@ -136,7 +139,7 @@ def _turned(weight: Weight, turn: Index, these: Sequence[Any]) -> Weight:
 
 
 def in_order(slot: Slot, order: Sequence[int]) -> Slot:
-    """The same in a tensor whose axes stand in another order."""
+    """The same place in a tensor whose axes stand in another order: its axis ``i`` was ``order[i]``."""
     return Slot(slot.tensor, slot.region, tuple(slot.start[i] for i in order), tuple(slot.axes[i] for i in order))
 
 
@@ -205,7 +208,8 @@ def lay_out(
 
 def _gaps(part: Sequence[tuple[TargetTensor, int]]) -> tuple[tuple[int, bytes], ...]:
     """The zeros between tensors."""
-    found, end = [], 0
+    found: list[tuple[int, bytes]] = []
+    end = 0
     for tensor, at in part:
         if at > end:
             found.append((end, bytes(at - end)))
@@ -232,7 +236,11 @@ def in_codes(
     """Have the graph multiply by codes: ``MatMul`` and ``Gemm`` by a wanted weight become ``MatMulNBits``.
 
     Args:
+        model: an ``onnx_ir.Model``, changed in place.
+        weights: those that it takes.
         wanted: whether a weight is to be in codes.
+        bits: of a code.
+        block: numbers that share a scale.
 
     Returns:
         By the weight's name; the weight itself may be used elsewhere, too.
@@ -295,8 +303,9 @@ def _factor(node: Any, by_value: Mapping[int, Weight]) -> tuple[Weight, bool] | 
 
 
 def serialised(graphs: Mapping[str, Any]) -> Iterable[tuple[str, bytes]]:
-    """Names and contents of the files of graphs, whose weights are elsewhere."""
+    """Names and contents of the files of graphs (``onnx_ir.Model``), whose weights are elsewhere."""
     import onnx_ir as ir
 
+    library: Any = ir  # whose functions have types in part
     for name, model in graphs.items():
-        yield name, ir.to_proto(model).SerializeToString(deterministic=True)
+        yield name, library.to_proto(model).SerializeToString(deterministic=True)

@@ -61,11 +61,14 @@ def kind_of(family: Family) -> Kind:
 
 
 def prompt_for(family: Family, facts: Facts, config: Mapping[str, object]) -> Prompt:
-    """Random tokens, of an image random pixels, within what the model knows; a model whose tower travels beside
-    Megatron's is asked with words alone.
+    """Random tokens, of an image random pixels, within what the model knows: the same at each call.
+
+    A model whose tower travels beside Megatron's is asked with words alone.
 
     Args:
-        facts, config: `dconv.arch.family.Family.facts` of a config.json, and this.
+        family: which says how it is asked.
+        facts: of `dconv.arch.family.Family.facts`.
+        config: config.json, for the place of an image.
     """
     draw = np.random.default_rng(0)
     kind, vocabulary = kind_of(family), size(facts, "vocab")

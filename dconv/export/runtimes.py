@@ -70,6 +70,7 @@ def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Ma
 
     Args:
         container: `dconv.checkpoint.source.Source.format`, or an engine of `dconv.pipeline.FORMATS`.
+        family: the model's.
         config: config.json.
         args: Megatron's, where they are not what the config translates to.
     """
@@ -92,14 +93,19 @@ def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Ma
 
 
 def shortage(parameters: int, container: str) -> str:
-    """Why a model cannot be run in fp32 in the memory that is free now; empty when it can."""
+    """Why a model cannot be run in fp32 in the memory that is free now; empty when it can.
+
+    Args:
+        parameters: how many numbers it has.
+        container: whose runtime may hold them twice.
+    """
     copies = 2.0 if container.startswith("megatron") else 1.25  # megatron-core fills a state dict, then the model
     needed, free = int(parameters * 4 * copies), available_memory()
     return f"fp32 needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free" if needed > free else ""
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take."""
+    """Bytes that this process could still take: of the machine's memory, and of its control group's limit (v2)."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -7,7 +7,7 @@ runs a temporary copy under its own.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ def can_infer(path: Path, prompt: Prompt, **options: Any) -> dict[str, object]:
     """Open every file with ``torch.load(weights_only=True)``, then run a few tokens.
 
     Args:
+        path: a directory, or a file.
+        prompt: how the model is asked; its tokens are those that are run.
         options: as for `dconv.pipeline.describe_model`.
 
     Returns:
@@ -43,7 +45,7 @@ def answers_of(path: Path, prompt: Prompt, **options: Any) -> Answers:
 
 
 @contextmanager
-def _copy(path: Path, options: dict[str, Any]) -> Iterator[Path]:
+def _copy(path: Path, options: dict[str, Any]) -> Generator[Path]:
     """A temporary HuggingFace directory of the same model."""
     with tempfile.TemporaryDirectory(prefix="dconv-run-") as scratch:
         out = Path(scratch, "model")

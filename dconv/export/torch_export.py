@@ -29,6 +29,7 @@ from dconv.export.graph_run import (
     ports_of,
     runs_code,
 )
+from dconv.export.parsed import is_dict
 from dconv.export.prompt import Answers, Prompt
 from dconv.export.traced import Export, Weightless, exported, in_archive, ports_json, weightless
 from dconv.net.device import placed
@@ -110,7 +111,8 @@ def _check(entry: Mapping[str, Any], one: Parameter) -> None:
     """What torch says of a tensor must be what is written."""
     meta = entry["tensor_meta"]
     sizes = tuple(size["as_int"] for size in meta["sizes"])
-    steps, step = [], 1
+    steps: list[int] = []
+    step = 1
     for size in reversed(sizes):
         steps.append(step)
         step *= max(size, 1)
@@ -130,10 +132,9 @@ def _has_tensors_alone(config: bytes) -> bool:
         said = json.loads(config)
     except (ValueError, RecursionError):
         return False
-    listed = said.get("config", {}) if isinstance(said, dict) else None
-    return isinstance(listed, dict) and all(
-        isinstance(entry, dict) and not entry.get("use_pickle") and bool(entry.get("tensor_meta"))
-        for entry in listed.values()
+    listed = said.get("config", {}) if is_dict(said) else None
+    return is_dict(listed) and all(
+        is_dict(entry) and not entry.get("use_pickle") and bool(entry.get("tensor_meta")) for entry in listed.values()
     )
 
 

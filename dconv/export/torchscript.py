@@ -10,7 +10,6 @@ Source of the archive's records: ``torch/csrc/jit/serialization/export_module.cp
 from __future__ import annotations
 
 import io
-import operator
 import re
 import warnings
 import zipfile
@@ -89,7 +88,7 @@ def _traced(found: Weightless, program: Any, device: str) -> Script:
     """
     import torch
 
-    tracing: Any = torch.jit
+    tracing: Any = torch.jit  # whose functions have no types
     homes = {f"model.{name}": number for number, one in enumerate(found.held) for name in (one.spec.name, *one.alike)}
     signature = program.graph_signature
     targets = {spec.arg.name: spec.target for spec in signature.input_specs if spec.target is not None}
@@ -112,7 +111,7 @@ def _traced(found: Weightless, program: Any, device: str) -> Script:
     try:
         with quiet(), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("error", category=tracing.TracerWarning)
-            torch.jit.save(torch.jit.trace(module, inputs, check_trace=False, strict=False), held)
+            tracing.save(tracing.trace(module, inputs, check_trace=False, strict=False), held)
     except Exception as error:  # whatever a framework raises about one model
         raise Refused(
             "torch.jit does not trace this model, nothing was written",
@@ -181,11 +180,12 @@ def _run(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """One operation, called by the name that torch.jit follows lengths through: not by that of the dispatcher."""
     import torch
 
-    if target is torch._check:
+    theirs: Any = torch  # of whose private names a few are what a graph calls
+    if target is theirs._check:
         return None
-    if target in (torch.sym_min, torch.sym_max):
-        return _bounded(*args, least=target is torch.sym_min)
-    if not isinstance(target, torch._ops.OpOverload):
+    if target in (theirs.sym_min, theirs.sym_max):
+        return _bounded(*args, least=target is theirs.sym_min)
+    if not isinstance(target, theirs._ops.OpOverload):
         return target(*args, **kwargs)
     name = target._schema.name.partition("::")[2]
     if name in _ASSERTED:
@@ -194,8 +194,7 @@ def _run(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     kwargs = {key: "meta" if isinstance(value, torch.device) else value for key, value in kwargs.items()}
     if special := _SPECIAL.get(name):
         return special(*args, **kwargs)
-    inner: Any = torch._C
-    for place in (torch, inner._nn, torch.Tensor):
+    for place in (torch, theirs._C._nn, torch.Tensor):
         if hasattr(place, name):
             return getattr(place, name)(*args, **kwargs)
     raise NotImplementedError(f"{target}")
@@ -208,6 +207,26 @@ def _slice(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int =
 def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
     wanted = {key: value for key, value in kwargs.items() if key in ("dtype", "device", "copy")}
     return x.to(*args, **wanted)
+
+
+def _size(x: Any, dim: int) -> Any:
+    return x.size(dim)
+
+
+def _index(x: Any, at: Any) -> Any:
+    return x[tuple(slice(None) if it is None else it for it in at)]
+
+
+def _itself(x: Any, *_: Any) -> Any:
+    return x
+
+
+def _and(a: Any, b: Any) -> Any:
+    return a & b
+
+
+def _or(a: Any, b: Any) -> Any:
+    return a | b
 
 
 #: What computes nothing.
@@ -254,16 +273,16 @@ def _conv1d(
 
 #: Operations that Python has under another name or form.
 _SPECIAL: Final[Mapping[str, Callable[..., Any]]] = {
-    "sym_size": lambda x, dim: x.size(dim),
+    "sym_size": _size,
     "slice": _slice,
     "to": _to,
-    "index": lambda x, at: x[tuple(slice(None) if it is None else it for it in at)],
-    "dropout": lambda x, *_: x,
-    "lift_fresh_copy": lambda x: x,
-    "alias": lambda x: x,
+    "index": _index,
+    "dropout": _itself,
+    "lift_fresh_copy": _itself,
+    "alias": _itself,
     "conv1d": _conv1d,
-    "__and__": operator.and_,
-    "__or__": operator.or_,
+    "__and__": _and,
+    "__or__": _or,
 }
 
 
@@ -314,9 +333,10 @@ def load(path: Path) -> Loaded:
     for name in found.records:  # run while it is read, before it can be looked at
         if name.startswith("code/") and name.endswith(".py") and b"__setstate__" in found.read(name):
             raise runs_code(found, name)
-    said = {PORTS: ""}
+    said: dict[str, Any] = {PORTS: ""}  # torch puts bytes there
+    scripts: Any = torch.jit  # whose functions have no types
     with loading(found):
-        module = torch.jit.load(str(found.path), _extra_files=said)
+        module = scripts.load(str(found.path), _extra_files=said)
     kinds = {node.kind() for node in _nodes(module.inlined_graph)}
     if odd := sorted(kind for kind in kinds if kind in _DOING or not kind.startswith(("aten::", "prim::"))):
         raise runs_code(found, ", ".join(odd)[:200])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -65,6 +65,8 @@ class Export:
     """A model as it is written.
 
     Attributes:
+        model: as it is read.
+        target: files, and where in them each tensor lies.
         notes: what a person should know, one line each.
         words: codes that its weights are in; there are none.
     """
@@ -79,9 +81,13 @@ def in_archive(model: Described, found: Weightless, file: str, writer: ZipWriter
     """An archive whose records with values are written, with places for the weights behind them, and what lies beside.
 
     Args:
+        model: which has the tokenizer and other files beside the archive.
+        found: the same, ready to be traced: its parameters are the weights.
+        file: the archive's name.
+        writer: which has the records; it is finished here.
         record: what a weight's record is called, before its number in ``found.held``.
     """
-    tensors = []
+    tensors: list[TargetTensor] = []
     for number, one in enumerate(found.held):
         offset = writer.reserve(f"{record}{number}", one.spec.nbytes)
         tensors.append(TargetTensor(one.spec.name, file, offset, one.spec, one.slots))
@@ -203,7 +209,13 @@ def exported(model: Weightless) -> Any:
 
 
 def ports_json(graph: Graph, dtype: str, device: str) -> bytes:
-    """A graph's inputs and outputs: name, axes (a name where it may be of any length) and torch's dtype of each."""
+    """A graph's inputs and outputs: name, axes (a name where it may be of any length) and torch's dtype of each.
+
+    Args:
+        graph: whose ports they are.
+        dtype: dconv's name of what is no whole number.
+        device: where its weights are put when it is loaded.
+    """
     said: dict[str, Any] = {
         side: [
             {"name": port.name, "axes": port.axes, "dtype": "int64" if port.whole else TO_TORCH[dtype]} for port in of
@@ -214,7 +226,7 @@ def ports_json(graph: Graph, dtype: str, device: str) -> bytes:
 
 
 @contextmanager
-def _fakes(net: Any) -> Iterator[None]:
+def _fakes(net: Any) -> Generator[None]:
     """Fake tensors on the CPU for what has no storage: a graph says of its tensors where they lie."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -235,8 +247,8 @@ def _fakes(net: Any) -> Iterator[None]:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Without what torch's exporter tells a person at a terminal."""
+def silent() -> Generator[None]:
+    """For a while, without what torch's exporter tells a person at a terminal: no logger warns."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -289,7 +301,10 @@ def _is_padding(expression: Any) -> bool:
     import sympy
     from torch.utils._sympy.functions import Mod
 
-    return isinstance(expression, sympy.StrictGreaterThan) and isinstance(expression.lhs, Mod) and expression.rhs == 0
+    if not isinstance(expression, sympy.StrictGreaterThan):
+        return False
+    asked: Any = expression  # its sides may be anything that sympy has
+    return isinstance(asked.lhs, Mod) and bool(asked.rhs == 0)
 
 
 def _some_lengths(model: Weightless, found: str) -> Refused:
@@ -314,13 +329,15 @@ def _forget_tracer(program: Any) -> None:
 
 def _say_lengths(program: Any, graph: Graph) -> None:
     """Lengths may be all that agree with each other, which a call then asks. What was decided by would ask for more."""
-    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy import numbers
     from torch.utils._sympy.value_ranges import ValueRanges
 
+    theirs: Any = numbers  # without types
+
     for symbol in program.range_constraints:
-        program.range_constraints[symbol] = ValueRanges(0, int_oo)
+        program.range_constraints[symbol] = ValueRanges(0, theirs.int_oo)
     first: dict[str, str] = {}
-    said = []
+    said: list[str] = []
     for i, port in enumerate(graph.inputs):
         for j, axis in enumerate(port.axes):
             if isinstance(axis, str):

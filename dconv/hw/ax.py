@@ -55,10 +55,12 @@ class Axera:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips with what each is sold as, and the types of weights that pulsar2 has."""
         known = {"AX650": "AX650A, AX650N, AX8850", "AX620E": "AX630C and its kin"}
         return {chip: f"{those}; weights {', '.join(_WEIGHTS)}" for chip, those in known.items()}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """Decoders alone, with an embedding in bf16; settings are pulsar2's own options, by their names."""
         kind = kind_of(model.family)
         if kind != "decoder":
             raise Refused("Pulsar2's llm_build2 takes language models, nothing was written",
@@ -91,6 +93,7 @@ class Axera:
         return Handing(Terms(chip, found, facts), (Step(_ROLE, step),), model, notes, memory=8 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """pulsar2 on PATH, else its one docker image, or the one that ``PULSAR2_IMAGE`` names."""
         path = ask.environment.get("PATH")
         here = shutil.which("pulsar2", path=path)
         if here is not None:
@@ -121,6 +124,7 @@ class Axera:
         return [found[0] for found in _PULSAR.finditer(done.stdout)]
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write ``compile.sh`` and the embedding's rows in bf16, which the runtime opens beside the layers."""
         found = handing.terms.settings
         words = [
             "pulsar2", "llm_build2", "--input_path", _ROLE, "--output_path", OUT,
@@ -153,6 +157,7 @@ done""",
         _write_embedding(work / _ROLE, work / EMBEDDING)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """pulsar2's words of success, a file for each layer, one output layer, and an embedding of the right size."""
         wanted = _DONE if terms.settings["check"] else _DONE[:1]
         if silent := [line for line in wanted if line not in log]:
             raise VerifyFailed("pulsar2 ended well without a word of it", expected="\n".join(silent))

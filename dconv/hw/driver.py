@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from dconv.checkpoint.files import parse_json
 from dconv.errors import DconvError, ToolMissing, UsageError, VerifyFailed
+from dconv.export.parsed import is_dict, is_texts
 from dconv.hw.target import OUT, SCRIPT, Ask, Handing, Tool
 
 FOLDER: Final = Path(__file__).with_name("drivers")
@@ -42,6 +43,7 @@ class Driver:
 
     @property
     def path(self) -> Path:
+        """The file itself, which is copied into a work folder."""
         return FOLDER / f"{self.name}_driver.py"  # under the toolchain's own name it would be imported for it
 
     def find(self, ask: Ask) -> Tool:
@@ -90,7 +92,10 @@ class Driver:
         """Write the driver, its job and ``compile.sh``.
 
         Args:
+            handing: whose terms name the chip.
+            work: the work folder.
             source: role -> path in the work folder.
+            settings: of the job, checked.
         """
         shutil.copyfile(self.path, work / self.path.name)
         job = {"source": dict(source), "out": OUT, "platform": handing.terms.platform, "settings": dict(settings)}
@@ -109,7 +114,7 @@ class Driver:
             raise VerifyFailed("the compiler ended well and said nothing of its work", where=RESULT,
                                found=str(fault)[:300]) from fault  # fmt: skip
         files = said.get("files")
-        if not isinstance(files, list) or not files or not all(isinstance(name, str) for name in files):
+        if not is_texts(files) or not files:
             raise VerifyFailed("the compiler ended well and wrote nothing", where=RESULT, found=f"{files!r:.80}")
         require_files(out, files)
         if not isinstance(said.get("evidence"), dict):
@@ -123,7 +128,7 @@ def require_files(out: Path, names: list[str]) -> None:
     Raises:
         VerifyFailed: with all such.
     """
-    wrong = []
+    wrong: list[str] = []
     for name in names:
         path = out / name
         if not path.resolve().is_relative_to(out.resolve()) or not path.is_file():
@@ -135,7 +140,13 @@ def require_files(out: Path, names: list[str]) -> None:
 
 
 def write_script(work: Path, command: str, install: str) -> None:
-    """Write ``compile.sh``, which runs a command in its own folder once what it compiles is proved whole."""
+    """Write ``compile.sh``, which runs a command in its own folder once what it compiles is proved whole.
+
+    Args:
+        work: the folder.
+        command: of bash; lines of it end the script when they fail.
+        install: how to get what it needs, for who reads the script.
+    """
     needs = "".join(f"#   {line}\n" for line in install.splitlines())
     (work / SCRIPT).write_text(
         f"""#!/usr/bin/env bash
@@ -156,8 +167,8 @@ def _last_mapping(text: str) -> dict[str, Any] | None:
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:
-                said = json.loads(line)
+                said: object = json.loads(line)
             except ValueError:
                 return None
-            return said if isinstance(said, dict) else None
+            return said if is_dict(said) else None
     return None

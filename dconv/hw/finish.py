@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
+from dconv.export.parsed import is_dict
 from dconv.hw import manifest, process
 from dconv.hw.target import OUT, SCRIPT, Adapter, Ask, Handing, Terms, Tool
 from dconv.sharding.receipt import RECEIPT
@@ -27,10 +28,12 @@ class Finish:
     """Where a hand-off ends, and how.
 
     Attributes:
+        target: FORMAT of the compiler, for the manifest.
         out: the result's place.
         work: the folder that holds the artifacts.
         source: for the manifest: what was handed over.
         timeout: seconds that a compiler may take.
+        overwrite: whether an older result of dconv's is replaced.
         told: gets each line that it prints.
         stopped: whether this process was asked to leave.
     """
@@ -46,7 +49,7 @@ class Finish:
 
     @property
     def log(self) -> Path:
-        """Beside the result, until there is one."""
+        """Where the compiler's words are kept: beside the result, until there is one."""
         return self.out.with_name(f"{self.out.name}.{LOG}")
 
 
@@ -106,7 +109,12 @@ def compiled(adapter: Adapter, handing: Handing, tool: Tool, ask: Ask, how: Fini
 
 
 def bundled(adapter: Adapter, handing: Handing, ask: Ask, how: Finish) -> dict[str, Any]:
-    """Put the work folder itself in the result's place, ready to be compiled elsewhere; returns its manifest."""
+    """Put the work folder itself in the result's place, ready to be compiled elsewhere; returns its manifest.
+
+    Raises:
+        VerifyFailed: what was prepared is not what was planned.
+        UsageError: something is in the result's place by now.
+    """
     shutil.rmtree(how.work / OUT, ignore_errors=True)
     try:
         adapter.lay_out(handing, how.work, ask)
@@ -124,6 +132,9 @@ def again(adapter: Adapter, source: Path, how: Finish, adopted: Terms | None = N
     """A hand-off's folder once more: judged anew, and put together anew; returns the new manifest.
 
     Args:
+        adapter: of the compiler that made it.
+        source: the folder.
+        how: where the new one is put.
         adopted: what is known of it where it has no manifest.
 
     Raises:
@@ -159,7 +170,7 @@ def rejudged(adapter: Adapter, folder: Path) -> dict[str, Any]:
     said = manifest.checked(folder)
     if said["kind"] == "compiled":
         facts = said.get("facts")
-        if not isinstance(facts, dict):
+        if not is_dict(facts):
             raise Damaged(f"{manifest.NAME} does not say what was expected", where=str(folder))
         log = folder / LOG
         text = log.read_text(errors="replace") if log.is_file() else ""

@@ -55,10 +55,14 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def angles(said: Mapping[str, Any], places: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines [1, 1, places, rope-dim] of a rotation.
+    """Cosines and sines of a rotation, [1, 1, places, rope-dim] each.
 
     Llama 3's scaling: of wavelengths longer than the original text the frequency is divided by the factor, shorter ones
     stay, and between the two it is mixed (transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters``).
+
+    Args:
+        said: of `rotation`, with ``rope-dim``: half a head's width.
+        places: positions, [places].
     """
     count = int(said["rope-dim"])
     turns = 1.0 / np.float64(said["rope-theta"]) ** (np.arange(count) / count)
@@ -100,9 +104,11 @@ def config_of(
     """``genie_config.json``.
 
     Args:
-        model, generation: see `ends`.
+        model: config.json.
+        generation: generation_config.json; see `ends`.
         rope: of `rotation`, with ``rope-dim``.
         sizes: ``context``, ``vocabulary`` and ``width`` of a head.
+        binary: the file with the graphs, beside this one.
 
     Raises:
         Refused: see `ends`.
@@ -141,7 +147,7 @@ def config_of(
 
 
 def on_device(chip: Chip) -> dict[str, Any]:
-    """How the HTP is set where Genie runs."""
+    """How the HTP is set where Genie runs: the file `HTP`, which ``genie_config.json`` names as ``extensions``."""
     core = {"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}
     return {
         "devices": [{"soc_model": chip.model, "dsp_arch": f"v{chip.arch}", "cores": [core]}],
@@ -151,7 +157,12 @@ def on_device(chip: Chip) -> dict[str, Any]:
 
 
 def at_compile(chip: Chip, graphs: list[str]) -> dict[str, Any]:
-    """How the HTP is set where graphs are compiled: a graph that is not named would be compiled with defaults."""
+    """How the HTP is set where graphs are compiled.
+
+    Args:
+        chip: what they are compiled for.
+        graphs: their names, all of them: a graph that is not named would be compiled with defaults.
+    """
     return {
         "graphs": [{"graph_names": graphs, "O": 3}],
         "devices": [{"soc_model": chip.model, "dsp_arch": f"v{chip.arch}"}],

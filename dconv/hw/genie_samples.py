@@ -38,15 +38,19 @@ Arrays = dict[str, NDArray[Any]]
 class Ranges:
     """The least and the largest number of a tensor, of all samples, 0 included."""
 
-    found: dict[str, tuple[float, float]] = field(default_factory=dict)
+    found: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
 
     def see(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Widen the ranges by tensors of a sample, by name."""
         for name, held in arrays.items():
             low, high = self.found.get(name, (0.0, 0.0))
             self.found[name] = min(low, float(held.min())), max(high, float(held.max()))
 
     def encodings(self) -> dict[str, Any]:
-        """For ``--quantization_overrides``: codes of what went through a graph's inputs and outputs."""
+        """For ``--quantization_overrides``: codes of what went through a graph's inputs and outputs.
+
+        Keys and values have one entry for what a graph gives and the same for what it takes.
+        """
         said: dict[str, Any] = {}
         for name, (low, high) in sorted(self.found.items()):
             if name.startswith("past_") and name.endswith("_out"):
@@ -75,7 +79,10 @@ class Graph:
     """A graph in onnxruntime.
 
     Attributes:
+        name: as Genie calls it.
         length: tokens that it reads at once.
+        context: tokens of the cache and of these.
+        rope: how its angles are computed.
     """
 
     name: str
@@ -86,23 +93,30 @@ class Graph:
 
     @classmethod
     def opened(cls, name: str, path: Path, rope: Mapping[str, Any]) -> Graph:
-        """
+        """The graph in a file, on the CPU; its lengths are those of its inputs.
+
+        Args:
+            name: as Genie calls it.
+            path: of the ONNX file.
+            rope: the rotation, of `dconv.hw.genie_config.rotation` and with ``rope-dim``.
+
         Raises:
             ToolMissing: onnxruntime does not take it.
         """
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        runtime: Any = onnxruntime  # in part of compiled code, which says no types
+        options = runtime.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # whatever a runtime raises about one graph
             raise _failed(name, error) from error
         shapes = {one.name: one.shape for one in session.get_inputs()}
         return cls(name, session, shapes["input_ids"][1], shapes["attention_mask"][3], rope)
 
     def empty(self) -> Arrays:
-        """A cache of nothing, as long as the context."""
+        """A cache of nothing, as long as the context: zeros, keys [heads, 1, width, context], values transposed."""
         found: Arrays = {}
         for one in self.session.get_inputs():
             if one.name.startswith("past_"):
@@ -116,7 +130,13 @@ class Graph:
         return self.context - self.length
 
     def inputs(self, tokens: NDArray[np.int32], cache: Arrays, before: int) -> Arrays:
-        """Of a call: tokens behind ``before`` others, which are the first of the cache, filled up with hidden ones."""
+        """Inputs of a call: tokens behind ``before`` others, filled up with hidden ones.
+
+        Args:
+            tokens: `length` of them at most.
+            cache: keys and values, of which the first ``before`` places are taken.
+            before: tokens that were read.
+        """
         count = len(tokens)
         filled = np.zeros((1, self.length), np.int32)
         filled[0, :count] = tokens
@@ -132,6 +152,11 @@ class Graph:
         return {name: np.ascontiguousarray(held) for name, held in given.items()}
 
     def run(self, given: Arrays) -> Arrays:
+        """Outputs by name, of inputs by name.
+
+        Raises:
+            ToolMissing: onnxruntime fails.
+        """
         names = [one.name for one in self.session.get_outputs()]
         try:
             return dict(zip(names, self.session.run(None, given), strict=True))
@@ -145,7 +170,14 @@ def _failed(name: str, error: Exception) -> ToolMissing:
 
 
 def kept(cache: Arrays, made: Arrays, before: int, count: int) -> None:
-    """Put what is new into the cache, as Genie does."""
+    """Put what is new into the cache, in place and as Genie does.
+
+    Args:
+        cache: keys and values, by the names of inputs.
+        made: a call's outputs.
+        before: tokens that are in the cache.
+        count: tokens of the call that are no filling.
+    """
     for name, held in cache.items():
         new = made[f"{name.removesuffix('_in')}_out"]
         if "_key_" in name:
@@ -168,7 +200,17 @@ def calls(prompt: Graph, token: Graph, text: NDArray[np.int32]) -> Iterator[tupl
 
 
 def write(work: Path, prompt: Graph, token: Graph, texts: NDArray[np.int32]) -> None:
-    """Write the samples of both graphs, their lists, and the codes of inputs and outputs."""
+    """Write the samples of both graphs, their lists, and the codes of inputs and outputs.
+
+    Args:
+        work: the work folder: `FOLDER` and `ENCODINGS` are made in it.
+        prompt: the graph that reads many tokens at once.
+        token: the graph that reads one.
+        texts: [texts, tokens], each read to its end by both.
+
+    Raises:
+        ToolMissing: onnxruntime fails.
+    """
     ranges, lines = Ranges(), {prompt.name: list[str](), token.name: list[str]()}
     for text in texts:
         for graph, given, made, count in calls(prompt, token, text):
@@ -193,7 +235,7 @@ def _sample(work: Path, graph: Graph, given: Arrays, number: int) -> str:
     """A line of the list: the quantizer reads fp32, whole numbers too, from files by name."""
     folder = work / FOLDER / graph.name
     folder.mkdir(parents=True, exist_ok=True)
-    words = []
+    words: list[str] = []
     for name, held in given.items():
         # most of a cache is empty at first: zeros of a shape are one file
         stem = f"{name}_{number}" if held.any() else f"zeros_{'x'.join(map(str, held.shape))}"

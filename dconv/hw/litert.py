@@ -14,6 +14,7 @@ from typing import Final
 from dconv.arch.layouts import size
 from dconv.describe import Described
 from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.parsed import is_dict
 from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import Driver
@@ -45,6 +46,7 @@ class Litert:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """mtk_cloud's chips, and more that LiteRT alone knows."""
         return {**PLATFORMS, **dict.fromkeys(_MORE, "LiteRT alone")}
 
     @property
@@ -52,6 +54,7 @@ class Litert:
         return Driver("litert", self.install)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """Decoders alone; ``--quant`` f32 or int8 says the same as the setting ``weights``."""
         kind = kind_of(model.family)
         if kind != "decoder":
             raise Refused("litert-torch is given decoders of text, nothing was written",
@@ -81,23 +84,26 @@ class Litert:
         return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=16 * parameters)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """litert-torch's interpreter, with NeuroPilot's SDK for the chip where code for its NPU is asked for."""
         tool = self._driver.find(ask)
         if terms is None or not terms.settings["aot"]:
             return tool
         aot = tool.details.get("aot")
-        sdk = aot.get("v9" if terms.platform in _NINTH else "v8") if isinstance(aot, dict) else None
-        if not isinstance(sdk, dict) or not sdk.get("complete"):
+        sdk = aot.get("v9" if terms.platform in _NINTH else "v8") if is_dict(aot) else None
+        if not is_dict(sdk) or not sdk.get("complete"):
             raise ToolMissing(
                 f"nothing here compiles for {terms.platform}, nothing was written",
-                found=f"{tool.words}, without {sdk.get('lacks') if isinstance(sdk, dict) else 'the SDK'}",
+                found=f"{tool.words}, without {sdk.get('lacks') if is_dict(sdk) else 'the SDK'}",
                 do=f"{self.install}\nor a .tflite without code for an NPU: --quantization-config '{{\"aot\": false}}'",
             )
         return tool
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write the driver and its job, which reads the HuggingFace directory and nothing else."""
         self._driver.lay_out(handing, work, {_ROLE: _ROLE}, handing.terms.settings)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """The files by name, their magic, the NPU's operators where these were asked for, and compared logits."""
         said = self._driver.result(out)
         aot = bool(terms.settings["aot"])
         wanted = [_FILE, *([f"model_{terms.platform}.tflite"] if aot else [])]
@@ -112,7 +118,7 @@ class Litert:
                                    found=repr(head[4:]))  # fmt: skip
         evidence: Mapping[str, object] = said["evidence"]
         compiled = evidence.get("aot")
-        if aot and not (isinstance(compiled, dict) and compiled.get("npu_ops")):
+        if aot and not (is_dict(compiled) and compiled.get("npu_ops")):
             raise VerifyFailed("nothing in it was compiled for the NPU", where=wanted[-1])
         if not evidence.get("agreement"):
             raise VerifyFailed("its logits were not compared with the model's", where=_FILE)

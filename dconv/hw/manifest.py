@@ -11,6 +11,7 @@ from typing import Any, Final
 from dconv import __version__
 from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged
+from dconv.export.parsed import is_dict
 from dconv.sharding.receipt import OWN, is_unchanged, with_own
 
 NAME: Final = "manifest.json"
@@ -28,7 +29,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """The digest of a file, in hexadecimal; it is read in parts of 4 MiB."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -38,7 +39,7 @@ def sha256(path: Path) -> str:
 
 def write(folder: Path, said: Mapping[str, Any]) -> None:
     """List a folder's files with their digests, and say what they are; all of it is on the disk afterwards."""
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path in files_of(folder):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         _sync(path)
@@ -61,7 +62,7 @@ def _sync(path: Path) -> None:
 
 
 def is_here(folder: Path) -> bool:
-    """Whether a folder is of a hand-off."""
+    """Whether a folder is of a hand-off, by the file that lists it."""
     return (folder / NAME).is_file()
 
 
@@ -84,7 +85,7 @@ def read(folder: Path) -> dict[str, Any]:
     said.pop(OWN, None)
     wanted = {"kind": str, "target": str, "platform": str, "settings": dict, "files": dict}
     if any(not isinstance(said.get(key), of) for key, of in wanted.items()) or not all(
-        isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
+        is_dict(one) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
         for one in said["files"].values()
     ):
         raise Damaged(f"{NAME} is none of a hand-off", where=str(folder / NAME))

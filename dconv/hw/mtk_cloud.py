@@ -42,9 +42,11 @@ class MtkCloud:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips that the repository takes."""
         return mtk_contract.PLATFORMS
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """A language model and its GPTQ form, which is calibrated here or copied from ``gptq_path``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         found = mtk_contract.settled(ask.settings, ask.where)
         if ask.quant not in (None, _GPTQ):
@@ -77,12 +79,14 @@ class MtkCloud:
         return replace(plain, format=_GPTQ, quantization_config=json.dumps(told), calibration=ask.calibration)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The repository, by ``mtk_cloud_path`` of the settings or by ``MTK_CLOUD_PATH``."""
         multimodal = terms is not None and bool(terms.facts["multimodal"])
         said = ask.settings.get("mtk_cloud_path")
         found = mtk_contract.repository(None if said is None else str(said), ask.environment, multimodal=multimodal)
         return Tool("mtk_cloud", {mtk_contract.VARIABLE: str(found.path)}, {"script": str(found.script)})
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write ``quantize_config.json``, and a script that sets the repository's variables and runs its own."""
         terms = handing.terms
         config = mtk_contract.quantize_config(read_json(work / _GPTQ / "config.json", what="config.json"))
         (work / _GPTQ / "quantize_config.json").write_text(f"{json.dumps(config, indent=2)}\n")
@@ -114,11 +118,13 @@ fi""",
         )
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """The parts, by name and by what they hold; see `dconv.hw.mtk_contract.judge`."""
         parts = terms.settings["parts"]
         own = (NAME, LOG)
         return mtk_contract.judge(out, parts=None if parts is None else int(str(parts)), log=log, own=own)
 
     def adopt(self, folder: Path, ask: Ask) -> Terms | None:
+        """A folder of .tflite files without a config.json is taken for one that mtk_cloud wrote."""
         if not folder.is_dir() or (folder / "config.json").exists() or not any(folder.glob("*.tflite")):
             return None
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)

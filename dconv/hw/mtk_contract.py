@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from dconv.checkpoint.files import parse_json
 from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.parsed import is_dict
 from dconv.hw import settings
 from dconv.hw.settings import Setting
 
@@ -111,8 +112,12 @@ def environment(
 
     Args:
         given: of `settled`.
+        platform: the chip, of `PLATFORMS`.
         size: of `SIZES`.
-        model, gptq, out: absolute; HuggingFace directories, and where parts are written.
+        multimodal: whether the model sees; see `is_multimodal`.
+        model: a HuggingFace directory; as the next two, an absolute path.
+        gptq: the directory of its GPTQ form.
+        out: where parts are written.
         inherited: the process's own variables, of which ``CONDA_ENV`` counts where no setting names one.
 
     Raises:
@@ -152,6 +157,7 @@ def model_size(parameters: int, asked: str | None = None) -> str:
 
     Args:
         parameters: all of them, embeddings included, a tied head once.
+        asked: the setting ``model_size``.
 
     Raises:
         UsageError: no such size was asked for.
@@ -177,6 +183,7 @@ def is_multimodal(config: Mapping[str, Any], task: str | None = None) -> bool:
     """Whether a model sees, by its ``config.json``; a path's name says nothing.
 
     Args:
+        config: config.json.
         task: ``--task``, which has to agree with the config where it says text.
 
     Raises:
@@ -210,6 +217,11 @@ class Repository:
 
 def repository(option: str | None, environment: Mapping[str, str], *, multimodal: bool) -> Repository:
     """The repository: by option, then by `VARIABLE`; recognised by the script that is run.
+
+    Args:
+        option: the setting ``mtk_cloud_path``.
+        environment: the process's variables.
+        multimodal: which of the two scripts is run.
 
     Raises:
         ToolMissing: none is named, it is not there, or has no script that bash can read.
@@ -250,8 +262,8 @@ def quantize_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Refused: the config says nothing of GPTQ.
     """
-    said = config.get("quantization_config")
-    if not isinstance(said, dict) or said.get("quant_method", "gptq") != "gptq" or type(said.get("bits")) is not int:
+    said: object = config.get("quantization_config")
+    if not is_dict(said) or said.get("quant_method", "gptq") != "gptq" or type(said.get("bits")) is not int:
         raise Refused("this is no GPTQ model, nothing was written", where="quantization_config of config.json",
                       expected="quant_method gptq, and bits", found=f"{said!r:.80}")  # fmt: skip
     return {"model_name_or_path": None, "model_file_base_name": None, **said, "quant_method": "gptq"}
@@ -285,7 +297,8 @@ def judge(out: Path, *, parts: int | None = None, log: str = "", own: Collection
     Raises:
         VerifyFailed: a part that is empty, of another kind or missing, or a step of which the log says that it failed.
     """
-    files, wrong = [], []
+    files: list[Path] = []
+    wrong: list[str] = []
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if name in own:
@@ -320,7 +333,7 @@ def _missing(made: Collection[str], parts: int | None) -> list[str]:
         return ["no .tflite"]
     if parts is not None:
         return [] if len(made) == parts else [f"{len(made)} of {parts} parts"]
-    wrong = []
+    wrong: list[str] = []
     series: dict[tuple[str, int], set[int]] = {}
     for name in made:
         if found := _NUMBERED.search(name):

@@ -20,6 +20,7 @@ from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import read_json
 from dconv.describe import Described
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.parsed import is_dict
 from dconv.hw import settings
 from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
@@ -36,6 +37,7 @@ from dconv.hw.neuron_models import (
 from dconv.hw.target import Ask, Handing, Step, Terms, Tool
 from dconv.neuron import QUANT
 from dconv.request import Request
+from dconv.sharding.region import Index
 
 _HF: Final = "hf"
 _FP8: Final = "neuron"
@@ -63,6 +65,7 @@ class Neuron:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Instance families, and what they are."""
         return {name: chip.words for name, chip in CHIPS.items()}
 
     @property
@@ -70,6 +73,7 @@ class Neuron:
         return Driver("neuron", self.install)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """A directory in bf16 or Neuron's FP8 form; unless it is named, ``tp_degree`` is the smallest that fits."""
         name = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         chip = CHIPS[name]
         known = {
@@ -109,6 +113,7 @@ class Neuron:
         return Handing(Terms(name, found, facts), (Step(_FP8 if fp8 else _HF, step),), model, notes, 3 * sizes.weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The interpreter with NxD Inference, whose inference_demo must have a class for the model."""
         tool = self._driver.find(ask)
         types = tool.details.get("model_types")
         if terms is not None and terms.facts["model_type"] not in (types if isinstance(types, list) else ()):
@@ -118,6 +123,7 @@ class Neuron:
         return tool
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write the driver, its job, and for FP8 the list of modules that have no codes."""
         (step,), terms = handing.steps, handing.terms
         path = work / step.role / "config.json"
         # a class of transformers 4 takes its defaults for a rotation that is said in newer keys alone
@@ -135,6 +141,7 @@ class Neuron:
         self._driver.lay_out(handing, work, source, agreed)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """The line of success, a whole archive of torch.jit, a config that says what was asked for, weights by core."""
         said = self._driver.result(out)
         done = _DONE.search(log)
         if done is None or said["evidence"].get("said") != done.group():
@@ -208,8 +215,8 @@ def _cores(found: Mapping[str, object], model: Described, said: Mapping[str, Any
     if asked is not None and asked not in degrees:
         raise Refused(f"{name} has no such parallel size, nothing was written", where="tp_degree, --tp",
                       expected=", ".join(map(str, degrees)) + f" (logical_nc_config {together})", found=str(asked),
-                      do="its largest instance has "
-                      f"{max(CHIPS[name].instances.values())} cores" if asked > degrees[-1] else "")  # type: ignore[operator]  # fmt: skip
+                      do=f"its largest instance has {max(CHIPS[name].instances.values())} cores"
+                      if isinstance(asked, int) and asked > degrees[-1] else "")  # fmt: skip
     least = None
     for cores in (asked,) if isinstance(asked, int) else degrees:
         least = sizes_of(model, said, cores, tokens, found["dtype"] == QUANT)
@@ -258,7 +265,8 @@ def exclusions(folder: Path) -> list[str]:
     Raises:
         Damaged: see `dconv.checkpoint.safetensors.read_header`.
     """
-    shapes, quantised = {}, set()
+    shapes: dict[str, Index] = {}
+    quantised: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         for name, stored in safetensors.read_header(file).items():
             shapes[name] = stored.spec.shape
@@ -289,7 +297,7 @@ def _judge_config(path: Path, terms: Terms) -> None:
         raise VerifyFailed(
             "the compiled model's config cannot be read", where=CONFIG, found=str(fault)[:300]
         ) from fault
-    said: Mapping[str, object] = inner if isinstance(inner, dict) else {}
+    said: Mapping[str, object] = inner if is_dict(inner) else {}
     fp8 = terms.settings["dtype"] == QUANT
     wanted = {key: terms.settings[key] for key in _REPEATED} | {"torch_dtype": "bfloat16", "quantized": fp8}
     wanted["save_sharded_checkpoint"] = terms.settings["save_sharded_checkpoint"]

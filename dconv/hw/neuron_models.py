@@ -26,6 +26,7 @@ class Chip:
     """An instance family.
 
     Attributes:
+        words: the chip, and the names of its instances.
         logical: by how many cores are taken for one (LNC), the default first: memory of such a one in bytes, and the
             parallel sizes that its runtime has.
         instances: their cores, for the default of ``logical``.
@@ -151,10 +152,14 @@ class Sizes:
 
 
 def sizes_of(model: Described, said: Mapping[str, Any], cores: int, tokens: int, fp8: bool) -> Sizes:
-    """Weights and key-value cache.
+    """Weights and key-value cache, both in bf16 but for what ``fp8`` says.
 
     Args:
+        model: whose tensors are counted.
+        said: of `known_config`.
+        cores: by which heads are padded and copied.
         tokens: of all sequences together.
+        fp8: whether matrices of layers take a byte a number.
     """
     matrices = 0
     if fp8:  # a byte instead of two; scales and the rest are as good as nothing

@@ -36,6 +36,7 @@ class OnnxruntimeQnn:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips by QNN's names, and the precisions that their HTP computes in."""
         said: dict[str, str] = dict.fromkeys(_WITH_HALF, ", ".join(_DTYPES))
         return {**said, **dict.fromkeys(_WITHOUT_HALF, ", ".join(_DTYPES[1:]))}
 
@@ -44,6 +45,7 @@ class OnnxruntimeQnn:
         return Driver("qnn", self.install)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """One graph of given lengths; ``--quant`` says the same as the setting ``dtype``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES)}
         found = settings.settled(ask.settings, known, ask.where)
@@ -62,12 +64,15 @@ class OnnxruntimeQnn:
         return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=12 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The interpreter with onnxruntime-qnn, which compiles for every chip."""
         return self._driver.find(ask)
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write the driver, its job, and samples where the compiler chooses codes."""
         static_graph.lay_out(self._driver, handing, work, ask)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """The wrapper and the binary, which has to name the chip itself."""
         said = self._driver.result(out)
         if sorted(said["files"]) != _FILES:
             raise VerifyFailed("QNN writes a wrapper and a binary", expected=", ".join(_FILES),

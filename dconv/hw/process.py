@@ -34,6 +34,7 @@ class Ran:
     """A compiler that came to its end and said that all is well.
 
     Attributes:
+        seconds: from its start to its end.
         log: all that it printed.
     """
 
@@ -55,7 +56,9 @@ def run(
     """Run a compiler to its end.
 
     Args:
+        argv: the program and its arguments.
         log: gets all that it prints.
+        cwd: where it runs.
         environment: added to this process's own.
         timeout: seconds.
         told: gets each line that it prints.
@@ -150,7 +153,7 @@ def _group_is_gone(group: int) -> bool:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
+    """The last lines of a log that are not empty, six at most; nothing of one that cannot be read."""
     with contextlib.suppress(OSError):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(line[:200] for line in lines[-_SHOWN:])

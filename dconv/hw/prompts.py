@@ -26,6 +26,7 @@ def texts(data: str | None, count: int, length: int, seed: int = 0) -> list[tupl
         data: see `dconv.quant.documents.read`.
         count: how many.
         length: tokens of each, about.
+        seed: says which of them are taken where there are more.
 
     Raises:
         Refused: token ids, which compilers of texts do not take, or too little.

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.arch.layouts import size
-from dconv.checkpoint.files import Made, read_json
+from dconv.checkpoint.files import read_json
 from dconv.describe import Described
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.export.genai import generation_of
 from dconv.export.genie import NAME
 from dconv.export.prompt import kind_of
 from dconv.export.runtimes import missing
@@ -45,7 +46,6 @@ BINARY: Final = "model_part_1_of_1.bin"
 INFO: Final = "model_part_1_of_1.json"
 METADATA: Final = "metadata.json"
 _SETTINGS: Final = "htp_compile.json"
-_GENERATION: Final = "generation_config.json"
 #: In a binary: the compiler's settings, of which these two say what it is for.
 _TARGET: Final = re.compile(rb"soc_type=(\w+);arch=(\d+)")
 
@@ -59,9 +59,11 @@ class Qairt:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips that Genie runs on, and the precisions that their HTP computes in."""
         return {name: ", ".join(_DTYPES[not chip.half :]) for name, chip in CHIPS.items()}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """Two graphs of a decoder, for a prompt and for one token, over one cache as long as the context."""
         kind = kind_of(model.family)
         if kind != "decoder":
             raise Refused("Genie runs language models, nothing was written", found=f"{model.family.name}, {kind}",
@@ -110,21 +112,24 @@ class Qairt:
         return Handing(Terms(chip, {**found, "dtype": dtype}, facts), steps, model, notes, memory=12 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The SDK that ``QNN_SDK_ROOT`` or ``QAIRT_SDK_ROOT`` names; see `dconv.hw.qairt_sdk.find`."""
         return qairt_sdk.find(ask)
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
-        graphs: dict[str, str] = dict(handing.terms.facts["graphs"])  # type: ignore[call-overload]
+        """Write what Genie reads beside the binary, the HTP's settings, samples for codes, and ``compile.sh``."""
+        facts: Mapping[str, Any] = handing.terms.facts
+        graphs: dict[str, str] = dict(facts["graphs"])
         chip = CHIPS[handing.terms.platform]
         ports = {name: _ports(work / role / "model.onnx") for role, name in graphs.items()}
         given = ports[graphs["token"]]
-        rope = {**handing.terms.facts["rope"], "rope-dim": given["inputs"]["position_ids_cos"]["shape"][3]}  # type: ignore[dict-item]
+        rope: dict[str, Any] = {**facts["rope"], "rope-dim": given["inputs"]["position_ids_cos"]["shape"][3]}
         sizes = {
             "context": given["inputs"]["attention_mask"]["shape"][3],
             "vocabulary": given["outputs"]["logits"]["shape"][2],
             "width": given["inputs"]["past_key_0_in"]["shape"][2],
         }
         model = handing.model
-        config = genie_config.config_of(model.config, _generation(model), rope, sizes, BINARY)
+        config = genie_config.config_of(model.config, generation_of(model), rope, sizes, BINARY)
         genie = work / "genie"
         genie.mkdir(exist_ok=True)
         _write(genie / genie_config.CONFIG, config)
@@ -140,6 +145,7 @@ class Qairt:
         write_script(work, qairt_sdk.script(names, BINARY, folder, _SETTINGS, INFO), self.install)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """What the SDK's own utility finds in the binary: chip, graphs, their ports, and one coding of the cache."""
         names = (genie_config.CONFIG, genie_config.HTP, genie_config.TOKENIZER)
         require_files(out, [BINARY, INFO, METADATA, *names])
         try:
@@ -179,7 +185,7 @@ def _require_runnable(model: Described, context: int) -> dict[str, Any]:
     if genie_config.TOKENIZER not in model.source.side:
         raise Refused("Genie reads a tokenizer, nothing was written", where=str(model.source.root),
                       expected=genie_config.TOKENIZER, do="--hf-config DIR, of one that has it")  # fmt: skip
-    genie_config.ends(config, _generation(model))
+    genie_config.ends(config, generation_of(model))
     return genie_config.rotation(config)
 
 
@@ -217,10 +223,11 @@ def _ports(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Inputs and outputs of a graph, its weights not read."""
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    library: Any = onnx  # whose functions have types in part
+    graph = library.load(str(path), load_external_data=False).graph
 
     def said(values: Any) -> dict[str, dict[str, Any]]:
-        kind = onnx.helper.tensor_dtype_to_np_dtype
+        kind = library.helper.tensor_dtype_to_np_dtype
         return {
             one.name: {
                 "shape": [axis.dim_value for axis in one.type.tensor_type.shape.dim],
@@ -230,11 +237,6 @@ def _ports(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         }
 
     return {"inputs": said(graph.input), "outputs": said(graph.output)}
-
-
-def _generation(model: Described) -> Mapping[str, Any]:
-    path = model.source.side.get(_GENERATION)
-    return {} if path is None or isinstance(path, Made) else read_json(path, what=_GENERATION)
 
 
 def _write(path: Path, said: Any) -> None:
@@ -272,7 +274,8 @@ def _require_chip(terms: Terms, info: Mapping[str, Any], binary: Path) -> None:
 
 
 def _require_ports(name: str, wanted: Mapping[str, Any], said: Mapping[str, Mapping[str, Any]]) -> None:
-    """
+    """Raise where a graph has not the ports that Genie opens.
+
     Raises:
         VerifyFailed: inputs or outputs of other names or shapes, by which Genie finds them.
     """
@@ -287,7 +290,8 @@ def _require_ports(name: str, wanted: Mapping[str, Any], said: Mapping[str, Mapp
 
 
 def _require_one_cache(said: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """
+    """Raise where the cache is not one for all graphs.
+
     Raises:
         VerifyFailed: bytes of keys and values mean other numbers to one graph than to another.
     """

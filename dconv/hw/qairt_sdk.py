@@ -109,6 +109,7 @@ def script(graphs: Sequence[tuple[str, str]], binary: str, quantised: str | None
 
     Args:
         graphs: the name of each, and its folder; the SDK calls a graph as the file that it is converted into.
+        binary: the file's name that holds them all.
         quantised: the folder of the samples; None computes in half precision.
         settings: the file of the HTP's.
         info: the file of what is in the binary.

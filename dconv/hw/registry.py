@@ -24,6 +24,7 @@ def target_of(format: str, *, named: bool = True) -> str | None:
     """The target that a FORMAT means; None where it is no hardware compiler's.
 
     Args:
+        format: as it was asked for, in any of its spellings.
         named: whether a chip is.
     """
     name = _SPELLED.get(format, format)
@@ -35,7 +36,7 @@ def target_of(format: str, *, named: bool = True) -> str | None:
 
 
 def adapter(target: str) -> Adapter:
-    """The adapter of a target of `target_of`."""
+    """The adapter of a target of `target_of`; its module is imported now."""
     if target in _OURS:
         return cast(Adapter, import_module(f"dconv.hw.{_OURS[target]}").ADAPTER)
     (point,) = entry_points(group=_GROUP, name=target)
@@ -43,6 +44,6 @@ def adapter(target: str) -> Adapter:
 
 
 def adapters() -> Mapping[str, Adapter]:
-    """All of them, by target."""
+    """All adapters, by target: ours, then those of entry points, whose names do not replace ours."""
     outside = [point.name for point in entry_points(group=_GROUP) if point.name not in _OURS]
     return {name: adapter(name) for name in (*_OURS, *outside)}

@@ -49,6 +49,7 @@ class Rkllm:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips, and the precisions that RKLLM has for each."""
         return {name: ", ".join(dtypes) for name, (_, dtypes) in _RKLLM.items()}
 
     @property
@@ -56,6 +57,7 @@ class Rkllm:
         return Driver("rkllm", self.install)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """Decoders alone; precision, algorithm and cores are the chip's usual ones where nobody names them."""
         kind = kind_of(model.family)
         if kind != "decoder":
             raise Refused("RKLLM takes language models, nothing was written", found=f"{model.family.name}, {kind}",
@@ -102,9 +104,11 @@ class Rkllm:
         return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=3 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The interpreter with rkllm-toolkit."""
         return self._driver.find(ask)
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write the driver, its job, and pairs of texts to calibrate on where there are codes."""
         agreed, source = dict(handing.terms.settings), {_ROLE: _ROLE}
         if agreed["dtype"] != "fp16":
             texts = prompts.texts(ask.calibration, int(str(agreed["nsamples"])), int(str(agreed["seqlen"])))
@@ -114,6 +118,7 @@ class Rkllm:
         self._driver.lay_out(handing, work, source, agreed)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """One file, and 0 from each of RKLLM's steps."""
         said = self._driver.result(out)
         if said["files"] != [_FILE]:
             raise VerifyFailed("RKLLM writes one file", expected=_FILE, found=", ".join(said["files"]))

@@ -34,6 +34,7 @@ class Rknn:
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """Chips, and what rknn-toolkit2 compiles for each."""
         return {name: ", ".join(dtypes) for name, dtypes in _CHIPS.items()}
 
     @property
@@ -41,6 +42,7 @@ class Rknn:
         return Driver("rknn", self.install)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """One graph of given lengths; ``--quant`` says the same as the setting ``dtype``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES),
                  "algorithm": settings.among(None, "normal", "mmse", "kl_divergence"),
@@ -61,18 +63,20 @@ class Rknn:
         return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=16 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
+        """The interpreter with rknn-toolkit2."""
         return self._driver.find(ask)
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """Write the driver, its job, and samples where the compiler chooses codes."""
         static_graph.lay_out(self._driver, handing, work, ask)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """One file with RKNN's magic at its beginning; the rest of it the driver has looked at."""
         said = self._driver.result(out)
         if said["files"] != [_FILE]:
             raise VerifyFailed("RKNN writes one file", expected=_FILE, found=", ".join(said["files"]))
-        data = (out / _FILE).open("rb")
-        with data:
-            magic = data.read(4)
+        with (out / _FILE).open("rb") as file:
+            magic = file.read(4)
         if magic != b"RKNN":
             raise VerifyFailed("this is no .rknn", where=_FILE, expected="RKNN at its beginning", found=repr(magic))
         evidence: Mapping[str, object] = said["evidence"]

@@ -33,18 +33,18 @@ class Setting:
 
 
 def among(otherwise: object, *values: object) -> Setting:
-    """One of some values."""
+    """A key that has one of some values."""
     return Setting(otherwise, ", ".join(map(str, values)), lambda said: said in values)
 
 
 def whole(otherwise: int | None, low: int, high: int) -> Setting:
-    """A whole number."""
+    """A key that has a whole number from ``low`` to ``high``, both included; ``true`` is none."""
     words = f"a whole number from {low} to {high}"
     return Setting(otherwise, words, lambda said: type(said) is int and low <= said <= high)
 
 
 def number(otherwise: float | None, low: float, high: float) -> Setting:
-    """Any number."""
+    """A key that has a number from ``low`` to ``high``, both included; ``true`` is none."""
 
     def fits(said: object) -> bool:
         if isinstance(said, bool) or not isinstance(said, int | float):
@@ -55,12 +55,12 @@ def number(otherwise: float | None, low: float, high: float) -> Setting:
 
 
 def text(otherwise: str | None = None) -> Setting:
-    """Any words."""
+    """A key that has any words, but not none."""
     return Setting(otherwise, "text", lambda said: isinstance(said, str) and bool(said))
 
 
 def flag(otherwise: bool) -> Setting:
-    """Yes or no."""
+    """A key that is true or false."""
     return Setting(otherwise, "true or false", lambda said: isinstance(said, bool))
 
 
@@ -94,7 +94,7 @@ def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: st
         if key not in known and key != PLATFORM:
             raise UsageError(f"there is no key {key!r:.80}, nothing was written", where=where,
                              expected=", ".join(known), do=meant(str(key), known))  # fmt: skip
-    found = {}
+    found: dict[str, object] = {}
     for key, setting in known.items():
         value = given.get(key, setting.otherwise)
         if key in given and not setting.fits(value):
@@ -109,7 +109,7 @@ def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: st
 
 
 def meant(word: str, known: Collection[str]) -> str:
-    """A question after the nearest word, or nothing."""
+    """A question after the nearest of the known words, for an error's ``do``; empty where none is near."""
     close = get_close_matches(word.lower(), [name.lower() for name in known], 1)
     return f"did you mean {next(name for name in known if name.lower() == close[0])}?" if close else ""
 
@@ -119,6 +119,9 @@ def chip(asked: str | None, settings: Mapping[str, object], known: Mapping[str, 
 
     Args:
         asked: ``--platform``; ``platform`` of the settings says the same.
+        settings: as they were given.
+        known: the chips, and what they are.
+        target: the compiler's title, for errors.
 
     Raises:
         UsageError: none is named, an unknown one, or two.

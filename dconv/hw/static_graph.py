@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -40,8 +40,11 @@ def planned(
     """The conversion, facts for the manifest, and notes.
 
     Args:
+        model: what is compiled.
+        request: how it is read.
         found: the settings, `LENGTHS` among them.
         quantised: whether the compiler chooses codes, for which it is given samples.
+        compiler: its title, for errors.
 
     Raises:
         Refused: a model of more than one graph, or samples of a cache, which there are none of.
@@ -83,7 +86,7 @@ def _calibrate(handing: Handing, work: Path, ask: Ask) -> None:
     sequence, count = int(str(facts["sequence"])), int(str(found["nsamples"]))
     asked = Calibration(ask.calibration, count, sequence)
     tokens = load(asked, work / ROLE, size(handing.model.facts, "vocab")).tokens
-    arrays = {
+    arrays: dict[str, Any] = {
         "input_ids": tokens.astype(np.int64)[:, None, :],
         "attention_mask": np.ones((count, 1, sequence), np.int64),
     }

@@ -80,6 +80,7 @@ class Handing:
     """A model and a compiler that go together.
 
     Attributes:
+        terms: what was agreed on.
         steps: what is converted first.
         model: what is compiled.
         notes: what a person should know, one line each.
@@ -113,7 +114,7 @@ class Adapter(Protocol):
 
     @property
     def title(self) -> str:
-        """For a person."""
+        """What the compiler is called, for a person."""
         ...
 
     @property
@@ -130,7 +131,9 @@ class Adapter(Protocol):
         """Check all that can be checked before any work.
 
         Args:
+            model: what is to be compiled.
             request: how the model is read, with FORMAT hf; steps are made of it.
+            ask: what a person said of the compiler.
 
         Raises:
             UsageError: an unknown chip or setting.
@@ -142,6 +145,7 @@ class Adapter(Protocol):
         """The toolchain, recognised by its content.
 
         Args:
+            ask: which interpreter and which variables are looked at.
             terms: what it is to compile; None for any.
 
         Raises:
@@ -150,13 +154,21 @@ class Adapter(Protocol):
         ...
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
-        """Write what lies beside the artifacts, ``compile.sh`` included. Artifacts are there already."""
+        """Write what lies beside the artifacts, ``compile.sh`` included. Artifacts are there already.
+
+        Args:
+            handing: of `plan`.
+            work: the folder, in which each step's artifact is under its role.
+            ask: what a person said of the compiler.
+        """
         ...
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
         """The evidence that what the compiler wrote is what it should be.
 
         Args:
+            terms: what was agreed on.
+            out: the folder that it wrote into.
             log: all that it printed.
 
         Raises:

@@ -31,10 +31,12 @@ class Toolkits:
 
     @property
     def install(self) -> str:
+        """How to get each of the toolkits, one behind the other."""
         return "\n".join(f"{one.title}: {one.install}" for one in self.toolkits.values())
 
     @property
     def platforms(self) -> Mapping[str, str]:
+        """All chips, each with the toolkits that take it."""
         found: dict[str, list[str]] = {}
         for name, one in self.toolkits.items():
             for chip, words in one.platforms.items():
@@ -42,6 +44,7 @@ class Toolkits:
         return {chip: "; ".join(words) for chip, words in found.items()}
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
+        """By the toolkit that the settings name, else the model's usual one; the terms say which it was."""
         named, inner = self._asked(ask)
         name = named or self.usual(model)
         made = self.toolkits[name].plan(model, request, inner)
@@ -62,14 +65,17 @@ class Toolkits:
                           found="\n".join(one.found or one.what for one in lacking), do=self.install)  # fmt: skip
 
     def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
+        """By the toolkit that the terms name."""
         one, terms = self._parted(handing.terms)
         one.lay_out(replace(handing, terms=terms), work, ask)
 
     def judge(self, terms: Terms, out: Path, log: str) -> Mapping[str, object]:
+        """By the toolkit that the terms name."""
         one, terms = self._parted(terms)
         return one.judge(terms, out, log)
 
     def adopt(self, folder: Path, ask: Ask) -> Terms | None:
+        """By the first toolkit that takes the folder for its own; where the settings name one, by that."""
         named, inner = self._asked(ask)
         for name, one in self.toolkits.items():
             if named in (None, name) and isinstance(one, Adopting) and (terms := one.adopt(folder, inner)) is not None:

@@ -26,7 +26,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,7 +59,9 @@ class Failed(Exception):
 
 def probe() -> dict[str, Any]:
     """What is here, by files and versions; nothing heavy is imported."""
-    libraries, versions, lacks = {}, {}, []
+    libraries: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    lacks: list[str] = []
     for name, path in TOOLS.items():
         try:
             versions[name] = importlib.metadata.version(name)
@@ -178,7 +180,8 @@ def _inspected(content: Any) -> dict[str, Any]:
     schema = importlib.import_module("ai_edge_litert.schema_py_generated")
     model = schema.Model.GetRootAs(content, 0)
     codes = [model.OperatorCodes(index) for index in range(model.OperatorCodesLength())]
-    kinds = {value: name for name, value in vars(schema.TensorType).items() if not name.startswith("_")}
+    known = schema.TensorType.__dict__
+    kinds: dict[int, str] = {value: name for name, value in known.items() if not name.startswith("_")}
     found: dict[str, Any] = {"operators": 0, "npu_ops": 0, "weights": {}, "signatures": []}
     for number in range(model.SubgraphsLength()):
         graph = model.Subgraphs(number)
@@ -186,7 +189,7 @@ def _inspected(content: Any) -> dict[str, Any]:
             custom = codes[graph.Operators(index).OpcodeIndex()].CustomCode()
             found["operators"] += 1
             found["npu_ops"] += custom is not None and custom.decode() == NPU_OP
-    buffers = {}
+    buffers: dict[int, tuple[str, int]] = {}
     for number in range(model.SubgraphsLength()):
         graph = model.Subgraphs(number)
         for index in range(graph.TensorsLength()):
@@ -206,8 +209,9 @@ def _inspected(content: Any) -> dict[str, Any]:
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(SETTINGS)):
         raise Failed(f"settings: no such thing as {', '.join(unknown)}; expected {', '.join(SETTINGS)}")
-    settings = {**SETTINGS, **given}
-    lengths = settings["sequence"] if isinstance(settings["sequence"], list) else [settings["sequence"]]
+    settings: dict[str, Any] = {**SETTINGS, **given}
+    asked = settings["sequence"]
+    lengths = cast("list[Any]", asked) if isinstance(asked, list) else [asked]
     if not lengths or any(type(length) is not int or length < 1 for length in lengths):
         raise Failed(f"settings: sequence is {settings['sequence']!r}; expected a length of 1 or more, or several")
     if len(set(lengths)) < len(lengths):
@@ -254,10 +258,11 @@ def _model(source: Path, config: dict[str, Any], steps: int) -> Any:
     import transformers
 
     _progress(0, steps, "loading")
-    known = transformers.CONFIG_MAPPING.keys()
+    library: Any = transformers  # whose functions have types in part
+    known = library.CONFIG_MAPPING.keys()
     if config.get("model_type") not in known:
         raise Failed(f"{source}: transformers {transformers.__version__} has no model_type {config.get('model_type')}")
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading = library.AutoModelForCausalLM.from_pretrained(
         str(source),
         dtype=torch.float32,
         trust_remote_code=False,
@@ -267,7 +272,6 @@ def _model(source: Path, config: dict[str, Any], steps: int) -> Any:
         experts_implementation="batched_mm",  # the others look at values, or count as no operator of LiteRT does
         output_loading_info=True,
     )
-    model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if loading.get(kind):
             names = ", ".join(sorted(map(str, loading[kind]))[:4])
@@ -279,7 +283,7 @@ def _convert(model: Any, settings: dict[str, Any], path: Path, steps: int) -> di
     import torch
 
     module = _module(model)
-    samples = {}
+    samples: dict[str, dict[str, Any]] = {}
     for length in settings["sequence"]:
         name = "serving_default" if len(settings["sequence"]) == 1 else f"sequence_{length}"
         samples[name] = _sample(model, length, settings["past"])
@@ -303,7 +307,7 @@ def _convert(model: Any, settings: dict[str, Any], path: Path, steps: int) -> di
     if settings["weights"] == "int8" and not found["weights"].get("INT8"):
         raise Failed(f"{path.name}: no weights in int8 came out")
     _progress(3, steps, "checking" if settings["check"] else "written")
-    agreement = {}
+    agreement: dict[str, dict[str, float]] = {}
     if settings["check"]:
         with torch.no_grad():
             for name, sample in samples.items():

@@ -25,6 +25,7 @@ import sys
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
+from typing import Any, cast
 
 PACKAGE = "neuronx-distributed-inference"
 #: Real versions begin with torch's or the compiler's own, which is 2; the public index has placeholders of 0.1 and 1.0.
@@ -46,13 +47,13 @@ BESIDE_WEIGHTS = (
 )  # fmt: skip
 
 
-def program():
+def program() -> str | None:
     """The compiler's command: beside the interpreter, else on PATH."""
     own = os.path.dirname(os.path.abspath(sys.executable))
     return shutil.which(COMPILER, path=own + os.pathsep + os.environ.get("PATH", ""))
 
 
-def demo_file():
+def demo_file() -> str | None:
     """The vendor's script, without importing anything of it; None where there is none."""
     spec = find_spec(DEMO.partition(".")[0])
     for folder in list(spec.submodule_search_locations or []) if spec else []:
@@ -62,16 +63,17 @@ def demo_file():
     return None
 
 
-def model_types(text):
+def model_types(text: str) -> list[str]:
     """The keys of MODEL_TYPES in the script, and of those the ones that have language models."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and any(getattr(at, "id", "") == "MODEL_TYPES" for at in node.targets):
-            pairs = zip(node.value.keys, node.value.values)  # type: ignore[attr-defined]  # noqa: B905
+            table: Any = node.value  # a dict of dicts; anything else has not these attributes
+            pairs = zip(table.keys, table.values)  # noqa: B905
             return [key.value for key, tasks in pairs if any(task.value == "causal-lm" for task in tasks.keys)]
     return []
 
 
-def compiler_version(path):
+def compiler_version(path: str) -> str:
     """What the command says of itself."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=120, check=True)
@@ -81,7 +83,7 @@ def compiler_version(path):
     return found[1] if found else ""
 
 
-def lacks(said):
+def lacks(said: dict[str, Any]) -> str:
     """What is missing, in words; fills in what is there."""
     for name in (*REAL, *BESIDE):
         try:
@@ -119,15 +121,17 @@ def lacks(said):
     return ""
 
 
-def probe():
+def probe() -> dict[str, Any]:
     """What is installed, by versions, files and what the compiler says."""
-    said = {"tool": "NxD Inference", "version": "", "libraries": {}, "packages": {}, "complete": False, "lacks": ""}
+    said: dict[str, Any] = {
+        "tool": "NxD Inference", "version": "", "libraries": {}, "packages": {}, "complete": False, "lacks": "",
+    }  # fmt: skip
     said["lacks"] = lacks(said)
     said["complete"] = not said["lacks"]
     return said
 
 
-def arguments(job, source, out):
+def arguments(job: dict[str, Any], source: dict[str, str], out: str) -> list[str]:
     """The command line of inference_demo."""
     settings = job["settings"]
     words = [
@@ -149,7 +153,7 @@ def arguments(job, source, out):
     return words
 
 
-def demo(words):
+def demo(words: list[str]) -> None:
     """Run inference_demo on a checkpoint that is quantised already.
 
     With ``--quantized`` it loads the model, quantises it in memory and writes it to ``--quantized-checkpoints-path``,
@@ -161,7 +165,7 @@ def demo(words):
     if not callable(getattr(base, "save_quantized_state_dict", None)):
         sys.exit("neuron: this NxD Inference quantises elsewhere than it did: nothing was compiled")
 
-    def kept(_cls, _model_path, config):
+    def kept(_cls: Any, _model_path: Any, config: Any) -> None:
         print("the checkpoint is quantised already, and is kept: " + config.neuron_config.quantized_checkpoints_path)
 
     base.save_quantized_state_dict = classmethod(kept)
@@ -169,7 +173,7 @@ def demo(words):
     import_module(DEMO).main()
 
 
-def run_demo(job, words, here):
+def run_demo(job: dict[str, Any], words: list[str], here: str) -> str:
     """Run it in a process of its own, its words passed on; returns the line of success."""
     environment = dict(os.environ)
     own = os.path.dirname(program() or sys.executable)
@@ -197,7 +201,7 @@ def run_demo(job, words, here):
     return done
 
 
-def check_shard(path):
+def check_shard(path: str) -> None:
     """Exit where a file of weights is not as long as its header says."""
     name = os.path.basename(path)
     if not os.path.isfile(path):
@@ -212,12 +216,14 @@ def check_shard(path):
             header = None
     if not isinstance(header, dict):
         sys.exit(f"neuron: {name} has no header, in {size} bytes")
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    entries = cast("dict[str, Any]", header)
+    ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
     if not ends or 8 + length + max(ends) != size:
         sys.exit(f"neuron: {name} is not as long as its header says, in {size} bytes")
 
 
-def compile_job(path):
+def compile_job(path: str) -> None:
+    """Compile what a job says; exits with a message where something of what was to be written is not there."""
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
     here = os.path.dirname(os.path.abspath(path))

@@ -81,8 +81,10 @@ class Failure(Exception):
 
 def probe() -> dict[str, Any]:
     """What is installed, without importing it: versions, and QNN's libraries with their sizes."""
-    found = {"tool": TOOL, "version": _version(TOOL), "qnn": "", "libraries": {}, "complete": False, "lacks": ""}
-    lacks, versions = [name for name in (TOOL, *NEEDS) if not _version(name)], set()
+    found: dict[str, Any] = {"tool": TOOL, "version": _version(TOOL), "qnn": "", "libraries": {}, "complete": False,
+                             "lacks": ""}  # fmt: skip
+    lacks = [name for name in (TOOL, *NEEDS) if not _version(name)]
+    versions: set[tuple[str, ...]] = set()
     for name in LIBRARIES:
         path = _libraries() / name
         if path.is_file() and _find(path, ELF):
@@ -98,6 +100,11 @@ def probe() -> dict[str, Any]:
 
 
 def compile_(job: dict[str, Any]) -> None:
+    """Compile the graph of a job (see `_job`), and put what was made into its folder once it is judged.
+
+    Raises:
+        Failure: an unknown chip or precision, a graph that the HTP does not compute, or a result that is not whole.
+    """
     out, name = job["out"], f"{job['name']}_ctx"
     out.mkdir(parents=True, exist_ok=True)
     if job["onnx"].resolve() == (out / f"{name}.onnx").resolve():
@@ -111,7 +118,8 @@ def compile_(job: dict[str, Any]) -> None:
     inputs = _graph(job["onnx"])
     staging = Path(tempfile.mkdtemp(prefix=".making-", dir=out))
     try:
-        source, evidence = job["onnx"], {}
+        source: Path = job["onnx"]
+        evidence: dict[str, Any] = {}
         if job["dtype"] in QUANTISED:
             source, evidence["correlation"] = _quantised(job, inputs, staging)
         print("dconv-progress 1/3 prepare", flush=True)
@@ -189,7 +197,7 @@ def _quantised(job: dict[str, Any], inputs: list[dict[str, Any]], staging: Path)
     class Reader(quantization.CalibrationDataReader):
         left = iter(samples)
 
-        def get_next(self):
+        def get_next(self) -> Any:
             return next(self.left, None)
 
     source, prepared, codes = job["onnx"], staging / "prepared.onnx", staging / "codes.onnx"
@@ -209,7 +217,7 @@ def _correlation(source: Path, codes: Path, sample: dict[str, Any]) -> dict[str,
     run = importlib.import_module("onnxruntime").InferenceSession
     sessions = [run(str(path), providers=["CPUExecutionProvider"]) for path in (source, codes)]
     there, here = (session.run(None, sample) for session in sessions)
-    agree = {}
+    agree: dict[str, float | None] = {}
     for port, wide, narrow in zip(sessions[0].get_outputs(), there, here):  # noqa: B905 - Python 3.8
         wide, narrow = (np.ravel(array).astype(np.float64) for array in (wide, narrow))
         spread = min(wide.std(), narrow.std())
@@ -266,7 +274,7 @@ def _graph(path: Path) -> list[dict[str, Any]]:
         if tensor.data_location == tensor.EXTERNAL:
             _beside(path.parent, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
     constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = []
+    inputs: list[dict[str, Any]] = []
     for port in model.graph.input:
         if port.name in constants:
             continue
@@ -311,7 +319,8 @@ def _calibration(job: dict[str, Any], inputs: list[dict[str, Any]]) -> list[dict
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise Failure(f"calibration: {_last(error)}") from error
     found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-    chosen, lengths = {}, set()
+    chosen: dict[str, Any] = {}
+    lengths: set[int] = set()
     for it in inputs:
         array = arrays.get(it["name"], np.empty(0))
         if list(array.shape[1:]) != it["shape"] or array.dtype.kind not in (it["dtype"].kind, "i", "u"):
@@ -357,8 +366,8 @@ def _job(path: Path) -> dict[str, Any]:
     folder = path.resolve().parent
     try:
         said = json.loads(path.read_text())
-        settings = said.get("settings") or {}
-        job = {
+        settings: dict[str, Any] = said.get("settings") or {}
+        job: dict[str, Any] = {
             "folder": folder,
             "out": folder / said["out"],
             "onnx": folder / said["source"]["onnx"],
@@ -375,6 +384,7 @@ def _job(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
+    """The exit code; the reason of one that is not 0 is the last line on stderr."""
     here = Path(__file__).resolve().parent  # where a folder that is called onnx would be imported
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
     parser = argparse.ArgumentParser(prog="qnn_driver.py", description="ONNX to a context binary for Qualcomm's HTP")

@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from typing import Any
 
 FILE = "model.rkllm"
 PACKAGE = "rkllm-toolkit"
 
 
-def probe():
+def probe() -> dict[str, Any]:
     """What is installed: the package by its own version, and its compiled libraries by their size."""
-    said = {"tool": "RKLLM", "version": "", "libraries": {}, "complete": False, "lacks": ""}
+    said: dict[str, Any] = {"tool": "RKLLM", "version": "", "libraries": {}, "complete": False, "lacks": ""}
     try:
         said["version"] = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -45,23 +46,23 @@ def probe():
     return said
 
 
-def compile_job(path):
+def compile_job(path: str) -> None:
+    """Compile what a job says; exits with a message where a step of the toolkit returns anything but 0."""
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
     here = os.path.dirname(os.path.abspath(path))
     settings, source = job["settings"], {role: os.path.join(here, name) for role, name in job["source"].items()}
     out = os.path.join(here, job["out"])
     os.makedirs(out, exist_ok=True)
-    from rkllm.api import RKLLM  # pyright: ignore[reportMissingImports]
+    api: Any = import_module("rkllm.api")
+    returned: dict[str, Any] = {}
 
-    returned = {}
-
-    def must(name, code):
+    def must(name: str, code: Any) -> None:
         returned[name] = code
         if code != 0:
             sys.exit(f"rkllm: {name} returned {code!r}")
 
-    tool = RKLLM()
+    tool = api.RKLLM()
     print("dconv-progress 0/3 reading the model", flush=True)
     must("load", tool.load_huggingface(model=source["hf"], model_lora=None, device="cpu"))
     print("dconv-progress 1/3 building", flush=True)

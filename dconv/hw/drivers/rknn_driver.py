@@ -46,7 +46,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Failure(Exception):
 
 def probe() -> dict[str, Any]:
     """What is installed, without importing it: versions, and the compiler's libraries with their sizes."""
-    found = {"tool": TOOL, "version": _version(TOOL), "libraries": {}, "complete": False, "lacks": ""}
+    found: dict[str, Any] = {"tool": TOOL, "version": _version(TOOL), "libraries": {}, "complete": False, "lacks": ""}
     lacks = [name for name in (TOOL, *NEEDS) if not _version(name)]
     spec = importlib.util.find_spec("rknn")
     for place in spec.submodule_search_locations or [] if spec else []:
@@ -87,6 +87,11 @@ def probe() -> dict[str, Any]:
 
 
 def compile_(job: dict[str, Any]) -> None:
+    """Compile the graph of a job (see `_job`), and put the .rknn into its folder once it is judged.
+
+    Raises:
+        Failure: a step of the toolkit failed, nothing would run on the NPU, or the file is not whole.
+    """
     out = _fresh(job["out"], f"{job['name']}.rknn")
     inputs, _ = _graph(job["onnx"])
     with _vendor(out) as (rknn, progress, staging):
@@ -101,6 +106,13 @@ def compile_(job: dict[str, Any]) -> None:
 
 
 def run(job: dict[str, Any]) -> None:
+    """Compute a job's inputs in the vendor's simulator, and write ``outputs.npz``.
+
+    The simulator takes no .rknn: the graph is built again.
+
+    Raises:
+        Failure: see `compile_`; inputs that are not the graph's, or fewer outputs than it has.
+    """
     out = _fresh(job["out"], "outputs.npz")
     inputs, outputs = _graph(job["onnx"])
     given = _samples(_npz(job["inputs"]), inputs, f"{job['inputs']}")
@@ -156,7 +168,7 @@ def _graph(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _beside(path.parent, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
     constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = []
+    inputs: list[dict[str, Any]] = []
     for port in model.graph.input:
         if port.name in constants:
             continue
@@ -202,14 +214,14 @@ def _dataset(job: dict[str, Any], inputs: list[dict[str, Any]], staging: Path) -
             raise Failure(f"{given}: every input has as many samples as the others, at least one; found {lengths}")
         samples = [{name: array[k] for name, array in arrays.items()} for k in range(lengths.pop())]
     else:
-        samples = []
+        samples: list[dict[str, Any]] = []
         for entry in given:
             paths = [entry] if isinstance(entry, str) else entry
             if len(paths) != len(inputs):
                 raise Failure(f"calibration: {entry} for {len(inputs)} inputs")
             loaded = [np.load(job["folder"] / path, allow_pickle=False) for path in paths]
             samples.append({it["name"]: array for it, array in zip(inputs, loaded)})  # noqa: B905
-    lines = []
+    lines: list[str] = []
     for number, sample in enumerate(samples):
         arrays = _samples(sample, inputs, f"calibration sample {number}")
         names = [f"{number}-{k}.npy" for k in range(len(inputs))]
@@ -231,7 +243,7 @@ def _npz(path: Path) -> dict[str, Any]:
 
 def _samples(arrays: dict[str, Any], inputs: list[dict[str, Any]], what: str) -> dict[str, Any]:
     """The arrays of one call, as the graph declares them; raises where they are not."""
-    right = {}
+    right: dict[str, Any] = {}
     for it in inputs:
         array = arrays.get(it["name"])
         if array is None:
@@ -267,7 +279,7 @@ def _fresh(out: Path, artifact: str) -> Path:
 
 
 @contextlib.contextmanager
-def _vendor(out: Path) -> Iterator[tuple[Any, Callable[[int, str], None], Path]]:
+def _vendor(out: Path) -> Generator[tuple[Any, Callable[[int, str], None], Path]]:
     """The toolkit, a way to say how far it is, and a folder to work in that goes away.
 
     Its output (from C too) goes to OUT/rknn.log; it leaves files in the working directory.
@@ -350,8 +362,8 @@ def _job(path: Path, command: str) -> dict[str, Any]:
     folder = path.resolve().parent
     try:
         said = json.loads(path.read_text())
-        settings = said.get("settings") or {}
-        job = {
+        settings: dict[str, Any] = said.get("settings") or {}
+        job: dict[str, Any] = {
             "folder": folder,
             "settings": settings,
             "out": folder / said["out"],
@@ -371,6 +383,7 @@ def _job(path: Path, command: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    """The exit code; the reason of one that is not 0 is the last line on stderr."""
     here = Path(__file__).resolve().parent  # where a folder that is called onnx would be imported
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
     parser = argparse.ArgumentParser(prog="rknn_driver.py", description="ONNX to .rknn, for Rockchip's NPUs")
