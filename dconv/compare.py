@@ -30,7 +30,7 @@ from dconv.sharding.tensor import Piece, TensorSpec
 from dconv.sharding.torn import torn
 
 #: Bytes of one buffer; there are four (a tile and a scratch a side) and the temporaries of a difference.
-TILE_BYTES: Final = 1 << 20
+_TILE_BYTES: Final = 1 << 20
 #: Tensors named one by one in the text, the largest differences first.
 _ROWS: Final = 20
 
@@ -223,7 +223,7 @@ class _Side:
     """One checkpoint, read by boxes of its logical tensors."""
 
     def __init__(self, model: Described) -> None:
-        self.reader = open_reader(model.logical, TILE_BYTES, apply)
+        self.reader = open_reader(model.logical, _TILE_BYTES, apply)
         self._pieces: Mapping[str, Sequence[Piece]] = model.logical.pieces
 
     def copies(self, name: str) -> list[Copy]:
@@ -243,7 +243,7 @@ def _compare(a: TensorSpec, b: TensorSpec, side_a: _Side, side_b: _Side) -> Diff
     copies_a, copies_b = side_a.copies(a.name), side_b.copies(b.name)
     elements, largest, at = 0, 0.0, None
     measured = True
-    for tile in Region.whole(a.shape).bands(TILE_BYTES // max(ITEMSIZE[a.dtype], ITEMSIZE[b.dtype])):
+    for tile in Region.whole(a.shape).bands(_TILE_BYTES // max(ITEMSIZE[a.dtype], ITEMSIZE[b.dtype])):
         mine = [c for copy in copies_a if (c := copy.clip(tile)) is not None]
         theirs = [c for copy in copies_b if (c := copy.clip(tile)) is not None]
         if all(map(side_a.reader.is_hole, mine)) and all(map(side_b.reader.is_hole, theirs)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from dconv.commands.common import add_source_options, described
 from dconv.errors import Refused, ToolMissing
@@ -35,7 +36,12 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     if manifest.is_here(args.path):
         return _hand_off(args)
-    run = {"run": not args.no_run, "force": args.force_run, "max_memory": args.max_memory, "strict": args.strict}
+    run: dict[str, Any] = {
+        "run": not args.no_run,
+        "force": args.force_run,
+        "max_memory": args.max_memory,
+        "strict": args.strict,
+    }
     found = check(args.path, **described(args), **run)
     if args.json:
         show_json(found.to_dict())

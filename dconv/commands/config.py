@@ -12,6 +12,7 @@ from dconv.commands.common import add_answer_options
 from dconv.errors import UsageError
 from dconv.launch.terminal import show, show_json
 from dconv.report.table import Table
+from dconv.sharding.parsed import is_list
 
 _VERBS: Final = {
     "show": "show FILE [--all]",
@@ -100,13 +101,13 @@ def _presets(*, as_json: bool) -> int:
 
 
 def _default(action: argparse.Action) -> Any:
-    value = action.default
-    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
+    value: Any = action.default
+    return value if value is None or is_list(value) or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, list):
+    if is_list(value):
         return ", ".join(map(str, value)) or "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

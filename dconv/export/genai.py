@@ -14,7 +14,7 @@ from dconv.arch.layouts import size
 from dconv.checkpoint.files import Made, read_json
 from dconv.describe import Described
 from dconv.export.graph import Graph
-from dconv.export.parsed import is_list
+from dconv.sharding.parsed import is_list
 
 FILE: Final = "genai_config.json"
 _GENERATION: Final = "generation_config.json"

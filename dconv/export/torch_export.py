@@ -29,12 +29,12 @@ from dconv.export.graph_run import (
     ports_of,
     runs_code,
 )
-from dconv.export.parsed import is_dict
 from dconv.export.prompt import Answers, Prompt
 from dconv.export.traced import Export, Weightless, exported, in_archive, ports_json, weightless
 from dconv.net.device import placed
 from dconv.net.places import Parameter
 from dconv.request import Request
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import Target
 
 _ROOT: Final = "model"

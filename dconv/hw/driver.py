@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from dconv.checkpoint.files import parse_json
 from dconv.errors import DconvError, ToolMissing, UsageError, VerifyFailed
-from dconv.export.parsed import is_dict, is_texts
 from dconv.hw.target import OUT, SCRIPT, Ask, Handing, Tool
+from dconv.sharding.parsed import is_dict, is_texts
 
 FOLDER: Final = Path(__file__).with_name("drivers")
 JOB: Final = "job.json"

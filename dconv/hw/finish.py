@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
-from dconv.export.parsed import is_dict
 from dconv.hw import manifest, process
 from dconv.hw.target import OUT, SCRIPT, Adapter, Ask, Handing, Terms, Tool
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.receipt import RECEIPT
 
 LOG: Final = "compile.log"

@@ -14,7 +14,6 @@ from typing import Final
 from dconv.arch.layouts import size
 from dconv.describe import Described
 from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
-from dconv.export.parsed import is_dict
 from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import Driver
@@ -22,6 +21,7 @@ from dconv.hw.mtk_contract import MAGIC, PLATFORMS
 from dconv.hw.mup import folded
 from dconv.hw.target import Ask, Handing, Step, Terms, Tool
 from dconv.request import Request
+from dconv.sharding.parsed import is_dict
 
 _ROLE: Final = "hf"
 _FILE: Final = "model.tflite"

@@ -11,7 +11,7 @@ from typing import Any, Final
 from dconv import __version__
 from dconv.checkpoint.files import parse_json, read_small
 from dconv.errors import Damaged
-from dconv.export.parsed import is_dict
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.receipt import OWN, is_unchanged, with_own
 
 NAME: Final = "manifest.json"

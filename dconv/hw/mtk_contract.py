@@ -19,9 +19,9 @@ from typing import Any, Final
 
 from dconv.checkpoint.files import parse_json
 from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
-from dconv.export.parsed import is_dict
 from dconv.hw import settings
 from dconv.hw.settings import Setting
+from dconv.sharding.parsed import is_dict
 
 #: Chip -> what it is sold as. Those that the repository takes; LiteRT knows more.
 PLATFORMS: Final[Mapping[str, str]] = {

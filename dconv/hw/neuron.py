@@ -20,7 +20,6 @@ from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import read_json
 from dconv.describe import Described
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
-from dconv.export.parsed import is_dict
 from dconv.hw import settings
 from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
@@ -37,6 +36,7 @@ from dconv.hw.neuron_models import (
 from dconv.hw.target import Ask, Handing, Step, Terms, Tool
 from dconv.neuron import QUANT
 from dconv.request import Request
+from dconv.sharding.parsed import is_dict
 from dconv.sharding.region import Index
 
 _HF: Final = "hf"

@@ -21,6 +21,7 @@ from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
 from dconv.launch.config_file import typed
 from dconv.launch.options import every_option, to_request
+from dconv.sharding.parsed import is_list, is_list_or_tuple
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.
@@ -81,7 +82,7 @@ def read(path: Path) -> list[Job]:
     """
     values = read_mapping(path, "batch", expected=f"{MODELS}: a list")
     entries = values.pop(MODELS, None)
-    if not isinstance(entries, list) or not entries:
+    if not is_list(entries) or not entries:
         raise UsageError("there is nothing to convert", where=str(path), expected=f"{MODELS}: a list of models")
     jobs = [_job(path, number, values, entry) for number, entry in enumerate(entries, 1)]
     places: dict[Path, Job] = {}
@@ -127,13 +128,13 @@ def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list
         if value is True:
             words.append(option)
         else:
-            for one in value if isinstance(value, list) else [value]:
+            for one in value if is_list(value) else [value]:
                 words += [option, _spelled(one)]
     return words
 
 
 def _spelled(value: object) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "x".join(map(str, value)) if is_list_or_tuple(value) else str(value)
 
 
 class Attempt(Protocol):

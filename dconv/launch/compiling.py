@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +209,7 @@ def _is_done_by_others(job: Compilation, handing: Handing, where: worker.Place) 
 
 def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, handing: Handing, stop: Stop) -> int:
     receipts = {step.role: read_receipt(job.work / step.role) or {} for step in handing.steps}
-    source = {
+    source: dict[str, object] = {
         "path": str(job.source.resolve()),
         "format": handing.model.source.format,
         "family": handing.model.family.name,
@@ -271,7 +270,7 @@ def _told(
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[bool]:
+def _alone(lock: Path) -> Generator[bool]:
     """Whether this process is the one that goes on; it holds a file beside the work, which is renamed."""
     with lock.open("wb") as file:
         try:

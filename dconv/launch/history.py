@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +63,7 @@ class Record:
     path: Path | None = None
     _number: int = 0
     _target: Path = Path()
-    _facts: dict[str, object] = field(default_factory=dict)
+    _facts: dict[str, object] = field(default_factory=dict[str, object])
 
     def begin(self, words: Sequence[str], source: Path, format: str, target: Path, ranks: int) -> None:
         """Write down that a run starts; paths as they were given."""
@@ -129,7 +129,7 @@ def _born(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+def _opened(path: Path) -> Generator[sqlite3.Connection]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = sqlite3.connect(path, timeout=_WAITING, isolation_level="IMMEDIATE")
     try:

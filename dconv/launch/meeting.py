@@ -19,6 +19,7 @@ from typing import Final
 import xxhash
 
 from dconv.errors import Preempted, StorageFault, UsageError
+from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.stealing import QUICK
 
 #: Seconds. Caches of a network file system hold for a minute; the others may plan longer than this machine.
@@ -100,7 +101,7 @@ class Machines:
         finally:
             os.close(fd)
         return [
-            isinstance(seen := place.get("seen"), list) and len(seen) == self.nodes and seen[self.node] == self.word
+            is_list(seen := place.get("seen")) and len(seen) == self.nodes and seen[self.node] == self.word
             for place in places
         ]  # fmt: skip
 
@@ -110,7 +111,7 @@ def _read(data: bytes) -> Mapping[str, object]:
         found = json.loads(data.rstrip(b"\0 ") or b"{}")
     except ValueError:  # half written
         return {}
-    return found if isinstance(found, dict) else {}
+    return mapping_or_empty(found)
 
 
 def machines(environment: Mapping[str, str], world: int, local: int) -> Machines:

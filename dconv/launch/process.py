@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn, TextIO
 
@@ -45,7 +45,7 @@ class Stop(threading.Event):
             signal.signal(number, lambda number, _: self._told(number))
 
     @contextlib.contextmanager
-    def planning(self, grace: float, last_words: Callable[[], None]) -> Iterator[None]:
+    def planning(self, grace: float, last_words: Callable[[], None]) -> Generator[None]:
         """Until the end of this block a signal raises `Stopped`.
 
         Args:
@@ -53,7 +53,7 @@ class Stop(threading.Event):
             last_words: called when the planning could not be unwound, just before the process ends.
         """
         self._grace, self._last_words, self._ending = grace, last_words, False
-        before = signal.signal(signal.SIGALRM, lambda *_: self._end())
+        before = signal.signal(signal.SIGALRM, lambda _, __: self._end())
         threads = set(threading.enumerate())
         self._planning = True
         try:

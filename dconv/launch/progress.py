@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from dconv.sharding.parsed import is_mapping
+
 #: Names one more file for a rank's notes: a launcher that asks for it draws them itself.
 NOTES: Final = "DCONV_NOTES"
 #: Seconds between notes.
@@ -75,5 +77,5 @@ class Board:
 
 
 def _is_note(said: object) -> bool:
-    numbers = [said.get(key) for key in ("done", "total", "peak")] if isinstance(said, dict) else [None]
+    numbers = [said.get(key) for key in ("done", "total", "peak")] if is_mapping(said) else [None]
     return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)

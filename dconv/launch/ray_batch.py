@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ _PATIENCE: Final = 30.0
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Iterator[Cluster]:
+def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Generator[Cluster]:
     """A cluster that is reached.
 
     Raises:

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +66,7 @@ def share_of(cpus: float | None, gpus: float | None) -> Share:
 
 
 @contextlib.contextmanager
-def reached(address: str | None, last_words: Callable[[ToolMissing], object]) -> Iterator[Any]:
+def reached(address: str | None, last_words: Callable[[ToolMissing], object]) -> Generator[Any]:
     """Ray, connected to the cluster. What is printed meanwhile goes nowhere; a result wants `sys.stdout` of before.
 
     Args:
@@ -143,7 +143,7 @@ def room(ray: Any, share: Share) -> int:
 
 
 @contextlib.contextmanager
-def places(ray: Any, share: Share, count: int, seconds: float, given_up: Callable[[], bool]) -> Iterator[Any | None]:
+def places(ray: Any, share: Share, count: int, seconds: float, given_up: Callable[[], bool]) -> Generator[Any | None]:
     """A placement group for so many ranks, over as many nodes as there are; None where it is not ready in time.
 
     Args:

@@ -34,7 +34,7 @@ class Heard:
 
     out: str = ""
     err: str = ""
-    note: Mapping[str, int] = field(default_factory=dict)
+    note: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class Keeper:

@@ -54,7 +54,7 @@ class Said:
 class Notes:
     """The ranks' latest notes, for `dconv.launch.progress.Display`."""
 
-    found: dict[int, dict[str, int]] = field(default_factory=dict)
+    found: dict[int, dict[str, int]] = field(default_factory=dict[int, dict[str, int]])
 
     def read(self) -> dict[int, dict[str, int]]:
         """See `dconv.launch.progress.Notes`."""

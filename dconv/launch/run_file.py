@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import StorageFault, UsageError
 from dconv.launch.config_file import load, typed
 from dconv.launch.options import every_option
+from dconv.sharding.parsed import is_list
 
 #: What says how to read or show a file, and is none of a run's.
 _OURS: Final = ("help", "config", "save_config", "debug")
@@ -72,7 +73,7 @@ def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, An
     for name, action in names().items():
         if action.dest in said:
             value = said[action.dest]
-            more = isinstance(value, list) and name in values
+            more = is_list(value) and name in values
             values[name] = [*_listed(values[name]), *value] if more else as_typed(action, value)
     return values
 
@@ -142,7 +143,8 @@ def _value(action: argparse.Action, texts: Sequence[str]) -> Any:
 def _changed(text: str, name: str, value: Any) -> str:
     import yaml
 
-    root = yaml.compose(text, yaml.SafeLoader)
+    compose: Any = yaml.compose  # its stub leaves types open
+    root = compose(text, yaml.SafeLoader)
     if isinstance(root, yaml.MappingNode) and root.flow_style:  # JSON
         return json.dumps({**yaml.safe_load(text), name: value}, indent=2, ensure_ascii=False) + "\n"
     shown = yaml.safe_dump([value], default_flow_style=True, width=1 << 20, allow_unicode=True).strip()[1:-1]
@@ -158,11 +160,11 @@ def _name(action: argparse.Action) -> str:
 
 
 def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return value if is_list(value) else [value]
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as fault:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dconv.coded import fp8
 from dconv.errors import Damaged
+from dconv.sharding.parsed import mapping_or_empty
 
 Shape = tuple[int, ...]
 #: The smallest and the largest size that fits; None where any larger one does.
@@ -74,7 +75,7 @@ def blocks_of(config: Mapping[str, object] | None, pairs: Mapping[str, tuple[Sha
         pairs: shapes of each weight in FP8 and of its scales.
     """
     quantization = (config or {}).get("quantization_config")
-    said = quantization if isinstance(quantization, Mapping) else {}
+    said = mapping_or_empty(quantization)
     size, odd = None, ""
     if "weight_block_size" not in said or said["weight_block_size"] is not None:
         try:

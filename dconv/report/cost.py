@@ -201,9 +201,9 @@ class Cost:
 
     encoding: Encoding
     total: Loss = field(default_factory=Loss)
-    classes: dict[str, Loss] = field(default_factory=dict)
-    tensors: dict[str, Loss] = field(default_factory=dict)
-    left_out: set[str] = field(default_factory=set)
+    classes: dict[str, Loss] = field(default_factory=dict[str, Loss])
+    tensors: dict[str, Loss] = field(default_factory=dict[str, Loss])
+    left_out: set[str] = field(default_factory=set[str])
 
     def take(self, part: Part) -> None:
         """Encode a part, decode it, and count what was lost."""

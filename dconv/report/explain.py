@@ -65,7 +65,7 @@ class Explanation:
     kept: str = ""
     focus: tuple[str, ...] = ()
     rule: str = ""
-    sample: Mapping[str, Any] = field(default_factory=dict)
+    sample: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Bytes that are read at a time; small enough that the allocator keeps what was computed with the last ones.
-TILE_BYTES: Final = 1 << 19
+_TILE_BYTES: Final = 1 << 19
 #: What is lost of a file at once: a page of memory, a block of a file system.
 PAGE: Final = 4096
 #: So many zeros in a row, of values that were decoded: a page of codes has more of them, but lies elsewhere.
@@ -120,7 +120,7 @@ def of_graph(source: Source) -> Implausible | None:
 
 
 def _look(logical: Logical, zero_centred: bool, log: ReadLog | None) -> Implausible:
-    reader = open_reader(logical, TILE_BYTES, apply, log)
+    reader = open_reader(logical, _TILE_BYTES, apply, log)
     found: list[Finding] = []
     seen = 0
     try:
@@ -130,7 +130,7 @@ def _look(logical: Logical, zero_centred: bool, log: ReadLog | None) -> Implausi
             seen += 1
             copies = [Copy(p.region, p.file, p.offset, p.strides, p.dtype, MOVE) for p in logical.pieces[name]]
             look = _Look(spec, frozenset(copy.file for copy in copies if copy.file in logical.derived))
-            for tile in Region.whole(spec.shape).bands(TILE_BYTES // ITEMSIZE[spec.dtype]):
+            for tile in Region.whole(spec.shape).bands(_TILE_BYTES // ITEMSIZE[spec.dtype]):
                 clips = [clip for copy in copies if (clip := copy.clip(tile)) is not None]
                 bits = np.empty(tile.shape, f"<u{ITEMSIZE[spec.dtype]}")
                 for clip in clips:

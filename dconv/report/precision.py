@@ -22,6 +22,7 @@ from dconv.report import statistics
 from dconv.report.blocks import Blocks, blocks_of
 from dconv.report.faults import Facts, Fault, faults_of, values
 from dconv.report.statistics import Statistics
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.tensor import Logical, Stored, TensorSpec
 
 #: Ends the name of a code in a scheme's words: ``int4 code x the scale of its 128 columns``.
@@ -48,8 +49,8 @@ class Cell:
     role: str
     count: int = 0
     nbytes: int = 0
-    states: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter[str])
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter[tuple[int, ...]])
     scales: Statistics | None = None
 
     @property
@@ -144,8 +145,7 @@ def precision_of(
     if not specs:
         return None
     specs = specs | {name: source.tensors[name].spec for name in source.coded if name in source.tensors}
-    said = (config or {}).get("quantization_config")
-    said = said if isinstance(said, Mapping) else {}
+    said = mapping_or_empty((config or {}).get("quantization_config"))
     method = str(said.get("quant_method", ""))[:80]
     scale, end = ("_scale", ".weight_scale") if method in _OTHERS else (SUFFIX, SUFFIX)
     scales = {name: name.removesuffix(scale) for name in source.tensors if name.endswith(end)}

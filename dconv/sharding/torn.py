@@ -15,12 +15,12 @@ from dconv.sharding.reader import BoxReader
 from dconv.sharding.replicas import equal
 from dconv.sharding.tensor import Logical
 
-TILE_BYTES: Final = 1 << 20
+_TILE_BYTES: Final = 1 << 20
 
 
 def torn(logical: Logical, kernel: Kernel) -> list[str]:
     """Tensors of a checkpoint whose replicas differ; reads all that have any."""
-    reader = open_reader(logical, TILE_BYTES, kernel)
+    reader = open_reader(logical, _TILE_BYTES, kernel)
     try:
         return [name for name in logical.replicas if not all(_agree(reader, *pair) for pair in _pairs(logical, name))]
     finally:
@@ -34,7 +34,7 @@ def _pairs(logical: Logical, name: str) -> Iterator[tuple[Copy, Copy]]:
 
 
 def _agree(reader: BoxReader, copy: Copy, twin: Copy) -> bool:
-    for tile in copy.region.bands(TILE_BYTES // ITEMSIZE[copy.dtype]):
+    for tile in copy.region.bands(_TILE_BYTES // ITEMSIZE[copy.dtype]):
         mine, theirs = copy.clip(tile), twin.clip(tile)
         if mine is None or theirs is None or (reader.is_hole(mine) and reader.is_hole(theirs)):
             continue

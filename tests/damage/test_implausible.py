@@ -140,7 +140,7 @@ def test_a_page_goes_on_from_tile_to_tile(tmp_path: Path, monkeypatch: pytest.Mo
     (path / "model.safetensors").write_bytes(data)
     monkeypatch.setattr(implausible, "_OFTEN", 1.0)  # rows aside
     for tile in (1 << 11, 3000, 1 << 20):
-        monkeypatch.setattr(implausible, "TILE_BYTES", tile)
+        monkeypatch.setattr(implausible, "_TILE_BYTES", tile)
         (one,) = implausible.of_model(describe_model(path)).found
         assert (one.name, one.why) == (GATE, f"a page of zeros at byte {begin:,} of model.safetensors")
 
