@@ -46,10 +46,10 @@ def layer_map(precision: Precision | None, most: int = CELLS) -> str:
     return (
         '<p class="faint">A row is a layer, a column a class of modules; a cell\'s number is bits a value, its colour '
         f'the precision. {grouped}</p><ul class="legend">{legend}</ul>'
-        f'<ul class="outside" aria-label="outside of the layers">{outside}</ul>'
+        f'<div class="mapped"><ul class="outside" aria-label="outside of the layers">{outside}</ul>'
         f'<div class="scroll cells"><table class="map"><thead><tr><th>layer</th>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
-        '<div class="detail" aria-live="polite">Point at a cell, tap it, or go there with the arrow keys.</div>'
+        '<div class="detail" aria-live="polite">Point at a cell, tap it, or go there with the arrow keys.</div></div>'
     )
 
 

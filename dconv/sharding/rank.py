@@ -51,6 +51,7 @@ class Settings:
             work in the same one. What it raises ends the run.
         told: called with lines for a person, of what went wrong and was made good.
         committing: called by the rank that commits, just before.
+        watch: called with each task that this rank has done, before ``progress``.
         stage_dir: on a disk of this machine, for copies of what is read (`dconv.sharding.staging`).
     """
 
@@ -71,6 +72,7 @@ class Settings:
     meet: Callable[[Path], None] | None = None
     told: Callable[[str], None] = lambda _: None
     committing: Callable[[], None] = lambda: None
+    watch: Callable[[Task], None] = lambda _: None
     stage_dir: Path | None = None
 
 
@@ -242,6 +244,7 @@ class Rank:
                 nonlocal last
                 self.finished += done.task.nbytes
                 self.written += done.written
+                self.settings.watch(done.task)
                 self.settings.progress(self.finished, self.share)
                 if self._stealing is not None:
                     self._stealing.took((now := time.monotonic()) - last)
