@@ -174,6 +174,11 @@ class Browser:
         self._wait("Page.loadEventFired")
         found = self.ask("Runtime.evaluate", expression=_LOOK, returnByValue=True)["result"]["value"]
         if picture is not None:
+            tall = {
+                **screen,
+                "height": min(found["height"], _TALLEST),
+            }  # what sticks to the screen's edge is at its place
+            self.ask("Emulation.setDeviceMetricsOverride", **tall)
             whole = {"x": 0, "y": 0, "width": width, "height": min(found["height"], _TALLEST), "scale": 1}
             taken = self.ask("Page.captureScreenshot", clip=whole, captureBeyondViewport=True)
             picture.write_bytes(base64.b64decode(taken["data"]))

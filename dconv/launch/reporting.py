@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dconv.errors import StorageFault, UsageError, VerifyFailed
+from dconv.report.tracks import TICK, Recorder, tracks
+from dconv.sharding.finish import STATE
+from dconv.sharding.receipt import partial_folder
 
 if TYPE_CHECKING:
     from dconv.pipeline import Job
-    from dconv.report.tracks import Recorder, Track
+    from dconv.report.tracks import Track
     from dconv.sharding.rank import Settings
 
 
@@ -34,7 +38,6 @@ def check_report(job: Job, report: Path | bool | None) -> None:
     if path is None:
         return
     from dconv.report.conversion_page import check_place
-    from dconv.sharding.receipt import partial_folder
 
     real = path.absolute().parent.resolve() / path.name
     for folder in (job.request.output, partial_folder(job.request.output, job.plan)):
@@ -66,25 +69,20 @@ class Reporting:
     _seconds: float = 0.0
     _tracks: tuple[Track, ...] = field(default=())
 
+    @property
+    def _state(self) -> Path:
+        return partial_folder(self.job.request.output, self.job.plan) / STATE
+
     def settings(self, settings: Settings) -> Settings:
         """Settings with which a run notes what it does."""
-        recorder = self._recorder
-        if recorder is None:
+        if (recorder := self._recorder) is None:
             return settings
 
-        def progress(finished: int, share: int) -> None:
-            recorder.note(finished, share)
-            settings.progress(finished, share)
-
         def committing() -> None:
-            self._tracks = recorder.all()
+            self._tracks = tuple(tracks(self._state))  # they go at the commit
             settings.committing()
 
-        return replace(settings, progress=progress, committing=committing, watch=recorder.did)
-
-    def committed(self) -> None:
-        """The output is there: what follows is not a part of the conversion's time."""
-        self._seconds = time.monotonic() - self.began
+        return replace(settings, committing=committing, watch=recorder)
 
     def ended(
         self, verify: Callable[[], dict[str, object] | None], *, already: bool = False
@@ -95,8 +93,9 @@ class Reporting:
             VerifyFailed: from ``verify``.
             StorageFault: the page cannot be written; the output is whole.
         """
-        if not already:
-            self.committed()
+        if not already:  # the rank that commits may have come late, and what follows is no part of the conversion
+            first = min((track.began for track in self._tracks if track.began >= self.since - TICK), default=math.inf)
+            self._seconds = max(time.monotonic() - self.began, time.time() - first)
         try:
             verified = verify()
         except VerifyFailed as failure:
@@ -132,9 +131,5 @@ def reporting_of(
     path = place_of(report, job.request.output)
     made = Reporting(job, path, world, since, time.monotonic() if began is None else began)
     if path is not None:
-        from dconv.report.tracks import Recorder
-        from dconv.sharding.finish import STATE
-        from dconv.sharding.receipt import partial_folder
-
-        made._recorder = Recorder(partial_folder(job.request.output, job.plan) / STATE, job.plan, rank, world)
+        made._recorder = Recorder(made._state, job.plan, rank, world)
     return made

@@ -10,7 +10,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -24,15 +24,12 @@ from dconv.report.flows import Flows, flows_of, shares
 from dconv.report.losses import Losses
 from dconv.report.precision import Precision, precision_of
 from dconv.report.rates import RankDid, ranks_of, rates_of
-from dconv.report.tracks import Track, read_by
+from dconv.report.tracks import TICK, Track, read_by
 from dconv.sharding.precision import precision
 from dconv.sharding.receipt import RECEIPT, read_receipt
 
 if TYPE_CHECKING:
     from dconv.pipeline import Job
-
-#: Notes of processes begin a little before what is known as their run's beginning: clocks of files lag by a tick.
-_TICK: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class Conversion:
 
 def conversion_of(job: Job, run: Run) -> Conversion:
     """Gather what the page says of a run that has ended."""
-    mine = [track for track in run.tracks if track.began >= run.since - _TICK]
-    earlier = tuple(track for track in run.tracks if track.began < run.since - _TICK)
+    mine = [track for track in run.tracks if track.began >= run.since - TICK]
+    earlier = tuple(track for track in run.tracks if track.began < run.since - TICK)
     ends, rates = rates_of(mine)
     source, before = _source(job)
     written, after = _written(job)

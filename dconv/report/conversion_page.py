@@ -81,7 +81,7 @@ def _cards(conversion: Conversion) -> Iterable[tuple[str, str]]:
     if not run.already:
         fresh = max(plan.bytes_written - conversion.kept, 0)
         yield _seconds(run.seconds), "from command to commit"
-        yield f"{fresh / 1e9 / max(run.seconds, 1e-9):.3g} GB/s", "written, over all of it"
+        yield f"{size(fresh / max(run.seconds, 1e-9))}/s", "written, over all of it"
     yield f"{run.world:,}", f"rank{'s' * (run.world != 1)}"
     yield str(run.failure.exit_code if run.failure else 0), "exit code"
 
@@ -102,7 +102,7 @@ def _shares(conversion: Conversion) -> str:
     for rank, (read, written, tasks) in enumerate(conversion.shares[:_RANKS]):
         mine = did.get(rank)
         noted = [size(mine.read), size(mine.written), size(mine.kept), _seconds(mine.seconds)] if mine else ["–"] * 4
-        rate = f"{mine.written / 1e9 / mine.seconds:.3g} GB/s" if mine and mine.seconds > 0 else "–"
+        rate = f"{size(mine.written / mine.seconds)}/s" if mine and mine.seconds > 0 else "–"
         cells = [size(read), size(written), f"{tasks:,}", *noted, rate]
         host = said(named(mine.host)) if mine else "–"
         rows.append(f"<tr><td>rank {rank}</td>{_numbers(cells)}<td>{host}</td></tr>")
@@ -121,7 +121,7 @@ def _shares(conversion: Conversion) -> str:
         f"{named_columns}<th>machine</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="faint">A share is what the plan gives a rank; kept is what of it an earlier run had done, and was '
-        "found whole. Holes of sparse files count as bytes.</p>"
+        "found whole. What two ranks did at one time counts for both; holes of sparse files count as bytes.</p>"
     )
 
 
@@ -133,26 +133,36 @@ def _rates(conversion: Conversion) -> str:
     if not conversion.rates:
         why = "the output was there already" if conversion.run.already else "no rank has noted what it did"
         return f"<p>Nothing was measured: {why}.</p>{_earlier(conversion)}"
-    ends, rates = list(conversion.ends), conversion.rates
+    ends, unit = list(conversion.ends), _unit(conversion)
+    rates = {
+        rank: [(read / unit[1], written / unit[1]) for read, written in each] for rank, each in conversion.rates.items()
+    }
     both = [[sum(rate[i][side] for rate in rates.values()) for i in range(len(ends))] for side in (0, 1)]
     lines = [Line("read, all ranks", _steps(ends, both[0])), Line("written, all ranks", _steps(ends, both[1]))]
-    together = chart(lines, x="time since the first rank began [s]", y="rate [GB/s]")
+    together = chart(lines, x="time since the first rank began [s]", y=f"rate [{unit[0]}/s]")
     written = [Line(f"rank {rank}", _steps(ends, [rate[1] for rate in each])) for rank, each in list(rates.items())]
     if len(rates) == 1:
         by_rank = ""
     elif len(rates) <= COLOURS:
-        drawn = chart(written, x="time since the first rank began [s]", y="written [GB/s]")
+        drawn = chart(written, x="time since the first rank began [s]", y=f"written [{unit[0]}/s]")
         by_rank = f"<h3>Written, by rank</h3>{drawn}"
     else:
         shown = [
             Line(f"rank {rank}", list(zip(ends, (rate[1] for rate in each), strict=True)))
             for rank, each in list(rates.items())[:_RANKS]
         ]
-        drawn = strips(shown, x="time since the first rank began [s]", y="GB/s written by a rank")
+        drawn = strips(shown, x="time since the first rank began [s]", y=f"{unit[0]}/s written by a rank")
         more = f"<p>… and {len(rates) - _RANKS:,} more ranks.</p>" if len(rates) > _RANKS else ""
         by_rank = f"<h3>Written, by rank</h3>{drawn}{more}"
     note = "Ranks note what they have done at most every 0.5 s; between two notes it is taken as even."
     return f'<p class="faint">{note}</p>{together}{by_rank}{_earlier(conversion)}'
+
+
+def _unit(conversion: Conversion) -> tuple[str, float]:
+    """The unit of the rates, and bytes in it: GB wherever there is a tenth of it in a second."""
+    top = max(sum(rate[i][side] for rate in conversion.rates.values()) for side in (0, 1)
+              for i in range(len(conversion.ends)))  # fmt: skip
+    return next(((name, factor) for name, factor in (("GB", 1e9), ("MB", 1e6)) if top >= factor / 10), ("kB", 1e3))
 
 
 def _steps(ends: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:

@@ -20,11 +20,11 @@ MOST: Final = 24
 COLOURS: Final = 7
 _WIDTH: Final = 960
 #: Where the columns are, and how wide a node is.
-_AT: Final = (262, 474, 686)
+_AT: Final = (300, 474, 648)
 _NODE: Final = 12
 #: Pixels of all bytes together, of a node at least (its label has to fit), and between two.
 _TALL, _LEAST, _GAP = 360, 15, 4
-_LABEL: Final = 26
+_LABEL: Final = 34
 _TOP: Final = 34
 
 
@@ -118,7 +118,7 @@ def _bands(
 def _nodes(column: int, nodes: Mapping[str, _Node], sums: Mapping[str, int]) -> str:
     drawn: list[str] = []
     x = _AT[column]
-    place = ((x - 8, "end", ""), (x + _NODE / 2, "middle", " over"), (x + _NODE + 8, "start", ""))[column]
+    place = ((x - 8, "end", ""), (x + _NODE + 6, "start", " over"), (x + _NODE + 8, "start", ""))[column]
     for name, node in nodes.items():
         words = f"{_short(name)}  {size(sums[name])}" if column < 2 else f"{size(sums[name])}  {_short(name)}"
         drawn.append(
@@ -216,7 +216,7 @@ def strips(lines: Sequence[Line], *, x: str, y: str) -> str:
             left, wide = x0 + (x1 - x0) * before / right, (x1 - x0) * (end - before) / right
             before = end
             if value:
-                words = said(f"{line.name} up to {end:.3g} s: {value:.3g} GB/s")
+                words = said(f"{line.name} up to {end:.3g} s: {value:.3g} {y}")
                 parts.append(
                     f'<rect class="cell c0" x="{left:.1f}" y="{y0}" width="{max(wide, 0.5):.1f}" height="{tall - 2}" '
                     f'fill-opacity="{0.12 + 0.88 * value / top:.2f}"><title>{words}</title></rect>'

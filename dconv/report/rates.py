@@ -1,4 +1,4 @@
-"""Gigabytes a second over time, by rank, from what the ranks have noted (`dconv.report.tracks`)."""
+"""Bytes a second over time, by rank, from what the ranks have noted (`dconv.report.tracks`)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ranks_of(tracks: Sequence[Track]) -> list[RankDid]:
 
 
 def rates_of(tracks: Sequence[Track]) -> tuple[list[float], dict[int, list[tuple[float, float]]]]:
-    """Ends of stretches of time (seconds since the run began), and by rank (read, written) in each in GB/s."""
+    """Ends of stretches of time (seconds since the run began), and by rank (read, written) in each in B/s."""
     began = min((track.began for track in tracks), default=0.0)
     ended = max((track.last.at for track in tracks), default=0.0)
     lasted = max(ended - began, 1e-3)
@@ -67,7 +67,7 @@ def rates_of(tracks: Sequence[Track]) -> tuple[list[float], dict[int, list[tuple
     rates: dict[int, list[tuple[float, float]]] = {}
     for rank, mine in _by_rank(tracks).items():
         sums = [_sum([_at(track.points, began + at) for track in mine]) for at in (0.0, *ends)]
-        rates[rank] = [((b[0] - a[0]) / step / 1e9, (b[1] - a[1]) / step / 1e9) for a, b in pairwise(sums)]
+        rates[rank] = [((b[0] - a[0]) / step, (b[1] - a[1]) / step) for a, b in pairwise(sums)]
     return ends, rates
 
 

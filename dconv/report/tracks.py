@@ -1,28 +1,35 @@
 """What each rank did over time, for the conversion report: noted in the working state, which goes at the commit.
 
-Ranks may be on other machines and share the output's file system only, so each appends to a file of its own, opened
-for each note, that others see it. Nothing is noted of a run that nobody wants a report of.
+Ranks may be on other machines and share the output's file system only, so each has a file of its own, which is closed
+after each note, that others see it. Its first line, always as long, says where the rank is now, and is written over
+before the journal says so: whoever commits finds all of it. Nothing is noted of a run that nobody wants a report of.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.sharding.plan import Plan, Task
 
+#: Seconds by which a process's notes may begin before what is known as its run's beginning: clocks of files lag.
+TICK: Final = 0.1
 _FOLDER: Final = "tracks"
-#: Seconds between notes: enough for a picture, and nothing beside the flush of what they speak of.
-_TICK: Final = 0.5
-#: Notes after which they become half as frequent: a run of a day has some thousand of them.
+#: Seconds between the notes that stay: enough for a picture.
+_EVERY: Final = 0.5
+#: Notes after which fewer stay, half as many a second: of a day some thousand.
 _MANY: Final = 1000
+#: Bytes of the first line.
+_LINE: Final = 512
 #: Bytes of a file that are read: many times what a rank notes.
 _READ: Final = 1 << 22
 #: Files that are read: as many processes as any run has, and some that it lost.
@@ -64,67 +71,74 @@ class Track:
 
 
 class Recorder:
-    """Notes what this process does.
+    """Notes what this process does (`dconv.sharding.rank.Watch`); it begins with this object.
 
     Args:
         state: the folder of working state.
     """
 
     def __init__(self, state: Path, plan: Plan, rank: int, world: int) -> None:
-        self._plan, self._rank, self._world, self._state = plan, rank, world, state
+        self._plan, self._state = plan, state
+        self._head = json.dumps([rank, world, socket.gethostname()])
         began = time.time()
-        self._folder = state / _FOLDER
-        self._path = self._folder / f"{rank}-{int(began * 1e9):020}-{os.getpid()}"
+        self._path = state / _FOLDER / f"{rank}-{int(began * 1e9):020}-{os.getpid()}"
+        self._lock = threading.Lock()
         self._points = [Point(began, 0, 0, 0)]
-        self._noted = self._read = self._written = 0
-        self._tick, self._last = _TICK, 0.0
+        self._noted = self._read = self._written = self._kept = 0
+        self._known: set[int] = set()
+        self._tick, self._last = _EVERY, -math.inf
 
-    def did(self, task: Task) -> None:
-        """A task is done (`dconv.sharding.rank.Settings.watch`)."""
-        self._read += read_by(self._plan, task)
-        self._written += task.nbytes
+    def done(self, tasks: Sequence[Task]) -> None:
+        """See `dconv.sharding.rank.Watch`."""
+        with self._lock:
+            for task in tasks:
+                self._known.add(task.index)
+                self._read += read_by(self._plan, task)
+                self._written += task.nbytes
+            self._note()
 
-    def note(self, finished: int, share: int) -> None:
-        """Note how far it is: at most every tick, and always where its share ends (`Settings.progress`).
+    def kept(self, tasks: Sequence[Task]) -> None:
+        """See `dconv.sharding.rank.Watch`; what this process has done itself is not kept of another."""
+        with self._lock:
+            fresh = [task for task in tasks if task.index not in self._known]
+            self._known.update(task.index for task in fresh)
+            self._kept += sum(task.nbytes for task in fresh)
+            self._note()
 
-        What ends the share is noted before the journal has it, so that whoever commits finds it here.
-        """
+    def _note(self) -> None:
+        """Note where it is now; one moment in every tick stays, all others are written over."""
         now = time.monotonic()
-        if finished < share and now - self._last < self._tick and len(self._points) > 1:
-            return
-        self._last = now
-        self._points.append(Point(time.time(), self._read, self._written, max(finished - self._written, 0)))
-        if len(self._points) % _MANY == 0:
-            self._tick *= 2
-        self._append()
-
-    def _append(self) -> None:
-        """A lost note is noted by the next one."""
-        lines = [] if self._noted else [[self._rank, self._world, socket.gethostname()]]
-        fresh = self._points[self._noted :]
-        text = "".join(
-            json.dumps(line) + "\n" for line in [*lines, *([p.at, p.read, p.written, p.kept] for p in fresh)]
-        )
-        with contextlib.suppress(OSError):
+        point = Point(time.time(), self._read, self._written, self._kept)
+        stays = now - self._last >= self._tick
+        if stays:
+            self._last = now
+            self._points.append(point)
+            if len(self._points) % _MANY == 0:
+                self._tick *= 2
+        with contextlib.suppress(OSError):  # a lost note is made good by the next one
+            fd = self._open()
             try:
-                fd = self._open()
-            except FileNotFoundError:
-                self._folder.mkdir(exist_ok=True)
-                fd = self._open()
-            try:
-                os.write(fd, text.encode())
+                os.pwrite(fd, _line(self._head, point).ljust(_LINE - 1).encode() + b"\n", 0)
+                if stays:
+                    lines = "".join(_line("", each) + "\n" for each in self._points[self._noted :])
+                    os.lseek(fd, 0, os.SEEK_END)
+                    os.write(fd, lines.encode())
+                    self._noted = len(self._points)
             finally:
                 os.close(fd)
-            self._noted = len(self._points)
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(self._path, flags, 0o644)
+        except FileNotFoundError:
+            self._path.parent.mkdir(exist_ok=True)
+            return os.open(self._path, flags, 0o644)
 
-    def all(self) -> tuple[Track, ...]:
-        """What all processes have noted; of this one also what could not be written."""
-        others = tracks(self._state, leave=self._path.name)
-        mine = Track(self._rank, self._world, socket.gethostname(), tuple(self._points))
-        return tuple(sorted([*others, mine], key=lambda track: (track.rank, track.began)))
+
+def _line(head: str, point: Point) -> str:
+    numbers = json.dumps([point.at, point.read, point.written, point.kept])
+    return f"[{head}, {numbers}]" if head else numbers
 
 
 def read_by(plan: Plan, task: Task) -> int:
@@ -134,45 +148,48 @@ def read_by(plan: Plan, task: Task) -> int:
     return sum(c.nbytes for copy in plan.copies[task.tensor] if (c := copy.clip(task.region)) is not None)
 
 
-def tracks(state: Path, leave: str = "") -> Iterable[Track]:
-    """The notes in a folder of working state; what is no note is passed over.
-
-    Args:
-        leave: a file that is not read.
-    """
-    names: list[str] = []
+def tracks(state: Path) -> list[Track]:
+    """The notes in a folder of working state, by rank; what is no note is passed over."""
+    found: list[Track] = []
     with contextlib.suppress(OSError):
-        names = sorted(os.listdir(state / _FOLDER))[:_FILES]
-    for name in names:
-        with contextlib.suppress(OSError):
-            if name != leave and (track := _track(state / _FOLDER / name)) is not None:
-                yield track
+        for name in sorted(os.listdir(state / _FOLDER))[:_FILES]:
+            with contextlib.suppress(OSError):
+                if (track := _track(state / _FOLDER / name)) is not None:
+                    found.append(track)
+    return sorted(found, key=lambda track: (track.rank, track.began))
 
 
 def _track(path: Path) -> Track | None:
     with path.open("rb") as file:
-        lines = [_numbers(line) for line in file.read(_READ).splitlines()]
-    head = lines[0] if lines else None
-    if head is None or len(head) != 3 or not isinstance(head[2], str):
+        first, *others = [_list(line) for line in file.read(_READ).splitlines()] or [[]]
+    if len(first) != 2 or not (_is_head(first[0]) and _is_point(first[1])):
         return None
-    points = [Point(float(line[0]), *map(int, line[1:])) for line in lines[1:] if line and _is_point(line)]
-    points.sort(key=lambda point: point.at)
-    whole = isinstance(head[0], int) and isinstance(head[1], int) and 0 <= head[0] < head[1]
-    return Track(head[0], head[1], head[2], tuple(points)) if points and whole else None
+    points = {_point(line) for line in (first[1], *others) if _is_point(line)}
+    rank, world, host = first[0]
+    return Track(rank, world, host, tuple(sorted(points, key=lambda point: point.at)))
 
 
-def _numbers(line: bytes) -> list[Any] | None:
+def _list(line: bytes) -> list[Any]:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):  # torn, or not ours
-        return None
-    return found if isinstance(found, list) else None
+        return []
+    return found if isinstance(found, list) else []
 
 
-def _is_point(line: Sequence[Any]) -> bool:
-    return (
-        len(line) == 4
-        and all(type(value) in (int, float) for value in line)
-        and 0 < line[0] < 1e11
-        and all(0 <= value < 1 << 63 for value in line[1:])
-    )
+def _is_head(line: object) -> bool:
+    match line:
+        case [int(rank), int(world), str()]:
+            return 0 <= rank < world
+        case _:
+            return False
+
+
+def _is_point(line: object) -> bool:
+    if not isinstance(line, list) or len(line) != 4 or type(line[0]) not in (int, float):
+        return False
+    return 0 < line[0] < 1e11 and all(type(value) is int and 0 <= value < 1 << 63 for value in line[1:])
+
+
+def _point(line: Sequence[Any]) -> Point:
+    return Point(float(line[0]), line[1], line[2], line[3])
