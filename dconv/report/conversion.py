@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,7 +202,8 @@ def facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     """Labels and values: what was converted."""
     job, plan = conversion.job, conversion.job.plan
     request = job.request
-    layout = request.parallel.described if job.source and plan.target.world > 1 else ""
+    parallel = request.parallel if size_of(job.facts, "experts") else replace(request.parallel, etp=1)
+    layout = parallel.described if plan.target.world > 1 else ""
     yield "from", f"{request.model}\n{job.source.format}, {_files(len(plan.source.files))}"
     yield "to", f"{request.output}\n{request.format}, {_files(len(plan.target.files))}" + (layout and f", {layout}")
     yield "family", job.family.name

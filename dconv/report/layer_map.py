@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -14,6 +15,8 @@ from dconv.sharding.dtypes import ITEMSIZE
 CELLS: Final = 20_000
 ROWS: Final = 1000
 _COLUMNS: Final = 128
+#: Bits of a code, in the name of its kind: Q4_K, IQ4_NL, int4, MXFP4.
+_BITS: Final = re.compile(r"(?:Q|int|FP|fp)([1-9])")
 #: Of a state: its class of the style sheet, and what the legend says.
 _LEGEND: Final = {
     "fp8": "FP8 with scales", "bare": "FP8 without scales", "bf16": "bf16", "f16": "f16", "f32": "f32 or f64",
@@ -62,6 +65,9 @@ def look(cell: Cell) -> tuple[str, str]:
         return "bare", "8!"
     if state.endswith(SCALED):
         return "fp8", "8"
+    if state not in ITEMSIZE:  # codes under names of their own: GGUF's blocks, packed words
+        bits = _BITS.search(state)
+        return "whole", bits[1] if bits else "code"
     bits = str(8 * ITEMSIZE[state])
     if state in ("bf16", "f16"):
         return state, bits
