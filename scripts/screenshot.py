@@ -170,7 +170,8 @@ class Browser:
         self.ask("Emulation.setDeviceMetricsOverride", **screen)
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         address = page.absolute().as_uri()
-        self.ask("Page.navigate", url=address)
+        if why := self.ask("Page.navigate", url=address).get("errorText"):
+            raise RuntimeError(f"{page}: {why}")
         self._wait("Page.loadEventFired")
         found = self.ask("Runtime.evaluate", expression=_LOOK, returnByValue=True)["result"]["value"]
         if picture is not None:

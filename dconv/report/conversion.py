@@ -25,6 +25,7 @@ from dconv.report.losses import Losses
 from dconv.report.precision import Precision, precision_of
 from dconv.report.rates import RankDid, ranks_of, rates_of
 from dconv.report.tracks import TICK, Track, read_by
+from dconv.sharding.ops import Derive
 from dconv.sharding.precision import precision
 from dconv.sharding.receipt import RECEIPT, read_receipt
 
@@ -204,15 +205,16 @@ def facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     request = job.request
     parallel = request.parallel if size_of(job.facts, "experts") else replace(request.parallel, etp=1)
     layout = parallel.described if plan.target.world > 1 else ""
-    yield "from", f"{request.model}\n{job.source.format}, {_files(len(plan.source.files))}"
+    files = "" if job.source.made else f", {_files(len(plan.source.files))}"
+    yield "from", f"{request.model}\n{job.source.format}{files}"
     yield "to", f"{request.output}\n{request.format}, {_files(len(plan.target.files))}" + (layout and f", {layout}")
     yield "family", job.family.name
     yield "layers", f"{layers:,}" if (layers := size_of(job.facts, "layers")) else ""
     yield "parameters", f"{job.parameters:,}"
     yield "codes", job.scheme
     changed = precision(plan)
-    numbers = sum(kind["count"] for kind in changed)
-    yield "exact", f"{len(job.logical.specs) - numbers:,} of {len(job.logical.specs):,} tensors, bit by bit"
+    exact = sum(all(copy.op.exact and not isinstance(copy.op, Derive) for copy in copies) for copies in plan.copies)
+    yield "exact", f"{exact:,} of the output's {len(plan.copies):,} tensors have the source's values, every one"
     for kind in changed:
         names = kind["tensors"]
         yield "changed", f"{kind['op']}: {kind['count']:,} tensor{'s' * (kind['count'] != 1)}\n{_some(names)}"
@@ -247,26 +249,22 @@ def receipt_facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     yield "digests", f"{receipt.get('digest', '?')} of {of}"
     yield "all tensors", f"{_together(tensors)}, one digest over names and digests" if counts[0] else ""
     yield "own digest", str(receipt.get("own_digest", ""))
-    yield "source files", _files(len(files)) if isinstance(files := receipt.get("source_files"), Mapping) else ""
+    yield (
+        "source files",
+        _files(len(files)) if isinstance(files := receipt.get("source_files"), Mapping) and files else "",
+    )
     yield (
         "left out",
         f"{len(out):,} tensors" if isinstance(out := receipt.get("left_out"), Mapping) and out else "nothing",
     )
     yield "mup", "folded" if "mup" in receipt else "not folded"
     calibration = receipt.get("calibration")
-    if isinstance(calibration, Mapping):
-        samples = calibration.get("samples")
-        yield (
-            "calibration",
-            "\n".join(f"{key}: {value}" for key, value in samples.items()) if isinstance(samples, Mapping) else "yes",
-        )
-    yield (
-        "versions",
-        (
-            f"dconv {receipt.get('dconv', __version__)}, Python {platform.python_version()}, NumPy {np.__version__}, "
-            f"xxhash {xxhash.VERSION}"
-        ),
-    )
+    samples = calibration.get("samples") if isinstance(calibration, Mapping) else None
+    if isinstance(samples, Mapping):
+        plain = {key: value for key, value in samples.items() if isinstance(value, int | float | str) and value != ""}
+        yield "calibration", "\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in plain.items())
+    made = f"dconv {receipt.get('dconv', __version__)}, Python {platform.python_version()}, NumPy {np.__version__}"
+    yield "versions", f"{made}, xxhash {xxhash.VERSION}"
 
 
 def _together(tensors: object) -> str:

@@ -241,22 +241,18 @@ def _results(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     logits = found.get("logits")
     if not isinstance(logits, Mapping):
         return
-    for key, value in logits.items():
-        if isinstance(value, Mapping):
-            yield _LOGITS.get(str(key), str(key)), "\n".join(f"{name}: {_number(one)}" for name, one in value.items())
-        else:
-            yield _LOGITS.get(str(key), str(key)), _number(value)
+    held = logits.get("weights")
+    if isinstance(held, Mapping):
+        yield "weights", f"{held['weights']:,} weights of {held['coded']:,} tensors in codes, decoded from the files"
+        off = f"{held['error']:.2g} of the largest weight that shares their scale, bound {held['bound']:.2g}"
+        yield "off by", f"at most {off}"
+        yield "calibrated", f"{held['calibrated']:,} tensors, all finite" if held["calibrated"] else ""
+    yield "logits", f"differ by {logits['difference']:.2g} of the largest logit at most" + _bound(logits)
+    yield "mean", f"{logits['mean']:.2g} of the largest logit" if "mean" in logits else ""
+    yield "divergence", f"{logits['divergence']:.2g} nats a token" if "divergence" in logits else ""
 
 
-_LOGITS: Final = {
-    "difference": "logits differ by, as a part of the largest logit",
-    "bound": "and may differ by",
-    "mean": "in the mean by",
-    "divergence": "next tokens diverge by [nats]",
-    "why": "the bound's reason",
-    "weights": "weights, decoded",
-}
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _bound(logits: Mapping[str, Any]) -> str:
+    if "bound" not in logits:
+        return " (told, not judged: rounding is what was asked for)"
+    return f", bound {logits['bound']:.2g}: {logits['why']}"

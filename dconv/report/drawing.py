@@ -120,7 +120,8 @@ def _nodes(column: int, nodes: Mapping[str, _Node], sums: Mapping[str, int]) -> 
     x = _AT[column]
     place = ((x - 8, "end", ""), (x + _NODE + 6, "start", " over"), (x + _NODE + 8, "start", ""))[column]
     for name, node in nodes.items():
-        words = f"{_short(name)}  {size(sums[name])}" if column < 2 else f"{size(sums[name])}  {_short(name)}"
+        shown = (f"{_short(name)}  {size(sums[name])}", _short(name), f"{size(sums[name])}  {_short(name)}")
+        words = shown[column]
         drawn.append(
             f'<rect class="node" x="{x}" y="{node.top:.1f}" width="{_NODE}" height="{node.tall:.1f}">'
             f'<title>{said(f"{name}: {size(sums[name])}")}</title></rect><text class="file{place[2]}" x="{place[0]}" '

@@ -17,7 +17,7 @@ from dconv.sharding.tensor import Logical
 if TYPE_CHECKING:
     from dconv.pipeline import Job
 
-MADE: Final = "made up, from no file"
+MADE: Final = "computed, from no file"
 CHOSEN: Final = "numbers chosen by the calibration"
 
 #: Bytes by (from, to).
@@ -66,7 +66,7 @@ class _Origins:
             return {name: weight / whole for name, weight in weights.items()}
         if file in self.logical.held:
             return {CHOSEN: 1.0}
-        return {file if file in self.logical.files else MADE: 1.0}
+        return {file if file in self.logical.files and self.logical.reader is None else MADE: 1.0}
 
     def _inputs(self, made: Derived) -> dict[str, float]:
         found: dict[str, float] = defaultdict(float)
