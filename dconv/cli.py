@@ -295,6 +295,7 @@ COMMANDS: Final[dict[str, Command]] = {
         """  dconv convert llama-8b megatron --tp 4 --pp 2              HuggingFace -> Megatron torch_dist
   dconv convert llama-8b megatron --tp 4 --megatron-format legacy --nproc 4 -o out
   dconv convert megatron-run hf --dtype bf16 --verify digest  the newest iteration, back to HuggingFace
+  dconv convert llama-8b gguf --quant q4_k_m --report        and a page: plan, rates, precision, error by layer
   dconv convert llama-8b megatron --tp 8 --launcher slurm --nodes 4 --nproc 8 --partition main --wait
   dconv convert llama-8b megatron --tp 8 --launcher ray --address auto --nproc 8
   torchrun --nproc-per-node 8 -m dconv.launch llama-8b megatron --tp 8    the same under a launcher""",
