@@ -22,6 +22,7 @@ from dconv.errors import DconvError, Preempted, ToolMissing
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, say
 from dconv.launch.progress import Board, Display
+from dconv.launch.reporting import check_report
 from dconv.pipeline import check_space, prepare
 from dconv.request import CALIBRATED
 from dconv.sharding.plan import Plan
@@ -107,6 +108,7 @@ def _planned(args: argparse.Namespace) -> tuple[Path, Plan | None, bool]:
         from dconv import logits
 
         logits.require(job)
+    check_report(job, args.report)
     out = job.request.output
     done = check_output(job.plan, out, overwrite=args.overwrite, resume=args.resume, launched=float("inf"))
     if not done:

@@ -242,7 +242,7 @@ def receipt_facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     """Labels and values: what the receipt says, and what made it."""
     receipt = conversion.receipt
     yield "plan", conversion.job.plan.id
-    yield "receipt", str(conversion.job.request.output / RECEIPT)
+    yield "receipt", f"{RECEIPT} of {conversion.job.request.output}"
     tensors, frames, closing = (receipt.get(key) for key in ("tensors", "frames", "closing"))
     counts = [len(part) if isinstance(part, Mapping) else 0 for part in (tensors, frames, closing)]
     of = f"{counts[0]:,} tensors, {counts[1]:,} files' framing and {counts[2]:,} small files"

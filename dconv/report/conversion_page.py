@@ -15,7 +15,7 @@ from dconv.report import parts as shared
 from dconv.report.conversion import Conversion, Side, facts, receipt_facts
 from dconv.report.drawing import COLOURS, MOST, Line, chart, flow, strips
 from dconv.report.layer_map import layer_map
-from dconv.report.parts import framed, listed, named, said
+from dconv.report.parts import framed, listed, named, printable, said
 from dconv.report.plan import count, size
 
 _OPTION: Final = "--report"
@@ -28,7 +28,7 @@ _RANKS: Final = 64
 def page(conversion: Conversion) -> str:
     """The page."""
     request = conversion.job.request
-    title = f"{request.model.name or request.model} to {request.format}"
+    title = f"{printable(named(request.model.name or str(request.model)))} to {request.format}"
     filling = {
         "title": said(title),
         "version": said(__version__),

@@ -11,7 +11,7 @@ from math import ceil, floor, log10
 from typing import Final
 
 from dconv.report.flows import Flows, grouped, merged
-from dconv.report.parts import said
+from dconv.report.parts import printable, said
 from dconv.report.plan import size
 
 #: Nodes of a column that are told apart; the rest are one.
@@ -132,7 +132,7 @@ def _nodes(column: int, nodes: Mapping[str, _Node], sums: Mapping[str, int]) -> 
 
 def _short(name: str) -> str:
     """The end of a name tells files of one folder apart, its beginning what they are."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in name)
+    shown = printable(name)
     if len(shown) <= _LABEL:
         return shown
     return f"{shown[: _LABEL // 2 - 4]}…{shown[-(_LABEL // 2 + 3) :]}"

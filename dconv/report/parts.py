@@ -45,6 +45,11 @@ def named(text: str) -> str:
     return text if len(text) <= _NAME else text[:_NAME] + "…"
 
 
+def printable(text: str) -> str:
+    """Text of which nothing turns round what stands beside it, or hides."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def listed(facts: Iterable[tuple[str, str]]) -> str:
     """Labels with something to say and their values; a line without a label goes on with what is before it."""
     merged: list[tuple[str, str]] = []

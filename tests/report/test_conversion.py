@@ -287,4 +287,5 @@ def test_names_are_text(tmp_path: Path, name: str) -> None:
     run(job, Settings())
     failure = VerifyFailed(name, where=name, do=name)
     read = Read(page(conversion_of(job, Run(2, 1.0, failure=failure))))
-    assert len(read.scripts) == 2 and f"0{safe}.safetensors" in read.words and safe in read.heads[0]
+    assert len(read.scripts) == 2 and f"0{safe}.safetensors" in read.words
+    assert read.heads[0] == f"{safe.replace(chr(0x202E), '?')} to hf"
