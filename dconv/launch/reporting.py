@@ -34,13 +34,16 @@ def check_report(job: Job, report: Path | bool | None) -> None:
         UsageError: it would be in the output, or replace something else than a report.
         StorageFault: it cannot be written there.
     """
+    if not report:
+        return
+    partial = partial_folder(job.request.output, job.plan)  # refuses an output without a name, beside which is no place
     path = place_of(report, job.request.output)
     if path is None:
         return
     from dconv.report.conversion_page import check_place
 
     real = path.absolute().parent.resolve() / path.name
-    for folder in (job.request.output, partial_folder(job.request.output, job.plan)):
+    for folder in (job.request.output, partial):
         if real.is_relative_to(folder.absolute().parent.resolve() / folder.name):
             raise UsageError(
                 "the report would lie in the output, nothing was written",

@@ -230,7 +230,7 @@ def _files(count: int) -> str:
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
-    more = [f"… and {len(names) - most:,} more lines"] if len(names) > most else []
+    more = [f"… and {len(names) - most:,} more"] if len(names) > most else []
     return "\n".join(["  " + name for name in names[:most]] + more)
 
 

@@ -81,7 +81,8 @@ def _cards(conversion: Conversion) -> Iterable[tuple[str, str]]:
     if not run.already:
         fresh = max(plan.bytes_written - conversion.kept, 0)
         yield _seconds(run.seconds), "from command to commit"
-        yield f"{size(fresh / max(run.seconds, 1e-9))}/s", "written, over all of it"
+        if conversion.did:
+            yield f"{size(fresh / max(run.seconds, 1e-9))}/s", "written, over all of it"
     yield f"{run.world:,}", f"rank{'s' * (run.world != 1)}"
     yield str(run.failure.exit_code if run.failure else 0), "exit code"
 

@@ -216,6 +216,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_a_refusal_writes_none(dconv: Dconv, model: Path, tmp_path: Path) -> None:
     ran = dconv("convert", model, "megatron", "-o", tmp_path / "out", "--tp", 3, "--report")
     assert ran.code == 3 and list(tmp_path.iterdir()) == []
+    for out in (".", "/"):
+        ran = dconv("convert", model, "megatron", "-o", out, "--report")
+        assert ran.code == 2 and "a name of its own" in ran.err
     ran = dconv("convert", model, "rk", "-o", tmp_path / "out", "--report")
     assert ran.code == 2 and "has no report" in ran.err and list(tmp_path.iterdir()) == []
 
