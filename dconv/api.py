@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from dconv.compare import diff
 from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
 from dconv.launch.options import add_target_options, parse, to_request
+from dconv.launch.reporting import check_report, reporting_of
 from dconv.launch.run_options import add_run_options
 from dconv.launch.values import byte_count
 from dconv.pipeline import Job, Request, prepare, run
@@ -28,7 +30,7 @@ __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 #: Options of ``convert`` that speak of a checkpoint on disk, of an earlier run, or to a terminal.
 _NOT_LIVE: Final = {
     *("source_format", "rename", "submodel", "teacher", "teacher_only"),
-    *("config", "resume", "verify", "json", "quiet"),
+    *("config", "resume", "verify", "report", "json", "quiet"),
 }
 
 
@@ -80,7 +82,7 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
 
     Args:
         model, format, out, options: as for `plan`; also ``max_memory``, ``threads``, ``resume``, ``overwrite``,
-            ``digest``, and ``verify`` (``"digest"`` or ``"logits"``).
+            ``digest``, ``verify`` (``"digest"`` or ``"logits"``), and ``report`` (True, or a path of a page to write).
 
     Raises:
         DconvError: as `plan`; a storage fault; VerifyFailed.
@@ -91,11 +93,18 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
         from dconv import logits
 
         logits.require(job)
-    outcome = run(job, _settings(args))
-    if args.verify != "none":
+    check_report(job, args.report)
+    reporting = reporting_of(job, args.report, 0, 1, time.time())
+    outcome = run(job, reporting.settings(_settings(args)))
+
+    def verified() -> dict[str, object] | None:
+        if args.verify == "none":
+            return None
         from dconv import verify
 
-        verify.told(args.verify, job, job.request.output)
+        return verify.told(args.verify, job, job.request.output)
+
+    reporting.ended(verified, already=not outcome.committed)
     return outcome
 
 
@@ -198,7 +207,9 @@ def _parsed(model: str | Path, format: str, out: str | Path | None, options: dic
         if value is None or value is False:
             continue
         option = action.option_strings[-1]
-        if action.nargs == 0:
+        if action.nargs == "?" and value is True:
+            words.append(option)
+        elif action.nargs == 0:
             if value is not True:
                 raise UsageError(f"{name} is True or False", found=f"{value!r:.80}")
             words.append(option)

@@ -16,7 +16,8 @@ try() { # run; a failure is kept for the end, so that one run tells everything
 }
 try ruff check .
 try ruff format --check .
-try pyright
+try pyright                                 # dconv, strict
+try pyright -p scripts/pyrightconfig.json   # scripts and fuzz targets
 try shellcheck -x .ci/run scripts/*.sh launch/*.sh slurm/*.sh slurm/*.sbatch fuzz/*.sh
 try hadolint launch/Containerfile
 try pytest -n auto --maxprocesses 8 --durations 60 --durations-min 4 "$@"

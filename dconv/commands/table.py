@@ -47,8 +47,10 @@ COMMANDS: Final[dict[str, Command]] = {
   dconv convert megatron-run hf --dtype bf16 --verify digest
   # calibrated; quantised for llama.cpp; block FP8
   dconv convert llama-8b gptq --calibration texts.jsonl -o llama-8b-w4
-  dconv convert llama-8b gguf --quant q4_k_m -o llama-8b.gguf
+  dconv convert llama-8b gguf --quant q4_k_m
   dconv convert llama-8b fp8
+  # and a page: plan, rates, precision, error by layer
+  dconv convert llama-8b gguf --quant q8_0 --report
   # the same under other launchers
   torchrun --nproc-per-node 8 -m dconv.launch llama-8b megatron --tp 8
   dconv convert llama-8b megatron --tp 8 --launcher slurm --nodes 4 --nproc 8

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Generator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -71,7 +71,8 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 def _typed(action: argparse.Action, value: Any, path: Path) -> object:
     """A value as the option has it: true or false, text, or what its converter makes of text and whole numbers.
 
-    Options that may stand several times on a line take one text or a list of them.
+    Options that may stand several times on a line take one text or a list of them; those whose value may be left out
+    also true or false.
     """
 
     def wrong(why: str) -> UsageError:
@@ -81,6 +82,8 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
         if not isinstance(value, bool):
             raise wrong("is true or false")
         return value
+    if action.nargs == "?" and isinstance(value, bool):
+        return action.const if value else action.default
     if isinstance(action, argparse._AppendAction):
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

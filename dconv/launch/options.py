@@ -223,6 +223,12 @@ def to_request(args: argparse.Namespace) -> Request:
     check_device(args.device)
     compiler = target(args)
     engine = "huggingface" if compiler else FORMATS.get(args.format, "megatron")
+    if compiler and getattr(args, "report", None):
+        raise UsageError(
+            "a hand-off to a compiler has no report, nothing was written",
+            where="--report",
+            do="leave it out: manifest.json says what was made",
+        )
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = LAYOUTS.get(compiler, ()) if compiler else known
     known = ("ep",) if args.format in CALIBRATED else known

@@ -37,6 +37,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verify", choices=("none", "digest", "logits"), default="none",
                        help="read the output back, or compare logits with the source (of codes, weights by their "
                             "bound, and logits are told)")  # fmt: skip
+    group.add_argument("--report", nargs="?", type=Path, const=True, metavar="FILE",
+                       help="write a page: plan, rates by rank, precision, errors of codes, verification, receipt "
+                            "(OUT.report.html, beside the output)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument("--quiet", action="store_true", help="no progress")
 

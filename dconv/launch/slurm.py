@@ -23,6 +23,7 @@ from dconv.launch.display import Display
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, say
 from dconv.launch.progress import Board
+from dconv.launch.reporting import check_report
 from dconv.pipeline import check_space, prepare
 from dconv.request import CALIBRATED
 from dconv.sharding.plan import Plan
@@ -108,6 +109,7 @@ def _planned(args: argparse.Namespace) -> tuple[Path, Plan | None, bool]:
         from dconv import logits
 
         logits.require(job)
+    check_report(job, args.report)
     out = job.request.output
     done = check_output(job.plan, out, overwrite=args.overwrite, resume=args.resume, launched=float("inf"))
     if not done:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
@@ -20,12 +21,13 @@ from dconv.launch.options import target, to_request
 from dconv.launch.place import Place
 from dconv.launch.process import SIGNALS, Stop, Stopped, preempted, say, tell_torchrun
 from dconv.launch.progress import NOTES, Board, peak_memory
+from dconv.launch.reporting import check_report, reporting_of
 from dconv.launch.terminal import show, show_json, tell
 from dconv.pipeline import Job, prepare, run
 from dconv.quant.report import summary
 from dconv.request import Request
 from dconv.sharding.rank import Outcome, Settings
-from dconv.sharding.receipt import partial_folder, read_receipt
+from dconv.sharding.receipt import is_result, partial_folder, read_receipt
 
 if TYPE_CHECKING:
     pass
@@ -106,6 +108,8 @@ def planned(args: argparse.Namespace, request: Request | None = None) -> Job:
         from dconv import logits
 
         logits.require(job)
+    if request is None:
+        check_report(job, args.report)
     return job
 
 
@@ -127,6 +131,8 @@ def failed(fault: DconvError | OSError | MemoryError, args: argparse.Namespace, 
 
 def _is_common(error: DconvError, job: Job) -> bool:
     """Whether every rank meets this error: the output exists, no room or a stop before the first byte."""
+    if isinstance(error, StorageFault) and is_result(job.plan, job.request.output):
+        return False  # what came after the commit: the page of --report
     if isinstance(error, StorageFault | Preempted):
         return not partial_folder(job.request.output, job.plan).exists()
     return isinstance(error, UsageError | Refused)
@@ -162,26 +168,29 @@ def _run(job: Job, args: argparse.Namespace, where: Place, began: float, stop: S
         told=told_of,
         stage_dir=args.stage_dir,
     )
+    reporting = reporting_of(job, args.report if told else None, where.rank, where.world, since, began)
     with contextlib.ExitStack() as stack:
         shown = None
         if where.rank == 0 and not args.quiet and not args.json and NOTES not in os.environ:
             shown = stack.enter_context(Display(board, job.plan.bytes_written, where.world))
-        outcome = run(job, settings)
+        outcome = run(job, reporting.settings(settings))
         if shown is not None and not outcome.complete:
             shown.linger(stop)
     if outcome.committed:
         seconds = time.monotonic() - began
         notes[where.rank] = {"peak": peak_memory()}  # of the conversion, not of what verifies it
-        verified = _verify(job, args.verify)
+        verified = reporting.ended(lambda: _verify(job, args.verify))
         if told:
-            _summary(job, args, where, outcome, notes, seconds, verified)
+            _summary(job, args, where, outcome, notes, seconds, verified, reporting.path)
     elif told and outcome.complete and where.rank == 0 and _was_there(job, since):
-        verified = _verify(job, args.verify)
+        verified = reporting.ended(lambda: _verify(job, args.verify), already=True)
         result = {"out": str(job.request.output), "plan": job.plan.id, "already_done": True, "verified": verified}
+        result |= {"report": str(reporting.path)} if reporting.path else {}
         if args.json:
             show_json(result)
         elif not args.quiet:
-            show(f"already done: {job.request.output}", *_sentences(verified))
+            page = [f"report {reporting.path}"] if reporting.path else []
+            show(f"already done: {job.request.output}", *_sentences(verified), *page)
     return 0
 
 
@@ -233,6 +242,7 @@ def _summary(
     notes: dict[int, dict[str, int]],
     seconds: float,
     verified: dict[str, object] | None,
+    report: Path | None,
 ) -> None:
     plan = job.plan
     peaks = {rank: note["peak"] for rank, note in sorted(notes.items())}
@@ -253,6 +263,7 @@ def _summary(
         "needs": list(job.needs),
         "notes": list(job.notes),
         "verified": verified,
+        **({"report": str(report)} if report else {}),
     }
     if args.json:
         show_json(result)
@@ -272,6 +283,7 @@ def _summary(
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
     lines += [f"megatron-core lacks: {what}" for what in job.needs]
+    lines += [f"report {report}"] * (report is not None)
     show(*lines)
 
 

@@ -18,7 +18,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -148,9 +148,15 @@ class Flusher:
     """Flushes finished tasks to disk and then journals them, beside the work: what piled up makes one batch.
 
     Use as a context manager; leaving it without an error flushes the rest.
+
+    Args:
+        before: called with tasks that are on disk, before the journal says so.
     """
 
-    def __init__(self, outputs: Outputs, journal: Journal) -> None:
+    def __init__(
+        self, outputs: Outputs, journal: Journal, before: Callable[[Sequence[Task]], None] | None = None
+    ) -> None:
+        self._before = before
         self._outputs = outputs
         self._journal = journal
         self._queue: queue.SimpleQueue[Done | None] = queue.SimpleQueue()
@@ -183,6 +189,8 @@ class Flusher:
                 finished = [item for item in batch if item is not None]
                 if finished:
                     self._outputs.sync(sorted({item.task.file for item in finished}))
+                    if self._before is not None:
+                        self._before([item.task for item in finished])
                     self._journal.append(finished)
         except BaseException as fault:  # handed to the thread that waits for it
             self._failure = fault

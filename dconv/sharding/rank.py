@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from dconv.errors import Preempted, StorageFault
 from dconv.sharding.digest import ALGORITHMS, DEFAULT
@@ -29,6 +29,18 @@ from dconv.sharding.tuning import Tuner
 
 #: Tasks that a rank which is done looks at again before it asks the journal what the others did meanwhile.
 _LOOK: Final = 8
+
+
+class Watch(Protocol):
+    """Is told what a rank does; in more than one thread."""
+
+    def done(self, tasks: Sequence[Task]) -> None:
+        """These are on disk, and come to the journal now."""
+        ...
+
+    def kept(self, tasks: Sequence[Task]) -> None:
+        """These the journal has already, and their bytes are whole."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Settings:
             work in the same one. What it raises ends the run.
         told: called with lines for a person, of what went wrong and was made good.
         committing: called by the rank that commits, just before.
+        watch: told what this rank has done, before the journal is, and what it found done.
         stage_dir: on a disk of this machine, for copies of what is read (`dconv.sharding.staging`).
     """
 
@@ -71,6 +84,7 @@ class Settings:
     meet: Callable[[Path], None] | None = None
     told: Callable[[str], None] = lambda _: None
     committing: Callable[[], None] = lambda: None
+    watch: Watch | None = None
     stage_dir: Path | None = None
 
 
@@ -146,6 +160,8 @@ class Rank:
         # Ranks of this run are at other tasks, and there are many of them.
         noted = self.journal.read(math.inf if self.settings.again else self.settings.launched)
         intact, spoilt = self._recheck([task for task in tasks if task.index in noted], noted)
+        if self.settings.watch is not None:
+            self.settings.watch.kept(intact)
         # Noted anew, so that this run's last rank need not look again. Nothing is taken back before it is looked at:
         # a kill during the check loses nothing.
         self.journal.append([Done(task, noted[task.index].digest, 0) for task in intact])
@@ -236,7 +252,8 @@ class Rank:
 
     def _try(self, tasks: Sequence[Task], skip: Callable[[Task], bool]) -> None:
         last = time.monotonic()
-        with Flusher(self.outputs, self.journal) as flush:
+        watch = self.settings.watch
+        with Flusher(self.outputs, self.journal, watch.done if watch else None) as flush:
 
             def on_done(done: Done) -> None:
                 nonlocal last

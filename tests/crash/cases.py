@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from dconv.sharding.coords import Parallel
 from dconv.sharding.execute import Done
 from dconv.sharding.journal import Journal
 from dconv.sharding.outputs import Outputs
+from dconv.sharding.plan import Task
 from dconv.sharding.rank import Settings
 from dconv.sharding.receipt import RECEIPT
 from tests.formats.gguf_tokenizers import byte_pairs
@@ -73,8 +74,10 @@ class InStep:
     """In the place of `dconv.sharding.journal.Flusher`: each task is flushed and noted when it is done, in the same
     thread, so that a run makes the same calls each time, and as many as it can."""
 
-    def __init__(self, outputs: Outputs, journal: Journal) -> None:
-        self._outputs, self._journal = outputs, journal
+    def __init__(
+        self, outputs: Outputs, journal: Journal, before: Callable[[Sequence[Task]], None] | None = None
+    ) -> None:
+        self._outputs, self._journal, self._before = outputs, journal, before
 
     def __enter__(self) -> InStep:
         return self
@@ -83,6 +86,8 @@ class InStep:
 
     def __call__(self, done: Done) -> None:
         self._outputs.sync([done.task.file])
+        if self._before is not None:
+            self._before([done.task])
         self._journal.append([done])
 
 
