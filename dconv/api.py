@@ -16,6 +16,7 @@ from dconv.checking import Checked
 from dconv.compare import diff
 from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
+from dconv.launch.config_file import repeats
 from dconv.launch.options import add_target_options, parse, to_request
 from dconv.launch.reporting import check_report, reporting_of
 from dconv.launch.run_options import add_run_options
@@ -23,6 +24,7 @@ from dconv.launch.values import byte_count
 from dconv.pipeline import Job, Request, prepare, run
 from dconv.request import QUANTISED
 from dconv.sharding.coords import Coord, Parallel
+from dconv.sharding.parsed import is_list_or_tuple
 from dconv.sharding.rank import Outcome, Settings
 
 __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
@@ -213,7 +215,7 @@ def _parsed(model: str | Path, format: str, out: str | Path | None, options: dic
             if value is not True:
                 raise UsageError(f"{name} is True or False", found=f"{value!r:.80}")
             words.append(option)
-        elif isinstance(value, list | tuple) and isinstance(action, argparse._AppendAction):
+        elif is_list_or_tuple(value) and repeats(action):
             words += [f"{option}={item}" for item in value]
         else:
             words.append(f"{option}={value}")

@@ -209,8 +209,9 @@ def _share(
     Of a block with no finite largest nothing is asked; errors up to ``spacing`` are none, unless all is to be kept.
     """
     largest: NDArray[np.float64] = np.abs(before)
+    reduced: Any = np.maximum.reduceat  # numpy leaves open what it gives
     for axis, size in enumerate(block):
-        largest = np.maximum.reduceat(largest, np.arange(0, largest.shape[axis], size), axis)
+        largest = reduced(largest, np.arange(0, largest.shape[axis], size), axis)
     for axis, size in enumerate(block):
         largest = np.repeat(largest, size, axis)[(slice(None),) * axis + (slice(0, before.shape[axis]),)]
     error = distance(before, after)

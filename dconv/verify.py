@@ -211,7 +211,7 @@ def _tensors(folder: Path, receipt: Mapping[str, object]) -> Iterator[_Tensor]:
     if not is_mapping(listed):
         raise _broken_receipt(folder, "tensors", "tensors with digests", listed)
     for key, entry in listed.items():
-        fields = mapping_or_empty(entry)
+        fields: Any = mapping_or_empty(entry)
         dtype, shape, offset = fields.get("dtype"), fields.get("shape"), fields.get("offset")
         numbers = [*shape, offset] if is_list(shape) else [None]
         if str(dtype) not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):

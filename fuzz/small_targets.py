@@ -72,9 +72,9 @@ def run_yaml(data: bytes) -> None:
 
 
 def _parser() -> Any:
-    from dconv.launch.batch import _parser as options
+    from dconv.launch.options import every_option
 
-    return options()
+    return every_option()
 
 
 @target("launch/options.py", "launch/batch.py", most=4096)

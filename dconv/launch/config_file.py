@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.small_config import check_tag
 from dconv.errors import Damaged, UsageError
+from dconv.sharding.parsed import is_dict, is_list, is_list_or_tuple, is_texts
 
 if TYPE_CHECKING:
     import yaml
@@ -60,6 +61,11 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
     return found
 
 
+def repeats(action: argparse.Action) -> bool:
+    """Whether an option may stand several times on a line."""
+    return isinstance(action, argparse._AppendAction)  # pyright: ignore[reportPrivateUsage] - it has no public name
+
+
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:  # argparse offers no public way to look its options up
@@ -84,9 +90,9 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
         return value
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else action.default
-    if isinstance(action, argparse._AppendAction):
+    if repeats(action):
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        if not is_texts(texts):
             raise wrong("is text, or a list of texts")
         return texts
     convert: Callable[[str], object] = action.type if callable(action.type) else str
@@ -113,7 +119,7 @@ def load(path: Path) -> dict[Any, Any]:
     try:
         if path.is_file() and path.stat().st_size > _MAX_BYTES:
             raise Damaged("the config file is implausibly large", where=str(path), expected=f"{_MAX_BYTES:,} bytes")
-        loader = yaml.SafeLoader(path.read_text("utf-8"))
+        loader: Any = yaml.SafeLoader(path.read_text("utf-8"))
         node = loader.get_single_node()
         if node is not None:
             _check(node, path)
@@ -122,7 +128,7 @@ def load(path: Path) -> dict[Any, Any]:
         raise Damaged("the config file is implausibly deep", where=str(path)) from fault
     except (OSError, ValueError, yaml.YAMLError) as fault:
         raise UsageError(f"cannot read the config file: {fault}", where=str(path)) from fault
-    if not isinstance(values, dict):
+    if not is_dict(values):
         raise UsageError("the config file is no mapping of options", where=str(path))
     return values
 
@@ -140,5 +146,6 @@ def _check(top: yaml.Node, path: Path) -> None:
         left -= 1
         if left < 0:
             raise Damaged("aliases in the config file stand for more than anybody writes", where=str(path))
-        for child in node.value if isinstance(node.value, list) else ():
-            waiting += child if isinstance(child, tuple) else (child,)
+        children: Any = node.value  # entries of a sequence, or pairs of a mapping
+        for child in children if is_list(children) else ():
+            waiting += child if is_list_or_tuple(child) else (child,)

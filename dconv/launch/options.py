@@ -32,8 +32,8 @@ _LAYOUT: Final = {
 }  # fmt: skip
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """How to read MODEL; returns the group for options that only some commands have."""
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """How to read MODEL; returns argparse's group, for options that only some commands have."""
     group = parser.add_argument_group("source")
     group.add_argument("--from", dest="source_format", metavar="FORMAT", help="container of MODEL (normally detected)")
     group.add_argument("--model-type", metavar="FAMILY", help="model family (normally detected)")
@@ -267,7 +267,10 @@ def to_request(args: argparse.Namespace) -> Request:
             expected="f32, f16 or bf16",
             do="--verify digest reads the output back",
         )
-    said = {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
+    said: dict[str, Any] = {
+        **_LAYOUT,
+        **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None},
+    }
     parallel = Parallel(
         tp=said["tp"],
         ep=said["ep"],

@@ -6,6 +6,7 @@ Ray is imported when it is asked for, and never before.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -78,7 +79,7 @@ def reached(address: str | None, last_words: Callable[[ToolMissing], object]) ->
     """
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError as fault:
         raise ToolMissing("ray is not installed, nothing was written", where="--launcher ray", found=str(fault),
                           do="pip install 'dconv[ray]', here and on the nodes of the cluster") from fault  # fmt: skip

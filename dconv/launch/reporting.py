@@ -68,21 +68,21 @@ class Reporting:
     world: int
     since: float
     began: float
-    _recorder: Recorder | None = None
+    recorder: Recorder | None = None
     _seconds: float = 0.0
     _tracks: tuple[Track, ...] = field(default=())
 
     @property
-    def _state(self) -> Path:
+    def state(self) -> Path:
         return partial_folder(self.job.request.output, self.job.plan) / STATE
 
     def settings(self, settings: Settings) -> Settings:
         """Settings with which a run notes what it does."""
-        if (recorder := self._recorder) is None:
+        if (recorder := self.recorder) is None:
             return settings
 
         def committing() -> None:
-            self._tracks = tuple(tracks(self._state))  # they go at the commit
+            self._tracks = tuple(tracks(self.state))  # they go at the commit
             settings.committing()
 
         return replace(settings, committing=committing, watch=recorder)
@@ -134,5 +134,5 @@ def reporting_of(
     path = place_of(report, job.request.output)
     made = Reporting(job, path, world, since, time.monotonic() if began is None else began)
     if path is not None:
-        made._recorder = Recorder(made._state, job.plan, rank, world)
+        made.recorder = Recorder(made.state, job.plan, rank, world)
     return made

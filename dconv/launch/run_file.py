@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import StorageFault, UsageError
-from dconv.launch.config_file import load, typed
+from dconv.launch.config_file import load, repeats, typed
 from dconv.launch.options import every_option
 from dconv.sharding.parsed import is_list
 
@@ -132,7 +133,7 @@ def change(path: Path, key: str, texts: Sequence[str]) -> Any:
 def _value(action: argparse.Action, texts: Sequence[str]) -> Any:
     if list(texts) == ["null"]:
         return None
-    if isinstance(action, argparse._AppendAction):
+    if repeats(action):
         return list(texts)
     if len(texts) != 1:
         raise UsageError(f"{action.dest} has one value", where="dconv config set", found=" ".join(texts))
@@ -141,10 +142,8 @@ def _value(action: argparse.Action, texts: Sequence[str]) -> Any:
 
 
 def _changed(text: str, name: str, value: Any) -> str:
-    import yaml
-
-    compose: Any = yaml.compose  # its stub leaves types open
-    root = compose(text, yaml.SafeLoader)
+    yaml: Any = importlib.import_module("yaml")
+    root = yaml.compose(text, yaml.SafeLoader)
     if isinstance(root, yaml.MappingNode) and root.flow_style:  # JSON
         return json.dumps({**yaml.safe_load(text), name: value}, indent=2, ensure_ascii=False) + "\n"
     shown = yaml.safe_dump([value], default_flow_style=True, width=1 << 20, allow_unicode=True).strip()[1:-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dconv.errors import UsageError
 from dconv.launch.values import byte_count, number, positive, threads, whole
@@ -69,8 +69,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wait", action="store_true", help="stay until the job has ended, and show its progress")
 
 
-def add_save_option(parser: argparse._ActionsContainer) -> None:
-    """``--save-config``, of the commands that a person starts."""
+def add_save_option(parser: Any) -> None:
+    """``--save-config``, of the commands that a person starts; into a parser or a group of one."""
     parser.add_argument("--save-config", type=Path, metavar="FILE",
                         help="also write these options to FILE, for --config")  # fmt: skip
 

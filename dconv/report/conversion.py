@@ -26,6 +26,7 @@ from dconv.report.precision import Precision, precision_of
 from dconv.report.rates import RankDid, ranks_of, rates_of
 from dconv.report.tracks import TICK, Track, read_by
 from dconv.sharding.ops import Derive
+from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.precision import precision
 from dconv.sharding.receipt import RECEIPT, read_receipt
 
@@ -85,7 +86,7 @@ class Conversion:
     before: Side
     after: Side
     losses: Losses | None
-    receipt: Mapping[str, Any] = field(default_factory=dict)
+    receipt: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def kept(self) -> int:
@@ -244,23 +245,17 @@ def receipt_facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     yield "plan", conversion.job.plan.id
     yield "receipt", f"{RECEIPT} of {conversion.job.request.output}"
     tensors, frames, closing = (receipt.get(key) for key in ("tensors", "frames", "closing"))
-    counts = [len(part) if isinstance(part, Mapping) else 0 for part in (tensors, frames, closing)]
+    counts = [len(mapping_or_empty(part)) for part in (tensors, frames, closing)]
     of = f"{counts[0]:,} tensors, {counts[1]:,} files' framing and {counts[2]:,} small files"
     yield "digests", f"{receipt.get('digest', '?')} of {of}"
     yield "all tensors", f"{_together(tensors)}, one digest over names and digests" if counts[0] else ""
     yield "own digest", str(receipt.get("own_digest", ""))
-    yield (
-        "source files",
-        _files(len(files)) if isinstance(files := receipt.get("source_files"), Mapping) and files else "",
-    )
-    yield (
-        "left out",
-        f"{len(out):,} tensors" if isinstance(out := receipt.get("left_out"), Mapping) and out else "nothing",
-    )
+    files, out = mapping_or_empty(receipt.get("source_files")), mapping_or_empty(receipt.get("left_out"))
+    yield "source files", _files(len(files)) if files else ""
+    yield "left out", f"{len(out):,} tensors" if out else "nothing"
     yield "mup", "folded" if "mup" in receipt else "not folded"
-    calibration = receipt.get("calibration")
-    samples = calibration.get("samples") if isinstance(calibration, Mapping) else None
-    if isinstance(samples, Mapping):
+    samples = mapping_or_empty(mapping_or_empty(receipt.get("calibration")).get("samples"))
+    if samples:
         plain = {key: value for key, value in samples.items() if isinstance(value, int | float | str) and value != ""}
         yield "calibration", "\n".join(f"{key.replace('_', ' ')}: {value}" for key, value in plain.items())
     made = f"dconv {receipt.get('dconv', __version__)}, Python {platform.python_version()}, NumPy {np.__version__}"
@@ -268,7 +263,7 @@ def receipt_facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
 
 
 def _together(tensors: object) -> str:
-    digests = {name: one.get("digest") for name, one in tensors.items()} if isinstance(tensors, Mapping) else {}
+    digests = {name: one.get("digest") for name, one in mapping_or_empty(tensors).items()}
     return xxhash.xxh3_128_hexdigest(
         "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items())).encode("utf-8", "backslashreplace")
     )

@@ -17,6 +17,7 @@ from dconv.report.drawing import COLOURS, MOST, Line, chart, flow, strips
 from dconv.report.layer_map import layer_map
 from dconv.report.parts import framed, listed, named, printable, said
 from dconv.report.plan import count, size
+from dconv.sharding.parsed import is_mapping
 
 _OPTION: Final = "--report"
 _COMMAND: Final = "dconv convert"
@@ -240,10 +241,10 @@ def _results(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "read back", f"{found['tensors']:,} tensors in {found['files']:,} files, {found['bytes']:,} bytes"
     yield "digests", "all as they were written"
     logits = found.get("logits")
-    if not isinstance(logits, Mapping):
+    if not is_mapping(logits):
         return
     held = logits.get("weights")
-    if isinstance(held, Mapping):
+    if is_mapping(held):
         yield "weights", f"{held['weights']:,} weights of {held['coded']:,} tensors in codes, decoded from the files"
         off = f"{held['error']:.2g} of the largest weight that shares their scale, bound {held['bound']:.2g}"
         yield "off by", f"at most {off}"

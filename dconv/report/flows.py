@@ -50,7 +50,7 @@ class _Origins:
     """The files behind what pieces name as one."""
 
     logical: Logical
-    known: dict[str, dict[str, float]] = field(default_factory=dict)
+    known: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     def of(self, file: str) -> Mapping[str, float]:
         """Parts of 1 by file."""

@@ -48,7 +48,7 @@ class Losses:
 
     measure: str = MEASURED
     words: str = ""
-    layers: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[int, float]] = field(default_factory=dict[str, Mapping[int, float]])
     lines: Sequence[tuple[str, int, float, float, str]] = ()
     why_not: str = ""
 
@@ -171,7 +171,7 @@ def _drawn(weights: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> t
             cells[place.kind, place.layer].append((name, shape))
     order = list(cells.values())
     if len(order) > _BOXES:  # layers at even distances, of each class
-        order = [order[i] for i in np.linspace(0, len(order) - 1, _BOXES).astype(int)]
+        order = [order[i * (len(order) - 1) // (_BOXES - 1)] for i in range(_BOXES)]
     each = max(1, _BOXES // len(order))
     boxes: list[tuple[str, Region]] = []
     for members in order:

@@ -18,6 +18,7 @@ from dconv.report.plan import size
 from dconv.report.precision import Cell, Class, Precision
 from dconv.report.statistics import PER_OCTAVE, Statistics
 from dconv.report.words import scale_words
+from dconv.sharding.parsed import is_dict
 
 _COMMAND: Final = "dconv inspect"
 _DEPTH: Final = 12
@@ -56,7 +57,7 @@ def write(path: Path, text: str) -> None:
 
 def _kept(report: Mapping[str, Any]) -> Mapping[str, Any]:
     kept = {key: value for key, value in report.items() if key not in ("names", "left_out")}
-    if isinstance(precision := kept.get("precision"), dict):
+    if is_dict(precision := kept.get("precision")):
         lists = {key: len(precision[key]) for key in ("with_scales", "without_scales")}
         kept["precision"] = {**precision, **lists, "cells": precision["cells"][:CELLS]}
     return kept
@@ -114,8 +115,8 @@ def _tree(cells: Iterable[Cell]) -> str:
         *path, last = [*above, *cell.kind.split(".", _DEPTH)][: 2 * _DEPTH]
         branch = root
         for part in path:
-            below = branch.setdefault(part, {})
-            branch = below if isinstance(below, dict) else branch.setdefault(f"{part} (module)", {})
+            below: Any = branch.setdefault(part, {})
+            branch = below if is_dict(below) else branch.setdefault(f"{part} (module)", {})
         branch[f"{last}\0" if isinstance(branch.get(last), dict) else last] = cell
     return "".join(_branch(name, below, depth=0) for name, below in root.items())
 

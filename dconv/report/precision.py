@@ -276,7 +276,8 @@ def _counted(
     }
     if not wanted:
         return None, []
-    total, bad = Statistics(), []
+    total = Statistics()
+    bad: list[str] = []
     for name, found in statistics.read(source, wanted):
         place = places[scales[name]]
         cell = cells[place.stack, place.layer, place.kind]

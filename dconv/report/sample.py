@@ -134,8 +134,8 @@ def _turns(members: list[Weight], rng: np.random.Generator) -> Iterator[tuple[We
     taken: set[tuple[str, Region]] = set()
     while True:
         fresh = False
-        for at in rng.permutation(len(members)):
-            weight = members[at]
+        for at in rng.permutation(np.arange(len(members))):
+            weight = members[int(at)]
             region = _box(weight, [int(rng.integers(n)) for n in _counts(weight)])
             if (weight.name, region) not in taken:
                 taken.add((weight.name, region))
@@ -160,7 +160,8 @@ def _counts(weight: Weight) -> list[int]:
 
 def _box(weight: Weight, at: Sequence[int]) -> Region:
     sides, axes = _sides(weight), len(weight.shape)
-    start, shape = [], []
+    start: list[int] = []
+    shape: list[int] = []
     for axis, (i, n) in enumerate(zip(at, weight.shape, strict=True)):
         side = sides.get(axis - axes, 1)
         start.append(i * side)

@@ -62,7 +62,7 @@ class Statistics:
     broken: int = 0
     low: float | None = None
     high: float | None = None
-    bins: Counter[int] = field(default_factory=Counter)
+    bins: Counter[int] = field(default_factory=Counter[int])
 
     @property
     def bad(self) -> int:

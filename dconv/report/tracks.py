@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dconv.sharding.parsed import is_list
 from dconv.sharding.plan import Plan, Task
 
 #: Seconds by which a process's notes may begin before what is known as its run's beginning: clocks of files lag.
@@ -174,7 +175,7 @@ def _list(line: bytes) -> list[Any]:
         found = json.loads(line)
     except (ValueError, RecursionError):  # torn, or not ours
         return []
-    return found if isinstance(found, list) else []
+    return found if is_list(found) else []
 
 
 def _is_head(line: object) -> bool:
@@ -186,7 +187,7 @@ def _is_head(line: object) -> bool:
 
 
 def _is_point(line: object) -> bool:
-    if not isinstance(line, list) or len(line) != 4 or type(line[0]) not in (int, float):
+    if not is_list(line) or len(line) != 4 or type(line[0]) not in (int, float):
         return False
     return 0 < line[0] < 1e11 and all(type(value) is int and 0 <= value < 1 << 63 for value in line[1:])
 

@@ -42,7 +42,7 @@ class Usage:
     kind: str
     fmt: Minifloat
     tensors: int = 0
-    looked_at: set[str] = field(default_factory=set)
+    looked_at: set[str] = field(default_factory=set[str])
     of_largest: float = 0.0
     squares: float = 0.0
     halves: float = 0.0

@@ -79,7 +79,7 @@ def _classes(classes: Sequence[Class]) -> Iterable[str]:
 
 
 def _line(name: str, states: Mapping[str, int], one: Class | None) -> str:
-    parts = []
+    parts: list[str] = []
     for state, n in states.items():
         where = ""
         if one and len(states) > 1 and one.layers.get(state):
