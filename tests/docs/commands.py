@@ -173,14 +173,13 @@ _VARIES: Final = (
     (re.compile(r"mean relative error [\d.e-]+"), "mean relative error …"),
     (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d)?"), "…"),
     (re.compile(r"(?<= )(?:torch|transformers|megatron-core|onnxruntime) \d+\.\d+[\w.+]*"), "…"),
-    (re.compile(r"(?:/[\w.-]+)+/(?=[\w.-])"), "…/"),
-    (re.compile(r"(?m)^(?:\[[#-]{20}\].*\n)+"), "…\n"),
+    (re.compile(r"(?<![\w.…-])(?:/[\w.-]+)+/(?=[\w.-])"), "…/"),
 )
 
 
 def masked(printed: str) -> str:
     """What was printed as a page may have it: what varies is ``…``."""
-    text = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines())
+    text = "\n".join(_lines(printed))
     for pattern, instead in _VARIES:
         text = pattern.sub(instead, text)
     return text
@@ -224,14 +223,22 @@ def words(typed: str) -> list[list[str]]:
 def matches(said: Sequence[str], printed: str) -> bool:
     """Whether a page's output is what was printed.
 
-    ``…`` in a line stands for any text of it, and alone for any lines. Spaces at ends of lines do not count.
+    ``…`` in a line stands for any text of it, and alone for any lines. How wide a column of a table is, and how often a
+    slow machine draws its progress, does not count.
     """
     pattern = ""
     for line in said:
         if line.strip() == "…":
             pattern += r"(?:.*\n)*?"
         else:
-            parts = [re.escape(part) for part in line.rstrip().split("…")]
-            pattern += ".*".join(parts) + r"[ \t]*\n"
-    given = "\n".join(line.rstrip() for line in printed.strip("\n").splitlines()) + "\n"
-    return re.fullmatch(pattern, given) is not None
+            pattern += ".*".join(re.escape(part) for part in _even(line).split("…")) + r"\n"
+    return re.fullmatch(pattern, "".join(f"{_even(line)}\n" for line in _lines(printed))) is not None
+
+
+def _lines(printed: str) -> list[str]:
+    lines = printed.strip("\n").splitlines()
+    return [line.rstrip() for line in lines if not line.startswith(("[#", "[-"))]
+
+
+def _even(line: str) -> str:
+    return re.sub(r"(?<=\S) {2,}", "  ", line.rstrip())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.arch.registry import by_name
+from tests.docs.commands import ROOT
 from tests.formats.gguf_tokenizers import byte_pairs
 from tests.quant.models import write_normal
 
@@ -56,6 +57,17 @@ def minicpm(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(kept))
 
 
+def surprising(folder: Path) -> None:
+    """A Llama with a tensor that no Llama has, in each layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    llama(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{layer}.mlp.surprise.weight": torch.zeros(4, 4) for layer in range(4)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def prose(path: Path) -> None:
     """A text to calibrate on."""
     path.write_text(_TEXT * 400)
@@ -76,7 +88,7 @@ def _converted(source: str, *words: str) -> Callable[[Path], None]:
     return make
 
 
-MODELS: Final[Mapping[str, Callable[[Path], None]]] = {
+MODELS: Final[Mapping[str, Callable[[Path], object]]] = {
     "llama-8b": llama,
     "llama-2-7b": llama,
     "qwen3-8b": lambda folder: llama(folder, "qwen3"),
@@ -89,5 +101,9 @@ MODELS: Final[Mapping[str, Callable[[Path], None]]] = {
     "minimax-m2": _converted("minimax-bf16", "fp8"),
     "megatron-run": _converted("llama-8b", "megatron", "--tp", "2", "--pp", "2"),
     "qwen3-megatron": _converted("qwen3-30b", "megatron", "--tp", "2", "--ep", "2"),
+    "house-llama": surprising,
     "prose.txt": prose,
+    "dconv-house": lambda folder: shutil.copytree(
+        ROOT / "tests" / "plugin", folder, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    ),
 }

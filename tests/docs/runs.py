@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,24 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from tests.docs.commands import ROOT, Block, Command, Page
+from tests.docs.commands import ROOT, Command, Page
 from tests.docs.models import MODELS
 from tests.processes import LAUNCHERS
 
 #: Seconds. What takes longer hangs.
 _PATIENCE: Final = 300
 _MADE: Final = Path(tempfile.mkdtemp(prefix="dconv-docs-"))
+
+
+#: One command of a session: bash keeps its variables and its place from the one before.
+_SHELL: Final = """
+if [[ -f {state} ]]; then . {state}; fi
+set -o pipefail
+{typed}
+code=$?
+{{ declare -px; printf 'cd -- %q\\n' "$PWD"; }} >{state}
+exit $code
+"""
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,12 @@ def prepare(page: Page, folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
-def run(block: Block, command: Command, folder: Path) -> Ran:
-    """A command of a block, with the repository's own dconv first on PATH."""
+def run(command: Command, folder: Path, state: Path) -> Ran:
+    """A command, with the repository's own dconv first on PATH.
+
+    Args:
+        state: a file by which what a command exports, and where it goes, is there for the next one.
+    """
     folders = [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
     environment = {
@@ -55,7 +71,7 @@ def run(block: Block, command: Command, folder: Path) -> Ran:
         "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", "-c", f"set -e -o pipefail\n{command.typed}"], cwd=folder, env=environment, timeout=_PATIENCE,
+        ["bash", "-c", _SHELL.format(state=shlex.quote(str(state)), typed=command.typed)], cwd=folder, env=environment, timeout=_PATIENCE,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     return Ran(command, done.stdout, done.returncode)
@@ -64,10 +80,11 @@ def run(block: Block, command: Command, folder: Path) -> Ran:
 def run_page(page: Page, folder: Path) -> list[Ran]:
     """All of its commands that are run, in their order; files that blocks are the content of are written on the way."""
     prepare(page, folder)
-    ran = []
+    ran: list[Ran] = []
+    state = Path(tempfile.mkdtemp(dir=_MADE)) / "state"
     for block in page.blocks:
         if block.file:
             (folder / block.file).write_text(f"{block.text}\n")
         elif not block.excuse:
-            ran += [run(block, command, folder) for command in block.commands]
+            ran += [run(command, folder, state) for command in block.commands]
     return ran
