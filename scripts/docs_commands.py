@@ -3,7 +3,7 @@
     python scripts/docs_commands.py docs/howto/gptq.md …          says which outputs differ
     python scripts/docs_commands.py docs/howto/gptq.md --write    puts them in; ``…`` stands for what varies
 
-A new command gets its output so: write a line ``???`` below it. What a reader need not see is then cut to ``…`` by hand.
+A new command gets its output so: write a line ``???`` below it. What a reader need not see is cut to ``…`` by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.docs.commands import matches, masked, read
+from tests.docs.commands import masked, matches, read
 from tests.docs.runs import Ran, run_page
 
 

@@ -1,7 +1,7 @@
 """The parts of docs/ that the code itself says: tables of formats and families, every command's help.
 
-    python scripts/docs_reference.py              which pages are not what the code says; exit code 1 where one is not
-    python scripts/docs_reference.py --write      put it between the markers of the pages
+python scripts/docs_reference.py              which pages are not what the code says; exit code 1 where one is not
+python scripts/docs_reference.py --write      put it between the markers of the pages
 """
 
 from __future__ import annotations

@@ -18,13 +18,15 @@ _FENCE: Final = re.compile(r"^(\s*)(`{3,})(.*)$")
 _COMMENT: Final = re.compile(r"<!--\s*(models|long|not run|exit|file):?\s*(.*?)\s*-->")
 #: What a line of a block that has no prompt begins with where it is a command.
 _PROGRAMS: Final = re.compile(
-    r"^(?:[A-Z_]+=\S+ )*(?:dconv|torchrun|srun|sbatch|accelerate|python3?|bash|ray|export|pip|cat|ls|cd|mkdir|launch/\S+"
-    r"|slurm/\S+|\S*/bin/python|scripts/\S+)(?= )"
+    r"^(?:[A-Z_]+=\S+ )*(?:dconv|torchrun|srun|sbatch|accelerate|python3?|bash|ray|export|pip|cat|ls|cd|mkdir"
+    r"|launch/\S+|slurm/\S+|\S*/bin/python|scripts/\S+)(?= )"
 )
 #: A comment of a block without a language: words behind two spaces, beyond all quotes.
 _BESIDE: Final = re.compile(r"^((?:[^'\"]|'[^']*'|\"[^\"]*\")*?)\s{2,}(?!-)\S.*$", re.DOTALL)
 #: An error as dconv prints it: the code that the command ends with.
-_ERROR: Final = re.compile(r"^(?:error|usage|refused|damaged|storage|verification|tool|preempted) \((\d+)\)", re.MULTILINE)
+_ERROR: Final = re.compile(
+    r"^(?:error|usage|refused|damaged|storage|verification|tool|preempted) \((\d+)\)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,13 @@ def read(path: Path) -> Page:
 
 
 def _commands(block: Block) -> Iterator[Command]:
-    """Those of a block: behind ``$ `` with what they print; in a block without prompts, lines that begin with a program."""
+    """Those of a block: behind ``$ `` with what they print; without prompts, lines that begin with a program.
+
+    A block of another language (Python, YAML, a text) has none unless it has prompts.
+    """
     lines = block.text.splitlines()
     prompted = any(line.startswith("$ ") for line in lines)
-    at = 0
+    at = 0 if prompted or block.language in ("", "bash", "console") else len(lines)
     while at < len(lines):
         line, first = lines[at], at
         typed = line.removeprefix("$ ") if prompted else line
@@ -154,8 +159,9 @@ def _commands(block: Block) -> Iterator[Command]:
             at += 1
         while said and not said[-1].strip():
             said.pop()
-        if block.language in ("", "text") and not prompted and (beside := _BESIDE.match(typed)):
-            typed = beside[1]
+        if not block.language and not prompted and " #" not in typed:
+            typed = re.sub(r"\s*\\\n\s*", " ", typed)
+            typed = beside[1] if (beside := _BESIDE.match(typed)) else typed
         error = _ERROR.search("\n".join(said))
         code = block.code if block.code is not None else int(error[1]) if error else 0
         yield Command(block.page, block.line + 1 + first, typed, tuple(said), code)
@@ -167,6 +173,8 @@ _VARIES: Final = (
     (re.compile(r"\b\d+\.\d+ s\b"), "… s"),
     (re.compile(r"peak memory a rank: \d+ MiB"), "peak memory a rank: … MiB"),
     (re.compile(r"plan( +)[0-9a-f]{12}"), r"plan\1…"),
+    (re.compile(r"partial-[0-9a-f]{12}"), "partial-…"),
+    (re.compile(r"^(digests .*) \([\d,]+ bytes\)", re.MULTILINE), r"\1 (… bytes)"),
     (re.compile(r"^continues .*$", re.MULTILINE), "continues    …"),
     (re.compile(r"within\s+±[\d.]+"), "within …"),
     (re.compile(r"layer by layer in [\d,]+ MB"), "layer by layer in … MB"),
@@ -209,10 +217,12 @@ def words(typed: str) -> list[list[str]]:
     for word in lexed:
         if skip:
             skip = False
-        elif word in ("&&", "|", ";", "||", "&"):
+        elif word[0] in "&|;()" and set(word) <= set("&|;()"):
             parts.append([])
-        elif word in (">", ">>", "<", "2"):
-            skip = word != "2"
+        elif word[0] in "<>":
+            skip = True
+            if parts[-1][-1:] == ["2"]:  # 2>FILE
+                parts[-1].pop()
         elif not parts[-1] and re.fullmatch(r"[A-Z_]+=.*", word, re.DOTALL):
             continue
         else:

@@ -71,8 +71,9 @@ def run(command: Command, folder: Path, state: Path) -> Ran:
         "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", "-c", _SHELL.format(state=shlex.quote(str(state)), typed=command.typed)], cwd=folder, env=environment, timeout=_PATIENCE,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        ["bash", "-c", _SHELL.format(state=shlex.quote(str(state)), typed=command.typed)],
+        cwd=folder, env=environment, timeout=_PATIENCE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     return Ran(command, done.stdout, done.returncode)
 

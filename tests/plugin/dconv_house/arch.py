@@ -22,8 +22,16 @@ _CONFIG = DecoderConfig(
 )  # fmt: skip
 
 _NORMS = (
-    Row("decoder.layers.*.self_attention.q_layernorm.weight", "model.layers.*.self_attn.q_norm.weight", copied("head_dim")),
-    Row("decoder.layers.*.self_attention.k_layernorm.weight", "model.layers.*.self_attn.k_norm.weight", copied("head_dim")),
+    Row(
+        "decoder.layers.*.self_attention.q_layernorm.weight",
+        "model.layers.*.self_attn.q_norm.weight",
+        copied("head_dim"),
+    ),
+    Row(
+        "decoder.layers.*.self_attention.k_layernorm.weight",
+        "model.layers.*.self_attn.k_norm.weight",
+        copied("head_dim"),
+    ),
 )
 
 FAMILIES = (LLAMA.derive("house", _CONFIG, add=_NORMS),)

@@ -39,13 +39,15 @@ class House:
         step, mup, notes = folded(model, replace(request, dtype="bf16"))
         return Handing(Terms(chip, found, {"layers": layers, "mup": mup}), (Step("hf", step),), model, notes)
 
-    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:  # noqa: ARG002
+    def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         here = shutil.which(_COMPILER, path=ask.environment.get("PATH"))
         if here is None:
-            raise ToolMissing("housec is not here, nothing was written", do=f"{self.install}\n--bundle writes what it takes")
+            raise ToolMissing(
+                "housec is not here, nothing was written", do=f"{self.install}\n--bundle writes what it takes"
+            )
         return Tool(_COMPILER, {}, {"path": here})
 
-    def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:  # noqa: ARG002
+    def lay_out(self, handing: Handing, work: Path, ask: Ask) -> None:
         effort = handing.terms.settings["effort"]
         write_script(work, f"{_COMPILER} -O{effort} hf {OUT}/{_IMAGE}", self.install)
 

@@ -43,7 +43,7 @@ class Npz:
         except (OSError, ValueError):
             return False
 
-    def can_infer(self, path: str | Path) -> bool:  # noqa: ARG002
+    def can_infer(self, path: str | Path) -> bool:
         """Nothing runs it."""
         return False
 
