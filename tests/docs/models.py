@@ -90,7 +90,14 @@ def _converted(source: str, *words: str) -> Callable[[Path], None]:
 
 MODELS: Final[Mapping[str, Callable[[Path], object]]] = {
     "llama-8b": llama,
-    "llama-2-7b": llama,
+    "MODEL": lambda folder: llama(
+        folder,
+        hidden_size=288,
+        intermediate_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=2,
+    ),
     "qwen3-8b": lambda folder: llama(folder, "qwen3"),
     "qwen3-30b": lambda folder: llama(folder, "qwen3_moe", **_MOE, num_experts=4),
     "olmoe": lambda folder: llama(folder, "olmoe", intermediate_size=128, num_experts=4, num_experts_per_tok=2),

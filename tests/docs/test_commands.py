@@ -58,6 +58,18 @@ def test_the_commands_of_a_page_run(page: Page, tmp_path: Path, request: pytest.
     assert not wrong, "\n\n".join(wrong)
 
 
+@pytest.mark.long
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    """Those of *Use*, in their order, with a MODEL of nine heads in three groups; its refusal is as it says."""
+    readme = next(page for page in PAGES if page.name == "README.md")
+    (use,) = (block for block in readme.blocks if block.text.startswith("dconv inspect MODEL "))
+    (refused,) = (block for block in readme.blocks if block.text.startswith("$ dconv convert MODEL megatron --tp 4"))
+    page = Page("README.md", (use, refused), ("MODEL",), "", "")
+    for ran in runs.run_page(page, tmp_path):
+        assert ran.code == ran.command.code, f"{ran.command}\n{ran.printed}"
+        assert not ran.command.said or matches(ran.command.said, ran.printed), f"{ran.command}\n{ran.printed}"
+
+
 def test_no_command_is_left_out() -> None:
     """Each is run, or it has a reason; a line that looks like one and is none of a block's commands fails."""
     run, parsed, total = 0, 0, 0
