@@ -29,6 +29,10 @@ _ERROR: Final = re.compile(
 )
 
 
+#: What a folded line of an answer begins with.
+_FOLD: Final = " " * 13
+
+
 @dataclass(frozen=True)
 class Command:
     """What is typed, and what is said of it.
@@ -233,21 +237,33 @@ def words(typed: str) -> list[list[str]]:
 def matches(said: Sequence[str], printed: str) -> bool:
     """Whether a page's output is what was printed.
 
-    ``…`` in a line stands for any text of it, and alone for any lines. How wide a column of a table is, and how often a
-    slow machine draws its progress, does not count.
+    ``…`` in a line stands for any text of it, and alone for any lines. How wide a column of a table is, where a long line
+    is folded, and how often a slow machine draws its progress, does not count.
     """
     pattern = ""
-    for line in said:
+    for line in _unfolded(said):
         if line.strip() == "…":
             pattern += r"(?:.*\n)*?"
         else:
             pattern += ".*".join(re.escape(part) for part in _even(line).split("…")) + r"\n"
-    return re.fullmatch(pattern, "".join(f"{_even(line)}\n" for line in _lines(printed))) is not None
+    given = "".join(f"{_even(line)}\n" for line in _unfolded(_lines(printed)))
+    return re.fullmatch(pattern, given) is not None
 
 
 def _lines(printed: str) -> list[str]:
     lines = printed.strip("\n").splitlines()
     return [line.rstrip() for line in lines if not line.startswith(("[#", "[-"))]
+
+
+def _unfolded(lines: Sequence[str]) -> list[str]:
+    """Lines with those joined to them that are set in below a word of 10 letters and its text."""
+    joined: list[str] = []
+    for line in lines:
+        if joined and line.startswith(_FOLD) and line.strip() not in ("", "…"):
+            joined[-1] = f"{joined[-1].rstrip()} {line.strip()}"
+        else:
+            joined.append(line)
+    return joined
 
 
 def _even(line: str) -> str:

@@ -176,6 +176,9 @@ def test_outputs_are_compared() -> None:
     """The comparison can say no, and ``…`` stands for no more than it says."""
     assert matches(["a … c", "…", "z"], "a b c\n1\n2\nz\n")
     assert matches(["a"], "[####----]  50 %\na\n")
+    assert matches(["runs         x within …"], "runs         x within\n             1.5\n")
+    assert matches(["do         a", "             b"], "do         a\n             b\n")
+    assert not matches(["runs         x within …"], "runs         x within\n1.5\n")
     assert not matches(["a … c"], "a b d")
     assert not matches(["a"], "a\nb")
     assert not matches(["a", "b"], "a")
