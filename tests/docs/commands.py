@@ -237,8 +237,8 @@ def words(typed: str) -> list[list[str]]:
 def matches(said: Sequence[str], printed: str) -> bool:
     """Whether a page's output is what was printed.
 
-    ``…`` in a line stands for any text of it, and alone for any lines. How wide a column of a table is, where a long line
-    is folded, and how often a slow machine draws its progress, does not count.
+    ``…`` in a line stands for any text of it, and alone for any lines. How wide a column of a table is, where a long
+    line is folded, and how often a slow machine draws its progress, does not count.
     """
     pattern = ""
     for line in _unfolded(said):
