@@ -20,7 +20,7 @@ PAGES = pages()
 #: Pages of before the convention. Their blocks have neither prompts nor models, and other tests run what they say.
 #: Why nothing of them is run here; what is new does not go on this list.
 PARSED = {
-    "README.md": "words of a page that is written anew; scripts/quickstart.sh, tests/cli and tests/launch run them",
+    "README.md": "names of large models; its block of use runs below, scripts/quickstart.sh and tests/cli run others",
     "docs/benchmarks-gptq.md": "measures for an hour; scripts/bench_gptq.py",
     "docs/cluster-ray.md": "needs a Ray cluster; tests/cluster/test_ray.py",
     "docs/cluster-slurm.md": "needs a SLURM cluster; tests/cluster/test_slurm.py",
