@@ -5,6 +5,7 @@ A page runs in an empty folder, where the names that it lists are tiny random mo
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 from pathlib import Path
@@ -38,6 +39,11 @@ RUN = [page for page in PAGES if page.runs and page.name not in PARSED]
 LOOKS = re.compile(r"^(?:\$ )?(?:\S+=\S+ )*(?:dconv|torchrun|srun|sbatch|accelerate|ray)\s+\S", re.MULTILINE)
 #: Words that stand for something in older pages.
 _PLACEHOLDER = re.compile(r"…|\.\.\.|\[|^[A-Z]$")
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The real one."""
+    return cli._parser(command)
 
 
 def excuse(block: Block) -> str:
@@ -128,7 +134,7 @@ def test_options_in_the_text_are_options(page: Page) -> None:
     for said in re.findall(r"`(dconv [a-z]+ [^`]*)`", outside):
         name = said.split()[1]
         assert name in cli.COMMANDS, f"{page.name}: {said}"
-        known = cli._parser(name)._option_string_actions
+        known = parser_of(name)._option_string_actions
         for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", re.sub(r"'[^']*'", "''", said)):
             assert option in known, f"{page.name}: {said}: {option}"
 
@@ -157,7 +163,7 @@ def _judge(said: list[str], command: Command) -> None:
         return
     if "--config" in rest and "convert" in name:  # MODEL and FORMAT are in the file
         rest = [*rest, "MODEL", "FORMAT"]
-    parser = cli._parser(name)
+    parser = parser_of(name)
     try:
         parser.parse_args(list(itertools.takewhile(lambda word: word[0] != "[", rest)))  # [--what may follow]
     except SystemExit as left:
