@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dconv import cli
+from dconv.commands import table
 from tests.docs import runs
 from tests.docs.commands import DOCS, ROOT, Block, Command, Page, matches, pages, words
 from tests.docs.models import MODELS
@@ -43,7 +43,7 @@ _PLACEHOLDER = re.compile(r"…|\.\.\.|\[|^[A-Z]$")
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The real one."""
-    return cli._parser(command)
+    return table.parser_of(command)
 
 
 def excuse(block: Block) -> str:
@@ -133,7 +133,7 @@ def test_options_in_the_text_are_options(page: Page) -> None:
     outside = re.sub(r"^```.*?^```", "", page.text, flags=re.DOTALL | re.MULTILINE)
     for said in re.findall(r"`(dconv [a-z]+ [^`]*)`", outside):
         name = said.split()[1]
-        assert name in cli.COMMANDS, f"{page.name}: {said}"
+        assert name in table.COMMANDS, f"{page.name}: {said}"
         known = parser_of(name)._option_string_actions
         for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", re.sub(r"'[^']*'", "''", said)):
             assert option in known, f"{page.name}: {said}: {option}"
