@@ -11,7 +11,8 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NoReturn
 
 from dconv import __version__
 
@@ -150,6 +151,29 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def complete() -> NoReturn:
+    """Answer a shell that asks what may stand at its cursor, and end this process."""
+    from dconv.assist import shells
+
+    shells.answer(overview, {name: partial(parser_of, name) for name in COMMANDS})
+
+
+class _Completion(argparse.Action):
+    """``--install-completion`` and ``--show-completion``: do it, and leave, as ``--version`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, option: object = None) -> None:
+        from dconv.assist import shells
+        from dconv.launch.process import say
+        from dconv.launch.terminal import show
+
+        shell = shells.shell_of(str(values or ""))
+        if option == "--show-completion":
+            say(shells.script(shell).rstrip())
+        else:
+            show(shells.install(shell).text())
+        parser.exit()
+
+
 def overview() -> argparse.ArgumentParser:
     """The parser of ``dconv`` alone, which knows what commands there are."""
     parser = argparse.ArgumentParser(
@@ -160,6 +184,9 @@ def overview() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dconv {__version__}")
+    for option, what in (("install", "complete dconv by the tab key"), ("show", "print the script that does")):
+        parser.add_argument(f"--{option}-completion", action=_Completion, nargs="?", const="",
+                            metavar="SHELL", help=f"{what}, in bash, zsh or fish ($SHELL)")  # fmt: skip
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help)
