@@ -66,6 +66,8 @@ def _answer(overview: Callable[[], ArgumentParser], commands: Mapping[str, Calla
 
     words = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
     made = commands.get(words[1]) if len(words) > 1 else None
+    if made is None and len(words) > 1 and not words[1].startswith("-"):
+        return  # no command of ours
     parser = (made or overview)()
     attach(parser)
     if made is not None:

@@ -122,6 +122,17 @@ COMMANDS: Final[dict[str, Command]] = {
   # the same command, in its directory; more options may follow
   dconv history rerun 12 --resume""",
     ),
+    "suggest": Command(
+        "propose a command from a sentence; runs nothing",
+        "'WORDS' ",
+        """  dconv suggest 'my 8B llama for vllm in 4 bit on 2 gpus'
+  # a path that is there is looked at: what it does not permit is said
+  dconv suggest 'run/iter_0001000 back to huggingface, make sure'
+  dconv suggest 'pretrain llama-8b in megatron on two nodes of 8' --json
+  dconv suggest 'llama-8b for ollama, q4_k_m'
+  # a local model chooses where the words leave a choice
+  dconv suggest 'something for my laptop' --with qwen3-0.6b""",
+    ),
     "formats": Command("list the formats that are read and written", "", "  dconv formats\n  dconv formats --json"),
 }
 
