@@ -58,15 +58,14 @@ class Glance:
         made = [one for one in matrix.outputs() if matrix.numbers(self.kind, one) != "refused"]
         if self.family is None:
             return tuple(made)
-        made = [one for one in made if self._family_has(one)]
+        made = [one for one in made if self._family_has(self.family, one)]
         if matrix.INPUTS[self.kind].graph:
             return tuple(made)
-        return (*made, *(one for one in COMPILERS if one not in made and self._family_has(one)))
+        return (*made, *(one for one in COMPILERS if one not in made and self._family_has(self.family, one)))
 
-    def _family_has(self, format: str) -> bool:
+    def _family_has(self, family: Family, format: str) -> bool:
         """Whether a FORMAT has a form for this family at all."""
-        assert self.family is not None
-        name = self.family.name
+        name = family.name
         if format == "gguf":
             return any(name in arch.families for arch in ARCHS.values())
         if format == "mlx":
@@ -74,16 +73,15 @@ class Glance:
         if format == "neuron":
             return name in TABLES or name in neuron_models.FAMILIES
         if format == "bmtrain":
-            return self._is_in_bmtrain()
+            return self._is_in_bmtrain(family)
         return True
 
-    def _is_in_bmtrain(self) -> bool:
-        assert self.family is not None
-        names = (spec.name for entry in self.family.samples(self.facts) for spec in entry.fused.specs)
+    def _is_in_bmtrain(self, family: Family) -> bool:
+        names = (spec.name for entry in family.samples(self.facts) for spec in entry.fused.specs)
         if not all(map(bmtrain.from_hf_name, names)):
             return False
         try:
-            bmtrain_config.from_hf(self.family, self.facts, self.config, "bf16")
+            bmtrain_config.from_hf(family, self.facts, self.config, "bf16")
         except DconvError:
             return False
         return True
@@ -158,10 +156,12 @@ def _kind(folder: Path, config: Mapping[str, object]) -> str:
 
 
 def _names(folder: Path) -> Sequence[str]:
-    """Names of stored tensors: of the index, or of the one file's header."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and index.stat().st_size <= _LARGEST_INDEX:
-        said = read_json(index, what=index.name).get("weight_map")
-        return tuple(map(str, said)) if isinstance(said, Mapping) else ()
-    one = folder / "model.safetensors"
-    return tuple(safetensors.read_header(one)) if one.is_file() else ()
+    """Names of stored tensors, of the index or of the one file's header; none where they are not as they should be."""
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if index.is_file() and index.stat().st_size <= _LARGEST_INDEX:
+            said = read_json(index, what=index.name).get("weight_map")
+            return tuple(map(str, said)) if isinstance(said, Mapping) else ()
+        return tuple(safetensors.read_header(one)) if one.is_file() else ()
+    except DconvError:
+        return ()

@@ -6,6 +6,7 @@ later ones, so that ``llama.cpp`` is no ``llama``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -175,3 +176,22 @@ SIZES: Final = (
 _WORDS: Final = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 #: Numbers as people write them.
 NUMBER_WORDS: Final = {word: number for number, word in enumerate(_WORDS.split(), 1)} | {"a": 1, "single": 1}
+
+#: Words that say nothing of a conversion.
+PLAIN: Final = frozenset(re.findall(r"\S+", """
+    a an and the my our your i we me it its this that is are be please can could would want need like how do
+    does to into for from of on in at by with under as back so then convert converted make made turn run
+    running get give put use using model models checkpoint checkpoints weights big small file files format
+    formats new old will bit bits each all one quantise quantize quantised quantized quantisation quantization
+    export serve serving inference deploy deployment gpu gpus node nodes machine board chip device computer
+    laptop phone laptop or local locally server sure have has some there here training train card cards
+    cluster parallel parallelism way ranks processes it's i'd again after afterwards nothing changed still
+    also only moe dense llm language out write read compile per
+"""))  # fmt: skip
+
+#: Before a word that names what is wanted, and what there is.
+WANTED: Final = re.compile(
+    r"\b(to|into|for|as|in|with|on|onto|using|under|towards?|->|→|=>)( (a|an|the|my|our|use in))*\s*$"
+)
+THERE: Final = re.compile(r"\b(from|of|out of)( (a|an|the|my|our))*\s*$")
+KEPT: Final = re.compile(r"^[ -]*(checkpoints?|runs?|weights|model|shards|directory|files?|state)\b")

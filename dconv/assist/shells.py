@@ -107,9 +107,7 @@ def script(shell: str) -> str:
     try:
         from argcomplete.shell_integration import shellcode
     except ImportError as fault:
-        raise ToolMissing(
-            "completion needs argcomplete", found=str(fault), do="pip install argcomplete"
-        ) from fault
+        raise ToolMissing("completion needs argcomplete", found=str(fault), do="pip install argcomplete") from fault
     return f"{shellcode(['dconv'], shell=shell).rstrip()}\n{_MARK}\n"
 
 

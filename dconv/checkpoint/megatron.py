@@ -186,9 +186,7 @@ class Model:
                 yield f"{SIDE_FOLDER}/{TEACHER}/{name}", data
 
 
-def check_cuts(
-    family: Family, facts: Facts, parallel: Parallel, divisor: int, *, local_spec: bool = False
-) -> None:
+def check_cuts(family: Family, facts: Facts, parallel: Parallel, divisor: int, *, local_spec: bool = False) -> None:
     """Refuse parallel sizes over which a tensor does not divide.
 
     Raises:

@@ -55,7 +55,8 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         raise UsageError(
             "none of these words says what is wanted",
             where=f"{sentence[:200]!r}",
-            expected="a FORMAT, a program or a chip, such as\n" + "\n".join(f"dconv suggest '{one}'" for one in _EXAMPLES),
+            expected="a FORMAT, a program or a chip, such as\n"
+            + "\n".join(f"dconv suggest '{one}'" for one in _EXAMPLES),
             do="dconv formats  lists what there is",
         )
     said = [f"FORMAT {chosen[0]}: the likeliest to {args.with_model}"] if chosen else []

@@ -172,7 +172,7 @@ def complete() -> NoReturn:
 class _Completion(argparse.Action):
     """``--install-completion`` and ``--show-completion``: do it, and leave, as ``--version`` does."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, option: object = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, option: object = None) -> None:
         from dconv.assist import shells
         from dconv.launch.process import say
         from dconv.launch.terminal import show

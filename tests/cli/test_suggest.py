@@ -73,7 +73,9 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("sentence", "expected"), SENTENCES, ids=[sentence for sentence, _ in SENTENCES])
-def test_a_sentence_and_its_command(sentence: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentence_and_its_command(
+    sentence: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = read(sentence)
     assert found is not None
@@ -108,12 +110,23 @@ def test_words_that_contradict_each_other(
     parse(parser_of("convert"), found.words[1:])
 
 
+def _bytes_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={one: i for i, one in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a small llama in it, called ``tiny``."""
     family = families()["llama"]
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 128}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 256}
     write_random(tmp_path / "tiny", family, config_of(family, **sizes))
+    _bytes_tokenizer(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -190,17 +203,11 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random causal language model with a tokenizer of bytes."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("reader")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    _bytes_tokenizer(folder)
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=len(alphabet),
+        vocab_size=256,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
