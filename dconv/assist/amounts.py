@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Final
 
 from dconv.assist import rules
@@ -77,12 +78,13 @@ def _megatron_layout(reading: Reading, nodes: int, each: int) -> None:
 def _held_to(reading: Reading, known: Glance) -> None:
     """Say which sizes MODEL does not permit."""
     from dconv.assist.sizes import SIZES, permitted
-    from dconv.commands.table import parser_of
-    from dconv.launch.options import parse
+    from dconv.launch.options import add_target_options, parse
 
     said = {name: reading.options[f"--{name}"] for name in SIZES if f"--{name}" in reading.options}
     words = [str(known.path), "megatron", *(word for name, n in said.items() for word in (f"--{name}", str(n)))]
-    args = parse(parser_of("plan"), words)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_target_options(parser)
+    args = parse(parser, words)
     for name, number in said.items():
         fits = permitted(args, name, known)
         if int(str(number)) not in fits:

@@ -89,7 +89,7 @@ def _model(sentence: str) -> tuple[Path | None, str]:
         if not _is_there(said):
             continue
         if "/" in said or path.suffix in (".gguf", ".pt", ".bin", ".onnx", ".pth") or _is_model(path):
-            return path, sentence.replace(word, " ", 1)
+            return path, re.sub(rf"(?<!\S)(['\"]?){re.escape(word)}\1(?!\S)", " ", sentence, count=1)
     return None, sentence
 
 

@@ -41,7 +41,7 @@ class Installed:
             said = [f"wrote        {path}" for path in self.changed]
         undo = f"rm {shlex.quote(str(self.script))}"
         if self.startup is not None:
-            undo += f"; sed -i '/{_MARK}$/d' {shlex.quote(str(self.startup))}"
+            undo += f"; sed -i --follow-symlinks '/{_MARK}$/d' {shlex.quote(str(self.startup))}"
         return "\n".join([*said, f"undo         {undo}", "from now on  in every new shell"])
 
 
@@ -60,6 +60,7 @@ def answer(overview: Callable[[], ArgumentParser], commands: Mapping[str, Callab
 
 def _answer(overview: Callable[[], ArgumentParser], commands: Mapping[str, Callable[[], ArgumentParser]]) -> None:
     import argcomplete
+    from argcomplete.completers import ChoicesCompleter
     from argcomplete.lexers import split_line
 
     from dconv.assist.completers import attach
@@ -72,12 +73,8 @@ def _answer(overview: Callable[[], ArgumentParser], commands: Mapping[str, Calla
     attach(parser)
     if made is not None:
         os.environ[ASKED] = "2"  # the line's second word is then what a parser takes for the program's name
-    argcomplete.autocomplete(parser, always_complete_options=False, default_completer=_nothing)
-
-
-def _nothing(**_: object) -> list[str]:
-    """For an argument without a completer; argcomplete's own would start a bash."""
-    return []
+    none = ChoicesCompleter(())  # for what has no completer; argcomplete's own would start a bash
+    argcomplete.autocomplete(parser, always_complete_options=False, default_completer=none)
 
 
 def shell_of(said: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -189,6 +189,7 @@ def overview() -> argparse.ArgumentParser:
     """The parser of ``dconv`` alone, which knows what commands there are."""
     parser = argparse.ArgumentParser(
         "dconv",
+        usage="dconv COMMAND [options]",
         description="Moves LLM checkpoints from where they were trained to where they will run.",
         epilog=f"dconv COMMAND --help explains one, with examples.\n\n{_EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
