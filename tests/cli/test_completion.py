@@ -174,7 +174,7 @@ def test_every_argument_has_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
                     assert all(word.startswith(typed) for word in completer(typed, parsed_args=None))
 
 
-def test_of_a_model_only_its_config_and_index_are_opened(hf: Path) -> None:
+def test_of_a_model_its_config_its_index_and_one_header_are_opened(hf: Path) -> None:
     """However large it is: a shell waits, and a cluster's file system is slow."""
     code = f"""if True:
         import sys
@@ -190,7 +190,8 @@ def test_of_a_model_only_its_config_and_index_are_opened(hf: Path) -> None:
             assert list(COMPLETERS[name]("", args)), name
         print(sorted(opened))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['config.json', 'model.safetensors.index.json']"
+    # the first file's header says whether it is MLX's
+    assert done.stdout.strip() == "['config.json', 'model-00001-of-00004.safetensors', 'model.safetensors.index.json']"
 
 
 def test_completion_does_not_wait_for_torch(big: Path) -> None:
