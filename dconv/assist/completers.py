@@ -10,9 +10,10 @@ import argparse
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from dconv.assist.glance import COMPILERS, Glance, glance
+if TYPE_CHECKING:
+    from dconv.assist.glance import Glance
 
 #: What is typed of the word, and the arguments before it.
 Completer = Callable[[str, argparse.Namespace], Iterable[str]]
@@ -49,6 +50,8 @@ def paths(suffixes: tuple[str, ...] = (), *, files: bool = True) -> Completer:
 
 def known(args: argparse.Namespace) -> Glance | None:
     """The model that is typed; None where there is none, or nothing is known of it."""
+    from dconv.assist.glance import glance
+
     model = getattr(args, "model", None)
     if model is None:
         return None
@@ -61,6 +64,7 @@ def known(args: argparse.Namespace) -> Glance | None:
 
 def formats(_: str, args: argparse.Namespace) -> Iterable[str]:
     """FORMATs that MODEL permits, or all."""
+    from dconv.assist.glance import COMPILERS
     from dconv.formats import engines
     from dconv.request import FORMATS
 
