@@ -10,8 +10,9 @@ from dconv.assist.glance import Glance
 from dconv.assist.reading import Heard, Reading
 from dconv.request import CALIBRATED
 
+#: Tensor parallelism beyond a node is slow: no more of it is proposed.
 _GPUS_OF_A_NODE: Final = 8
-_NUMBER: Final = rf"(?P<n>\d{{1,4}}|{'|'.join(rules.NUMBER_WORDS)})"
+_NUMBER: Final = rf"(?P<n>[1-9]\d{{0,3}}|{'|'.join(rules.NUMBER_WORDS)})"
 
 
 def count(reading: Reading) -> None:

@@ -17,9 +17,10 @@ from dconv.assist import amounts, rules
 from dconv.assist.glance import COMPILERS, Glance, glance
 from dconv.assist.reading import Heard, Reading, Vote
 from dconv.errors import DconvError
+from dconv.gguf import TYPES
 
 MODEL: Final = "MODEL"
-#: Most words of a sentence; a longer one is a file that was pasted.
+#: Characters that are read of a sentence; a longer one is a file that was pasted.
 _LONGEST: Final = 2_000
 
 
@@ -85,9 +86,9 @@ def _model(sentence: str) -> tuple[Path | None, str]:
         words = sentence.split()
     for word in words:
         said = word if _is_there(word) else word.rstrip(".,;:!?")
-        path = Path(said)
-        if not _is_there(said):
+        if not _is_there(said) or not said.isprintable() or said.startswith("-"):
             continue
+        path = Path(said).expanduser()
         if "/" in said or path.suffix in (".gguf", ".pt", ".bin", ".onnx", ".pth") or _is_model(path):
             return path, re.sub(rf"(?<!\S)(['\"]?){re.escape(word)}\1(?!\S)", " ", sentence, count=1)
     return None, sentence
@@ -104,7 +105,7 @@ def _is_model(path: Path) -> bool:
     """Whether a name that might be any word is that of a checkpoint."""
     try:
         glance(path)
-    except DconvError:
+    except (DconvError, OSError):
         return False
     return True
 
@@ -123,7 +124,7 @@ def _read_words(reading: Reading) -> None:
     """Take all words that a rule knows."""
     mup = re.search(r"minicpm.*(?<![\w.])llama(?![\w]|[. -]?cpp)|(?<!\w)mup(?!\w)", reading.text)
     # exact types of blocks are their own FORMAT
-    for found in reading.take(r"i?q\d_[k\d](_[smlx]{1,2})?|iq\d_[nx][ls]|tq\d_0"):
+    for found in reading.take("|".join(sorted((name for name in TYPES if "_" in name), key=len, reverse=True))):
         reading.votes.append(Vote(found[0], "gguf", "a type of GGUF", (2, 3), ("--quant", found[0])))
     amounts.count(reading)
     _chips_by_name(reading)

@@ -97,6 +97,7 @@ def test_a_sentence_and_its_command(
         ("megatron tp 4 tp 8", "megatron", "--tp 4 was said before"),
         ("megatron, tp 3, on 8 gpus", "megatron", "do not divide"),
         ("gptq on 2 nodes of 8 gpus", "gptq", "--launcher slurm or ray"),
+        ("megatron tp 0 on 8 gpus and 0 ranks, tp 3", "megatron", "do not divide"),
         ("check it for the rk3588", "rk", "--verify digest: rk has no use for it"),
     ],
 )
@@ -171,6 +172,18 @@ def test_what_a_model_does_not_permit_is_said(here: Path, dconv: Dconv) -> None:
     (here / "broken").mkdir()
     found = read("./broken for ollama")
     assert found is not None and any(line.startswith("broken: not a checkpoint") for line in found.against)
+
+
+def test_paths_as_people_write_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    (here / "tiny").rename(here / "my tiny")
+    for sentence in ("'my tiny' for ollama", "~/'my tiny' for ollama", "for ollama: './my tiny'."):
+        found = read(sentence)
+        assert found is not None and Path(found.words[1]).exists(), sentence
+        assert Path(shlex.split(found.command)[2]).exists()
+    (here / "e\x1b[31m").mkdir()
+    found = read("./e\x1b[31m for ollama")
+    assert found is not None and found.words[1] == "MODEL"
 
 
 def test_a_directory_that_is_called_like_a_word_is_no_model(here: Path) -> None:
