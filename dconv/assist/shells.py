@@ -73,7 +73,7 @@ def _answer(overview: Callable[[], ArgumentParser], commands: Mapping[str, Calla
     attach(parser)
     if made is not None:
         os.environ[ASKED] = "2"  # the line's second word is then what a parser takes for the program's name
-    none = ChoicesCompleter(())  # for what has no completer; argcomplete's own would start a bash
+    none = ChoicesCompleter({})  # for what has no completer; argcomplete's own would start a bash
     argcomplete.autocomplete(parser, always_complete_options=False, default_completer=none)
 
 

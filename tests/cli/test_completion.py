@@ -116,6 +116,14 @@ def test_sizes_that_are_offered_are_accepted_and_others_are_refused(
         assert [n for n in tried if _accepts([*words, f"--{name}", str(n)])] == [n for n in tried if n in offered]
 
 
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
+def test_files_that_a_state_dict_is_cut_into(tmp_path: Path, family: Family) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of(family)))
+    words, few = [str(tmp_path), "pt"], (1, 2, 3, 4, 8)
+    offered = permitted(parser_of("plan").parse_args(words), "tp", glance(tmp_path))
+    assert [n for n in few if _accepts([*words, "--tp", str(n)])] == [n for n in few if n in offered]
+
+
 def _accepts(words: list[str]) -> bool:
     try:
         prepare(to_request(parser_of("plan").parse_args(words)), config_alone=True)
