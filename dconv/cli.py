@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from dconv.commands.table import COMMANDS, overview, run
+from dconv.commands.table import COMMANDS, complete, overview, run
 from dconv.errors import DconvError, StorageFault, storage_fault
 from dconv.launch.process import say, tolerate
 from dconv.launch.terminal import show_json, tell
@@ -16,6 +17,8 @@ __all__ = ["COMMANDS", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see ``dconv --help``)."""
+    if "_ARGCOMPLETE" in os.environ and argv is None:
+        complete()
     tolerate()
     words = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final
 
-from dconv.arch.layouts import check_heads, size
+from dconv.arch.family import Family
+from dconv.arch.layouts import Facts, check_heads, size
 from dconv.arch.rope import for_older_loaders
 from dconv.checkpoint import huggingface, megatron
 from dconv.describe import Described
 from dconv.errors import Refused
 from dconv.request import FORMATS, Request
+from dconv.sharding.coords import Parallel
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import TensorSpec
@@ -179,18 +181,33 @@ def lay_out_megatron(request: Request, described: megatron.Model) -> Target:
 
 def _check_layout(request: Request, model: Described) -> None:
     """Refuse a Megatron layout that this model cannot be cut into, before anything is sized by it."""
-    parallel = request.parallel
-    experts, most = size(model.facts, "experts"), size(model.facts, "most_stages")
+    check_sizes(model.family, model.facts, request.parallel)
+    if not 1 <= request.divisor < _MOST_ROWS:
+        raise Refused(
+            "the vocabulary cannot be padded to such a multiple, nothing was written",
+            where="--make-vocab-size-divisible-by",
+            expected="1 or more (Megatron's own is 128)",
+            found=str(request.divisor),
+        )
+
+
+def check_sizes(family: Family, facts: Facts, parallel: Parallel) -> None:
+    """Refuse parallel sizes that a model's experts, heads or layers do not divide over.
+
+    Raises:
+        Refused: see above.
+    """
+    experts, most = size(facts, "experts"), size(facts, "most_stages")
     if most and parallel.pp > most:
         raise Refused(
-            f"{model.family.name} runs in one pipeline stage in Megatron, nothing was written",
+            f"{family.name} runs in one pipeline stage in Megatron, nothing was written",
             where="--pp",
             expected=str(most),
             found=str(parallel.pp),
         )
     if not experts and (parallel.ep > 1 or parallel.inner > parallel.tp):
         raise Refused(
-            f"{model.family.name} has no experts to divide, nothing was written",
+            f"{family.name} has no experts to divide, nothing was written",
             where="--ep, --etp",
             expected=f"ep 1, etp at most tp {parallel.tp}",
             found=f"ep {parallel.ep}, etp {parallel.etp}",
@@ -203,15 +220,8 @@ def _check_layout(request: Request, model: Described) -> None:
             expected=f"a divisor of {experts}",
             found=str(parallel.ep),
         )
-    if not 1 <= request.divisor < _MOST_ROWS:
-        raise Refused(
-            "the vocabulary cannot be padded to such a multiple, nothing was written",
-            where="--make-vocab-size-divisible-by",
-            expected="1 or more (Megatron's own is 128)",
-            found=str(request.divisor),
-        )
-    check_heads(model.facts, parallel.tp)
-    parallel.chunks(size(model.facts, "layers"))
+    check_heads(facts, parallel.tp)
+    parallel.chunks(size(facts, "layers"))
 
 
 TARGETS: Final[dict[str, Callable[[Request, Described], Target]]] = {

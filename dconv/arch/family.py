@@ -324,6 +324,14 @@ class Family:
             if not row.first_stage:
                 yield _entry(row, -1, -1, facts, dtypes)
 
+    def samples(self, facts: Facts) -> Iterator[Entry]:
+        """An entry of each row that exists: how it is cut is the same in all layers, and of all experts."""
+        for row in self.rows:
+            layers = range(size(facts, row.stack)) if row.per_layer else range(-1, 0)
+            layer = next((layer for layer in layers if row.exists(facts, layer)), None)
+            if layer is not None and (not row.per_expert or size(facts, "experts")):
+                yield _entry(row, layer, 0 if row.per_expert else -1, facts, None)
+
     def copies(self, facts: Facts) -> dict[str, str]:
         """HuggingFace names under which a tensor may be stored once more, each with the tensor's own."""
         embedding = next(row.hf for row in self.rows if row.megatron.endswith("embedding.word_embeddings.weight"))

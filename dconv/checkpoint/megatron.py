@@ -188,6 +188,18 @@ class Model:
                 yield f"{SIDE_FOLDER}/{TEACHER}/{name}", data
 
 
+def check_cuts(family: Family, facts: Facts, parallel: Parallel, divisor: int, *, local_spec: bool = False) -> None:
+    """Refuse parallel sizes over which a tensor does not divide.
+
+    Raises:
+        Refused: see above.
+    """
+    model = Model(family, facts, parallel, {}, divisor, None, local_spec, {}, None, {}, {})
+    first = next(parallel.coords())
+    for entry in family.samples(facts):
+        model.shard(entry, first)
+
+
 def parallel_args(parallel: Parallel, vocab: int, divisor: int) -> dict[str, object]:
     """The args that say how a checkpoint is cut, and that it holds no optimizer and RNG state."""
     return {

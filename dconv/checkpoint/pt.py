@@ -66,7 +66,7 @@ def lay_out(
         file, tensors = state_dict.lay_out_file(_WHOLE, [whole_tensor(spec) for spec in specs.values()])
         files = [file]
     else:
-        parts = {name: regions for entry in family.entries(facts) for name, regions in _cut(entry, tp)}
+        parts = {name: regions for entry in family.entries(facts) for name, regions in cut(entry, tp)}
         files: list[TargetFile] = []
         tensors: list[TargetTensor] = []
         for rank in range(tp):
@@ -94,7 +94,7 @@ def _part(spec: TensorSpec, region: Region, rank: int) -> TargetTensor:
     return TargetTensor(f"tp{rank}:{spec.name}", "", 0, replace(spec, shape=region.shape), (slot,))
 
 
-def _cut(entry: Entry, tp: int) -> Iterator[tuple[str, list[Region]]]:
+def cut(entry: Entry, tp: int) -> Iterator[tuple[str, list[Region]]]:
     """Each logical tensor of an entry with the box that every rank has of it.
 
     Raises:

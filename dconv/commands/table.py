@@ -11,7 +11,8 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NoReturn
 
 from dconv import __version__
 
@@ -136,6 +137,17 @@ COMMANDS: Final[dict[str, Command]] = {
   # the same command, in its directory; more options may follow
   dconv history rerun 12 --resume""",
     ),
+    "suggest": Command(
+        "propose a command from a sentence; runs nothing",
+        "'WORDS' ",
+        """  dconv suggest 'my 8B llama for vllm in 4 bit on 2 gpus'
+  # a path that is there is looked at: what it does not permit is said
+  dconv suggest 'run/iter_0001000 back to huggingface, make sure'
+  dconv suggest 'pretrain llama-8b in megatron on two nodes of 8' --json
+  dconv suggest 'llama-8b for ollama, q4_k_m'
+  # a local model chooses where the words leave a choice
+  dconv suggest 'something for my laptop' --with qwen3-0.6b""",
+    ),
     "formats": Command("list the formats that are read and written", "", "  dconv formats\n  dconv formats --json"),
 }
 
@@ -165,16 +177,43 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def complete() -> NoReturn:
+    """Answer a shell that asks what may stand at its cursor, and end this process."""
+    from dconv.assist import shells
+
+    shells.answer(overview, {name: partial(parser_of, name) for name in COMMANDS})
+
+
+class _Completion(argparse.Action):
+    """``--install-completion`` and ``--show-completion``: do it, and leave, as ``--version`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, option: object = None) -> None:
+        from dconv.assist import shells
+        from dconv.launch.process import say
+        from dconv.launch.terminal import show
+
+        shell = shells.shell_of(str(values or ""))
+        if option == "--show-completion":
+            say(shells.script(shell).rstrip())
+        else:
+            show(shells.install(shell).text())
+        parser.exit()
+
+
 def overview() -> argparse.ArgumentParser:
     """The parser of ``dconv`` alone, which knows what commands there are."""
     parser = argparse.ArgumentParser(
         "dconv",
+        usage="dconv COMMAND [options]",
         description="Moves LLM checkpoints from where they were trained to where they will run.",
         epilog=f"dconv COMMAND --help explains one, with examples.\n\n{_EXITS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dconv {__version__}")
+    for option, what in (("install", "complete dconv by the tab key"), ("show", "print the script that does")):
+        parser.add_argument(f"--{option}-completion", action=_Completion, nargs="?", const="",
+                            metavar="SHELL", help=f"{what}, in bash, zsh or fish ($SHELL)")  # fmt: skip
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help)

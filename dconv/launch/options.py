@@ -267,20 +267,7 @@ def to_request(args: argparse.Namespace) -> Request:
             expected="f32, f16 or bf16",
             do="--verify digest reads the output back",
         )
-    said: dict[str, Any] = {
-        **_LAYOUT,
-        **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None},
-    }
-    parallel = Parallel(
-        tp=said["tp"],
-        ep=said["ep"],
-        etp=said["tp"] if args.etp is None else args.etp,
-        first=said["first_stage_layers"],
-        last=said["last_stage_layers"],
-        count_embedding=said["count_embedding"],
-        count_loss=said["count_loss"],
-        **_pipeline(args.pp, args.vpp, args.pp_layout),
-    )
+    said = layout_of(args)
     return Request(
         model=args.model,
         format=args.format,
@@ -288,7 +275,7 @@ def to_request(args: argparse.Namespace) -> Request:
         source_format=args.source_format,
         model_type=args.model_type,
         hf_config=args.hf_config,
-        parallel=parallel,
+        parallel=parallel_of(args),
         megatron_format=said["megatron_format"],
         transformer_impl=said["transformer_impl"],
         divisor=said["make_vocab_size_divisible_by"],
@@ -319,6 +306,31 @@ def to_request(args: argparse.Namespace) -> Request:
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
+
+
+def parallel_of(args: argparse.Namespace) -> Parallel:
+    """The parallel sizes that parsed options say.
+
+    Raises:
+        UsageError: layout options that contradict each other.
+        Refused: a layout that no world of ranks has.
+    """
+    said = layout_of(args)
+    return Parallel(
+        tp=said["tp"],
+        ep=said["ep"],
+        etp=said["tp"] if args.etp is None else args.etp,
+        first=said["first_stage_layers"],
+        last=said["last_stage_layers"],
+        count_embedding=said["count_embedding"],
+        count_loss=said["count_loss"],
+        **_pipeline(args.pp, args.vpp, args.pp_layout),
+    )
+
+
+def layout_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The layout options, with what stands for those that are not given."""
+    return {**_LAYOUT, **{name: value for name in _LAYOUT if (value := getattr(args, name)) is not None}}
 
 
 def _check_fake(args: argparse.Namespace) -> None:

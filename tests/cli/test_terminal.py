@@ -54,6 +54,7 @@ COMMANDS = (
     ["archs"],
     ["formats"],
     ["doctor"],
+    ["suggest", "model for ollama in 4 bit, and whatever else there is to say about it, make sure"],
     ["convert", "model", "megatron", "--tp", "3"],
     ["convert", "nowhere", "megatron"],
 )

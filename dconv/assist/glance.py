@@ -1,0 +1,167 @@
+"""What a path is, at a glance: its kind, its family and its sizes, from names and headers alone.
+
+A shell waits for this at every key, so no weights are read, nothing is fetched, and a config.json is believed without
+the tensors that it speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dconv import matrix
+from dconv.arch import bmtrain as bmtrain_config
+from dconv.arch import registry
+from dconv.arch.family import Family
+from dconv.arch.gguf import ARCHS
+from dconv.arch.layouts import Facts
+from dconv.arch.mlx import MODELS
+from dconv.arch.neuron import TABLES
+from dconv.checkpoint import bmtrain, detect, gguf, graphs, megatron, mlx, neuron, onnx, safetensors
+from dconv.checkpoint.files import listed, read_json
+from dconv.errors import DconvError, UsageError
+from dconv.hw import neuron_models
+
+#: More than the index of any model that is published.
+_LARGEST_INDEX: Final = 1 << 24
+#: ``quant_method`` of a config.json -> a key of `dconv.matrix.INPUTS`.
+_CODED: Final = {"gptq": "gptq", "awq": "awq", "fp8": "fp8", "mxfp4": "mx", "quark": "mx", "compressed-tensors": "fp8"}
+#: FORMATs that are a hardware compiler's.
+COMPILERS: Final = ("mtk", "rk", "qnn", "ax", "neuron")
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What is known of a checkpoint without a look at its weights.
+
+    Attributes:
+        kind: a key of `dconv.matrix.INPUTS`.
+        family, config, facts: None and empty where it is a graph, or does not say them.
+    """
+
+    path: Path
+    kind: str
+    family: Family | None
+    config: Mapping[str, object]
+    facts: Facts
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        name = f"{self.family.name}, " if self.family else ""
+        return f"{name}{matrix.INPUTS[self.kind].words}"
+
+    def formats(self) -> tuple[str, ...]:
+        """FORMATs that it becomes, by their first spelling, hardware compilers' among them."""
+        made = [one for one in matrix.outputs() if matrix.numbers(self.kind, one) != "refused"]
+        if self.family is None:
+            return tuple(made)
+        made = [one for one in made if self._family_has(self.family, one)]
+        if matrix.INPUTS[self.kind].graph:
+            return tuple(made)
+        return (*made, *(one for one in COMPILERS if one not in made and self._family_has(self.family, one)))
+
+    def _family_has(self, family: Family, format: str) -> bool:
+        """Whether a FORMAT has a form for this family at all."""
+        name = family.name
+        if format == "gguf":
+            return any(name in arch.families for arch in ARCHS.values())
+        if format == "mlx":
+            return name in MODELS
+        if format == "neuron":
+            return name in TABLES or name in neuron_models.FAMILIES
+        if format == "bmtrain":
+            return self._is_in_bmtrain(family)
+        return True
+
+    def _is_in_bmtrain(self, family: Family) -> bool:
+        names = (spec.name for entry in family.samples(self.facts) for spec in entry.fused.specs)
+        if not all(map(bmtrain.from_hf_name, names)):
+            return False
+        try:
+            bmtrain_config.from_hf(family, self.facts, self.config, "bf16")
+        except DconvError:
+            return False
+        return True
+
+
+def glance(
+    path: Path,
+    *,
+    source_format: str | None = None,
+    model_type: str | None = None,
+    hf_config: Path | None = None,
+) -> Glance:
+    """Look at a checkpoint that is here.
+
+    Raises:
+        UsageError: there is nothing at ``path``; it may be a name on the hub, which is not asked.
+        DconvError: it is nothing that dconv reads.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise UsageError("there is no such checkpoint here", where=str(path))
+    if graph := graphs.archive_of(path):
+        return Glance(path, graph.kind, None, {}, {})
+    if onnx.is_graph(path):
+        return Glance(path, "onnx", None, {}, {})
+    own = None if path.is_file() or hf_config else _own_config(path)
+    if own is not None and not source_format:
+        config, names, kind = own
+        family = registry.by_name(model_type) if model_type else registry.detect(config, None, names)
+        return Glance(path, kind, family, config, family.facts(config))
+    source = detect.open_source(path, source_format, config_alone=True)
+    config = read_json(hf_config.expanduser() / "config.json", what="config.json") if hf_config else source.config
+    family = registry.by_name(model_type) if model_type else registry.detect(config, source.args, source.shapes)
+    if config is None:
+        config = family.config.to_hf(source.args or {})
+    kind = source.format if source.format in matrix.INPUTS else "huggingface"
+    if kind == "gguf" and source.coded:
+        kind = "gguf_blocks"
+    return Glance(path, kind, family, config, family.facts(config, source.shapes))
+
+
+def _own_config(path: Path) -> tuple[Mapping[str, object], Sequence[str], str] | None:
+    """HuggingFace's config.json of a directory, names of its tensors where they are quickly read, and its kind.
+
+    None where its container has to be opened.
+    """
+    folder = megatron.find_iteration(path)
+    if listed(folder, "*.distcp") or listed(folder, "mp_rank_*"):
+        config = megatron.sides(folder)[0]
+        return None if config is None else (config, (), "torch_dist" if listed(folder, "*.distcp") else "legacy")
+    if not (folder / "config.json").exists() or listed(folder, f"*{gguf.SUFFIX}"):
+        return None
+    config = read_json(folder / "config.json", what="config.json")
+    if "hidden_size" not in config and "dim_model" in config:  # BMTrain's
+        return None
+    if not (listed(folder, "*.safetensors") or listed(folder, "pytorch_model*.bin")):
+        others = [name for name in ("*.pth", "*.pt", "*.bin") if listed(folder, name)]
+        return None if others else (config, (), "huggingface")
+    kind = _kind(folder, config)
+    return config, _names(folder), kind
+
+
+def _kind(folder: Path, config: Mapping[str, object]) -> str:
+    found = "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
+    coded = config.get("quantization_config")
+    method = coded.get("quant_method") if isinstance(coded, Mapping) else None
+    if found == "mlx":
+        return "mlx_codes" if isinstance(config.get("quantization"), Mapping) else "mlx"
+    if found == "neuron":
+        return "neuron_fp8" if coded else "neuron"
+    return _CODED.get(str(method), "huggingface") if method else "huggingface"
+
+
+def _names(folder: Path) -> Sequence[str]:
+    """Names of stored tensors, of the index or of the one file's header; none where they are not as they should be."""
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if index.is_file() and index.stat().st_size <= _LARGEST_INDEX:
+            said = read_json(index, what=index.name).get("weight_map")
+            return tuple(map(str, said)) if isinstance(said, Mapping) else ()
+        return tuple(safetensors.read_header(one)) if one.is_file() else ()
+    except DconvError:
+        return ()
