@@ -6,9 +6,11 @@ divided by their number, and the greatest wins. Nothing is fetched, and no code 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dconv.errors import Damaged, ToolMissing, UsageError
 
@@ -36,17 +38,17 @@ def likeliest(model: Path, sentence: str, candidates: Sequence[str]) -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers looks at it
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as fault:
         raise ToolMissing(
             "--with needs torch and transformers", found=str(fault), do="bash scripts/install.sh transformers"
         ) from fault
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        net = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+        net = transformers.AutoModelForCausalLM.from_pretrained(model, local_files_only=True, use_safetensors=True)
     except Exception as fault:  # whatever a config or a tokenizer of any kind makes it raise
         raise Damaged("transformers does not read this model", where=str(model), found=f"{fault!s:.300}") from fault
     net.eval()

@@ -23,6 +23,7 @@ from dconv.checkpoint import bmtrain, detect, gguf, graphs, megatron, mlx, neuro
 from dconv.checkpoint.files import listed, read_json
 from dconv.errors import DconvError, UsageError
 from dconv.hw import neuron_models
+from dconv.sharding.parsed import mapping_or_empty
 
 #: More than the index of any model that is published.
 _LARGEST_INDEX: Final = 1 << 24
@@ -147,7 +148,7 @@ def _own_config(path: Path) -> tuple[Mapping[str, object], Sequence[str], str] |
 def _kind(folder: Path, config: Mapping[str, object]) -> str:
     found = "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
     coded = config.get("quantization_config")
-    method = coded.get("quant_method") if isinstance(coded, Mapping) else None
+    method = mapping_or_empty(coded).get("quant_method")
     if found == "mlx":
         return "mlx_codes" if isinstance(config.get("quantization"), Mapping) else "mlx"
     if found == "neuron":
@@ -161,7 +162,7 @@ def _names(folder: Path) -> Sequence[str]:
     try:
         if index.is_file() and index.stat().st_size <= _LARGEST_INDEX:
             said = read_json(index, what=index.name).get("weight_map")
-            return tuple(map(str, said)) if isinstance(said, Mapping) else ()
+            return tuple(map(str, mapping_or_empty(said)))
         return tuple(safetensors.read_header(one)) if one.is_file() else ()
     except DconvError:
         return ()

@@ -33,14 +33,14 @@ class Reading:
     """A sentence while it is read: what is understood of it is blanked."""
 
     text: str
-    heard: list[Heard] = field(default_factory=list)
-    against: list[str] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    votes: list[Vote] = field(default_factory=list)
-    options: dict[str, str | None] = field(default_factory=dict)
-    codes: list[tuple[str, str]] = field(default_factory=list)
-    readers: list[rules.Reader] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    heard: list[Heard] = field(default_factory=list[Heard])
+    against: list[str] = field(default_factory=list[str])
+    left: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    votes: list[Vote] = field(default_factory=list[Vote])
+    options: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    codes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    readers: list[rules.Reader] = field(default_factory=list[rules.Reader])
+    counts: dict[str, int] = field(default_factory=dict[str, int])
 
     def take(self, pattern: str) -> Iterable[re.Match[str]]:
         """Each place that fits and is not part of a word; it is not read again."""

@@ -118,7 +118,8 @@ def install(shell: str, environment: Mapping[str, str] = os.environ) -> Installe
         StorageFault: it cannot be written.
     """
     path, startup, lines = _places(shell, environment)
-    text, changed = script(shell), []
+    text = script(shell)
+    changed: list[Path] = []
     before = path.read_text("utf-8", "replace") if path.exists() else None
     if before is not None and _MARK not in before.splitlines():
         raise UsageError(
