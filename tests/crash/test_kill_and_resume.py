@@ -90,7 +90,9 @@ def test_kill_after_any_journal_line(
         check_result(out, undisturbed[container])
         return
     assert code in (-signal.SIGKILL, 128 + signal.SIGKILL), said  # rank 0, which is the launcher, or another one
-    assert not out.exists()
+    if out.exists():  # it was done, and a rank that had helped noted its last line
+        check_result(out, undisturbed[container])
+        return
     finish(model, out, container, resumed, "--resume")
     check_result(out, undisturbed[container])
 
