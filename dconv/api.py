@@ -65,8 +65,10 @@ def check(path: str | Path, *, max_memory: int | str | None = None, **options: A
     """Read a checkpoint back, then run it in its own runtime: `dconv.checking.check`, which has the options.
 
     Args:
+        path: a checkpoint's directory, or its file.
         max_memory: bytes that weights may take at a time, as a number or as on the command line (``"32GB"``); half of
             the memory that is free by default.
+        options: what `dconv.checking.check` takes beside it.
 
     Raises:
         UsageError: a size that is none.
@@ -83,8 +85,11 @@ def convert(model: str | Path, format: str, out: str | Path | None = None, **opt
     """Convert in this process, alone; many ranks are ``dconv.launch``'s business.
 
     Args:
-        model, format, out, options: as for `plan`; also ``max_memory``, ``threads``, ``resume``, ``overwrite``,
-            ``digest``, ``verify`` (``"digest"`` or ``"logits"``), and ``report`` (True, or a path of a page to write).
+        model: see `plan`.
+        format: see `plan`.
+        out: the output's directory; ``./<model>-<format>`` where none is given.
+        options: as for `plan`; also ``max_memory``, ``threads``, ``resume``, ``overwrite``, ``digest``, ``verify``
+            (``"digest"`` or ``"logits"``), and ``report`` (True, or a path of a page to write).
 
     Raises:
         DconvError: as `plan`; a storage fault; VerifyFailed.
@@ -121,13 +126,13 @@ def handoff(
     group: object = None,
     **options: Any,
 ) -> Outcome:
-    """Write another format straight from the memory of a running Megatron job; every rank calls it, and all return
-    when the output is there.
+    """Write another format straight from the memory of a running Megatron job.
 
-    No weight goes over the network: a rank writes what it holds at its final place in the output, which must lie on a
-    file system that all ranks share. The bytes are those that ``dconv.convert`` makes of the job's own checkpoint.
-    What several ranks hold (norms, data-parallel copies) is compared by hashes. Beyond the model it takes
-    ``max_memory`` bytes; tensors on a GPU are copied by tiles of a MiB at most.
+    Every rank calls it, and all return when the output is there. No weight goes over the network: a rank writes what it
+    holds at its final place in the output, which must lie on a file system that all ranks share. The bytes are those
+    that ``dconv.convert`` makes of the job's own checkpoint. What several ranks hold (norms, data-parallel copies) is
+    compared by hashes. Beyond the model it takes ``max_memory`` bytes; tensors on a GPU are copied by tiles of a MiB at
+    most.
 
     Args:
         models: this rank's module, its state dict (Megatron's local names, shapes as this rank holds them) or its

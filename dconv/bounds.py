@@ -84,7 +84,9 @@ def compare(job: Job, written: Described, out: Path) -> Found:
     """Compare every tensor of an output in codes with the source's.
 
     Args:
+        job: the conversion that wrote it.
         written: ``out``, described.
+        out: the output's directory, as errors name it.
 
     Raises:
         VerifyFailed: a tensor is missing, or farther from the source's than it may be.

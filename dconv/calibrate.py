@@ -334,6 +334,10 @@ def calibration_of(
     """One rank's calibration of a model; see `dconv.quant.loop.Calibration`.
 
     Args:
+        job: what is calibrated, and how.
+        net: the model, of which this rank loads a layer at a time.
+        ranks: this rank among all of the run.
+        peers: this rank among those that divide a layer's experts.
         folder: working state, shared by all ranks.
         room: bytes that it may take beside three times a layer.
         threads: blocks that are computed at once.

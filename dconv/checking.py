@@ -115,6 +115,14 @@ def check(
     header mean. What its own runtime does not compute, or not in this memory, transformers runs layer by layer.
 
     Args:
+        path: a checkpoint's directory, or its file.
+        source_format: its container (normally detected).
+        model_type: its family (normally detected).
+        hf_config: a directory whose config.json counts.
+        drop: patterns of tensors that are left out.
+        rename: a file of house spellings.
+        submodel: which model of a distillation checkpoint is meant.
+        with_eagle: keep the tensors of an EAGLE head.
         run: run the model after reading.
         force: run it also when fp32 weights do not seem to fit into memory.
         max_memory: bytes that weights may take at a time; by default half of the memory that is free.

@@ -138,8 +138,13 @@ def diff(
     """Compare two checkpoints as logical tensors.
 
     Args:
-        model_type, hf_config, drop: as for `dconv.pipeline.describe_model`, for both sides.
-        rename, submodel: the same, for the side that they fit, or both.
+        a: a checkpoint, of any format and layout.
+        b: another one.
+        model_type: family of both (normally detected).
+        hf_config: a directory whose config.json counts for both.
+        drop: patterns of tensors that are left out on both sides.
+        rename: a file of house spellings, for the side that they fit, or both.
+        submodel: which model of a distillation checkpoint is meant, of the side that is one.
 
     Raises:
         Refused: the renaming or the submodel fits neither side.

@@ -182,6 +182,14 @@ def inspect(
     """Describe a checkpoint from its headers and scales; what a conversion would refuse is reported, not raised.
 
     Args:
+        path: a checkpoint's directory, or its file.
+        source_format: its container (normally detected).
+        model_type: its family (normally detected).
+        hf_config: a directory whose config.json counts.
+        drop: patterns of tensors that are left out.
+        rename: a file of house spellings.
+        submodel: which model of a distillation checkpoint is meant.
+        with_eagle: keep the tensors of an EAGLE head.
         explain: the scheme that its weights are in, True or "" for whatever that is, or an encoding of plain weights,
             to be explained by a sample of its weights (`dconv.report.explain`).
         lint: read all weights, and name those that look lost (`dconv.report.implausible`).

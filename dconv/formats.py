@@ -51,6 +51,8 @@ class BuiltIn:
         """Convert in this process.
 
         Args:
+            model: a checkpoint's directory, or its file.
+            out: the output's directory.
             options: as for `dconv.convert`.
 
         Returns:

@@ -164,6 +164,9 @@ def _kinds(
     """The type or mix of the weights, None where each tensor keeps the blocks that it has, and that of each tensor.
 
     Args:
+        asked: ``--quant``; None keeps blocks.
+        held: the tensors to be written.
+        model: the source.
         said: the metadata.
     """
     if asked in MIXES:
@@ -193,6 +196,9 @@ def kind_of(name: str, shape: tuple[int, ...], asked: str, *, tied: bool) -> str
     """The type of one tensor, where a model is to be of a type; see the module.
 
     Args:
+        name: GGUF's.
+        shape: the tensor's, as logical tensors have it.
+        asked: the type, by its name.
         tied: whether the embedding is the output layer, too.
     """
     if _is_fp32(name, shape):

@@ -254,7 +254,7 @@ def _widened(model: Described) -> Described:
 
 
 def _logarithms(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log softmax along the last axis."""
+    """Log softmax along the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

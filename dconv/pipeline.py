@@ -80,6 +80,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
     """Describe and plan: reads headers only, writes nothing.
 
     Args:
+        request: what is asked for.
         config_alone: plan for a model of which only config.json is there; such a job cannot run.
 
     Raises:

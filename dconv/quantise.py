@@ -234,6 +234,7 @@ def schemes_of(choices: Mapping[str, Choice], request: Request, *, symmetric: bo
     Args:
         choices: by the weight's name; at least one is not left as it is.
         symmetric: whether whole numbers have no zeros of their own.
+        request: what is asked for.
 
     Raises:
         Refused: no public loader reads all of it in one checkpoint, or not in the format that was asked for.

@@ -32,6 +32,11 @@ def graph_engine(engine: str) -> Any:
 
 
 def engine_of(format: str) -> str:
+    """The engine that a FORMAT means, in any of its spellings.
+
+    Raises:
+        Refused: there is none.
+    """
     engine = FORMATS.get(format)
     if engine is None:
         import difflib  # only where a name is wrong
@@ -138,6 +143,11 @@ def _megatron(request: Request, model: Described) -> Target:
 
 
 def megatron_model(request: Request, model: Described, prefix: str = "") -> megatron.Model:
+    """What a Megatron checkpoint of a model has: its config, dtypes and layout.
+
+    Raises:
+        Refused: a layout that the model does not permit.
+    """
     _check_layout(request, model)
     config = new_config(request, model)
     dtypes = {name: spec.dtype for name, spec in model.logical.specs.items()}
@@ -166,6 +176,7 @@ def megatron_model(request: Request, model: Described, prefix: str = "") -> mega
 
 
 def lay_out_megatron(request: Request, described: megatron.Model) -> Target:
+    """The files of a Megatron checkpoint, in the container that was asked for."""
     if request.megatron_format == "legacy":
         from dconv.checkpoint import legacy
 

@@ -43,6 +43,7 @@ class Box:
 
     @property
     def region(self) -> Region:
+        """The box, in the tensor."""
         return Region(self.start, self.shape)
 
 
@@ -120,6 +121,7 @@ def trace(plan: Plan, parallel: Parallel, patterns: str | Sequence[str]) -> tupl
     """The tensors that match any pattern, in the model's order.
 
     Args:
+        plan: of the conversion.
         parallel: the target's layout.
         patterns: as `fnmatch.fnmatchcase` takes them; of HuggingFace's name, or that of a file of either side.
 
@@ -246,8 +248,10 @@ class _Ways:
 
 
 def _alternate(one: Piece, other: Piece) -> bool:
-    """Whether the rows of two boxes lie between each other in their file, as those of a head that are rotated together
-    do where neighbours are."""
+    """Whether the rows of two boxes lie between each other in their file.
+
+    Those of a head that are rotated together do, where neighbours are.
+    """
     if not one.strides or (one.file, one.region.start[1:]) != (other.file, other.region.start[1:]):
         return False
     return one.offset < other.offset < one.offset + (one.region.shape[0] - 1) * one.strides[0]

@@ -26,6 +26,8 @@ def likeliest(model: Path, sentence: str, candidates: Sequence[str]) -> str:
     """One of ``candidates``.
 
     Args:
+        sentence: what a person asked for.
+        candidates: FORMATs, of which there is at least one.
         model: a HuggingFace directory with weights and a tokenizer.
 
     Raises:

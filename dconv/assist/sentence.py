@@ -54,6 +54,7 @@ def read(sentence: str, choose: Callable[[Sequence[str]], str] | None = None) ->
     """The command that a sentence asks for; None where nothing in it is understood.
 
     Args:
+        sentence: a person's words.
         choose: given the FORMATs that are equally meant (all, where none is), the one to take; None takes the first.
     """
     model, rest = _model(sentence[:_LONGEST])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank, as a launcher starts it: ``python -m dconv.launch``; returns its exit code."""
     stop = Stop()  # before the imports that take a while
     tolerate()
 

@@ -64,6 +64,7 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
     """Check all that can be checked before any work.
 
     Args:
+        args: the parsed options.
         finding: look for the toolchain.
 
     Raises:

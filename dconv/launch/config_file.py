@@ -23,6 +23,8 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
     """The values that a YAML or JSON file gives to the options of ``parser``, by their ``dest``.
 
     Args:
+        path: of the file.
+        parser: whose options are wanted.
         whole: knows the options of all commands; a value for one that ``parser`` lacks is checked and left out.
 
     Raises:
@@ -37,6 +39,7 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
     """Values of options as these have them, by their ``dest``; what is null is left out.
 
     Args:
+        values: by an option's name or ``dest``.
         path: of the file that they stand in, for errors.
         parsers: that know the options; an earlier one counts more.
 

@@ -94,7 +94,7 @@ class Display:
                 mute(self._stream)
 
     def line(self, done: int, seconds: float) -> str:
-        """``[######----]  58%  0.54/0.92 GB  0.61 GB/s  1 s left  2 ranks``"""
+        """All ranks together: ``[######----]  58%  0.54/0.92 GB  0.61 GB/s  1 s left  2 ranks``."""
         share = min(1.0, done / self._total) if self._total else 1.0
         rate = done / seconds if seconds > 0 else 0.0
         left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else "-"

@@ -145,6 +145,7 @@ def runs(path: Path, *, number: int | None = None, most: int = 0) -> list[dict[s
     """Runs that were written down, the newest first, with their ``state``.
 
     Args:
+        path: of the file.
         number: that one alone.
         most: how many; 0 is all.
 

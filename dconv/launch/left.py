@@ -34,6 +34,7 @@ def finished(out: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print how many tasks of a conversion are finished; returns the exit code."""
     parser = argparse.ArgumentParser("python -m dconv.launch.left", allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)

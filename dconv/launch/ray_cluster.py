@@ -148,6 +148,10 @@ def places(ray: Any, share: Share, count: int, seconds: float, given_up: Callabl
     """A placement group for so many ranks, over as many nodes as there are; None where it is not ready in time.
 
     Args:
+        ray: the module, connected.
+        share: what a rank asks for.
+        count: ranks.
+        seconds: how long to wait.
         given_up: looked at while it waits.
     """
     from ray.util.placement_group import placement_group, remove_placement_group

@@ -59,6 +59,8 @@ class Keeper:
         """Run ``python -m MODULE WORDS`` to its exit code; below 0 it is a signal's.
 
         Args:
+            module: as Python imports it.
+            words: its command line.
             directory: to work in, where this node has it.
             variables: of the environment, beside those of this node.
         """

@@ -74,6 +74,7 @@ class Reporting:
 
     @property
     def state(self) -> Path:
+        """The folder of working state, which goes at the commit."""
         return partial_folder(self.job.request.output, self.job.plan) / STATE
 
     def settings(self, settings: Settings) -> Settings:
@@ -128,6 +129,10 @@ def reporting_of(
     """What a rank of a job notes, where a report was asked for.
 
     Args:
+        job: the conversion.
+        report: where the page goes; True is beside the output, None is none.
+        rank: this process's.
+        world: how many there are.
         since: when the run began (seconds since the epoch).
         began: its command, by `time.monotonic`; None is now.
     """

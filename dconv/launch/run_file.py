@@ -62,6 +62,7 @@ def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, An
 
     Args:
         parser: the command's own, which is of no use to anybody afterwards.
+        words: after the command's own.
 
     Raises:
         UsageError: see `read`.
@@ -89,7 +90,9 @@ def save(path: Path, parser: argparse.ArgumentParser, words: Sequence[str]) -> N
     """Write the options of a command line; a file that says the same already is left as it is.
 
     Args:
+        path: of the file to write.
         parser: see `given`.
+        words: see `given`.
 
     Raises:
         UsageError: there is another file of that name.
@@ -109,6 +112,8 @@ def change(path: Path, key: str, texts: Sequence[str]) -> Any:
     """Give an option of a file another value; the rest of the file, comments too, stays as it is.
 
     Args:
+        path: of the file; made where it is not there.
+        key: the option, in any spelling.
         texts: as typed; several for an option that may stand several times, ``null`` alone for "not given".
 
     Returns:

@@ -59,6 +59,7 @@ def tell(error: DconvError, prefix: str = "") -> None:
     """Print an error on standard error, in its form.
 
     Args:
+        error: what is told.
         prefix: of its first line, such as a rank's number.
     """
     if not is_terminal(sys.stderr):

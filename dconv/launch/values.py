@@ -34,6 +34,11 @@ def byte_count(text: str | int) -> int:
 
 
 def dtype(text: str) -> str:
+    """``bf16``, ``bfloat16`` … → the dtype's one name.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none of that name.
+    """
     if text not in OPTION:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(OPTION)}")
     return OPTION[text]

@@ -44,6 +44,8 @@ def main(args: argparse.Namespace, where: Place, stop: Stop | None = None, reque
     """Run one rank to its exit code; errors are printed in their one form.
 
     Args:
+        args: the parsed options.
+        where: this rank's place in the run.
         stop: made earlier in this process, if it was.
         request: a step of what ``args`` ask for; its summary is not printed.
     """

@@ -47,6 +47,7 @@ class Blocks:
 
     @property
     def words(self) -> str:
+        """Rows x columns that share a scale, as a person reads them."""
         return "one scale a tensor" if self.size is None else f"{self.size[0]} x {self.size[1]}"
 
     @property
@@ -72,6 +73,7 @@ def blocks_of(config: Mapping[str, object] | None, pairs: Mapping[str, tuple[Sha
     """Hold the config's block size against shapes.
 
     Args:
+        config: config.json, where there is one.
         pairs: shapes of each weight in FP8 and of its scales.
     """
     quantization = (config or {}).get("quantization_config")

@@ -154,8 +154,11 @@ def chart(lines: Sequence[Line], *, x: str, y: str, whole: bool = False, from_x:
     """Lines over one axis, with a legend.
 
     Args:
-        x, y: what the axes are, with their units.
+        lines: each with its points.
+        x: what the axis along the page is, with its unit.
+        y: the same of the other one.
         whole: the x axis counts things, so that its ticks are whole numbers.
+        from_x: where that axis begins.
     """
     right = max((point[0] for line in lines for point in line.points), default=0.0)
     top = max((point[1] for line in lines for point in line.points), default=0.0) or 1.0

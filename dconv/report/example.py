@@ -89,7 +89,11 @@ def stored(
     """The first telling weight of a box: a normal number that has some mantissa, else any that is not zero.
 
     Args:
+        meaning: of the codes.
         names: of the codes and of the scales.
+        region: the box, in the weight.
+        codes: [rows, columns] of it.
+        multipliers: what multiplies each code's value, of the same shape.
     """
     at = _telling(meaning.fmt, codes)
     if at is None:

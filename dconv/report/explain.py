@@ -107,6 +107,7 @@ def explain(model: Described, asked: str, rule: Rule | None = None) -> Explanati
     """Explain the scheme that a source is in, or what encodings would cost a plain one.
 
     Args:
+        model: the source, described.
         asked: ``quant_method`` of the source or a name of what its codes are; of a plain source, an encoding or what
             some begin with (``fp8``); "" is whatever the source is in.
         rule: of MX scales; None as each format has it by default.

@@ -131,6 +131,8 @@ def grouped(sums: Mapping[str, int], most: int, what: str) -> dict[str, str]:
     """What each node is shown as: itself, or one for all that follow where there are more than ``most``.
 
     Args:
+        sums: bytes by node.
+        most: nodes that are shown by themselves.
         what: they are, in the plural.
     """
     names = list(sums)

@@ -22,6 +22,8 @@ def nearest(x: NDArray[np.float64], bits: int, group: int, *, symmetric: bool) -
     """[rows, columns] What the weights are worth after it; infinite or no number where a group has such a weight.
 
     Args:
+        x: [rows, columns] weights.
+        bits: of a code.
         group: columns that share a scale, of which there are whole ones.
         symmetric: zero is code 2^(bits - 1), and the step 2 largest / (2^bits - 1); else the codes span 0 and all
             weights, and zero is one of them.

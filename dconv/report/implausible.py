@@ -97,6 +97,7 @@ def of_model(model: Described, log: ReadLog | None = None) -> Implausible:
     """Look at all weights of a described checkpoint, each read once.
 
     Args:
+        model: the checkpoint, described.
         log: is told of every read.
 
     Raises:
@@ -273,7 +274,11 @@ def _page_in(zero: NDArray[np.bool_], offset: int, began: int, itemsize: int, pa
     """Where the first whole page of zeros of a stretch begins, and where the zeros at its end do.
 
     Args:
-        offset: of the stretch in its file; ``began``: of the zeros that end there.
+        zero: which bytes of the stretch are zero.
+        offset: of the stretch in its file.
+        began: where the zeros that end there begin in it.
+        itemsize: bytes of a weight.
+        page: bytes of a page.
     """
     end = offset + zero.size * itemsize
     lead = int(zero.argmin()) if not zero.all() else zero.size

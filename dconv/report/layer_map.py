@@ -28,6 +28,7 @@ def layer_map(precision: Precision | None, most: int = CELLS) -> str:
     """The map with its legend, and what is outside of layers before it.
 
     Args:
+        precision: of the checkpoint; None draws nothing.
         most: cells that are shown.
     """
     cells = precision.cells[:most] if precision else ()

@@ -90,7 +90,9 @@ def measured(job: Job, source: Described, written: Described) -> Losses:
     """Weights of an output in codes, decoded, held against the source's.
 
     Args:
-        source: described anew, without codes to come; ``written``, the output.
+        job: the conversion.
+        source: described anew, without codes to come.
+        written: the output.
 
     Raises:
         DconvError: weights cannot be read.

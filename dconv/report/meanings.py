@@ -63,6 +63,7 @@ def meaning_of(derived: Derived, container: str) -> Meaning | None:
     """The meaning of a decoded weight's inputs; None where only its values are known.
 
     Args:
+        derived: the weight, and what it is decoded from.
         container: what the source is (`dconv.checkpoint.source.Source.format`).
     """
     match derived.recipe:
@@ -91,6 +92,7 @@ class Codes:
     """The stored codes as bytes; inputs: codes, one a byte."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The box's codes as they are stored, a byte each."""
         del dtype, factor
         return read(0, box, "").view("u1")
 
@@ -108,6 +110,7 @@ class Unpacked:
     units: Units
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The box's codes, one a byte, found by what each is worth where all scales are 1."""
         del dtype
 
         def units(number: int, region: Region, wanted: str) -> NDArray[Any]:
@@ -131,6 +134,8 @@ class OfOnes:
     ones: bytes
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """What multiplies each code's value, of the box's shape."""
+
         def ones(number: int, region: Region, wanted: str) -> NDArray[Any]:
             return read(number, region, wanted) if number else _full(region, self.ones)
 
@@ -151,6 +156,7 @@ class Grid:
     ones: bytes
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """What multiplies each code's value, of the box's shape."""
         each = fp8.Decode((1, 1), self.recipe.dtype, self.recipe.reciprocal)
         return OfOnes(each, self.ones)(box, dtype, factor, read)
 

@@ -18,6 +18,7 @@ def scalars_of(family: Family | None, config: Mapping[str, object], stored: Mapp
     Args:
         family: None where it is not known; scalars have no meaning then.
         stored: shapes of the stored tensors.
+        config: config.json, as settled.
 
     Returns:
         Empty where there are none; else ``scalars``, ``factors`` (`dconv.checkpoint.fold.meaning_of`) and ``note``.

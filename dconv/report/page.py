@@ -29,8 +29,10 @@ def page(title: str, facts: Iterable[tuple[str, str]], report: Mapping[str, Any]
     """The page.
 
     Args:
+        title: the checkpoint's name.
         facts: labels and values, as the text has them.
         report: as ``--json`` has it; lists of all names are left out.
+        precision: of the checkpoint; None where only its container's names are known.
     """
     parts = {
         "title": said(title),

@@ -21,9 +21,11 @@ def framed(template: str, parts: Mapping[str, str], *, title: str, command: str,
     """A page: a template of this folder, filled, in the frame that all pages share.
 
     Args:
+        template: a file's name.
         parts: HTML by the template's words.
         command: that makes such pages; it marks them.
         report: what a program reads of it.
+        title: of the page.
     """
     around = {"title": said(title), "generator": said(command), "body": filled(template, parts), "json": _json(report)}
     return filled("frame.html", around)

@@ -47,6 +47,7 @@ class Paired:
     """Rows [..., out, in] of which two neighbours are a pair; input: [..., out / 2, 2, in]."""
 
     def __call__(self, box: Region, dtype: str, factor: float, read: Read) -> NDArray[np.generic]:
+        """The box's rows, pairs apart; a row is read together with its neighbour."""
         del factor
         (*lead, top, left), (*count, rows, columns) = box.start, box.shape
         first, last = top // 2, -(-(top + rows) // 2)

@@ -134,6 +134,7 @@ def precision_of(
     """The report on a source; scales are read, weights are not. None where the container's own names are all there is.
 
     Args:
+        source: the checkpoint.
         logical: its tensors under HuggingFace's names; None where it could not be described.
         config: as settled.
         head: the output layer's module where it is tied to the embedding.
@@ -178,6 +179,12 @@ def _with_scales(
     """The report where each weight has its scale, and the config is held against all of them as they are decoded.
 
     Args:
+        plain: the report so far.
+        fp8: weights in FP8.
+        places: of each weight in the model.
+        pairs: the scales of each weight.
+        idle: scales without a weight.
+        bad: scales that no scale can be.
         rest: weights that are in no codes.
     """
     linear = [place.module for name, place in places.items() if name in rest and place.role in ("linear", "head")]

@@ -86,6 +86,7 @@ class Looking:
         self._boxes = Boxes(self.logical, apply, self.read.log)
 
     def close(self) -> None:
+        """Close the files."""
         self._boxes.close()
 
     def values(self, weight: Weight, region: Region, dtype: str, recipe: Recipe | None = None) -> NDArray[Any]:

@@ -54,6 +54,8 @@ def schemes_of(
     Args:
         words: for each weight its scheme, as the plan says it.
         wholes: of the weights in whole numbers what they are made of.
+        coded: each weight, and what it is decoded from.
+        meanings: of their codes, by weight.
     """
     counts = Counter(words[weight.name] for weight, _ in coded)
     seen: set[str] = set()

@@ -66,6 +66,7 @@ class Statistics:
 
     @property
     def bad(self) -> int:
+        """Scales that no scale can be: negative, infinite or no number."""
         return self.negative + self.broken
 
     def take(self, values: NDArray[np.float64]) -> None:

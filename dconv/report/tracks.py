@@ -64,10 +64,12 @@ class Track:
 
     @property
     def began(self) -> float:
+        """Seconds since the epoch."""
         return self.points[0].at
 
     @property
     def last(self) -> Point:
+        """The newest point."""
         return self.points[-1]
 
 

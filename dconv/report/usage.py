@@ -56,7 +56,9 @@ class Usage:
         """Count these, too.
 
         Args:
-            codes, scales: [rows, columns], and what multiplies each.
+            name: the weight's.
+            codes: [rows, columns] of a box.
+            scales: what multiplies each of them, of the same shape.
             largest: of each block that they touch, the largest magnitude of a code's value.
         """
         self.looked_at.add(name)

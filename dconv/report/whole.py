@@ -145,6 +145,7 @@ def parts_of(derived: Derived, made: Mapping[str, Derived]) -> Parts | None:
     """What a weight is made of; None where it is in no whole numbers, or its container is not known.
 
     Args:
+        derived: the weight, and what it is decoded from.
         made: all derived tensors of the source.
     """
     match derived.recipe:
@@ -160,6 +161,10 @@ def followed(looking: Looking, name: str, parts: Parts, region: Region, values: 
     """The first weight of a box that is not zero, and whose code and zero point each lie in one word.
 
     Args:
+        looking: reads boxes of inputs.
+        name: the weight's.
+        parts: what it is made of.
+        region: the box.
         values: what the box is decoded to, which the product has to give.
     """
     for row, column in np.argwhere(np.isfinite(values) & (values != 0))[:_TRIED]:
