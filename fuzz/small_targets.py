@@ -59,12 +59,15 @@ def _beside(data: bytes) -> dict[str, Path]:
 # what a person writes, or passes on -----------------------------------------------------------------------------------
 
 
-@target("launch/options.py", "launch/run_options.py", "launch/config_file.py", "request.py", most=4096)
+@target("launch/options.py", "launch/run_*.py", "launch/config_file.py", "request.py", most=4096)
 def run_yaml(data: bytes) -> None:
-    """The file of ``--config``, up to a request."""
+    """The file of ``--config``, up to a request; and changed, as ``dconv config set`` does it."""
     from dconv.launch.config_file import read_config
     from dconv.launch.options import to_request
+    from dconv.launch.run_file import change
 
+    with suppress(DconvError):
+        change(folders.put("changed.yaml", data), "tp", ["2"])
     path, parser = folders.put("run.yaml", data), _parser()
     parser.set_defaults(model="m", format="hf")
     parser.set_defaults(**read_config(path, parser, parser))
@@ -202,11 +205,13 @@ def journal(data: bytes) -> None:
     Follower(folder, "", 0).look()
 
 
-@target("sharding/ends.py", "launch/progress.py", form=in_json, most=4096)
+@target("sharding/ends.py", "launch/progress.py", "report/tracks.py", form=in_json, most=4096)
 def working_state(data: bytes) -> None:
-    """What ranks note beside the journals: ``{"ends": [file name], "ranks": {file name: JSON or text}}``."""
+    """What ranks note beside the journals: ``{"ends": [file name], "ranks", "tracks": {file name: JSON or text}}``."""
     from dconv.launch.display import Display
     from dconv.launch.progress import Board
+    from dconv.report.rates import ranks_of, rates_of
+    from dconv.report.tracks import tracks
     from dconv.sharding.ends import Ends
 
     said, state = mapping(data), folders.scratch() / "state"
@@ -214,6 +219,7 @@ def working_state(data: bytes) -> None:
     for folder, held in (
         ("ends", dict.fromkeys(map(str, items(said, "ends")), "")),
         (".dconv/ranks", part(said, "ranks")),
+        ("tracks", part(said, "tracks")),
     ):
         (state / folder).mkdir(parents=True)
         for name, value in held.items():
@@ -222,6 +228,9 @@ def working_state(data: bytes) -> None:
     Ends(state, "00000000000000000001-1-aa", 0, 4, 0).missing()
     board = Board(state, 0, 0)
     Display(board, 1, 4, io.StringIO()).line(sum(note["done"] for note in board.read().values()), 1.0)
+    noted = tracks(state)
+    ranks_of(noted)
+    rates_of(noted)
 
 
 @functools.cache

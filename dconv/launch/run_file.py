@@ -103,7 +103,7 @@ def save(path: Path, parser: argparse.ArgumentParser, words: Sequence[str]) -> N
     values = given(parser, words)
     text = "# dconv convert --config " + path.name + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with _writing(path):
-        if path.exists() and path.read_text("utf-8") != text:
+        if path.exists() and path.read_bytes() != text.encode():
             raise UsageError("there is another file of that name, nothing was written", where=f"--save-config {path}")
         _write(path, text)
 
@@ -126,9 +126,11 @@ def change(path: Path, key: str, texts: Sequence[str]) -> Any:
     name, action = named(key)
     value = _value(action, texts)
     with _writing(path):
-        before = path.read_text("utf-8") if path.exists() else ""
-    if before:
+        there = path.exists() and path.stat().st_size > 0
+    if there:
         read(path)  # what is wrong with it is said first
+    with _writing(path):
+        before = path.read_text("utf-8") if there else ""
     typed({name: value}, path, every_option())
     with _writing(path):
         _write(path, _changed(before, name, value))

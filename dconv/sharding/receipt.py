@@ -86,10 +86,28 @@ def check_output(plan: Plan, out: Path, *, overwrite: bool, resume: bool, launch
 
 
 def _is_ours(out: Path) -> bool:
-    """Whether nothing of anyone else's would be lost: an output of dconv, an empty directory, a link."""
-    if out.is_symlink():
-        return True
-    return out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)
+    """Whether nothing of anyone else's would be lost: an output of dconv, an empty directory, a link, or nothing.
+
+    What another conversion takes away or puts there while it is looked at is looked at again.
+    """
+    while (seen := _identity(out)) is not None:
+        try:
+            ours = out.is_symlink() or (
+                out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)
+            )
+        except FileNotFoundError:
+            ours = False
+        if ours or _identity(out) == seen:
+            return ours
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def is_whole(plan: Plan, out: Path) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from dconv.errors import DconvError, StorageFault, UsageError
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.rank import Settings
-from dconv.sharding.receipt import RECEIPT
+from dconv.sharding.receipt import RECEIPT, check_output
 from tests.crash.cases import CASES, job_of, settings_of
 from tests.file_systems import mounted, read_only
 from tests.hostile.conftest import check_form
@@ -154,3 +154,34 @@ def test_a_file_system_without_a_free_inode(
     assert early
     assert late
     counted("numbers of inodes left", tried)
+
+
+@pytest.mark.parametrize("then", ["gone", "replaced", "not ours"])
+def test_an_output_that_changes_while_it_is_looked_at(
+    small: Path, root: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks of an ``--overwrite`` another conversion moves the old output away, and its own there."""
+    out, job = root / "out", job_of(small, "hf", root / "out")
+    run(job_of(small, "bmtrain", out), Settings())
+    look, looks = Path.is_dir, []
+
+    def is_dir(self: Path, **options: bool) -> bool:
+        found = look(self, **options)
+        if self == out and not looks:
+            looks.append(found)
+            out.rename(root / "aside")
+            if then == "replaced":
+                run(job_of(small, "legacy", out), Settings())
+            elif then == "not ours":
+                out.mkdir()
+                (out / "thesis.tex").touch()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    asked = {"overwrite": True, "resume": False, "launched": float("inf")}
+    if then == "not ours":
+        with pytest.raises(UsageError, match="outputs of dconv only"):
+            check_output(prepare(job.request).plan, out, **asked)
+    else:
+        assert not check_output(prepare(job.request).plan, out, **asked)
+    assert looks == [True]

@@ -53,6 +53,8 @@ _READS = re.compile(
 )
 #: Modules that no target is for, and why.
 NOT_FED = {
+    "commands/config.py": "presets that come with dconv",
+    "assist/glance.py": "config.json and headers, as targets config and safetensors have them",
     "checkpoint/fake.py": "config.json, as target config has it",
     "export/genai.py": "generation_config.json by `parse_json`, its values copied",
     "export/graph_run.py": "runs a graph in torch: test_graphs.py",
@@ -101,7 +103,7 @@ def test_an_archive_with_two_records_of_one_name_is_not_read(tmp_path: Path) -> 
 def test_a_config_of_more_tensors_than_any_model_is_damaged() -> None:
     family = by_name("mixtral")
     with pytest.raises(Damaged, match="more tensors than any model"):
-        family.facts(config_of(family, num_local_experts=60_000, num_hidden_layers=9000))
+        family.facts(config_of(family, num_local_experts=8000, num_hidden_layers=9000))
 
 
 def feed(out: Path, *words: str, plant: str = "") -> subprocess.CompletedProcess[str]:
