@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -90,16 +91,17 @@ def _is_ours(out: Path) -> bool:
 
     What another conversion takes away or puts there while it is looked at is looked at again.
     """
-    while (seen := _identity(out)) is not None:
-        try:
-            ours = out.is_symlink() or (
-                out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)
-            )
-        except FileNotFoundError:
-            ours = False
-        if ours or _identity(out) == seen:
-            return ours
-    return True
+    seen = None
+    while True:
+        with suppress(FileNotFoundError):
+            if out.is_symlink() or (out.is_dir() and ((out / RECEIPT).is_file() or next(out.iterdir(), None) is None)):
+                return True
+        now = _identity(out)
+        if now is None:
+            return True
+        if now == seen:
+            return False
+        seen = now
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
