@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from dconv.arch.family import Family
 from dconv.arch.layouts import size
 from dconv.checkpoint.source import beside
 from dconv.coded.compressed_config import METHOD
-from dconv.coded.encode import linears
+from dconv.coded.encode import has_codes, linears
 from dconv.coded.integers import integers_of
 from dconv.coded.mixed_encode import Mixed, as_coded
 from dconv.describe import Described
 from dconv.errors import Preempted, Refused, UsageError, group_names
 from dconv.net import own
-from dconv.quant.awq_maps import Folds, folds_of
+from dconv.quant.awq_maps import Folds, folds_of, is_known
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.listing import lines_of
 from dconv.quant.mixed import Resolved, resolve
@@ -118,6 +119,19 @@ def _is_whole(name: str, logical: Logical) -> bool:
     spec = logical.specs[name]
     dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
     return integers_of(name, dense, logical) is not None
+
+
+def is_calibrated(family: Family, format: str) -> bool | None:
+    """Whether calibration chooses codes of a family's layers at all; None where transformers is not installed.
+
+    Args:
+        family: the model's.
+        format: one of `dconv.request.CALIBRATED`.
+    """
+    inside = any(row.is_linear and row.stack == "layers" for row in family.rows)
+    if not inside or not has_codes(family, stacked=False) or (format == "awq" and not is_known(family)):
+        return False
+    return own.is_computed(family) if importlib.util.find_spec("transformers") else None
 
 
 @dataclass(frozen=True)

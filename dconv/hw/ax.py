@@ -24,9 +24,10 @@ from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import write_script
 from dconv.hw.mup import folded
-from dconv.hw.target import OUT, Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import OUT, Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 #: Names the image where there is more than one; compile.sh asks for it, too.
 IMAGE: Final = "PULSAR2_IMAGE"
@@ -59,10 +60,15 @@ class Axera:
         known = {"AX650": "AX650A, AX650N, AX8850", "AX620E": "AX630C and its kin"}
         return {chip: f"{those}; weights {', '.join(_WEIGHTS)}" for chip, those in known.items()}
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone, with an embedding in bf16; settings are pulsar2's own options, by their names."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("Pulsar2's llm_build2 takes language models, nothing was written",
                           found=f"{model.family.name}, {kind}", expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)

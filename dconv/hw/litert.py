@@ -19,10 +19,11 @@ from dconv.hw import settings
 from dconv.hw.driver import Driver
 from dconv.hw.mtk_contract import MAGIC, PLATFORMS
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 from dconv.sharding.parsed import is_dict
 
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 _FILE: Final = "model.tflite"
 _MORE: Final = (
@@ -53,10 +54,15 @@ class Litert:
     def _driver(self) -> Driver:
         return Driver("litert", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone; ``--quant`` f32 or int8 says the same as the setting ``weights``."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("litert-torch is given decoders of text, nothing was written",
                           found=f"{model.family.name}, {kind}", expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)

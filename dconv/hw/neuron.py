@@ -25,6 +25,7 @@ from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
 from dconv.hw.neuron_models import (
     CHIPS,
+    FAMILIES,
     FP8_FAMILIES,
     Sizes,
     heads_of,
@@ -33,7 +34,7 @@ from dconv.hw.neuron_models import (
     sizes_of,
     widths,
 )
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.neuron import QUANT
 from dconv.request import Request
 from dconv.sharding.parsed import is_dict
@@ -71,6 +72,11 @@ class Neuron:
     @property
     def _driver(self) -> Driver:
         return Driver("neuron", self.install)
+
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Those that inference_demo has a class for."""
+        return (Takes(("decoder",), families=FAMILIES),)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """A directory in bf16 or Neuron's FP8 form; unless it is named, ``tp_degree`` is the smallest that fits."""

@@ -29,12 +29,13 @@ from dconv.hw import genie_config, genie_samples, prompts, qairt_sdk, settings
 from dconv.hw.driver import require_files, write_script
 from dconv.hw.hexagon import CHIPS
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.quant.data import load
 from dconv.quant.settings import Calibration
 from dconv.request import Request
 
 _DTYPES: Final = ("fp16", "w8a16")
+_TAKES: Final = Takes(("decoder",), ("onnx",))
 _ROLES: Final = ("prompt", "token")
 #: onnxruntime-qnn takes it, too; the converter reads up to 22.
 _OPSET: Final = 18
@@ -62,10 +63,15 @@ class Qairt:
         """Chips that Genie runs on, and the precisions that their HTP computes in."""
         return {name: ", ".join(_DTYPES[not chip.half :]) for name, chip in CHIPS.items()}
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as ONNX graphs of given lengths."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Two graphs of a decoder, for a prompt and for one token, over one cache as long as the context."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("Genie runs language models, nothing was written", found=f"{model.family.name}, {kind}",
                           expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)

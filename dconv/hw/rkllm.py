@@ -19,7 +19,7 @@ from dconv.export.prompt import kind_of
 from dconv.hw import prompts, settings
 from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 
 #: Chip -> cores of its NPU, and the precisions that RKLLM has for it.
@@ -32,6 +32,7 @@ _RKLLM: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
 _DTYPES: Final = tuple(dict.fromkeys(dtype for _, dtypes in _RKLLM.values() for dtype in dtypes))
 #: What RKLLM's tool calls how it finds numbers.
 _ALGORITHM: Final[Mapping[str, str]] = {"w8a8": "normal", "w4a16": "grq", "fp16": "normal"}
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 _FILE: Final = "model.rkllm"
 _CALIBRATION: Final = "calibration.json"
@@ -56,10 +57,15 @@ class Rkllm:
     def _driver(self) -> Driver:
         return Driver("rkllm", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone; precision, algorithm and cores are the chip's usual ones where nobody names them."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("RKLLM takes language models, nothing was written", found=f"{model.family.name}, {kind}",
                           expected="a decoder")  # fmt: skip
         known = {

@@ -12,7 +12,7 @@ from dconv.describe import Described
 from dconv.errors import Refused, UsageError, VerifyFailed
 from dconv.hw import prompts, settings, static_graph
 from dconv.hw.driver import Driver
-from dconv.hw.target import Ask, Handing, Terms, Tool
+from dconv.hw.target import Ask, Handing, Takes, Terms, Tool
 from dconv.request import Request
 
 #: Chip -> what rknn-toolkit2 2.5.0 compiles for it.
@@ -40,6 +40,11 @@ class Rknn:
     @property
     def _driver(self) -> Driver:
         return Driver("rknn", self.install)
+
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """See `dconv.hw.static_graph.TAKES`."""
+        return (static_graph.TAKES,)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """One graph of given lengths; ``--quant`` says the same as the setting ``dtype``."""
