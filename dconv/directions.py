@@ -1,4 +1,4 @@
-"""Which way the models of each family go: what they are read from, which FORMATs there are of them, who is handed them.
+"""Which way the models of each family go: what they are read from, what is written of them, who is handed them.
 
 What a cell says is asked of the tables by which conversions themselves refuse. A config can still have what a form does
 not hold (a rotation that llama.cpp lacks, columns that are no whole groups): a plan says so, and no table of families
@@ -166,18 +166,30 @@ def is_made(family: Family, format: str) -> bool | None:
     return True
 
 
-def is_handed(family: Family, compiler: str) -> bool | None:
-    """Whether a compiler is handed models of this family, their muP scalars folded; None where only a plan tells.
+def is_for(family: Family, compiler: str) -> bool | None:
+    """Whether a compiler is for models of this family at all, whatever has to be made of them first.
 
     Args:
         family: the family.
         compiler: a target of `dconv.hw.registry`.
+
+    Returns:
+        None where its adapter does not say so before it plans.
     """
-    adapter = compilers.adapter(compiler)
-    if not isinstance(adapter, Choosing):
+    takes = _takes(family, compiler)
+    return None if takes is None else bool(takes)
+
+
+def is_handed(family: Family, compiler: str) -> bool | None:
+    """The same, where what it is handed can be made, too; None where only a plan tells."""
+    takes = _takes(family, compiler)
+    if takes is None:
         return None
-    found = [_takes(plain_of(family), one) for one in adapter.takes]
-    return True if True in found else None if None in found else False
+    plain = plain_of(family)
+    found = [[is_made(plain, format) for format in one.formats] for one in takes]
+    if any(all(made) for made in found):
+        return True
+    return None if any(False not in made for made in found) else False
 
 
 def plain_of(family: Family) -> Family:
@@ -185,11 +197,13 @@ def plain_of(family: Family) -> Family:
     return registry.by_name(family.mup.to) if family.mup and family.mup.to else family
 
 
-def _takes(family: Family, takes: Takes) -> bool | None:
-    if kind_of(family) not in takes.kinds or (takes.families is not None and family.name not in takes.families):
-        return False
-    found = [is_made(family, format) for format in takes.formats]
-    return False if False in found else None if None in found else True
+def _takes(family: Family, compiler: str) -> list[Takes] | None:
+    """What of all that a compiler takes models of a family are, muP scalars folded; None where it does not say."""
+    adapter, plain = compilers.adapter(compiler), plain_of(family)
+    if not isinstance(adapter, Choosing):
+        return None
+    kind = kind_of(plain)
+    return [one for one in adapter.takes if kind in one.kinds and (not one.families or plain.name in one.families)]
 
 
 def _is_in_bmtrain(family: Family) -> bool:

@@ -85,11 +85,10 @@ def _directions() -> Directions:
     """The table of today, with what other packages add to it."""
     from datetime import date
 
-    from dconv import matrix
     from dconv.arch.registry import families
     from dconv.directions import columns, lines
-    from dconv.formats import engines
+    from dconv.formats import outsiders
     from dconv.report.archs import Directions
 
-    known = columns(name for name in engines() if name not in matrix.outputs())
+    known = columns(outsiders())
     return Directions(date.today(), known, lines(families().values(), known))

@@ -86,7 +86,8 @@ def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Ma
     named = config.get("model_type")
     if own.is_ours(family, config):
         return own.obstacle(family, config)
-    return "" if named in _known(kind) else f"transformers {__version__} has no model of type {named} ({family.name})"
+    known = named in _known(kind)
+    return "" if known else f"transformers {__version__} has no model of type {named} ({family.name})"
 
 
 def _known(kind: Kind) -> Container[object]:
@@ -97,7 +98,7 @@ def _known(kind: Kind) -> Container[object]:
 
 
 def is_traced(family: Family) -> bool | None:
-    """Whether graphs are made of a family's models (`dconv.export.traced`); None where transformers is not installed."""
+    """Whether graphs are made of a family (`dconv.export.traced`); None where transformers is not installed."""
     if kind_of(family) == "sighted":
         return False
     if missing("huggingface"):

@@ -55,12 +55,12 @@ class Takes:
     Attributes:
         kinds: of models.
         formats: FORMATs of the artifacts that it is handed.
-        families: by name, muP scalars folded; None for all.
+        families: by name, muP scalars folded; none for all.
     """
 
     kinds: tuple[Kind, ...]
     formats: tuple[str, ...] = ("huggingface",)
-    families: tuple[str, ...] | None = None
+    families: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
     "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "matrix",
     "quantise", "calibrate", "neuron", "gguf", "mlx", "targets", "trace", "pipeline", "live", "export", "hw",
-    "compare", "bounds", "logits", "verify", "report", "examine", "checking", "launch", "api", "formats", "assist",
-    "commands", "cli", "__main__",
+    "directions", "compare", "bounds", "logits", "verify", "report", "examine", "checking", "launch", "api", "formats",
+    "assist", "commands", "cli", "__main__",
 )  # fmt: skip
 
 
