@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, onnx, state_dict
+from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, model_pt, neuron, onnx, state_dict
 from dconv.checkpoint.files import listed, read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
@@ -147,6 +147,8 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
+    if marker.exists() and (folder / model_pt.MODEL).exists():
+        return "model_pt"
     if listed(folder, "mp_rank_*"):
         return "legacy"
     if listed(folder, "__*.distcp"):

@@ -137,7 +137,7 @@ def lay_out_file(
         also: further keys, whose value is None.
     """
     tree: dict[str, object] = {
-        tensor.spec.name: torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
+        tensor.spec.name: torchframe.tensor(tensor.spec.dtype, tensor.spec.file_shape, str(i))
         for i, tensor in enumerate(tensors)
     }
     tree |= dict.fromkeys(also)
