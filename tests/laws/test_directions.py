@@ -238,3 +238,23 @@ def test_a_family_that_nobody_computes_is_refused_before_it_is_calibrated(
         dconv.convert(model, "gptq", tmp_path / "out", **options(model, "gptq"))
     assert error.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def calibrated() -> list[Any]:
+    (column,) = (one for one in BY_GROUP["to"] if one.name == "gptq")
+    found = [family for family in families().values() if way(family, column) == "calibrated"]
+    # Bamba's model takes apart what a layer answers
+    return [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one.name != "bamba")) for one in found]
+
+
+@pytest.mark.parametrize("family", calibrated())
+def test_calibration_goes_through_the_layers(
+    sample: Callable[[Family, str], Path], tmp_path: Path, family: Family
+) -> None:
+    """More than a plan: what it promises is carried out."""
+    model = sample(family, "gptq")
+    if family.name == "nemotron_h":  # its experts are in no linear layers of transformers', and are refused
+        model = write_normal(tmp_path / "model", family, hybrid_override_pattern="M*-M")
+    told = options(sample(family, "gptq"), "gptq")
+    assert dconv.convert(model, "gptq", tmp_path / "out", **told)
+    assert dconv.engine("gptq").validate(tmp_path / "out")
