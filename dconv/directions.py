@@ -47,7 +47,7 @@ MEANINGS: Final[Mapping[Way, str]] = {
     "folded": "with --mup2llama, which folds the scalars into the weights: of the plain model that computes the same",
     "handed": "handed to the vendor's compiler, whose version says whether it has the model; muP scalars are folded",
     "none": "there is no such form of this family: refused before anything is written",
-    "unsaid": "a plan says it: a package from outside, or a graph where transformers is not installed",
+    "unsaid": "a plan says it: of a package from outside, or what transformers computes where it is not installed",
 }
 
 
