@@ -72,7 +72,7 @@ def on_path(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("dconv con", ["convert"]),
+        ("dconv con", ["config", "convert"]),
         ("dconv convert bi", ["big/"]),
         ("dconv convert big megat", ["megatron"]),
         ("dconv convert big megatron --tp ", ["1", "2", "4", "8", "16", "32", "64"]),

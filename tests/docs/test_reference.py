@@ -17,7 +17,7 @@ from tests.docs.commands import DOCS, ROOT, read
 MKDOCS: Final = ROOT / ".venvs" / "docs" / "bin" / "python"
 #: Variables of dconv, of launchers and of vendors' software.
 _NAMED: Final = re.compile(
-    r"RANK|WORLD_SIZE|(?:LOCAL|GROUP|SLURM|TORCHELASTIC|MASTER|DCONV|RAY|QNN|QAIRT|XDG|MTK|PULSAR2|CONDA)_[A-Z0-9_]+"
+    r"RANK|WORLD_SIZE|ZDOTDIR|(?:LOCAL|GROUP|SLURM|TORCHELASTIC|MASTER|DCONV|RAY|QNN|QAIRT|XDG|MTK|PULSAR2|CONDA)_[A-Z0-9_]+"
 )
 
 
