@@ -1,12 +1,13 @@
 """The README's picture: what commands print at a terminal, as an SVG without a font or a script from elsewhere.
 
-    bash scripts/quickstart.sh && python scripts/picture.py      writes docs/img/terminal.svg
+`bash scripts/quickstart.sh` makes the model, then `python scripts/picture.py` writes docs/img/terminal.svg.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -24,7 +25,7 @@ from rich.text import Text
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODEL = _ROOT / "work" / "quickstart" / "smollm2"
-_WIDTH = 80
+_WIDTH = 104  # what a plan needs, unfolded
 _COMMANDS = (
     "dconv plan smollm2 megatron --tp 3 --pp 2",
     "dconv convert smollm2 megatron --tp 3 --pp 2 -o shards --nproc 2 --verify digest",
@@ -42,7 +43,7 @@ def main() -> None:
     """See above."""
     if not _MODEL.is_dir():
         sys.exit("picture: bash scripts/quickstart.sh makes the model")
-    console = Console(record=True, width=_WIDTH, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=_WIDTH, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "smollm2").symlink_to(_MODEL)
         for command in _COMMANDS:
@@ -51,6 +52,7 @@ def main() -> None:
             console.print()
     svg = console.export_svg(title="dconv", theme=_THEME)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they would be fetched from elsewhere
+    svg = re.sub(r"\s*<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
     svg = svg.replace("font-family: arial", "font-family: sans-serif")
     (_ROOT / "docs" / "img" / "terminal.svg").write_text(svg)
