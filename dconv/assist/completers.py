@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dconv.launch.arguments import arguments_of
+
 if TYPE_CHECKING:
     from dconv.assist.glance import Glance
 
@@ -185,7 +187,7 @@ COMPLETERS: Final[dict[str, Completer]] = {
 
 def attach(parser: argparse.ArgumentParser) -> None:
     """Give each argument of a parser its completer, in argcomplete's way."""
-    for action in parser._actions:  # argparse offers no public way to look them up
+    for action in arguments_of(parser):
         if not action.option_strings and action.nargs == "?":
             action.nargs = None  # else a word could be the second of them as well as the first
         if action.choices is None and action.nargs != 0:

@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
+from dconv.launch.arguments import arguments_of
 from dconv.launch.config_file import typed
 from dconv.launch.options import every_option, to_request
 from dconv.sharding.parsed import is_list, is_list_or_tuple
@@ -120,7 +121,7 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
 def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list[str]:
     """Options as they stand on a line."""
     words = [str(found["model"]), str(found["format"])]
-    for action in parser._actions:
+    for action in arguments_of(parser):
         value = found.get(action.dest)
         if not action.option_strings or value is None or value is False:
             continue

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.small_config import check_tag
 from dconv.errors import Damaged, UsageError
+from dconv.launch.arguments import arguments_of, repeats
 from dconv.sharding.parsed import is_dict, is_list, is_list_or_tuple, is_texts
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
         UsageError: no such file, an option that is not known, or a value that it cannot have.
         Damaged: a file that is larger or deeper than any, or asks for objects.
     """
-    mine = {action.dest for action in parser._actions}
+    mine = {action.dest for action in arguments_of(parser)}
     return {name: value for name, value in typed(load(path), path, parser, whole).items() if name in mine}
 
 
@@ -48,7 +49,7 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
     """
     actions: dict[str, argparse.Action] = {}
     for parser in parsers:
-        actions = {**_actions(parser), **actions}
+        actions = {**_by_name(parser), **actions}
     found: dict[str, object] = {}
     for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
@@ -64,14 +65,9 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
     return found
 
 
-def repeats(action: argparse.Action) -> bool:
-    """Whether an option may stand several times on a line."""
-    return isinstance(action, argparse._AppendAction)  # pyright: ignore[reportPrivateUsage] - it has no public name
-
-
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:  # argparse offers no public way to look its options up
+    for action in arguments_of(parser):
         actions[action.dest] = action
         actions.update({option.lstrip("-"): action for option in action.option_strings})
     return actions

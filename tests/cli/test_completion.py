@@ -20,6 +20,7 @@ from dconv.assist.sizes import SIZES, permitted
 from dconv.commands.table import COMMANDS, parser_of
 from dconv.errors import DconvError
 from dconv.hw.registry import adapter
+from dconv.launch.arguments import arguments_of
 from dconv.launch.options import to_request
 from dconv.matrix import outputs
 from dconv.pipeline import prepare
@@ -175,7 +176,7 @@ def test_every_argument_has_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     for command in COMMANDS:
         parser = parser_of(command)
         attach(parser)
-        for action in parser._actions:
+        for action in arguments_of(parser):
             completer = getattr(action, "completer", None)
             for typed in ("", "x", "~", "/", "//nowhere/", "\0"):
                 if completer is not None:
