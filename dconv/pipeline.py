@@ -20,7 +20,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
-from dconv.describe import Described, describe_model, settle
+from dconv.describe import Described, describe_model, described, settle
 from dconv.errors import DconvError, Refused, StorageFault, UsageError, storage_faults
 from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
@@ -94,17 +94,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         return _placed_anew(request, graph, engine)
     if engine == "onnx" and onnx.is_graph(request.model):
         return _again(request, engine)
-    model = describe_model(
-        request.model,
-        source_format=request.source_format,
-        model_type=request.model_type,
-        hf_config=request.hf_config,
-        drop=request.drop,
-        rename=request.rename,
-        config_alone=config_alone,
-        submodel=request.submodel,
-        with_eagle=request.with_eagle,
-    )
+    model = described(request, config_alone=config_alone)
     if request.teacher is None:
         return prepare_described(request, model)
     if request.mup2llama:

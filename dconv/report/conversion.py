@@ -17,7 +17,7 @@ import xxhash
 
 from dconv import __version__
 from dconv.arch.layouts import size as size_of
-from dconv.describe import Described, describe_model
+from dconv.describe import Described, describe_model, described
 from dconv.errors import DconvError
 from dconv.report import losses
 from dconv.report.flows import Flows, flows_of, shares
@@ -148,20 +148,10 @@ def conversion_of(job: Job, run: Run) -> Conversion:
 
 def _source(job: Job) -> tuple[Described | None, Side]:
     """The source anew, since a job's has what will be done to it."""
-    request = job.request
     try:
-        if request.fake_weight:
+        if job.request.fake_weight:
             return None, Side(why_not="weights are made up: there is no source")
-        model = describe_model(
-            request.model,
-            source_format=request.source_format,
-            model_type=request.model_type,
-            hf_config=request.hf_config,
-            drop=request.drop,
-            rename=request.rename,
-            submodel=request.submodel,
-            with_eagle=request.with_eagle,
-        )
+        model = described(job.request)
         return model, _side(model)
     except (DconvError, OSError) as error:
         return None, Side(why_not=_why(error))
