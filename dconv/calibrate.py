@@ -29,7 +29,7 @@ from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
 from dconv.quant.settings import Awq, Gptq, Method, Quantization
 from dconv.quantise import Schemes, schemes_of
-from dconv.request import CALIBRATED, Request
+from dconv.request import CALIBRATED, Request, spelled
 from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
@@ -93,7 +93,7 @@ def is_asked_for(request: Request, model: Described) -> bool:
         UsageError: options of calibration beside a FORMAT that has none.
         Refused: the same beside a source that is in whole numbers already.
     """
-    given = [f"--{name.replace('_', '-')}" for name in ("quantization_config", "calibration") if getattr(request, name)]
+    given = [spelled(name) for name in ("quantization_config", "calibration") if getattr(request, name)]
     if request.format not in CALIBRATED:
         if given:
             raise UsageError(

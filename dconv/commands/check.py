@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from dconv.commands.common import add_source_options, described
+from dconv.commands.common import add_source_options, source_keywords
 from dconv.errors import Refused, ToolMissing
 from dconv.launch.terminal import show, show_json
 
@@ -42,7 +42,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "max_memory": args.max_memory,
         "strict": args.strict,
     }
-    found = check(args.path, **described(args), **run)
+    found = check(args.path, **source_keywords(args), **run)
     if args.json:
         show_json(found.to_dict())
     else:

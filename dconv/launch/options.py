@@ -21,7 +21,7 @@ from dconv.net.device import check as check_device
 from dconv.neuron import QUANT, RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
-from dconv.request import CALIBRATED
+from dconv.request import CALIBRATED, spelled
 from dconv.sharding.coords import Parallel
 
 #: The options that only a Megatron target has, with what stands for them where they are not given.
@@ -237,7 +237,7 @@ def to_request(args: argparse.Namespace) -> Request:
     if given:
         raise UsageError(
             f"{args.format} has no such layout, nothing was written",
-            where=", ".join("--" + name.replace("_", "-") for name in given),
+            where=", ".join(map(spelled, given)),
             expected="these options with FORMAT megatron only (--tp also with pt and neuron --platform, --ep with "
             "gptq, awq): they say how the output is cut, not the source",
             do="leave them out",
@@ -340,9 +340,7 @@ def _check_fake(args: argparse.Namespace) -> None:
             raise UsageError("--fake-weight-config without --fake-weight", where=str(args.fake_weight_config))
         return
     reading = ("source_format", "drop", "rename", "submodel", "with_eagle", "teacher")
-    given = [
-        "--" + {"source_format": "from"}.get(name, name).replace("_", "-") for name in reading if getattr(args, name)
-    ]
+    given = [spelled({"source_format": "from"}.get(name, name)) for name in reading if getattr(args, name)]
     if getattr(args, "verify", "none") == "logits":
         given.append("--verify logits")
     if given:

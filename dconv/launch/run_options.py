@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dconv.errors import UsageError
 from dconv.launch.values import byte_count, number, positive, threads, whole
+from dconv.request import spelled
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.tuning import AUTO
 
@@ -86,6 +87,6 @@ def check_launch(args: argparse.Namespace) -> None:
         of = sorted({launcher for name in given for launcher in _ONLY[name]})
         raise UsageError(
             f"--launcher {args.launcher} has no use for this, nothing was written",
-            where=", ".join("--" + name.replace("_", "-") for name in given),
+            where=", ".join(map(spelled, given)),
             expected=f"--launcher {' or '.join(of)} beside it",
         )

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
 from dconv.launch.display import Display
@@ -28,10 +28,6 @@ from dconv.quant.report import summary
 from dconv.request import Request
 from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import is_result, partial_folder, read_receipt
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
 _GRACE: Final = 10.0
@@ -200,10 +196,10 @@ def recorded(words: Sequence[str], args: argparse.Namespace, ranks: int) -> Reco
     """The record of a run that begins here, where the options make sense and a history is kept."""
     record = Record(history_place())
     try:
-        target = to_request(args).output
+        out = to_request(args).output
     except (DconvError, argparse.ArgumentTypeError):
         return Record()  # said by the run itself
-    record.begin(words, args.model, args.format, target, ranks)
+    record.begin(words, args.model, args.format, out, ranks)
     return record
 
 
