@@ -20,9 +20,9 @@ from typing import Any, Final, Protocol
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
 from dconv.launch.arguments import arguments_of
-from dconv.launch.config_file import typed
+from dconv.launch.config_file import by_dest, typed
 from dconv.launch.options import every_option, to_request
-from dconv.sharding.parsed import is_list, is_list_or_tuple
+from dconv.sharding.parsed import is_list
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.
@@ -100,10 +100,11 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
     if not isinstance(own, Mapping):
         raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",
                          found=f"{entry!r:.80}")  # fmt: skip
-    parser = every_option()
-    found = typed({**everyone, **own}, Path(where), parser)
+    parser, place = every_option(), Path(where)
+    said = {**by_dest(everyone, place, parser), **by_dest(own, place, parser)}
+    found = typed(said, place, parser)
     for name in ("config", "debug", "json"):
-        if found.pop(name, None):
+        if said.pop(name, None):
             raise UsageError(f"{name} is the batch's own", where=where)
     for name in ("model", "format"):
         if name not in found:
@@ -115,27 +116,22 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
     except UsageError as error:
         error.where = f"{where}: {error.where}" if error.where else where
         raise
-    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, found)), out, args.nproc, args.launcher)
+    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, said)), out, args.nproc, args.launcher)
 
 
-def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list[str]:
-    """Options as they stand on a line."""
-    words = [str(found["model"]), str(found["format"])]
+def _words(parser: argparse.ArgumentParser, said: Mapping[str, object]) -> list[str]:
+    """Options as they stand on a line, each value as the file has it; one that begins with a dash is none the less."""
+    words = [str(said["model"]), str(said["format"])]
     for action in arguments_of(parser):
-        value = found.get(action.dest)
+        value = said.get(action.dest)
         if not action.option_strings or value is None or value is False:
             continue
         option = action.option_strings[-1]
         if value is True:
             words.append(option)
         else:
-            for one in value if is_list(value) else [value]:
-                words += [option, _spelled(one)]
+            words += [f"{option}={one}" for one in (value if is_list(value) else [value])]
     return words
-
-
-def _spelled(value: object) -> str:
-    return "x".join(map(str, value)) if is_list_or_tuple(value) else str(value)
 
 
 class Attempt(Protocol):

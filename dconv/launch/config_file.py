@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,12 +45,22 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
         parsers: that know the options; an earlier one counts more.
 
     Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
+        UsageError: an option that is not known, or given twice, or a value that it cannot have.
     """
-    actions: dict[str, argparse.Action] = {}
-    for parser in parsers:
-        actions = {**_by_name(parser), **actions}
-    found: dict[str, object] = {}
+    actions = _by_name(parsers)
+    found = by_dest(values, path, *parsers)
+    # null is how YAML says "not given"
+    return {dest: _typed(actions[dest], value, path) for dest, value in found.items() if value is not None}
+
+
+def by_dest(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, Any]:
+    """The same as they stand in the file, null among them; see `typed`.
+
+    Raises:
+        UsageError: an option that is not known, or given twice.
+    """
+    actions = _by_name(parsers)
+    found: dict[str, Any] = {}
     for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
         if action is None:
@@ -60,16 +70,18 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
             raise UsageError(
                 f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"
             )
-        if value is not None:  # null is how YAML says "not given"
-            found[action.dest] = _typed(action, value, path)
+        if action.dest in found:
+            raise UsageError(f"{key} is given twice, by another name as well", where=str(path))
+        found[action.dest] = value
     return found
 
 
-def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def _by_name(parsers: Sequence[argparse.ArgumentParser]) -> dict[str, argparse.Action]:
     actions: dict[str, argparse.Action] = {}
-    for action in arguments_of(parser):
-        actions[action.dest] = action
-        actions.update({option.lstrip("-"): action for option in action.option_strings})
+    for parser in reversed(parsers):  # an earlier one counts more
+        for action in arguments_of(parser):
+            actions[action.dest] = action
+            actions.update({option.lstrip("-"): action for option in action.option_strings})
     return actions
 
 

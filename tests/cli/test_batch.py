@@ -16,6 +16,7 @@ import pytest
 from dconv.arch import registry
 from dconv.cli import main
 from dconv.launch import batch
+from dconv.launch.options import every_option, parse
 from tests.models import config_of, tree_digest, write_random
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,29 @@ def test_every_job_is_done_as_alone_and_then_found_done(
     assert said[0]["said"]["already_done"] and (tmp_path / "one" / "dconv.json").stat().st_mtime_ns == before
     assert main(["batch", str(tmp_path / "jobs.yaml"), "--quiet"]) == 0
     assert "3 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pp_layout": "1|2|1"},
+        {"pp_layout": "Ett|ttL", "vpp": 1},
+        {"format": "onnx", "lengths": "1+16"},
+        {"format": "onnx", "lengths": 16},
+        {"format": "fp8", "block_size": "32x64", "max_memory": 1.5e9},
+        {"launcher": "slurm", "sbatch": ["--gres=gpu:8", "--exclusive"], "time": "4:00:00"},
+        {"drop": ["-odd", "b c"], "report": True, "threads": "auto", "dtype": "bfloat16", "digest": "sha256"},
+        {"report": "page.html", "quiet": True, "resume": False, "tp": None},
+    ],
+)
+def test_the_line_of_a_job_says_what_its_file_says(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Held against ``--config``, whose values argparse never sees as text."""
+    said = {"model": "model", "format": "megatron", "out": "out", **options}
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    (tmp_path / "jobs.json").write_text(json.dumps({"models": [said]}))
+    (job,) = batch.read(tmp_path / "jobs.json")
+    line, file = (parse(every_option(), words) for words in (job.words, ["--config", str(tmp_path / "run.json")]))
+    assert vars(line) == {**vars(file), "config": None}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +157,7 @@ def test_told_to_stop_it_leaves_and_goes_on_later(
         "real = subprocess.Popen\n"
         "def slow(words, **more):\n"
         "    hang = ['sh', '-c', 'trap \"exit 75\" TERM; sleep 60 >/dev/null 2>&1 & wait']\n"
-        "    return real(hang if 'two' in words else words, **more)\n"
+        "    return real(hang if '--out=two' in words else words, **more)\n"
         "batch.subprocess.Popen = slow\n"
         "from dconv.cli import main; sys.exit(main(['batch', sys.argv[1]]))"
     )
