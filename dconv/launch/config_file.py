@@ -29,11 +29,15 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
         whole: knows the options of all commands; a value for one that ``parser`` lacks is checked and left out.
 
     Raises:
-        UsageError: no such file, an option that is not known, or a value that it cannot have.
+        UsageError: no such file, an option that is not known or given twice, or a value that it cannot have; another
+            file of options.
         Damaged: a file that is larger or deeper than any, or asks for objects.
     """
     mine = {action.dest for action in arguments_of(parser)}
-    return {name: value for name, value in typed(load(path), path, parser, whole).items() if name in mine}
+    found = typed(load(path), path, parser, whole)
+    if "config" in found:
+        raise UsageError("a config file names no other one", where=f"config in {path}", do="put the options into one")
+    return {name: value for name, value in found.items() if name in mine}
 
 
 def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, object]:
@@ -120,7 +124,7 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
 
 
 def load(path: Path) -> dict[Any, Any]:
-    """What a YAML or JSON file says, nothing of it checked but its size and that it is a mapping.
+    """What a YAML or JSON file says, nothing of it checked but its size and that it is a mapping with no key twice.
 
     Raises:
         UsageError, Damaged: see `read_config`.
@@ -148,6 +152,7 @@ def _check(top: yaml.Node, path: Path) -> None:
     """That a config file stands for as many values as somebody may have written, and for values alone.
 
     Raises:
+        UsageError: a key that stands in one mapping twice.
         Damaged: tags that make objects; aliases that stand for more values than anybody writes, or for themselves.
     """
     left, waiting = _MOST_VALUES, [top]
@@ -158,5 +163,10 @@ def _check(top: yaml.Node, path: Path) -> None:
         if left < 0:
             raise Damaged("aliases in the config file stand for more than anybody writes", where=str(path))
         children: Any = node.value  # entries of a sequence, or pairs of a mapping
+        keys: set[str] = set()
         for child in children if is_list(children) else ():
             waiting += child if is_list_or_tuple(child) else (child,)
+            key: Any = child[0].value if is_list_or_tuple(child) else None
+            if isinstance(key, str) and key in keys:  # the last one would count, and nobody would know
+                raise UsageError(f"{key:.80} stands there twice", where=str(path), do="leave one of the two out")
+            keys.update([key] if isinstance(key, str) else ())

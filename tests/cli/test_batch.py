@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,8 @@ def test_the_line_of_a_job_says_what_its_file_says(model: Path, tmp_path: Path, 
         ("format: hf\nmodels: [{model: model, tp: 2}]", "number 1"),
         ("format: hf\nmodels: [{model: model, config: x.yaml}]", "batch's own"),
         ("format: hf\nmodels: [model, {model: model, dtype: f32}]", "one output"),
+        ("format: hf\nmodels: [{model: model, source_format: hf, from: hf}]", "given twice"),
+        ("report: page.html\nformat: hf\nmodels: [model, {model: model, out: x}]", "have one report"),
         ("- model", "no mapping"),
     ],
 )
@@ -176,3 +180,46 @@ def test_told_to_stop_it_leaves_and_goes_on_later(
     code_again, said = told(str(tmp_path / "jobs.yaml"), capsys=capsys)
     assert (code_again, [one["state"] for one in said]) == (0, ["done", "done"])
     assert said[0]["said"]["already_done"]
+
+
+class _Slow:
+    """A conversion that needs a while to leave, and one that never does."""
+
+    def __init__(self, leaves: bool, stop: threading.Event) -> None:
+        self.leaves, self.stop_of_all, self.looks, self.killed_at = leaves, stop, 0, 0
+        self.told_at = 0
+
+    def stop(self) -> None:
+        self.told_at = self.looks
+
+    def kill(self) -> None:
+        self.killed_at = self.looks
+
+    def ended(self, seconds: float) -> tuple[int, str, str] | None:
+        self.looks += 1
+        if self.looks == 3:
+            self.stop_of_all.set()
+        if self.killed_at:
+            return 128 + 9, '{"half of a li', ""
+        if self.leaves and self.looks > 6:
+            return 75, "", ""
+        time.sleep(min(seconds, 0.05))
+        return None
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_was_told_to_leave_has_time_to_and_is_killed_only_then(
+    leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time counts from when it was told, however long it had run before; what was killed goes on later."""
+    monkeypatch.setattr(batch, "_PATIENCE", 60.0 if leaves else 0.3)
+    stop = threading.Event()
+    slow = _Slow(leaves, stop)
+
+    class Runner:
+        def start(self, job: batch.Job, words: Sequence[str]) -> batch.Attempt:
+            return slow
+
+    run = batch.Batch([batch.Job("", (), Path("out"))], 1, 2, stop, lambda one, every: None, Runner())
+    assert run.run() == 75 and run.results[0].state == "stopped"
+    assert bool(slow.killed_at) == (not leaves) and (leaves or slow.killed_at > slow.told_at)

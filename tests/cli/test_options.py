@@ -133,6 +133,24 @@ def test_a_value_of_the_wrong_type_in_the_config_file(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp: 2\nformat: hf\ntp: 4\n", "tp stands there twice"),
+        ('{"tp": 2, "tp": 4}', "tp stands there twice"),
+        ("from: hf\nsource_format: pt\n", "given twice"),
+        ("tp: 2\nconfig: other.yaml\n", "names no other one"),
+    ],
+)
+def test_nothing_of_a_config_file_is_passed_over(dconv: Dconv, hf: Path, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    ran = dconv("plan", hf, "megatron", "--config", tmp_path / "run.yaml")
+    assert ran.code == 2 and words in ran.err
+    if "config" not in text:
+        assert dconv("config", "set", tmp_path / "run.yaml", "tp", "8").code == 2, "one of the two would be left"
+    assert (tmp_path / "run.yaml").read_text() == text
+
+
 def test_null_in_the_config_file_is_not_given(dconv: Dconv, hf: Path, tmp_path: Path) -> None:
     words = ["drop", "tp", "etp", "max_memory", "resume", "dtype", "megatron_format", "verify", "hf_config"]
     (tmp_path / "run.json").write_text(json.dumps(dict.fromkeys(words)))
