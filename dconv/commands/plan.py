@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dconv.commands.common import add_answer_options
+from dconv.errors import UsageError
 from dconv.launch.terminal import show, show_json
 
 
@@ -41,6 +42,12 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if target(args):
         from dconv.launch.compiling import planned
 
+        if given := [option for option, said in (("--world", args.world), ("--trace", args.trace)) if said]:
+            raise UsageError(
+                "what goes to a hardware compiler is planned by the conversions that make it, nothing was written",
+                where=", ".join(given),
+                do="leave it out; dconv plan MODEL huggingface has it of a checkpoint",
+            )
         said = planned(args)
         shown = "\n".join(f"{key}: {value}" for key, value in said.items())
     else:

@@ -12,7 +12,7 @@ from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
 from dconv.hw import manifest, settings
-from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, target_of
+from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, adapters, target_of
 from dconv.launch.config_file import read_config
 from dconv.launch.run_options import add_launch_options, add_run_options
 from dconv.launch.values import block_size, byte_count, dtype, lengths, positive, pp_layout, seconds, whole
@@ -29,6 +29,13 @@ _LAYOUT: Final = {
     "tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": None, "pp_layout": None,
     "first_stage_layers": None, "last_stage_layers": None, "count_embedding": False, "count_loss": False,
     "megatron_format": "torch_dist", "transformer_impl": "transformer_engine", "make_vocab_size_divisible_by": 128,
+}  # fmt: skip
+#: Seconds that a hardware compiler may take, where nothing is said: a day.
+_DAY: Final = 24 * 3600.0
+#: The options that only a hardware compiler has, likewise.
+_COMPILER: Final = {
+    "platform": None, "task": None, "toolchain_python": None, "toolchain_timeout": _DAY, "max_host_memory": None,
+    "bundle": False,
 }  # fmt: skip
 
 
@@ -60,8 +67,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, onnx, torch_export, torchscript, neuron, pt, "
-        "bmtrain",
+        help="huggingface (hf), safetensors, fp8, mx, gptq, awq, megatron, gguf, mlx, onnx, torch_export, torchscript, "
+        "neuron, pt, bmtrain; mtk, rk, qnn, ax for a hardware compiler",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -155,7 +162,7 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
                        help="what the model is for (normally read from the config)")  # fmt: skip
     group.add_argument("--toolchain-python", type=Path, metavar="PYTHON",
                        help="interpreter that has the vendor's toolchain (default: .venvs/<toolchain>)")  # fmt: skip
-    group.add_argument("--toolchain-timeout", type=seconds, default=24 * 3600.0, metavar="SECONDS",
+    group.add_argument("--toolchain-timeout", type=seconds, default=_DAY, metavar="SECONDS",
                        help="how long the compiler may take (a day)")  # fmt: skip
     group.add_argument("--max-host-memory", type=byte_count, metavar="SIZE",
                        help="memory that the compiler may take; it holds the whole model (what is free)")  # fmt: skip
@@ -229,6 +236,15 @@ def to_request(args: argparse.Namespace) -> Request:
             where="--report",
             do="leave it out: manifest.json says what was made",
         )
+    compilers = [name for name, otherwise in _COMPILER.items() if getattr(args, name) != otherwise]
+    if compilers and compiler is None and args.format in FORMATS:
+        raise UsageError(
+            f"{args.format} is no hardware compiler's, nothing was written",
+            where=", ".join(map(spelled, compilers)),
+            expected=f"these options with FORMAT {', '.join(adapters())}"
+            + (" (--platform names a chip)" if args.format in TWO_MEANINGS else ""),
+            do="leave them out",
+        )
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = LAYOUTS.get(compiler, ()) if compiler else known
     known = ("ep",) if args.format in CALIBRATED else known
@@ -259,6 +275,12 @@ def to_request(args: argparse.Namespace) -> Request:
             f"{args.format} has no lengths that one chooses, nothing was written",
             where="--lengths",
             expected="this option with FORMAT onnx",
+        )
+    if args.gguf_pretokenizer is not None and engine != "gguf":
+        raise UsageError(
+            f"{args.format} has no name for how text is split, nothing was written",
+            where="--gguf-pretokenizer",
+            expected="this option with FORMAT gguf",
         )
     if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
         raise UsageError(

@@ -98,6 +98,33 @@ def test_a_layout_is_megatrons(dconv: Dconv, hf: Path, tmp_path: Path, options: 
 
 
 @pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("hf", ["--gguf-pretokenizer", "llama-bpe"]),
+        ("hf", ["--strict"]),
+        ("hf", ["--platform", "RK3588"]),
+        ("gguf", ["--bundle"]),
+        ("megatron", ["--task", "text-generation"]),
+        ("neuron", ["--max-host-memory", "1GB"]),  # a compiler's with --platform alone
+        ("neuron", ["--toolchain-python", "python3"]),
+        ("fp8", ["--toolchain-timeout", "90"]),
+        ("megatron", ["--teacher", "MODEL", "--quant", "q4_0"]),
+        ("megatron", ["--teacher", "MODEL", "--scale-rule", "even"]),
+        ("megatron", ["--teacher", "MODEL", "--neuron-scale", "reciprocal"]),
+        ("megatron", ["--teacher", "MODEL", "--calibration", "texts.txt"]),
+        ("rk", ["--platform", "RK3588", "--trace", "*"]),
+        ("rk", ["--platform", "RK3588", "--world", "2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_no_option_is_passed_over_in_silence(dconv: Dconv, hf: Path, format: str, options: list[str]) -> None:
+    ran = dconv("plan", hf, format, *(str(hf) if word == "MODEL" else word for word in options))
+    assert ran.code == 2, ran.out
+    assert next(word for word in reversed(options) if word.startswith("--")) in ran.err
+    assert "nothing was written" in ran.err
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"tp": True},
