@@ -152,7 +152,10 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
         return worker.failed(error, args, where)
     if job.handing is None:
         return _again(args, where, job, stop)
-    job.work.mkdir(parents=True, exist_ok=True)
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        return worker.failed(fault, args, where)
     for step in job.handing.steps:
         inner = copy(args)
         inner.resume, inner.overwrite = True, False

@@ -82,7 +82,8 @@ def check_launch(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see above.
     """
-    given = [name for name, launchers in _ONLY.items() if getattr(args, name) and args.launcher not in launchers]
+    said = {name: getattr(args, name) for name, launchers in _ONLY.items() if args.launcher not in launchers}
+    given = [name for name, value in said.items() if value not in (None, []) and value is not False]
     if given:
         of = sorted({launcher for name in given for launcher in _ONLY[name]})
         raise UsageError(
