@@ -245,6 +245,20 @@ def test_installing_twice_changes_nothing_and_undo_undoes(
     assert {name: text.strip() for name, text in _files(home).items()} == {rc.name: "export MINE=1"}
 
 
+def test_an_installation_that_fails_leaves_nothing(
+    dconv: Dconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = _home(tmp_path, monkeypatch)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    ran = dconv("--install-completion", "zsh")
+    assert ran.code == 5 and "No space left" in ran.err
+    assert _files(home) == {}
+
+
 def test_what_is_not_ours_stays(dconv: Dconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = _home(tmp_path, monkeypatch)
     theirs = home / ".config/fish/completions/dconv.fish"
