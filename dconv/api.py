@@ -43,7 +43,7 @@ def plan(
 
     Args:
         model: checkpoint directory, or a state dict's file.
-        format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``, ``pt``, ``bmtrain``.
+        format: a FORMAT in any of its spellings, such as ``hf``, ``megatron``, ``gguf`` (`dconv.request.FORMATS`).
         out: output directory; ``./<model>-<format>`` by default.
         trace: a pattern, or several, of tensors whose way is wanted (`dconv.trace.trace`).
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,

@@ -24,6 +24,10 @@ class Described:
     """A source with its family and config settled.
 
     Attributes:
+        config: HuggingFace's config.json, without what the tensors do not bear out.
+        rebuilt: it was made of Megatron's args.
+        facts: dimensions and switches that the family's table goes by.
+        logical: the tensors under HuggingFace's names.
         fixed: tensors of a quantised form, which ``--dtype`` has no say in.
     """
 

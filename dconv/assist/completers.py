@@ -162,7 +162,9 @@ def devices(_: str, __: argparse.Namespace) -> Iterable[str]:
 
 def shells(_: str, __: argparse.Namespace) -> Iterable[str]:
     """``--install-completion``."""
-    return ("bash", "zsh", "fish")
+    from dconv.assist.shells import SHELLS
+
+    return SHELLS
 
 
 def nothing(_: str, __: argparse.Namespace) -> Iterable[str]:
@@ -176,6 +178,7 @@ _MODEL: Final = paths(_MODELS)
 COMPLETERS: Final[dict[str, Completer]] = {
     "model": _MODEL, "path": _MODEL, "a": _MODEL, "b": _MODEL, "teacher": _MODEL, "hf_config": _DIRECTORIES,
     "format": formats, "out": paths(), "config": paths(_CONFIGS), "file": paths(_CONFIGS), "html": paths((".html",)),
+    "report": paths((".html",)), "save_config": paths(_CONFIGS),
     "rename": paths(_CONFIGS), "fake_weight_config": paths(_CONFIGS), "stage_dir": _DIRECTORIES,
     "toolchain_python": paths(), "calibration": paths(_SAMPLES), "with_model": _DIRECTORIES,
     **{name: sizes(name) for name in ("tp", "pp", "vpp", "ep", "etp")},
