@@ -31,8 +31,8 @@ __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 
 #: Options of ``convert`` that speak of a checkpoint on disk, of an earlier run, or to a terminal.
 _NOT_LIVE: Final = {
-    *("source_format", "rename", "submodel", "teacher", "teacher_only"),
-    *("config", "resume", "verify", "report", "json", "quiet"),
+    *("source_format", "rename", "submodel", "teacher", "teacher_only", "fake_weight", "fake_weight_config"),
+    *("stage_dir", "config", "resume", "verify", "report", "json", "quiet"),
 }
 
 

@@ -143,4 +143,4 @@ class Request:
 
 def spelled(option: str) -> str:
     """A field as the command line has it."""
-    return f"--{option.replace('_', '-')}"
+    return "--from" if option == "source_format" else f"--{option.replace('_', '-')}"

@@ -107,7 +107,7 @@ def _apart(what: str, do: str, places: Sequence[tuple[Job, Path]]) -> None:
 
 
 def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) -> Job:
-    own = {"model": entry} if isinstance(entry, str) else entry
+    own: Any = {"model": entry} if isinstance(entry, str) else entry
     where = f"{path}, {MODELS}, number {number}"
     if not isinstance(own, Mapping):
         raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",

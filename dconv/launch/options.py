@@ -362,7 +362,7 @@ def _check_fake(args: argparse.Namespace) -> None:
             raise UsageError("--fake-weight-config without --fake-weight", where=str(args.fake_weight_config))
         return
     reading = ("source_format", "drop", "rename", "submodel", "with_eagle", "teacher")
-    given = [spelled({"source_format": "from"}.get(name, name)) for name in reading if getattr(args, name)]
+    given = [spelled(name) for name in reading if getattr(args, name)]
     if getattr(args, "verify", "none") == "logits":
         given.append("--verify logits")
     if given:

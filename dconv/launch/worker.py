@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
+from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, counted, storage_fault
 from dconv.launch.display import Display
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
@@ -268,7 +268,7 @@ def _summary(
         return
     if args.quiet:
         return
-    exact = "bit-exact" if not numeric else f"{numeric} tensors rounded once, the rest bit-exact"
+    exact = "bit-exact" if not numeric else f"{counted(numeric, 'tensor', 'tensors')} rounded once, the rest bit-exact"
     if job.calibrating:
         exact = summary(job.calibrating.lines)
     lines = [

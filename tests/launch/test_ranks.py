@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dconv import calibrate
 from dconv.errors import UsageError
 from dconv.launch import local, ray_ranks
 from dconv.launch.history import Record
@@ -18,6 +19,7 @@ from dconv.launch.run_options import check_launch
 from dconv.pipeline import Request, prepare, run
 from dconv.sharding.coords import Parallel
 from dconv.sharding.rank import Settings
+from dconv.sharding.tuning import AUTO
 from tests.launched import small_llama
 
 
@@ -100,3 +102,10 @@ def test_what_is_finished_is_counted_whatever_the_output_is_called(name: str, tm
     job = prepare(Request(model, "megatron", tmp_path / name, parallel=Parallel(tp=2, etp=2)))
     run(job, Settings(rank=1, world=2))
     assert finished(tmp_path / name) == len(job.plan.share(1, 2)) > 0
+
+
+@pytest.mark.parametrize(("asked", "found"), [(1, 1), (3, 3), (AUTO, 4)])
+def test_one_thread_is_one_for_a_calibration_too(asked: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(calibrate.os, "cpu_count", lambda: 8)
+    assert calibrate._threads(asked, 2) == found  # type: ignore[misc]
