@@ -112,7 +112,7 @@ class Report:
         head = self.family or "unknown family"
         if self.architecture and self.architecture != self.family:
             head += f" ({self.architecture})"
-        precision = words.rows(self.precision, full=full) if self.precision else ()
+        dtypes = words.rows(self.precision, full=full) if self.precision else ()
         return [
             ("path", self.path),
             ("format", f"{self.format}, {len(self.files)} file{'s' * (len(self.files) != 1)}, "
@@ -131,7 +131,7 @@ class Report:
             ("left out", "\n".join(_reasons(self.left_out))),
             ("muP", mup.text(self.mup)),
             ("implausible", self.implausible.text() if self.implausible else ""),
-            *precision,
+            *dtypes,
             ("names", group_names(self.names, MANY) if self.refused else ""),
             ("refused", self.refused if full else ""),
         ]  # fmt: skip

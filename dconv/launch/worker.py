@@ -240,7 +240,7 @@ def _summary(
     notes: dict[int, dict[str, int]],
     seconds: float,
     verified: dict[str, object] | None,
-    report: Path | None,
+    page: Path | None,
 ) -> None:
     plan = job.plan
     peaks = {rank: note["peak"] for rank, note in sorted(notes.items())}
@@ -261,7 +261,7 @@ def _summary(
         "needs": list(job.needs),
         "notes": list(job.notes),
         "verified": verified,
-        **({"report": str(report)} if report else {}),
+        **({"report": str(page)} if page else {}),
     }
     if args.json:
         show_json(result)
@@ -281,7 +281,7 @@ def _summary(
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
     lines += [f"megatron-core lacks: {what}" for what in job.needs]
-    lines += [f"report {report}"] * (report is not None)
+    lines += [f"report {page}"] * (page is not None)
     show(*lines)
 
 
