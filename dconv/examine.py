@@ -330,7 +330,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "layers": size(job.facts, "layers"),
         "parameters": job.parameters,
         "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
-        "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
+        "source": {"path": str(request.source), "format": job.source.format, "files": len(plan.source.files)},
         "target": {
             "path": str(request.output),
             "format": f"megatron {request.megatron_format}" if engine == "megatron" else engine,

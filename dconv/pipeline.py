@@ -326,9 +326,10 @@ def about(job: Job) -> dict[str, object]:
     return {
         "dconv": __version__,
         "source": {
-            "path": str(job.request.model),
+            "path": str(job.request.source),
             "format": job.source.format,
             **({"made": job.source.made} if job.source.made else {}),
+            **({"teacher": str(job.request.teacher)} if job.request.teacher and not job.request.teacher_only else {}),
         },
         "target": {
             "format": job.request.format,

@@ -128,6 +128,11 @@ class Request:
         return self.shard_size
 
     @property
+    def source(self) -> Path:
+        """The checkpoint whose weights are written: the model, or its teacher where that alone is."""
+        return self.teacher if self.teacher_only and self.teacher is not None else self.model
+
+    @property
     def output(self) -> Path:
         """Where the result goes."""
         if self.out is not None:
