@@ -25,7 +25,7 @@ from dconv.errors import Preempted, StorageFault, UsageError
 from dconv.launch.arguments import arguments_of
 from dconv.launch.config_file import by_dest, typed
 from dconv.launch.options import every_option, to_request
-from dconv.sharding.parsed import is_list
+from dconv.sharding.parsed import is_list, is_mapping
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.
@@ -107,9 +107,9 @@ def _apart(what: str, do: str, places: Sequence[tuple[Job, Path]]) -> None:
 
 
 def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) -> Job:
-    own: Any = {"model": entry} if isinstance(entry, str) else entry
+    own: object = {"model": entry} if isinstance(entry, str) else entry
     where = f"{path}, {MODELS}, number {number}"
-    if not isinstance(own, Mapping):
+    if not is_mapping(own):
         raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",
                          found=f"{entry!r:.80}")  # fmt: skip
     parser, place = every_option(), Path(where)

@@ -236,15 +236,6 @@ def to_request(args: argparse.Namespace) -> Request:
             where="--report",
             do="leave it out: manifest.json says what was made",
         )
-    compilers = [name for name, otherwise in _COMPILER.items() if getattr(args, name) != otherwise]
-    if compilers and compiler is None and args.format in FORMATS:
-        raise UsageError(
-            f"{args.format} is no hardware compiler's, nothing was written",
-            where=", ".join(map(spelled, compilers)),
-            expected=f"these options with FORMAT {', '.join(adapters())}"
-            + (" (--platform names a chip)" if args.format in TWO_MEANINGS else ""),
-            do="leave them out",
-        )
     known = {"megatron": tuple(_LAYOUT), "pt": ("tp",)}.get(engine, ())
     known = LAYOUTS.get(compiler, ()) if compiler else known
     known = ("ep",) if args.format in CALIBRATED else known
@@ -256,6 +247,15 @@ def to_request(args: argparse.Namespace) -> Request:
             where=", ".join(map(spelled, given)),
             expected="these options with FORMAT megatron only (--tp also with pt and neuron --platform, --ep with "
             "gptq, awq): they say how the output is cut, not the source",
+            do="leave them out",
+        )
+    compilers = [name for name, otherwise in _COMPILER.items() if getattr(args, name) != otherwise]
+    if compilers and compiler is None and args.format in FORMATS:
+        raise UsageError(
+            f"{args.format} is no hardware compiler's, nothing was written",
+            where=", ".join(map(spelled, compilers)),
+            expected=f"these options with FORMAT {', '.join(adapters())}"
+            + (" (--platform names a chip)" if args.format in TWO_MEANINGS else ""),
             do="leave them out",
         )
     sized = ("huggingface", "neuron", "gguf", "mlx", "onnx")
