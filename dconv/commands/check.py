@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from dconv.commands.common import add_source_options, source_keywords
+from dconv.commands.common import add_source_options, described
 from dconv.errors import Refused, ToolMissing, UsageError
 from dconv.launch.terminal import show, show_json
 from dconv.request import spelled
@@ -38,7 +38,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     if manifest.is_here(args.path):
         said = {
-            **source_keywords(args),
+            **described(args),
             **{name: getattr(args, name) for name in ("force_run", "max_memory", "strict")},
         }
         if given := [spelled(name) for name, value in said.items() if value]:
@@ -55,7 +55,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "max_memory": args.max_memory,
         "strict": args.strict,
     }
-    found = check(args.path, **source_keywords(args), **run)
+    found = check(args.path, **described(args), **run)
     if args.json:
         show_json(found.to_dict())
     else:

@@ -28,7 +28,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add_answer_options(parser)
 
 
-def source_keywords(args: argparse.Namespace) -> dict[str, Any]:
+def described(args: argparse.Namespace) -> dict[str, Any]:
     """What was said of a source, by the keywords of `dconv.inspect` and `dconv.check`."""
     return {
         "source_format": args.source_format,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dconv.commands.common import add_source_options, source_keywords
+from dconv.commands.common import add_source_options, described
 from dconv.launch.terminal import show, show_json
 
 
@@ -31,7 +31,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     asked = {"explain": args.explain, "scale_rule": args.scale_rule, "lint": args.lint}
-    report = inspect(args.path, **source_keywords(args), **asked)
+    report = inspect(args.path, **described(args), **asked)
     if args.html:
         from dconv.report.page import write
 
