@@ -30,11 +30,12 @@ from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
 from dconv.quant.settings import Awq, Gptq, Method, Quantization
 from dconv.quantise import Schemes, schemes_of
-from dconv.request import CALIBRATED, Request
+from dconv.request import CALIBRATED, Request, spelled
 from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.parsed import is_mapping
+from dconv.sharding.tuning import AUTO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,16 +95,10 @@ def is_asked_for(request: Request, model: Described) -> bool:
         UsageError: options of calibration beside a FORMAT that has none.
         Refused: the same beside a source that is in whole numbers already.
     """
-    given = [f"--{name.replace('_', '-')}" for name in ("quantization_config", "calibration") if getattr(request, name)]
+    check_given(request)
     if request.format not in CALIBRATED:
-        if given:
-            raise UsageError(
-                f"{request.format} takes no calibration, nothing was written",
-                where=", ".join(given),
-                expected=f"FORMAT {' or '.join(CALIBRATED)}",
-            )
         return False
-    given += ["--ep"] * (request.parallel.ep > 1)
+    given = _given(request) + ["--ep"] * (request.parallel.ep > 1)
     whole = [name for name in model.logical.specs if _is_whole(name, model.logical)]
     if whole and given:
         raise Refused(
@@ -113,6 +108,25 @@ def is_asked_for(request: Request, model: Described) -> bool:
             do="without these options; or FORMAT hf first, and quantise that anew",
         )
     return not whole
+
+
+def check_given(request: Request) -> None:
+    """Refuse options of calibration beside a FORMAT that has none.
+
+    Raises:
+        UsageError: see above.
+    """
+    given = _given(request) + ["--strict"] * request.strict
+    if given and request.format not in CALIBRATED:
+        raise UsageError(
+            f"{request.format} takes no calibration, nothing was written",
+            where=", ".join(given),
+            expected=f"FORMAT {' or '.join(CALIBRATED)}",
+        )
+
+
+def _given(request: Request) -> list[str]:
+    return [spelled(name) for name in ("quantization_config", "calibration") if getattr(request, name)]
 
 
 def _is_whole(name: str, logical: Logical) -> bool:
@@ -382,7 +396,7 @@ def _share(tasks: list[Task], ranks: Ranks) -> list[Task]:
 
 def _threads(asked: int, world: int) -> int:
     """Threads of a rank: as asked, else what this machine has for each of its ranks."""
-    if asked > 1:
+    if asked != AUTO:
         return asked
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     return max(1, (os.cpu_count() or 1) // here)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dconv.commands.common import add_answer_options, described, given
+from dconv.commands.common import add_answer_options, given, source_keywords
 from dconv.errors import UsageError
 from dconv.launch.terminal import show, show_json
 
@@ -47,6 +47,12 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     elif target(args):
         from dconv.launch.compiling import planned
 
+        if useless := [option for option, said in (("--world", args.world), ("--trace", args.trace)) if said]:
+            raise UsageError(
+                "what goes to a hardware compiler is planned by the conversions that make it, nothing was written",
+                where=", ".join(useless),
+                do="leave it out; dconv plan MODEL huggingface has it of a checkpoint",
+            )
         said = planned(args)
         shown = "\n".join(f"{key}: {value}" for key, value in said.items())
     else:
@@ -76,4 +82,4 @@ def _planned_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             where=", ".join(own),
             do="leave it out",
         )
-    return planned(args.format, args.model, described(args), given(parser, args))
+    return planned(args.format, args.model, source_keywords(args), given(parser, args))

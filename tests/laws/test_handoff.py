@@ -194,6 +194,13 @@ def test_what_is_no_plain_tensor_is_refused(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("option", [{"fake_weight": True}, {"stage_dir": "scratch"}, {"resume": True}], ids=str)
+def test_what_is_about_a_checkpoint_says_nothing_here(source: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="no use for these options") as refused:
+        dconv.handoff({}, "hf", tmp_path / "out", hf_config=source, **option)
+    assert refused.value.where == next(iter(option))
+
+
 def test_a_rank_that_is_not_there_is_missed(source: Path, tmp_path: Path) -> None:
     state = state_of(source, tmp_path)
     parallel = Parallel(tp=2, etp=2)
