@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dconv.commands.common import add_answer_options, given, source_keywords
+from dconv.commands.common import add_answer_options, described, given
 from dconv.errors import UsageError
 from dconv.launch.terminal import show, show_json
 
@@ -82,4 +82,4 @@ def _planned_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             where=", ".join(own),
             do="leave it out",
         )
-    return planned(args.format, args.model, source_keywords(args), given(parser, args))
+    return planned(args.format, args.model, described(args), given(parser, args))

@@ -16,8 +16,7 @@ ROOMS = (
     "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "matrix",
     "quantise", "calibrate", "neuron", "gguf", "mlx", "targets", "own_names", "trace", "pipeline", "live", "export",
     "hw", "directions", "compare", "bounds", "logits", "verify", "report", "examine", "checking", "launch", "api",
-    "formats",
-    "assist", "commands", "cli", "__main__",
+    "formats", "assist", "commands", "cli", "__main__",
 )  # fmt: skip
 
 
