@@ -39,8 +39,6 @@ _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
 Shard = dict[str, dict[str, Stored]]
 #: How files that may hold weights end.
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
-#: Bytes compared at a time.
-_COMPARED: Final = 1 << 20
 #: Bytes of what reads a tensor of a few numbers.
 _SMALL: Final = 1 << 12
 
@@ -246,7 +244,11 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
 
 
 def _full_names(shards: list[Shard], family: Family, facts: Facts) -> list[Shard]:
-    """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone."""
+    """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone.
+
+    Raises:
+        Damaged: two tensors would have one name.
+    """
     if not family.base and not family.also:
         return shards
     known = expected_specs(family, facts)
@@ -258,6 +260,15 @@ def _full_names(shards: list[Shard], family: Family, facts: Facts) -> list[Shard
             return name
         return next((it for it in (published, family.base + published) if it in known and it not in there), name)
 
+    before: dict[str, str] = {}
+    for name in there:
+        if before.setdefault(full(name), name) != name:
+            raise Damaged(
+                "a tensor under two of the names that it has had, nothing was written",
+                where=" and ".join(sorted((before[full(name)], name))),
+                expected="one of the two",
+                found=f"{full(name)} twice",
+            )
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
 
 
