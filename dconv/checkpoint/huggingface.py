@@ -346,7 +346,7 @@ def lay_out(
     twins = twins or {}
     known = {spec.name: spec for spec in specs}
     again = (replace(known[name], name=twin) for twin, name in twins.items())
-    whole = [(spec, (_whole(twins.get(spec.name, spec.name), spec),)) for spec in (*known.values(), *again)]
+    whole = [(spec, (Slot.whole(twins.get(spec.name, spec.name), spec.shape),)) for spec in (*known.values(), *again)]
     return lay_out_slots(whole, config=config, side=side, shard_size=shard_size, left_out=left_out)
 
 
@@ -394,11 +394,6 @@ def lay_out_slots(
             yield GPTQ_FILE, (json.dumps(config[KEY], indent=2) + "\n").encode()
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
-
-
-def _whole(name: str, spec: TensorSpec) -> Slot:
-    axes = tuple(range(len(spec.shape)))
-    return Slot(name, Region.whole(spec.shape), (0,) * len(axes), axes)
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
