@@ -95,6 +95,7 @@ class Outcome:
     Attributes:
         committed: this rank wrote the receipt.
         complete: the output is there.
+        share: bytes that this rank was asked for.
         written: bytes put into files (holes not counted).
         kept: bytes of this rank's share that an earlier run had finished.
     """
