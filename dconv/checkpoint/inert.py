@@ -267,8 +267,10 @@ class Machine:
                 items = self._pop_mark()
                 self._stack.append(frozenset(self.keys(items)))
             case 0x92:  # NEWOBJ_EX
-                kwargs, args, symbol = stack.pop(), stack.pop(), stack.pop()
-                if type(args) is not tuple:  # a range has any length
+                kwargs: Node = stack.pop()
+                args: Node = stack.pop()
+                symbol: Node = stack.pop()
+                if not isinstance(args, tuple):  # a range has any length
                     self.bad("arguments that are no tuple")
                 self.copied(len(args))
                 stack.append(self.call(symbol, (*args, kwargs) if kwargs else args))
