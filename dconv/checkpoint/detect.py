@@ -30,6 +30,8 @@ CONTAINERS: Final = (
     "onnx",
 )
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
+#: What ``--from megatron`` may find.
+_MEGATRON: Final = ("torch_dist", "legacy", "model_pt")
 #: Those whose own config may be left unread, since another one is given.
 _TRANSLATED: Final = ("meta", "bmtrain", "model_pt", "gguf")
 
@@ -95,6 +97,14 @@ def open_source(
             expected="HuggingFace weights, mp_rank_*, torch_dist's metadata.json, model.pt with metadata.json, one "
             "state dict, Meta's consolidated.*.pth, a GGUF, or an ONNX graph",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
+        )
+    if said == "megatron" and kind not in _MEGATRON:
+        raise Refused(
+            "not a Megatron checkpoint, nothing was written",
+            where=str(folder),
+            expected="mp_rank_*, torch_dist's metadata.json, or model.pt with metadata.json",
+            found=f"what is read as {kind}",
+            do="leave --from out: it is detected",
         )
     if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt", "gguf", "onnx"):
         raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")

@@ -174,9 +174,9 @@ class Worker:
             Refused: a number became infinite.
         """
         before = (
-            self._kernel(Cast(copy.dtype, "f32"), raw) if isinstance(copy.op, Cast | Scale) else np.zeros(box.shape)
+            self._kernel(Cast(copy.dtype, "f64"), raw) if isinstance(copy.op, Cast | Scale) else np.zeros(box.shape)
         )
-        count = np.count_nonzero(np.isinf(box) & np.isfinite(before.astype(np.float64)))
+        count = np.count_nonzero(np.isinf(box) & np.isfinite(before))
         if count:
             name = next(s.tensor for s in tensor.slots if s.stored.intersect(copy.region) is not None)
             raise Refused(

@@ -15,6 +15,7 @@ from dconv.errors import Refused
 from dconv.pipeline import Request, convert, prepare, run
 from dconv.sharding.coords import Parallel
 from dconv.sharding.rank import Settings
+from dconv.sharding.tensor import TensorSpec
 from tests.quant.models import values_of, write_normal
 
 NAME = "model.layers.2.mlp.down_proj.weight"
@@ -39,6 +40,19 @@ def test_a_weight_beyond_is_refused(tmp_path: Path, target: str, value: float) -
         convert(Request(source, target, tmp_path / "out", dtype="f16", parallel=Parallel(tp=1 + (target != "hf"))))
     assert caught.value.where == NAME
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("value", [1e5, 1e39, -1e300])
+def test_of_fp64_too(tmp_path: Path, value: float) -> None:
+    """Also where fp32 has no such number."""
+    source = source_with(tmp_path / "source", 1.0)
+    held = values_of(source)
+    held[NAME].reshape(-1)[5] = value
+    _, first, _ = safetensors.lay_out([TensorSpec(name, values.shape, "f64") for name, values in held.items()])
+    (source / "model.safetensors").write_bytes(first + b"".join(values.tobytes() for values in held.values()))
+    with pytest.raises(Refused, match="past the range of fp16") as caught:
+        convert(Request(source, "hf", tmp_path / "out", dtype="f16"))
+    assert caught.value.where == NAME
 
 
 def test_decoded_ones_too(tmp_path: Path) -> None:
