@@ -149,18 +149,17 @@ class Qairt:
         try:
             info: Any = read_json(out / INFO, what="what the SDK says of the binary").get("info")
             wanted: Any = read_json(out / METADATA, what=METADATA)["graphs"]
-            found = {graph["info"]["graphName"]: graph["info"] for graph in info["graphs"]}
-            said = {name: _said(graph) for name, graph in found.items()}
-        except (Damaged, KeyError, TypeError, AttributeError) as fault:
+            said = {str(graph["info"]["graphName"]): _said(graph["info"]) for graph in info["graphs"]}
+            _require_chip(terms, info, out / BINARY)
+            if sorted(said) != sorted(wanted):
+                raise VerifyFailed("the binary has other graphs", where=BINARY, expected=", ".join(sorted(wanted)),
+                                   found=", ".join(sorted(said)) or "none")  # fmt: skip
+            for name, ports in wanted.items():
+                _require_ports(name, ports, said[name])
+            _require_one_cache(said)
+        except (Damaged, KeyError, TypeError, AttributeError) as fault:  # its JSON has another form than is known here
             raise VerifyFailed("the SDK does not say what is in the binary", where=INFO,
                                found=f"{type(fault).__name__}: {fault}"[:300]) from fault  # fmt: skip
-        _require_chip(terms, info, out / BINARY)
-        if sorted(said) != sorted(wanted):
-            raise VerifyFailed("the binary has other graphs", where=BINARY, expected=", ".join(sorted(wanted)),
-                               found=", ".join(sorted(said)) or "none")  # fmt: skip
-        for name, ports in wanted.items():
-            _require_ports(name, ports, said[name])
-        _require_one_cache(said)
         return {"chip": terms.platform, "soc_model": terms.facts["soc_model"], "graphs": sorted(said),
                 "bytes": (out / BINARY).stat().st_size, "sdk": str(info.get("buildId", ""))}  # fmt: skip
 
