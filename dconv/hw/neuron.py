@@ -7,6 +7,7 @@ models and chips, ``drivers/neuron_driver.py`` for the command.
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import zipfile
 import zlib
@@ -49,6 +50,17 @@ _SHARD: Final = re.compile(r"tp(\d+)_sharded_checkpoint\.safetensors")
 _DONE: Final = re.compile(r"Compiling and tracing time: [0-9.]+ seconds")
 #: Of every archive of torch.jit, below its own name.
 _INSIDE: Final = ("data.pkl", "version")
+#: What zipfile raises about fields that say something else than what is there: packed otherwise, encrypted, cut off.
+_TORN: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    StopIteration,
+    RuntimeError,
+    ValueError,
+)
 #: Settings that the vendor's config repeats under the same name.
 _REPEATED: Final = ("tp_degree", "batch_size", "seq_len", "max_context_length", "logical_nc_config")
 
@@ -291,7 +303,7 @@ def _judge_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
             broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as fault:  # by damaged fields
+    except _TORN as fault:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, found=str(fault)) from fault
     if lacking := [name for name in _INSIDE if name not in names]:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, expected=", ".join(lacking))

@@ -187,7 +187,7 @@ def test_what_the_driver_may_miss_is_judged_again(wrong: str, whole: Path, tmp_p
         ADAPTER.judge(terms, out, log)
 
 
-@pytest.mark.parametrize(("field", "value"), [(8, 8), (6, 1), (6, 0x40), (8, 99)])
+@pytest.mark.parametrize(("field", "value"), [(8, 8), (8, 12), (8, 14), (6, 1), (6, 0x40), (8, 99)])
 def test_an_archive_of_damaged_fields_is_none(field: int, value: int, whole: Path, tmp_path: Path) -> None:
     """Of each record: how it is packed, and whether it is encrypted, where zipfile looks."""
     said = manifest.read(whole)
