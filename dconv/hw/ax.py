@@ -19,7 +19,7 @@ from typing import Final
 from dconv.arch.layouts import size
 from dconv.checkpoint import safetensors
 from dconv.describe import Described
-from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
 from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import write_script
@@ -83,7 +83,8 @@ class Axera:
             "tensor_parallel_size": settings.whole(0, 0, 16),
             "check": settings.among(1, 0, 1, 2),
         }
-        given = {**ask.settings, **({} if ask.quant is None else {"weight_type": ask.quant})}
+        settings.require_of_use(ask, self.title, "--calibration", "--task", "--toolchain-python")
+        given = settings.asked(ask, "weight_type", known["weight_type"])
         found = settings.settled(given, known, ask.where)
         if int(str(found["prefill_len"])) > int(str(found["max_context"])):
             raise Refused("a prompt is no longer than the context, nothing was written", where=ask.where,
@@ -183,7 +184,12 @@ done""",
 
 
 def _write_embedding(folder: Path, path: Path) -> None:
-    """The rows of the embedding, as they lie in the checkpoint, which is bf16."""
+    """Write the rows of the embedding, as they lie in the checkpoint, which is bf16.
+
+    Raises:
+        Refused: the checkpoint calls its embedding otherwise.
+        Damaged: its file ends before the rows do.
+    """
     for file in sorted(folder.glob("*.safetensors")):
         for name, stored in safetensors.read_header(file).items():
             if name.endswith(_TABLE):
@@ -193,6 +199,8 @@ def _write_embedding(folder: Path, path: Path) -> None:
                     left = stored.spec.nbytes
                     while left:
                         part = source.read(min(left, _PART))
+                        if not part:
+                            raise Damaged("the embedding is cut short", where=str(file), found=f"{left:,} bytes fewer")
                         target.write(part)
                         left -= len(part)
                 return

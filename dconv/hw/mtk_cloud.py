@@ -55,6 +55,8 @@ class MtkCloud:
         """A language model and its GPTQ form, which is calibrated here or copied from ``gptq_path``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         found = mtk_contract.settled(ask.settings, ask.where)
+        settings.require_of_use(ask, self.title, "--toolchain-python",
+                                *(["--calibration"] if found["gptq_path"] is not None else []))  # fmt: skip
         if ask.quant not in (None, _GPTQ):
             raise UsageError("mtk_cloud takes a GPTQ model, nothing was written", where=f"--quant {ask.quant}",
                              expected="weight_bit 4 or 8 of --quantization-config")  # fmt: skip

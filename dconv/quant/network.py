@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
@@ -16,7 +16,7 @@ from dconv.net.untyped import first_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
-from dconv.sharding.parsed import is_list_or_tuple
+from dconv.sharding.parsed import is_dict, is_list_or_tuple
 
 if TYPE_CHECKING:
     import torch
@@ -258,10 +258,6 @@ def _name_of(member: Any, net: Any) -> str:
     return next(name for name, module in net.named_modules() if module is member)
 
 
-def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
-    return isinstance(value, dict)
-
-
 def _moved(value: Any, device: str) -> Any:
     """Tensors inside of lists, tuples and dicts, on a device; what is shared stays shared."""
     import torch
@@ -275,7 +271,7 @@ def _moved(value: Any, device: str) -> Any:
             return seen[id(one)]
         if is_list_or_tuple(one):
             return type(one)(map(move, one))
-        if _is_dict(one):
+        if is_dict(one):
             return {key: move(item) for key, item in one.items()}
         return one
 
