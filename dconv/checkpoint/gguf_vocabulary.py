@@ -126,7 +126,7 @@ def _around(file: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, bool]
     """What ``post_processor`` puts around a text: of templates the first and the last token."""
     found: dict[str, bool] = {}
     processor: dict[str, Any] = file.get("post_processor") or {}
-    steps: list[dict[str, Any]] = processor.get("processors", [processor] if processor else [])
+    steps: list[dict[str, Any]] = (processor.get("processors") or []) if "processors" in processor else [processor]
 
     def text(name: str) -> object:
         token = said.get(f"{name}_token")
@@ -136,9 +136,9 @@ def _around(file: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, bool]
         if one.get("type") == "ByteLevel":
             found = {"bos": False, "eos": False, **found}
         elif one.get("type") == "TemplateProcessing" and len(single := one.get("single") or []) > 1:
-            if first := single[0].get("SpecialToken", {}).get("id"):
+            if first := (single[0].get("SpecialToken") or {}).get("id"):
                 found["bos"] = first in (text("bos"), text("cls")) or not said
-            if last := single[-1].get("SpecialToken", {}).get("id"):
+            if last := (single[-1].get("SpecialToken") or {}).get("id"):
                 found["eos"] = last == text("eos") or not said
     return found
 
