@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dconv.arch.gguf import ARCHS
 from dconv.arch.registry import families
 from dconv.describe import describe_model
 from dconv.directions import Column, columns, way
-from dconv.errors import DconvError, Refused
+from dconv.errors import DconvError, Refused, UsageError
 from dconv.export.prompt import kind_of
 from dconv.hw.registry import adapter
 from dconv.hw.target import Ask
@@ -186,9 +187,14 @@ def handing(model: Path, compiler: str, toolkit: str, out: Path) -> str:
         told |= {"context": 64, "prefill": 16}
     elif compiler == "ax":
         told |= {"max_context": 128, "prefill_len": 128}
-    ask = Ask(next(iter(chips)), told, "a test", None, os.environ, calibration=str(model.parent / "ids.npy"))
+    ask = Ask(next(iter(chips)), told, "a test", None, os.environ)
+    described, request = describe_model(model), Request(model, "huggingface")
     try:
-        handed = whole.plan(describe_model(model), Request(model, "huggingface"), ask)
+        try:
+            handed = whole.plan(described, request, replace(ask, calibration=str(model.parent / "ids.npy")))
+        except UsageError as error:
+            assert error.where == "--calibration"  # nothing of this toolkit's is calibrated here
+            handed = whole.plan(described, request, ask)
         for step in handed.steps:
             request = step.request
             prepare(Request(**{**vars(request), "out": out / step.role}))
