@@ -130,7 +130,7 @@ def _same(a: Any, b: Any) -> bool:
 def _unsaid(family: Family, arch: str, found: str) -> Refused:
     return Refused(
         f"a GGUF of {arch} cannot say all of this {family.name} config, nothing was written",
-        where="config.json",
+        where=CONFIG,
         expected="what llama.cpp computes for this architecture",
         found=found,
     )
