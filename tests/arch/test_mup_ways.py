@@ -1,4 +1,4 @@
-"""``--mup2llama`` by every way: into and out of Megatron, by any number of ranks; what is refused, verified and told."""
+"""``--mup2llama`` by every way: into and out of Megatron, by any number of ranks; what is refused, verified, told."""
 
 from __future__ import annotations
 
