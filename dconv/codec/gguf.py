@@ -71,6 +71,22 @@ def decode(blocks: NDArray[np.uint8], kind: str, target: str) -> NDArray[np.gene
     return out.reshape(*blocks.shape[:-1], count * weights)
 
 
+def in_blocks(weights: NDArray[np.generic], kind: str) -> NDArray[np.float32]:
+    """fp32 weights [..., in] → [blocks, weights of one], for an encoder.
+
+    Raises:
+        Refused: a row that is not whole blocks.
+    """
+    size, _ = BLOCKS[kind]
+    if weights.dtype != np.float32:
+        raise ValueError(f"{weights.dtype} to {kind}")
+    if weights.shape[-1] % size:
+        raise Refused(
+            f"a row is not whole blocks of {kind}", expected=f"a multiple of {size}", found=str(weights.shape[-1])
+        )
+    return np.ascontiguousarray(weights, np.float32).reshape(-1, size)
+
+
 def _by_gguf(blocks: Blocks, kind: str) -> Values:
     try:
         import gguf

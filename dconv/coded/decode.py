@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from dconv.arch.args import dtype_of
-from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, modelopt, modelopt_config, quark
+from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, gptq_config, modelopt, modelopt_config, quark
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
@@ -23,8 +23,8 @@ METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] 
     METHOD: compressed_tensors.decode,
     gpt_oss.METHOD: gpt_oss.decode,
     quark.METHOD: quark.decode,
-    "gptq": gptq.decode,
-    "awq": awq.decode,
+    gptq_config.METHOD: gptq.decode,
+    awq.METHOD: awq.decode,
     **dict.fromkeys(modelopt_config.METHODS, modelopt.decode),
 }
 KEY: Final = "quantization_config"
