@@ -16,7 +16,7 @@ from dconv.checking import Checked
 from dconv.compare import diff
 from dconv.errors import Refused, UsageError
 from dconv.examine import inspect
-from dconv.launch.config_file import repeats
+from dconv.launch.arguments import arguments_of, repeats
 from dconv.launch.options import add_target_options, parse, to_request
 from dconv.launch.reporting import check_report, reporting_of
 from dconv.launch.run_options import add_run_options
@@ -31,8 +31,8 @@ __all__ = ["check", "convert", "diff", "handoff", "inspect", "plan"]
 
 #: Options of ``convert`` that speak of a checkpoint on disk, of an earlier run, or to a terminal.
 _NOT_LIVE: Final = {
-    *("source_format", "rename", "submodel", "teacher", "teacher_only"),
-    *("config", "resume", "verify", "report", "json", "quiet"),
+    *("source_format", "rename", "submodel", "teacher", "teacher_only", "fake_weight", "fake_weight_config"),
+    *("stage_dir", "config", "resume", "verify", "report", "json", "quiet"),
 }
 
 
@@ -43,7 +43,7 @@ def plan(
 
     Args:
         model: checkpoint directory, or a state dict's file.
-        format: ``huggingface`` (``hf``), ``safetensors``, ``megatron``, ``pt``, ``bmtrain``.
+        format: a FORMAT in any of its spellings, such as ``hf``, ``megatron``, ``gguf`` (`dconv.request.FORMATS`).
         out: output directory; ``./<model>-<format>`` by default.
         trace: a pattern, or several, of tensors whose way is wanted (`dconv.trace.trace`).
         options: those of ``dconv convert``, with ``_`` for ``-`` (``tp=2``, ``megatron_format="legacy"``,
@@ -204,7 +204,7 @@ def _parsed(model: str | Path, format: str, out: str | Path | None, options: dic
     parser = _Parser("dconv", add_help=False, allow_abbrev=False)
     add_target_options(parser)
     add_run_options(parser)
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags = {action.dest: action for action in arguments_of(parser) if action.option_strings}
     words: list[str] = []
     for name, value in ({"out": out} | options).items():
         action = flags.get(name)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from dconv.arch.family import Family
 from dconv.arch.layouts import size
 from dconv.checkpoint.source import beside
 from dconv.coded.compressed_config import METHOD
-from dconv.coded.encode import linears
+from dconv.coded.encode import has_codes, linears
 from dconv.coded.integers import integers_of
 from dconv.coded.mixed_encode import Mixed, as_coded
 from dconv.describe import Described
 from dconv.errors import Preempted, Refused, UsageError, group_names
 from dconv.net import own
-from dconv.quant.awq_maps import Folds, folds_of
+from dconv.quant.awq_maps import Folds, folds_of, is_known
 from dconv.quant.held import Held, folded_file, numbers_of, tasks_of, to_choose
 from dconv.quant.listing import lines_of
 from dconv.quant.mixed import Resolved, resolve
@@ -29,11 +30,12 @@ from dconv.quant.recipes import recipe_of
 from dconv.quant.report import files_of
 from dconv.quant.settings import Awq, Gptq, Method, Quantization
 from dconv.quantise import Schemes, schemes_of
-from dconv.request import CALIBRATED, Request
+from dconv.request import CALIBRATED, Request, spelled
 from dconv.sharding.allocation import return_freed_memory
 from dconv.sharding.derived import Array, open_reader
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.parsed import is_mapping
+from dconv.sharding.tuning import AUTO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,16 +95,10 @@ def is_asked_for(request: Request, model: Described) -> bool:
         UsageError: options of calibration beside a FORMAT that has none.
         Refused: the same beside a source that is in whole numbers already.
     """
-    given = [f"--{name.replace('_', '-')}" for name in ("quantization_config", "calibration") if getattr(request, name)]
+    check_given(request)
     if request.format not in CALIBRATED:
-        if given:
-            raise UsageError(
-                f"{request.format} takes no calibration, nothing was written",
-                where=", ".join(given),
-                expected=f"FORMAT {' or '.join(CALIBRATED)}",
-            )
         return False
-    given += ["--ep"] * (request.parallel.ep > 1)
+    given = _given(request) + ["--ep"] * (request.parallel.ep > 1)
     whole = [name for name in model.logical.specs if _is_whole(name, model.logical)]
     if whole and given:
         raise Refused(
@@ -114,10 +110,42 @@ def is_asked_for(request: Request, model: Described) -> bool:
     return not whole
 
 
+def check_given(request: Request) -> None:
+    """Refuse options of calibration beside a FORMAT that has none.
+
+    Raises:
+        UsageError: see above.
+    """
+    given = _given(request) + ["--strict"] * request.strict
+    if given and request.format not in CALIBRATED:
+        raise UsageError(
+            f"{request.format} takes no calibration, nothing was written",
+            where=", ".join(given),
+            expected=f"FORMAT {' or '.join(CALIBRATED)}",
+        )
+
+
+def _given(request: Request) -> list[str]:
+    return [spelled(name) for name in ("quantization_config", "calibration") if getattr(request, name)]
+
+
 def _is_whole(name: str, logical: Logical) -> bool:
     spec = logical.specs[name]
     dense = Array(spec.shape, spec.dtype, logical.pieces[name], logical.replicas.get(name, ()))
     return integers_of(name, dense, logical) is not None
+
+
+def is_calibrated(family: Family, format: str) -> bool | None:
+    """Whether calibration chooses codes of a family's layers at all; None where transformers is not installed.
+
+    Args:
+        family: the model's.
+        format: one of `dconv.request.CALIBRATED`.
+    """
+    inside = any(row.is_linear and row.stack == "layers" for row in family.rows)
+    if not inside or not has_codes(family, stacked=False) or (format == "awq" and not is_known(family)):
+        return False
+    return own.is_computed(family) if importlib.util.find_spec("transformers") else None
 
 
 @dataclass(frozen=True)
@@ -368,7 +396,7 @@ def _share(tasks: list[Task], ranks: Ranks) -> list[Task]:
 
 def _threads(asked: int, world: int) -> int:
     """Threads of a rank: as asked, else what this machine has for each of its ranks."""
-    if asked > 1:
+    if asked != AUTO:
         return asked
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
     return max(1, (os.cpu_count() or 1) // here)

@@ -17,7 +17,7 @@ from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.coded.decode import method_of
-from dconv.errors import Damaged, Refused, group_names
+from dconv.errors import Damaged, Refused, UsageError, counted, group_names
 from dconv.examine import MANY, Report, in_part, lines_of, report_of, said
 from dconv.export import llama_cpp
 from dconv.export.prompt import prompt_for
@@ -25,6 +25,7 @@ from dconv.export.runtimes import as_run, available_memory, missing, obstacle, r
 from dconv.pipeline import Described, describe_model
 from dconv.report import implausible
 from dconv.report.implausible import Implausible
+from dconv.request import spelled
 from dconv.sharding.receipt import RECEIPT
 from dconv.sharding.region import Region
 from dconv.sharding.torn import torn
@@ -129,6 +130,7 @@ def check(
         strict: weights that look lost are damage, not a remark (`dconv.report.implausible`).
 
     Raises:
+        UsageError: options about a model's weights, of a graph.
         Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense; see ``strict``.
         Refused: names or layouts that dconv does not know.
         ToolMissing: the runtime is not installed, or failed.
@@ -149,13 +151,14 @@ def check(
     source = open_source(path, source_format, rename=renaming_of(rename, submodel))
     if source.format in GRAPHS:
         looked = implausible.of_graph(source)
+        _refuse_for_graphs(path, {**options, "with_eagle": with_eagle})
         _judge(looked, path, strict)
-        return replace(_graph(path, source, options, read, run, force), implausible=looked)
+        return replace(_graph(path, source, model_type, read, run, force, max_memory), implausible=looked)
     model = describe_model(path, **options, with_eagle=with_eagle)
     check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
         raise Damaged(
-            f"{len(disagree)} tensors are not the same in all the shards that hold them",
+            f"{counted(len(disagree), 'tensor is', 'tensors are')} not the same in all the shards that hold them",
             where=f"{group_names(disagree)}\nin {model.source.root}",
             expected="the same bytes in every shard",
             do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
@@ -188,9 +191,18 @@ def _judge(looked: Implausible | None, where: Path, strict: bool) -> None:
         )
 
 
+def _refuse_for_graphs(path: Path, options: dict[str, Any]) -> None:
+    """Raises UsageError for options about a model's weights, which a graph has under no names of its own."""
+    names = ("hf_config", "drop", "rename", "submodel", "with_eagle")
+    if given := [spelled(name) for name in names if options[name]]:
+        raise UsageError("a graph is checked as it is", where=", ".join(given), found=f"a graph at {path}",
+                         do="leave it out")  # fmt: skip
+
+
 def _graph(
-    path: Path, source: Source, options: dict[str, Any], read: verify.Reread | None, run: bool, force: bool
-) -> Checked:
+    path: Path, source: Source, model_type: str | None, read: verify.Reread | None, run: bool, force: bool,
+    max_memory: int | None,
+) -> Checked:  # fmt: skip
     """A graph, of which no table knows the weights: the family is its config's, and its runtime tells the rest."""
     specs = [tensor.spec for tensor in source.tensors.values()]
     report = replace(in_part(path, source, ""), dtypes=dict(Counter(spec.dtype for spec in specs).most_common()))
@@ -203,12 +215,13 @@ def _graph(
         why = source.lacks
     elif run and source.format == "onnx" and "bf16" in report.dtypes:
         why = "onnxruntime multiplies no bf16 on a CPU"
-    elif run and not force:
-        why = shortage(sum(math.prod(spec.shape) for spec in specs), source.format)
+    elif run:
+        # of torch's archives only the bytes are known, which stay as wide as they are
+        parameters = sum(math.prod(spec.shape) for spec in specs) or source.stored_bytes // 4
+        why = _beyond(parameters, max_memory) or ("" if force else shortage(parameters, source.format))
     if why or source.config is None:
         return Checked(report, read, None, why, notes)
-    name = options["model_type"]
-    family = registry.by_name(name) if name else registry.detect(source.config, None, {})
+    family = registry.by_name(model_type) if model_type else registry.detect(source.config, None, {})
     prompt = prompt_for(family, family.facts(source.config, {}), source.config)
     return Checked(report, read, runtime_of(source.format).can_infer(path, prompt), "", notes)
 
@@ -247,6 +260,11 @@ def _why_not(model: Described, container: str, with_eagle: bool, force: bool, ma
     if container == "huggingface" and method and method not in _OWN:
         return f"transformers runs codes of {method} with other packages, and not in fp32"
     parameters = sum(Region.whole(spec.shape).volume for spec in model.logical.specs.values())
-    if max_memory is not None and parameters * 4 > max_memory:
-        return f"fp32 needs about {parameters * 4 / 1e6:,.1f} MB of memory, {max_memory / 1e6:,.1f} MB are allowed"
-    return "" if force else shortage(parameters, container)
+    return _beyond(parameters, max_memory) or ("" if force else shortage(parameters, container))
+
+
+def _beyond(parameters: int, max_memory: int | None) -> str:
+    """Why so many weights in fp32 are more than is allowed; empty where they are not."""
+    if max_memory is None or parameters * 4 <= max_memory:
+        return ""
+    return f"fp32 needs about {parameters * 4 / 1e6:,.1f} MB of memory, {max_memory / 1e6:,.1f} MB are allowed"

@@ -17,6 +17,7 @@ from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.coded.decode import KEY
 from dconv.errors import Refused, UsageError
+from dconv.request import Request
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.tensor import Logical
 
@@ -26,6 +27,10 @@ class Described:
     """A source with its family and config settled.
 
     Attributes:
+        config: HuggingFace's config.json, without what the tensors do not bear out.
+        rebuilt: it was made of Megatron's args.
+        facts: dimensions and switches that the family's table goes by.
+        logical: the tensors under HuggingFace's names.
         fixed: tensors of a quantised form, which ``--dtype`` has no say in.
     """
 
@@ -36,6 +41,27 @@ class Described:
     facts: Facts
     logical: Logical
     fixed: frozenset[str] = frozenset()
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        """Tensors that ``--dtype`` leaves as they are: those that are ``fixed``, and those whose rows keep theirs."""
+        entries = self.family.entries(self.facts)
+        return self.fixed | {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
+
+
+def described(request: Request, *, config_alone: bool = False) -> Described:
+    """The source of a request, as its options say that it is to be read; see `describe_model`."""
+    return describe_model(
+        request.model,
+        source_format=request.source_format,
+        model_type=request.model_type,
+        hf_config=request.hf_config,
+        drop=request.drop,
+        rename=request.rename,
+        config_alone=config_alone,
+        submodel=request.submodel,
+        with_eagle=request.with_eagle,
+    )
 
 
 def describe_model(

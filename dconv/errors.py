@@ -123,6 +123,11 @@ class Preempted(DconvError):
     label = "preempted"
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number with its words: ``1 tensor is``, ``2,048 tensors are``."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 #: Longer ones are no layer's or expert's.
 _NUMBER = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
 

@@ -30,6 +30,7 @@ from dconv.report.precision import Precision, precision_of
 from dconv.sharding.execute import TILE_BYTES
 from dconv.sharding.parsed import is_list
 from dconv.sharding.precision import numeric, precision
+from dconv.trace import rank_names
 
 _WIDTH: Final = 100
 _LABEL: Final = 13
@@ -112,7 +113,7 @@ class Report:
         head = self.family or "unknown family"
         if self.architecture and self.architecture != self.family:
             head += f" ({self.architecture})"
-        precision = words.rows(self.precision, full=full) if self.precision else ()
+        dtypes = words.rows(self.precision, full=full) if self.precision else ()
         return [
             ("path", self.path),
             ("format", f"{self.format}, {len(self.files)} file{'s' * (len(self.files) != 1)}, "
@@ -131,7 +132,7 @@ class Report:
             ("left out", "\n".join(_reasons(self.left_out))),
             ("muP", mup.text(self.mup)),
             ("implausible", self.implausible.text() if self.implausible else ""),
-            *precision,
+            *dtypes,
             ("names", group_names(self.names, MANY) if self.refused else ""),
             ("refused", self.refused if full else ""),
         ]  # fmt: skip
@@ -306,8 +307,8 @@ def _container(path: Path, source: Source, family: Family | None, facts: Facts |
 def _parallel(source: Source) -> dict[str, object]:
     if source.parallel is None:
         args = source.args or {}
-        said = {key: args.get(name) for key, name in _SIZES.items()}
-        return {key: size for key, size in said.items() if isinstance(size, int) and (size > 1 or key in ("tp", "pp"))}
+        found = {key: args.get(name) for key, name in _SIZES.items()}
+        return {key: n for key, n in found.items() if isinstance(n, int) and (n > 1 or key in ("tp", "pp"))}
     cut = source.parallel
     sizes: dict[str, object] = {"tp": cut.tp, "pp": cut.pp}
     sizes |= {key: n for key, n in (("vpp", cut.vpp), ("ep", cut.ep)) if n > 1}
@@ -330,7 +331,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
         "layers": job.family.depth(job.facts),
         "parameters": job.parameters,
         "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
-        "source": {"path": str(request.model), "format": job.source.format, "files": len(plan.source.files)},
+        "source": {"path": str(request.source), "format": job.source.format, "files": len(plan.source.files)},
         "target": {
             "path": str(request.output),
             "format": f"megatron {request.megatron_format}" if engine == "megatron" else engine,
@@ -356,8 +357,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
 
 def _shares(job: Job, world: int) -> list[dict[str, Any]]:
     plan = job.plan
-    parallel = job.request.parallel
-    names = [f"tp{c.tp} pp{c.pp}" + f" ep{c.ep}" * (parallel.ep > 1) for c in parallel.coords()]
+    names = rank_names(job.request.parallel)
     ranks: list[dict[str, Any]] = []
     for rank in range(world):
         tasks = plan.share(rank, world)

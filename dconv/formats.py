@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from dconv import api, matrix
+from dconv.describe import describe_model
 from dconv.errors import DconvError, Refused
 from dconv.request import FORMATS
 from dconv.sharding.receipt import read_receipt
@@ -85,6 +86,51 @@ class BuiltIn:
             return api.check(path).run is not None
         except DconvError:
             return False
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """An engine from outside that says what it would do."""
+
+    def plan(self, model: str | Path, **options: Any) -> Mapping[str, Any]:
+        """For ``dconv plan``: labels and values; writes nothing.
+
+        Raises:
+            DconvError: what `Engine.convert` would answer no to.
+        """
+        ...
+
+
+def outsiders() -> Mapping[str, str]:
+    """FORMATs of entry points, each with what it names; none of them is loaded."""
+    return {point.name: point.value for point in entry_points(group=_GROUP) if point.name not in FORMATS}
+
+
+def planned(format: str, model: Path, described: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an engine from outside would make of a model: as it says itself, else what dconv knows without it.
+
+    Args:
+        format: one of `outsiders`.
+        model: path of the source.
+        described: of the source, what `dconv.describe.describe_model` takes.
+        options: that were given.
+
+    Raises:
+        Refused: no family, or tensors that none of its rows has.
+        Damaged: a source that is not whole.
+    """
+    made = outside(format)
+    if isinstance(made, Planning):
+        return {"format": format, **made.plan(model, **options)}
+    source = describe_model(model, config_alone=True, **described)
+    return {
+        "format": format,
+        "engine": outsiders()[format],
+        "source": f"{source.source.format}, {source.family.name}",
+        "read": sum(spec.nbytes for spec in source.logical.specs.values()),
+        "tensors": len(source.logical.specs),
+        "note": "the source is whole, as far as its headers tell; what is written the engine alone knows",
+    }
 
 
 def engines() -> Mapping[str, Engine]:

@@ -38,14 +38,12 @@ class Input:
 
     Attributes:
         words: for a person.
-        container: as ``--from`` names it.
         coded: its weights are in codes.
         kept: the FORMATs that keep them.
         graph: the one FORMAT that it becomes.
     """
 
     words: str
-    container: str
     coded: bool = False
     kept: tuple[str, ...] = ()
     graph: str = ""
@@ -53,26 +51,26 @@ class Input:
 
 #: Every kind of source, by name.
 INPUTS: Final[dict[str, Input]] = {
-    "huggingface": Input("HuggingFace, safetensors, .bin", "huggingface"),
-    "torch_dist": Input("Megatron torch_dist", "torch_dist"),
-    "legacy": Input("Megatron mp_rank_*", "legacy"),
-    "model_pt": Input("Megatron model.pt", "model_pt"),
-    "pt": Input("one state dict (.pt)", "pt"),
-    "meta": Input("Meta consolidated.*.pth", "meta"),
-    "bmtrain": Input("BMTrain, ModelCenter", "bmtrain"),
-    "neuron": Input("Neuron", "neuron"),
-    "gguf": Input("GGUF, F32 F16 BF16", "gguf"),
-    "mlx": Input("MLX", "mlx"),
-    "fp8": Input("FP8: blocks, rows, tensors", "huggingface", True, ("fp8",)),
-    "mx": Input("MXFP4, MXFP6, MXFP8, NVFP4", "huggingface", True, ("mx",)),
-    "gptq": Input("GPTQ, pack-quantized", "huggingface", True, ("gptq", "awq")),
-    "awq": Input("AWQ", "huggingface", True, ("gptq", "awq")),
-    "neuron_fp8": Input("Neuron FP8", "neuron", True, ("neuron",)),
-    "gguf_blocks": Input("GGUF, its blocks", "gguf", True, ("gguf",)),
-    "mlx_codes": Input("MLX 2 to 8 bits", "mlx", True),
-    "onnx": Input("ONNX graph", "onnx", graph="onnx"),
-    "torch_export": Input("torch.export .pt2", "torch_export", graph="torch_export"),
-    "torchscript": Input("TorchScript .pt", "torchscript", graph="torchscript"),
+    "huggingface": Input("HuggingFace, safetensors, .bin"),
+    "torch_dist": Input("Megatron torch_dist"),
+    "legacy": Input("Megatron mp_rank_*"),
+    "model_pt": Input("Megatron model.pt"),
+    "pt": Input("one state dict (.pt)"),
+    "meta": Input("Meta consolidated.*.pth"),
+    "bmtrain": Input("BMTrain, ModelCenter"),
+    "neuron": Input("Neuron"),
+    "gguf": Input("GGUF, F32 F16 BF16"),
+    "mlx": Input("MLX"),
+    "fp8": Input("FP8: blocks, rows, tensors", True, ("fp8",)),
+    "mx": Input("MXFP4, MXFP6, MXFP8, NVFP4", True, ("mx",)),
+    "gptq": Input("GPTQ, pack-quantized", True, ("gptq", "awq")),
+    "awq": Input("AWQ", True, ("gptq", "awq")),
+    "neuron_fp8": Input("Neuron FP8", True, ("neuron",)),
+    "gguf_blocks": Input("GGUF, its blocks", True, ("gguf",)),
+    "mlx_codes": Input("MLX 2 to 8 bits", True),
+    "onnx": Input("ONNX graph", graph="onnx"),
+    "torch_export": Input("torch.export .pt2", graph="torch_export"),
+    "torchscript": Input("TorchScript .pt", graph="torchscript"),
 }
 
 

@@ -79,8 +79,7 @@ def as_mlx(model: Described, request: Request) -> Written:
     if request.dtype:
         config = {**config, **dict.fromkeys(("torch_dtype", "dtype"), TO_TORCH[request.dtype])}
     if grid:
-        keeps = _kept_dtypes(model)
-        logical, said, fixed = _coded(held, logical, grid, request.dtype, keeps)
+        logical, said, fixed = _coded(held, logical, grid, request.dtype, model.keeps)
         config |= {MLX_KEY: said, KEY: said}
         scheme = f"MLX int{grid.bits}, {grid.group} columns with a scale and a bias"
         notes = (
@@ -92,16 +91,13 @@ def as_mlx(model: Described, request: Request) -> Written:
     return Written(new, tuple(notes), scheme)
 
 
-def _kept_dtypes(model: Described) -> frozenset[str]:
-    """Tensors that ``--dtype`` leaves as they are; none of them is in codes."""
-    entries = model.family.entries(model.facts)
-    return model.fixed | {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
-
-
 def _coded(
     held: tuple[Held, ...], logical: Logical, grid: Grid, dtype: str | None, keeps: frozenset[str]
 ) -> tuple[Logical, dict[str, Any], frozenset[str]]:
-    """The same in codes, what config.json says of them, and the tensors that ``--dtype`` has no say in."""
+    """The same in codes, what config.json says of them, and the tensors that ``--dtype`` has no say in.
+
+    None of those that ``keeps`` names is put into codes.
+    """
     said: dict[str, Any] = {"group_size": grid.group, "bits": grid.bits, "mode": "affine"}
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}

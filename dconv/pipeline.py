@@ -20,7 +20,7 @@ from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
-from dconv.describe import Described, describe_model, settle
+from dconv.describe import Described, describe_model, described, settle
 from dconv.errors import DconvError, Refused, StorageFault, UsageError, storage_faults
 from dconv.net.device import computing, placed
 from dconv.neuron import as_neuron, coding_of
@@ -71,6 +71,8 @@ class Job:
     worst: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
+#: Options that say how a model's weights are read, of which a graph has none.
+_OF_A_MODEL: Final = ("drop", "rename", "hf_config", "submodel", "teacher", "mup2llama", "with_eagle")
 #: Of a run's working state: the partial folder, its lock, ``.dconv``, and what lies in it.
 _STATE_FILES: Final = 6
 
@@ -84,8 +86,10 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         config_alone: plan for a model of which only config.json is there; such a job cannot run.
 
     Raises:
+        UsageError: options that contradict each other, or that this FORMAT or this source has no use for.
         Refused: an unknown format, an unsupported model, a layout that does not divide.
         Damaged: a source that is not whole.
+        StorageFault: a file cannot be read.
     """
     engine = engine_of(request.format)
     if request.fake_weight:
@@ -94,17 +98,7 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
         return _placed_anew(request, graph, engine)
     if engine == "onnx" and onnx.is_graph(request.model):
         return _again(request, engine)
-    model = describe_model(
-        request.model,
-        source_format=request.source_format,
-        model_type=request.model_type,
-        hf_config=request.hf_config,
-        drop=request.drop,
-        rename=request.rename,
-        config_alone=config_alone,
-        submodel=request.submodel,
-        with_eagle=request.with_eagle,
-    )
+    model = described(request, config_alone=config_alone)
     if request.teacher is None:
         return prepare_described(request, model)
     if request.mup2llama:
@@ -120,8 +114,20 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
             expected="FORMAT megatron, torch_dist or legacy",
             found=request.format,
         )
+    _refuse_codes(request)
     drop.check_used(request.drop, (model.source, model.logical))
     return _distillation(request, model, describe_model(request.teacher))
+
+
+def _refuse_codes(request: Request) -> None:
+    """Raise for options of codes where weights are written as they are, which nothing further on would look at.
+
+    Raises:
+        UsageError: there are some.
+    """
+    scheme_of(request)
+    coding_of(request)
+    calibrate.check_given(request)
 
 
 def prepare_described(request: Request, model: Described) -> Job:
@@ -191,10 +197,10 @@ def prepare_described(request: Request, model: Described) -> Job:
 
 def _again(request: Request, engine: str) -> Job:
     """A graph once more: its weights are under the graph's names, and any model's."""
-    reading = ("drop", "rename", "hf_config", "submodel", "teacher", "mup2llama", "with_eagle", "lengths", "ports")
-    if given := [spelled(name) for name in reading if getattr(request, name)]:
+    if given := [spelled(name) for name in (*_OF_A_MODEL, "lengths", "ports") if getattr(request, name)]:
         raise UsageError("a graph is written anew as it is, nothing was written", where=", ".join(given),
                          expected="--opset, --dtype, --quant, --shard-size", do="leave it out")  # fmt: skip
+    _refuse_codes(request)
     source = open_source(request.model, request.source_format)
     made = graph_engine(engine).again(request, source)
     known = registry.by_name("llama")
@@ -224,13 +230,15 @@ def _placed_anew(request: Request, graph: graphs.Archive, engine: str) -> Job:
     """A graph once more, for another device."""
     if graph.kind != engine:
         raise graphs.refusal(graph)
-    if request.dtype or request.quant or request.drop or request.mup2llama:
+    if given := [spelled(name) for name in ("dtype", "quant", *_OF_A_MODEL) if getattr(request, name)]:
         raise Refused(
             "a graph's operations are of its dtype and its weights, nothing was written",
             where=str(graph.path),
             expected="--device alone",
+            found=", ".join(given),
             do="convert from the checkpoint that it was made of",
         )
+    _refuse_codes(request)
     device, notes = placed(request.device)
     source = graphs.open_source(graph)
     if source.config is None:
@@ -282,7 +290,10 @@ def _distillation(request: Request, student: Described, teacher: Described) -> J
     target = replace(lay_out_megatron(request, first), left_out=logical.left_out)
     of = next(iter(held.values()))
     plan = build_plan(logical, target)
-    return Job(request, of.source, of.family, of.config, of.facts, logical, plan, parameters=_count(logical))
+    notes = tuple(note for one in held.values() for note in one.source.notes)
+    return Job(
+        request, of.source, of.family, of.config, of.facts, logical, plan, notes=notes, parameters=_count(logical)
+    )
 
 
 def _first_replicas(logical: Logical) -> Logical:
@@ -315,9 +326,10 @@ def about(job: Job) -> dict[str, object]:
     return {
         "dconv": __version__,
         "source": {
-            "path": str(job.request.model),
+            "path": str(job.request.source),
             "format": job.source.format,
             **({"made": job.source.made} if job.source.made else {}),
+            **({"teacher": str(job.request.teacher)} if job.request.teacher and not job.request.teacher_only else {}),
         },
         "target": {
             "format": job.request.format,

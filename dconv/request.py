@@ -38,9 +38,14 @@ class Request:
         model: path of the source.
         format: a key of `FORMATS`.
         out: output path; None is ``./<model>-<format>``.
+        source_format: the source's container; None detects it.
+        model_type: its family; None detects it.
+        hf_config: a directory whose config.json and tokenizer are used instead of the source's own.
         parallel: the target's layout (Megatron; of ``pt`` the tensor parallel size alone).
         dtype: dconv's short name, or None to keep every tensor's own.
         shard_size: bytes of one file of weights, at most; None as the FORMAT has it (`file_size`, `split_size`).
+        megatron_format: the container of a Megatron target: ``torch_dist``, ``legacy`` or ``model_pt``.
+        transformer_impl: whose layer names its legacy files have, ``transformer_engine`` or ``local``.
         divisor: the vocabulary is padded to a multiple of this times tp (Megatron).
         drop: patterns of tensors to leave out; one may stand without a tuple around it.
         rename: a file of patterns for the source's tensor names.
@@ -123,6 +128,11 @@ class Request:
         return self.shard_size
 
     @property
+    def source(self) -> Path:
+        """The checkpoint whose weights are written: the model, or its teacher where that alone is."""
+        return self.teacher if self.teacher_only and self.teacher is not None else self.model
+
+    @property
     def output(self) -> Path:
         """Where the result goes."""
         if self.out is not None:
@@ -138,4 +148,4 @@ class Request:
 
 def spelled(option: str) -> str:
     """A field as the command line has it."""
-    return f"--{option.replace('_', '-')}"
+    return "--from" if option == "source_format" else f"--{option.replace('_', '-')}"

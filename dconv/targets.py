@@ -62,15 +62,9 @@ def _specs(request: Request, model: Described) -> dict[str, TensorSpec]:
     """The logical tensors as they are to be written."""
     if not request.dtype:
         return model.logical.specs
-    keeps = _keeps(model)
+    keeps = model.keeps
     specs = model.logical.specs.items()
     return {name: spec if name in keeps else replace(spec, dtype=request.dtype) for name, spec in specs}
-
-
-def _keeps(model: Described) -> frozenset[str]:
-    """Tensors that ``--dtype`` leaves as they are."""
-    entries = model.family.entries(model.facts)
-    return model.fixed | {spec.name for entry in entries if entry.row.keeps for spec in entry.fused.specs}
 
 
 def _huggingface(request: Request, model: Described) -> Target:

@@ -1,7 +1,8 @@
 """Hooks of MkDocs: diagrams are drawn into the page, so that they have its colours and the site needs no other file.
 
 In Markdown a diagram is an image, ``![what it shows](../img/plan.svg)``, which every reader of Markdown shows. In the
-site its SVG stands in the page itself: ``currentColor`` is then the text's colour, light or dark.
+site its SVG stands in the page itself: ``currentColor`` is then the text's colour, light or dark. A picture that has
+colours of its own stays an image.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
     def drawn(found: re.Match[str]) -> str:
         path = Path(config["docs_dir"]) / posixpath.normpath(posixpath.join(folder, found[2]))
-        svg = "\n".join(line for line in _OWN.sub("", path.read_text()).splitlines() if line.strip())
+        text = path.read_text()
+        if "currentColor" not in text:
+            return found[0]
+        svg = "\n".join(line for line in _OWN.sub("", text).splitlines() if line.strip())
         said = html.escape(found[1])
         return f'<figure class="diagram" role="img" aria-label="{said}">\n{svg}\n</figure>'
 

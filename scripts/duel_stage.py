@@ -8,7 +8,6 @@ as its exit.
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -283,9 +281,3 @@ def judged(ending: Ending, truth: Tensors, out: Path | None = None, *, unknown: 
 
 def _warns(said: str) -> bool:
     return re.search(r"MISSING|UNEXPECTED|newly initialized", said) is not None
-
-
-def quietly(call: Callable[[], object]) -> None:
-    """A call without its standard output."""
-    with redirect_stdout(io.StringIO()):
-        call()

@@ -253,7 +253,7 @@ def asked(runtime: str, path: Path, tokens: list[int], **options: Any) -> Said |
         job = {"runtime": runtime, "path": str(path), "tokens": tokens, "options": options, "out": str(out)}
         done = subprocess.run([python, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
         if done.returncode:
-            return f"failed: {done.stderr.strip().splitlines()[-1][:200]}"
+            return f"failed: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1][:200]}"
         found = np.load(out)
         return found["logits"], found["made"].tolist()
 

@@ -59,8 +59,3 @@ def samples(ids: Sequence[int], count: int, length: int, seed: int = 0) -> list[
 def write_samples(path: Path, windows: Sequence[Sequence[int]]) -> None:
     """Token ids as JSON lines: ``{"input_ids": […]}`` each."""
     path.write_text("".join(json.dumps({"input_ids": list(window)}) + "\n" for window in windows))
-
-
-def read_samples(path: Path) -> list[list[int]]:
-    """What `write_samples` wrote."""
-    return [json.loads(line)["input_ids"] for line in path.read_text().splitlines()]

@@ -50,14 +50,16 @@ PROMISES: Final = (
         "kills",
         "SIGKILL at any instant loses no finished work and shows no false result: there is the old output, the whole "
         "new one, or none, and any number of ranks goes on to the same bytes",
-        ("crash/test_every_call.py", "crash/test_random_kills.py"),
+        ("crash/test_every_call.py", "crash/test_random_kills.py", "crash/test_calibration.py",
+         "crash/test_kill_and_resume.py", "crash/test_commit_and_races.py", "crash/test_stealing.py",
+         "crash/test_leftovers.py"),
         {"kills at a call": "kills, one before or in the midst of each storage call",
          "runs killed at random": "runs of 1 to 8 ranks killed at random moments"},
     ),
     Promise(
         "power",
         "a power cut at any instant: an output with a receipt is whole, and the next run makes the same bytes",
-        ("crash/test_power_loss.py", "crash/test_durable.py"),
+        ("crash/test_power_loss.py", "crash/test_durable.py", "crash/test_calibration.py"),
         {"states after a power cut": "states of a disk with unsynced writes and names lost"},
     ),
     Promise(
@@ -74,7 +76,7 @@ PROMISES: Final = (
         "meetings",
         "conversions into one output at once, sources that change meanwhile, read-only sources, outputs on other file "
         "systems: one whole result, a clear word to the others, nothing lost",
-        ("crash/test_side_by_side.py",),
+        ("crash/test_side_by_side.py", "hostile/test_bad_output.py", "launch/test_meeting.py"),
         {"pairs of conversions into one output": "pairs started into one output"},
     ),
     Promise(
@@ -103,15 +105,22 @@ PROMISES: Final = (
     Promise(
         "fuzzing",
         "no input makes a parser do anything but read it or refuse it in dconv's own words",
-        ("hostile/test_fuzz.py", "hostile/test_safetensors_damage.py", "hostile/test_gguf_damage.py",
-         "hostile/test_torchzip_damage.py"),
-        {},
+        ("hostile/test_fuzz_targets.py", "hostile/test_fuzz.py", "hostile/test_safetensors_damage.py",
+         "hostile/test_gguf_damage.py", "hostile/test_torchzip_damage.py"),
+        {"fuzz targets": "targets (`fuzz/README.md` has what each was fed)",
+         "fuzz inputs kept": "inputs kept of them"},
     ),
     Promise(
         "cover",
         "nothing is ever missing, doubled or guessed: a source or a plan that does not cover is refused",
         ("laws/test_cover.py", "hostile/test_replicas.py", "hostile/test_ambiguous_megatron.py",
          "hostile/test_layout_refusals.py", "hostile/test_large_replicas.py"),
+        {},
+    ),
+    Promise(
+        "same bytes",
+        "the same bytes from any launcher, number of ranks and threads, resumed or not",
+        ("cluster/test_same_bytes.py", "laws/test_worlds.py", "laws/test_roundtrip.py"),
         {},
     ),
 )  # fmt: skip

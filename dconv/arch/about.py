@@ -76,7 +76,8 @@ def lines(families: Iterable[Family]) -> list[tuple[str, str, str, str, str]]:
 
 
 def _layouts(family: Family) -> str:
-    sizes = "TP" if any(row.stack == "encoder_layers" for row in family.rows) else "TP PP VPP"
+    blocks = {row.megatron.split(".layers.")[0] for row in family.rows}
+    sizes = "TP" if {"encoder", "decoder"} <= blocks else "TP PP VPP"  # both stacks are in one pipeline stage
     return sizes + (" EP ETP" if any(row.per_expert for row in family.rows) else "")
 
 

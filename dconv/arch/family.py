@@ -98,6 +98,11 @@ class Row:
         return decoder and last == "weight" and (named.startswith("linear_") or named in ("in_proj", "out_proj"))
 
     @property
+    def shared(self) -> bool:
+        """Whether HuggingFace has one tensor for all experts, of which Megatron has one each."""
+        return self.per_expert and "#" not in self.hf
+
+    @property
     def logical(self) -> tuple[str, ...]:
         """HuggingFace's names with the braces spelled out."""
         return spelled_out(self.hf)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dconv.launch.arguments import arguments_of
+
 if TYPE_CHECKING:
     from dconv.assist.glance import Glance
 
@@ -160,7 +162,9 @@ def devices(_: str, __: argparse.Namespace) -> Iterable[str]:
 
 def shells(_: str, __: argparse.Namespace) -> Iterable[str]:
     """``--install-completion``."""
-    return ("bash", "zsh", "fish")
+    from dconv.assist.shells import SHELLS
+
+    return SHELLS
 
 
 def nothing(_: str, __: argparse.Namespace) -> Iterable[str]:
@@ -174,6 +178,7 @@ _MODEL: Final = paths(_MODELS)
 COMPLETERS: Final[dict[str, Completer]] = {
     "model": _MODEL, "path": _MODEL, "a": _MODEL, "b": _MODEL, "teacher": _MODEL, "hf_config": _DIRECTORIES,
     "format": formats, "out": paths(), "config": paths(_CONFIGS), "file": paths(_CONFIGS), "html": paths((".html",)),
+    "report": paths((".html",)), "save_config": paths(_CONFIGS),
     "rename": paths(_CONFIGS), "fake_weight_config": paths(_CONFIGS), "stage_dir": _DIRECTORIES,
     "toolchain_python": paths(), "calibration": paths(_SAMPLES), "with_model": _DIRECTORIES,
     **{name: sizes(name) for name in ("tp", "pp", "vpp", "ep", "etp")},
@@ -185,7 +190,7 @@ COMPLETERS: Final[dict[str, Completer]] = {
 
 def attach(parser: argparse.ArgumentParser) -> None:
     """Give each argument of a parser its completer, in argcomplete's way."""
-    for action in parser._actions:  # argparse offers no public way to look them up
+    for action in arguments_of(parser):
         if not action.option_strings and action.nargs == "?":
             action.nargs = None  # else a word could be the second of them as well as the first
         if action.choices is None and action.nargs != 0:

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dconv import matrix
-from dconv.arch import bmtrain as bmtrain_config
+from dconv import directions, matrix
 from dconv.arch import registry
 from dconv.arch.family import Family
-from dconv.arch.gguf import ARCHS
 from dconv.arch.layouts import Facts
-from dconv.arch.mlx import MODELS
-from dconv.arch.neuron import TABLES
 from dconv.checkpoint import bmtrain, detect, gguf, graphs, megatron, mlx, neuron, onnx, safetensors
 from dconv.checkpoint.files import listed, read_json
+from dconv.coded import encode
 from dconv.errors import DconvError, UsageError
-from dconv.hw import neuron_models
+from dconv.export.prompt import kind_of
+from dconv.request import CALIBRATED
 from dconv.sharding.parsed import mapping_or_empty
+from dconv.targets import GRAPHS
 
 #: More than the index of any model that is published.
 _LARGEST_INDEX: Final = 1 << 24
@@ -66,26 +65,15 @@ class Glance:
 
     def _family_has(self, family: Family, format: str) -> bool:
         """Whether a FORMAT has a form for this family at all."""
-        name = family.name
-        if format == "gguf":
-            return any(name in arch.families for arch in ARCHS.values())
-        if format == "mlx":
-            return name in MODELS
-        if format == "neuron":
-            return name in TABLES or name in neuron_models.FAMILIES
-        if format == "bmtrain":
-            return self._is_in_bmtrain(family)
-        return True
-
-    def _is_in_bmtrain(self, family: Family) -> bool:
-        names = (spec.name for entry in family.samples(self.facts) for spec in entry.fused.specs)
-        if not all(map(bmtrain.from_hf_name, names)):
-            return False
-        try:
-            bmtrain_config.from_hf(family, self.facts, self.config, "bf16")
-        except DconvError:
-            return False
-        return True
+        if format == "bmtrain":  # of which this very config decides
+            return bmtrain.has_form(family, self.facts, self.config)
+        if format in COMPILERS and directions.is_for(family, format) is not False:
+            return True
+        if format in GRAPHS:  # here and below all but what transformers knows, which takes longer than a shell waits
+            return kind_of(family) != "sighted"
+        if format in CALIBRATED:
+            return encode.has_codes(family, stacked=False)
+        return format in matrix.outputs() and directions.is_made(family, format) is True
 
 
 def glance(

@@ -38,8 +38,9 @@ class Reader:
     """A program that reads several FORMATs, so that the numbers asked for choose one.
 
     Attributes:
+        words: a regular expression.
+        name: as a person writes it.
         formats: FORMATs that it reads.
-        options: of a FORMAT, those that write it as this program has it.
     """
 
     words: str
@@ -108,7 +109,7 @@ READERS: Final = (
     Reader(r"tgi|text[- ]generation[- ]inference", "TGI", ("hf", "gptq", "awq", "fp8")),
 )
 
-#: Codes by name: what they are called, the FORMAT that has them elsewhere, and ``--quant`` there.
+#: Codes by what they are called: a regular expression, and the key of `NUMBERS` and `USUAL` that it means.
 CODES: Final = (
     (r"mxfp4", "mxfp4"), (r"mxfp6", "mxfp6_e2m3"), (r"mxfp8", "mxfp8"), (r"nvfp4", "nvfp4"),
     (r"fp8|float8|e4m3|w8a8-?fp8", "fp8"),

@@ -130,8 +130,11 @@ def install(shell: str, environment: Mapping[str, str] = os.environ) -> Installe
     if before != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}.{os.getpid()}")
-        fresh.write_text(text)
-        fresh.replace(path)  # a shell that starts meanwhile reads the one or the other
+        try:
+            fresh.write_text(text)
+            fresh.replace(path)  # a shell that starts meanwhile reads the one or the other
+        finally:
+            fresh.unlink(missing_ok=True)
         changed.append(path)
     if startup is not None:
         there = startup.read_text("utf-8", "replace") if startup.exists() else ""

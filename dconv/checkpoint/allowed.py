@@ -64,6 +64,7 @@ def _reconstructor(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> 
 
 
 def _new(machine: Machine, _symbol: Symbol, args: tuple[Any, ...]) -> Any:
+    machine.copied(len(args))
     return machine.call(args[0], args[1:])
 
 

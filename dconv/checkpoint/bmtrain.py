@@ -18,7 +18,7 @@ from dconv.checkpoint import huggingface, state_dict
 from dconv.checkpoint.pt import whole_tensor
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, seal, side_bytes, side_files
-from dconv.errors import Damaged, Refused, group_names
+from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import Stored, TensorSpec
@@ -64,6 +64,18 @@ def from_hf_name(name: str) -> str | None:
     if match is None or module is None or (module in _TOP) != (match[1] is None):
         return None
     return f"encoder.layers.{match[1]}.{module}.{match[3]}" if match[1] else f"{module}.{match[3]}"
+
+
+def has_form(family: Family, facts: Facts, config: Mapping[str, object]) -> bool:
+    """Whether BMTrain has a place for every tensor of a model, and a key for all that its config says: `lay_out`."""
+    names = (spec.name for entry in family.samples(facts) for spec in entry.fused.specs)
+    if not all(map(from_hf_name, names)):
+        return False
+    try:
+        bmtrain.from_hf(family, facts, config, "bf16")
+    except DconvError:
+        return False
+    return True
 
 
 def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_STORED) -> Source:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, neuron, onnx, state_dict
+from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, model_pt, neuron, onnx, state_dict
 from dconv.checkpoint.files import listed, read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
@@ -30,6 +30,8 @@ CONTAINERS: Final = (
     "onnx",
 )
 _SPELLINGS: Final = {"hf": "huggingface", "safetensors": "huggingface", "torch": "legacy", "modelcenter": "bmtrain"}
+#: What ``--from megatron`` may find.
+_MEGATRON: Final = ("torch_dist", "legacy", "model_pt")
 #: Those whose own config may be left unread, since another one is given.
 _TRANSLATED: Final = ("meta", "bmtrain", "model_pt", "gguf")
 
@@ -96,6 +98,14 @@ def open_source(
             "state dict, Meta's consolidated.*.pth, a GGUF, or an ONNX graph",
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty directory",
         )
+    if said == "megatron" and kind not in _MEGATRON:
+        raise Refused(
+            "not a Megatron checkpoint, nothing was written",
+            where=str(folder),
+            expected="mp_rank_*, torch_dist's metadata.json, or model.pt with metadata.json",
+            found=f"what is read as {kind}",
+            do="leave --from out: it is detected",
+        )
     if folder.is_file() and kind not in ("pt", "bmtrain", "model_pt", "gguf", "onnx"):
         raise Refused(f"a {kind} checkpoint is a directory", where=str(folder), found="a file")
     if config_alone and kind == "huggingface" and not huggingface.is_huggingface(folder):
@@ -147,6 +157,8 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
+    if marker.exists() and (folder / model_pt.MODEL).exists():
+        return "model_pt"
     if listed(folder, "mp_rank_*"):
         return "legacy"
     if listed(folder, "__*.distcp"):

@@ -12,7 +12,7 @@ the rule that it breaks.
 from __future__ import annotations
 
 import copy
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -148,7 +148,9 @@ def _fill(path: Path, name: str, value: object) -> Fill:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )  # false of NaN, too
 
 
 def _wrong(path: Path, name: str, expected: str, found: object) -> UsageError:

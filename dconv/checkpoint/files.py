@@ -16,7 +16,8 @@ from dconv.errors import Damaged, StorageFault
 from dconv.sharding.parsed import is_dict
 from dconv.sharding.tensor import FileStamp
 
-#: ``follow`` takes links wherever they lead.
+#: ``follow`` takes links wherever they lead. No option: it is a person's word about a machine, and a file of options
+#: (``--config``, a batch's) that came from elsewhere must not say it.
 LINKS: Final = "DCONV_LINKS"
 
 #: What is larger is no config (the largest tokenizers are about 35 MB, indexes of 10^5 tensors about 10 MB).

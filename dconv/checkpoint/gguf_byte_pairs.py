@@ -91,7 +91,7 @@ def byte_pairs(
     every: dict[str, Any] = {**model["vocab"], **{token: entry["id"] for token, entry in added.items()}}
     for token, number in every.items():
         if type(number) is not int or not 0 <= number < rows:
-            raise too_many(token, number, rows, where)
+            raise too_many(token, number, rows, f"{JSON} of {where}")
         entry = added.get(token)
         if entry is None:
             tokens[number], types[number] = token, NORMAL

@@ -65,7 +65,7 @@ def merged_pieces(file: Mapping[str, Any], rows: int, where: str) -> tuple[Value
     every = {**vocab, **{token: entry["id"] for token, entry in added.items()}}
     for token, number in every.items():
         if type(number) is not int or not 0 <= number < rows:
-            raise too_many(token, number, rows, where)
+            raise too_many(token, number, rows, f"{JSON} of {where}")
         tokens[number], scores[number], types[number] = token, scored.get(token, 0.0), NORMAL
         if _OCTET.fullmatch(token):
             types[number] = BYTE

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from dconv.checkpoint.gguf_tokens import (
     ADDED,
     BYTE,
+    CONFIG,
     CONTROL,
     NORMAL,
     PADDED,
@@ -28,6 +29,8 @@ from dconv.checkpoint.source import Side
 from dconv.errors import Damaged
 from dconv.sharding.parsed import is_dict
 
+_ADDED: Final = "added_tokens.json"
+
 
 def pieces(side: Side, said: Mapping[str, Any], rows: int, where: str) -> Values:
     """A SentencePiece model: its pieces, and the tokens that files beside it add."""
@@ -35,19 +38,19 @@ def pieces(side: Side, said: Mapping[str, Any], rows: int, where: str) -> Values
     scores, types = [PADDED] * rows, [UNUSED] * rows
     for number, (piece, score, kind) in enumerate(_model_pieces(bytes_of(side, PIECES), where)):
         if number >= rows:
-            raise too_many(piece.decode(errors="replace"), number, rows, where)
+            raise too_many(piece.decode(errors="replace"), number, rows, f"{PIECES} of {where}")
         tokens[number], scores[number] = piece, score
         types[number] = NORMAL if kind == USER else kind
-    for token, number in (read(side, "added_tokens.json") or {}).items():
+    for token, number in (read(side, _ADDED) or {}).items():
         if type(number) is not int or not 0 <= number < rows:
-            raise too_many(token, number, rows, where)
+            raise too_many(token, number, rows, f"{_ADDED} of {where}")
         tokens[number], scores[number], types[number] = token, ADDED, USER
     decoder: dict[str, Any] = said.get("added_tokens_decoder") or {}
     for key, entry in decoder.items():
         number = int(key) if key.isdecimal() and len(key) < 10 else -1
         token = entry.get("content") if is_dict(entry) else None
         if not isinstance(token, str) or not 0 <= number < rows:
-            raise too_many(str(token), key, rows, where)
+            raise too_many(str(token), key, rows, f"{CONFIG} of {where}")
         control = bool(entry.get("special")) or looks_special(token)
         tokens[number] = token if control else token.replace("\u2581", " ")
         scores[number], types[number] = ADDED, CONTROL if control else USER

@@ -16,7 +16,6 @@ from dconv.checkpoint.source import seal
 from dconv.coded.gguf_encode import Stored
 from dconv.sharding.parsed import is_list_or_tuple
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
-from dconv.sharding.region import Region
 from dconv.sharding.tensor import Slot
 
 _VERSION: Final = 3
@@ -96,9 +95,7 @@ def lay_out(
             if gap:
                 literals.append((begin + end, bytes(gap)))
             spec = tensors[index - len(data)].spec
-            axes = tuple(range(len(spec.shape)))
-            slot = Slot(spec.name, Region.whole(spec.shape), (0,) * len(axes), axes)
-            placed.append(TargetTensor(spec.name, file, begin + offset, spec, (slot,)))
+            placed.append(TargetTensor(spec.name, file, begin + offset, spec, (Slot.whole(spec.name, spec.shape),)))
         files.append(TargetFile(file, begin + at, tuple(literals)))
     return Target(tuple(files), tuple(placed), tuple, seal(None, {}), left_out=left_out)
 

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.files import Made, read_small
+from dconv.checkpoint.files import Made, read_small, stamp
 from dconv.errors import Refused, ToolMissing
+from dconv.sharding.tensor import FileStamp
 
 _FILES: Final = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATE: Final = "chat_template.jinja"
@@ -56,21 +57,27 @@ def side(path: Path, values: Mapping[str, Any]) -> tuple[dict[str, Made], tuple[
         return {}, ("no tokenizer in the output: transformers makes it (pip install transformers)",)
     names = (*_FILES, _TEMPLATE) if isinstance(values.get("tokenizer.chat_template"), str) else _FILES
     how = str(split) if kind == "gpt2" else ""
-    return {name: Made(partial(_file, path, how, name)) for name in names}, ()
+    return {name: Made(partial(_file, path, stamp(path), how, name)) for name in names}, ()
 
 
-def _file(path: Path, split: str, name: str) -> bytes:
-    return _files(path, split)[name]
+def _file(path: Path, seen: FileStamp, split: str, name: str) -> bytes:
+    return _files(path, seen, split)[name]
 
 
 @lru_cache(maxsize=1)
-def _files(path: Path, split: str) -> dict[str, bytes]:
+def _files(path: Path, seen: FileStamp, split: str) -> dict[str, bytes]:
     """The tokenizer's files as transformers writes them, by name; empty where it writes none.
+
+    Args:
+        path: the file that has the vocabulary.
+        seen: what it was when it was described: of another file of its name the tokenizer is made anew.
+        split: how it splits text, as llama.cpp calls it; "" for pieces.
 
     Raises:
         ToolMissing: a transformers that does not read it so.
         Refused: it makes no tokenizer of it.
     """
+    del seen  # for the cache alone
     try:
         from tokenizers import Regex, pre_tokenizers
         from transformers import PreTrainedTokenizerFast

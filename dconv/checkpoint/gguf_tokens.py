@@ -138,10 +138,10 @@ def other(found: str, where: str) -> Refused:
 
 
 def too_many(token: str, number: object, rows: int, where: str) -> Damaged:
-    """The error of a token whose id is no row of the embedding, of which there are ``rows``."""
+    """The error of a token (of the file ``where``) whose id is no row of the embedding, of which there are ``rows``."""
     return Damaged(
         "a token that the model has no row for, nothing was written",
-        where=f"{JSON} of {where}",
+        where=where,
         expected=f"ids below vocab_size, {rows}",
         found=f"{token[:40]!r} has {number!r:.40}",
         do="the tokenizer belongs to another model: --hf-config DIR names the right one",

@@ -39,8 +39,6 @@ _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
 Shard = dict[str, dict[str, Stored]]
 #: How files that may hold weights end.
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth")
-#: Bytes compared at a time.
-_COMPARED: Final = 1 << 20
 #: Bytes of what reads a tensor of a few numbers.
 _SMALL: Final = 1 << 12
 
@@ -246,7 +244,11 @@ def _left_out(folder: Path, others: Iterable[str]) -> dict[str, str]:
 
 
 def _full_names(shards: list[Shard], family: Family, facts: Facts) -> list[Shard]:
-    """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone."""
+    """The same with `Family.base` where a directory of the base class leaves it out, and `Family.also` undone.
+
+    Raises:
+        Damaged: two tensors would have one name.
+    """
     if not family.base and not family.also:
         return shards
     known = expected_specs(family, facts)
@@ -258,6 +260,15 @@ def _full_names(shards: list[Shard], family: Family, facts: Facts) -> list[Shard
             return name
         return next((it for it in (published, family.base + published) if it in known and it not in there), name)
 
+    before: dict[str, str] = {}
+    for name in there:
+        if before.setdefault(full(name), name) != name:
+            raise Damaged(
+                "a tensor under two of the names that it has had, nothing was written",
+                where=" and ".join(sorted((before[full(name)], name))),
+                expected="one of the two",
+                found=f"{full(name)} twice",
+            )
     return [{file: {full(n): t for n, t in tensors.items()} for file, tensors in shard.items()} for shard in shards]
 
 
@@ -335,7 +346,7 @@ def lay_out(
     twins = twins or {}
     known = {spec.name: spec for spec in specs}
     again = (replace(known[name], name=twin) for twin, name in twins.items())
-    whole = [(spec, (_whole(twins.get(spec.name, spec.name), spec),)) for spec in (*known.values(), *again)]
+    whole = [(spec, (Slot.whole(twins.get(spec.name, spec.name), spec.shape),)) for spec in (*known.values(), *again)]
     return lay_out_slots(whole, config=config, side=side, shard_size=shard_size, left_out=left_out)
 
 
@@ -383,11 +394,6 @@ def lay_out_slots(
             yield GPTQ_FILE, (json.dumps(config[KEY], indent=2) + "\n").encode()
 
     return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
-
-
-def _whole(name: str, spec: TensorSpec) -> Slot:
-    axes = tuple(range(len(spec.shape)))
-    return Slot(name, Region.whole(spec.shape), (0,) * len(axes), axes)
 
 
 def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:

@@ -38,10 +38,14 @@ _MAX_CONTAINERS: Final = 16 << 20
 # Other opcodes of one byte make up to 83; a 1 M chunk ``.metadata`` takes about half as many.
 _MAX_STEPS: Final = 64 << 20
 _MAX_MARKS: Final = 1 << 16  # each that is open is a list of its own; a real file nests some ten deep
+#: Of containers in each other; a real file nests some ten deep.
+_MAX_DEPTH: Final = 200
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
 # hash() repeats above: larger keys could be made to collide
 _MAX_KEY: Final = (1 << 61) - 1
+# Of a call that makes something: one tuple may stand in many of them. The longest of a real file, a tensor's, has 7.
+_MAX_ARGS: Final = 256
 #: Bytes of a whole number; seeds of random states have 16, and printing thousands of digits is slow or refused.
 _MAX_INT: Final = 64
 
@@ -50,7 +54,7 @@ def load(data: bytes, *, where: str) -> Any:
     """The object in ``data``, made of plain Python values, `Record`, `Symbol`, `DTypeRef` and `TensorRef`.
 
     Args:
-        data: one whole pickle, any protocol.
+        data: one whole pickle, of protocol 2 to 5.
         where: file (and record) for messages.
 
     Raises:
@@ -63,11 +67,11 @@ def load(data: bytes, *, where: str) -> Any:
     return value
 
 
-def bounded(tree: Node, *, where: str, nodes: int = 4_000_000, depth: int = 200) -> None:
+def bounded(tree: Node, *, where: str, nodes: int = 4_000_000) -> None:
     """Make sure that a recursion over ``tree`` ends soon: a list may hold itself, or another one twice.
 
     Raises:
-        Damaged: more than ``nodes`` values on the way, or nested deeper than ``depth``.
+        Damaged: more than ``nodes`` values on the way, or nested deeper than any.
     """
     todo: list[Any] = [iter((tree,))]
     while todo:
@@ -82,7 +86,7 @@ def bounded(tree: Node, *, where: str, nodes: int = 4_000_000, depth: int = 200)
             todo.append(iter(node))
         elif type(node) is Record:
             todo.append(iter((node.args, node.state, node.items)))
-        if nodes < 0 or len(todo) > depth:
+        if nodes < 0 or len(todo) > _MAX_DEPTH:
             raise Damaged("a pickle nested without end", where=where)
 
 
@@ -165,7 +169,7 @@ class Machine:
                 if type(symbol) is not Symbol or type(args) is not tuple:
                     self.bad("a call of something that is no global")
                 builder = builders.get(id(symbol))
-                stack[-1] = Record(symbol, args) if builder is None else builder(self, symbol, args)
+                stack[-1] = Record(symbol, args) if builder is None else self._made(builder, symbol, args)
             elif op == 0x28:  # MARK
                 containers -= 1
                 if len(self._marks) == _MAX_MARKS:
@@ -263,7 +267,12 @@ class Machine:
                 items = self._pop_mark()
                 self._stack.append(frozenset(self.keys(items)))
             case 0x92:  # NEWOBJ_EX
-                kwargs, args, symbol = stack.pop(), stack.pop(), stack.pop()
+                kwargs: Node = stack.pop()
+                args: Node = stack.pop()
+                symbol: Node = stack.pop()
+                if not isinstance(args, tuple):  # a range has any length
+                    self.bad("arguments that are no tuple")
+                self.copied(len(args))
                 stack.append(self.call(symbol, (*args, kwargs) if kwargs else args))
             case 0x30:  # POP
                 _ = stack.pop() if stack else self._pop_mark()
@@ -326,7 +335,12 @@ class Machine:
         if not isinstance(symbol, Symbol) or not isinstance(args, tuple):
             self.bad("a call of something that is no global")
         builder = self._builders.get(id(symbol))
-        return Record(symbol, args) if builder is None else builder(self, symbol, args)
+        return Record(symbol, args) if builder is None else self._made(builder, symbol, args)
+
+    def _made(self, builder: Builder, symbol: Symbol, args: tuple[Any, ...]) -> Any:
+        if len(args) > _MAX_ARGS:
+            self.bad(f"{len(args)} arguments for {symbol}")
+        return builder(self, symbol, args)
 
     def _build(self, target: Node, state: Node) -> None:
         if type(target) is Record:
@@ -379,7 +393,7 @@ class Machine:
 
     def _persistent(self, pid: Node) -> StorageRef:
         """A storage by torch's ``("storage", type, key, location, numel)``, in old files with a view (None) behind."""
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or any(pid[5:]):
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or any(pid[5:]):
             self.bad("a persistent id that is no storage")
         kind, key, _location, numel = pid[1:5]
         if not isinstance(kind, Symbol) or not kind.name.endswith("Storage") or type(key) is not str:

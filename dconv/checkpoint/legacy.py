@@ -1,7 +1,7 @@
 """Megatron's legacy container: one ``mp_rank_XX[_YYY[_ZZZ]]/model_optim_rng.pt`` a rank, read and written.
 
-Source: ``megatron/training/checkpointing.py`` (file names, top-level keys), read together with ``megatron.md`` facts:
-keys are local to a pipeline stage, virtual chunks are ``model0`` …, expert parallelism adds a third number.
+Source: ``megatron/training/checkpointing.py`` (file names, top-level keys). Keys are local to a pipeline stage, virtual
+chunks are ``model0`` …, expert parallelism adds a third number.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Memory:
         said = [[(name, held) for name, held in chunk.items()] for chunk in self.chunks]
         return xxhash.xxh3_128_hexdigest(repr(said).encode("utf-8", "surrogatepass"))
 
-    def whole(self) -> list[int]:
+    def hashes(self) -> list[int]:
         """A hash of each tensor's bytes, in the order of ``chunks``."""
         pieces = [
             Piece(name, Region.whole(held.shape), "", held.offset, held.strides, held.dtype)

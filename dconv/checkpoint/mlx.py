@@ -111,7 +111,7 @@ def _locate(tensors: Mapping[str, Stored], family: Family, facts: Facts) -> Loca
     for name, tensor in tensors.items():
         one = held.get(name)
         if one is None and name in specs:
-            one = Held(name, specs[name].shape, (_whole(specs[name]),))
+            one = Held(name, specs[name].shape, (Slot.whole(name, specs[name].shape),))
         if one is None:
             if reason := family.reason_to_leave_out(name, facts):
                 located.left_out[name] = reason
@@ -125,11 +125,6 @@ def _locate(tensors: Mapping[str, Stored], family: Family, facts: Facts) -> Loca
         for piece in pieces(one.slots, tensor.extents, tensor.spec.dtype):
             located.pieces.setdefault(piece.tensor, []).append(piece)
     return located
-
-
-def _whole(spec: TensorSpec) -> Slot:
-    axes = tuple(range(len(spec.shape)))
-    return Slot(spec.name, Region.whole(spec.shape), (0,) * len(axes), axes)
 
 
 def as_held(held: Iterable[Held], logical: Logical) -> Logical:
@@ -215,7 +210,7 @@ def lay_out_target(
         shard_size: bytes of tensors in a weight file, at most (one tensor at least).
         left_out: stored tensors that are not written, each with the reason.
     """
-    held = [(spec, (_whole(spec),)) for spec in specs]
+    held = [(spec, (Slot.whole(spec.name, spec.shape),)) for spec in specs]
     return huggingface.lay_out_slots(
         held, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True, framework=FRAMEWORK
     )

@@ -27,7 +27,7 @@ from dconv.errors import Damaged, DconvError, Refused
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import Stored
 
-_MODEL: Final = "model.pt"
+MODEL: Final = "model.pt"
 METADATA: Final = "metadata.json"
 #: Its key -> Megatron's arg.
 _ARGS: Final = {
@@ -57,6 +57,8 @@ _SHOWN: Final = ("qk_layernorm", "add_qkv_bias", "group_query_attention", "vocab
 _NOT_OF_THE_FUNCTION: Final = ("init_method_std", "attention_dropout")
 _EMBEDDING: Final = "embedding.word_embeddings.weight"
 _LAYER: Final = "decoder.layers.0."
+#: Norms of queries and keys: of each head, or of what latent attention expands.
+_NORMS: Final = ("q_layernorm.weight", "linear_kv_up_proj.layer_norm_weight")
 
 
 def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_STORED) -> Source:
@@ -71,7 +73,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
         Damaged: no ``model.pt``, one that is torn, or a ``metadata.json`` that says another model than its tensors.
         Refused: ``rename`` gives two tensors one name.
     """
-    found = state_dict.read(path / _MODEL if (path / _MODEL).exists() else path, rename)
+    found = state_dict.read(path / MODEL if (path / MODEL).exists() else path, rename)
     folder, file = found.path.parent, found.path.name
     weights = found.tensors
     marker = folder / METADATA
@@ -84,7 +86,8 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
             found=f"sharded_backend {said['sharded_backend']!r:.40}",
         )
     config, side = megatron.sides(folder)
-    args = _args(said, weights, str(marker)) if said else None
+    words = {name.removeprefix("language_model."): tensor for name, tensor in weights.items()}
+    args = _args(said, words, str(marker)) if said else None
     lacks = _lacks(said, args) if config is None else ""
 
     def lay(family: Family, facts: Facts) -> Located:
@@ -131,7 +134,7 @@ def _args(said: Mapping[str, object], weights: Mapping[str, Stored], where: str)
 def _shown(args: Mapping[str, object], weights: Mapping[str, Stored], where: str) -> dict[str, object]:
     """The args that follow exactly from which tensors there are, and from their shapes."""
     found: dict[str, object] = {
-        "qk_layernorm": f"{_LAYER}self_attention.q_layernorm.weight" in weights,
+        "qk_layernorm": any(f"{_LAYER}self_attention.{name}" in weights for name in _NORMS),
         "group_query_attention": True,
     }
     biased = f"{_LAYER}self_attention.linear_qkv.bias" in weights
@@ -201,7 +204,7 @@ def lay_out(model: megatron.Model) -> Target:
     made = legacy.lay_out(model)
     states = [f"{module}._extra_state" for module in legacy.stateful(t.spec.name for t in made.tensors)]
     named = [replace(tensor, key=tensor.spec.name) for tensor in made.tensors]
-    file, tensors = state_dict.lay_out_file(_MODEL, named, owner=0, also=states)
+    file, tensors = state_dict.lay_out_file(MODEL, named, owner=0, also=states)
 
     def closing() -> Iterable[tuple[str, bytes]]:
         yield METADATA, (json.dumps(_metadata(model), indent=2) + "\n").encode()

@@ -51,7 +51,6 @@ _ANY_LAYER: Final = re.compile(
     r"((?:language_model\.|vision_model\.)?(?:decoder|encoder)\.layers\.\d{1,9}\."
     r"|mtp\.layers\.\d{1,9}\.(?:transformer_layer|mtp_model_layer)\.)(.+)"
 )
-_ENCODER: Final = "encoder."
 _CANONICAL: Final = re.compile(r"(.+\.experts\.)(\d{1,6})\.(.+)")
 _SEQUENTIAL: Final = re.compile(r"(.+\.experts\.)local_experts\.(\d{1,6})\.(.+)")
 _GROUPED: Final = re.compile(r"(.+\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d{1,6})")

@@ -48,7 +48,8 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe a directory of Neuron's names as HuggingFace's.
 
     Raises:
-        Damaged: as `dconv.checkpoint.huggingface.open_source`; a tensor of another shape than its config says.
+        Damaged: as `dconv.checkpoint.huggingface.open_source`; a tensor of another shape than its config says, or one
+            that is there under Neuron's and HuggingFace's names at once.
         Refused: no config.json, or a family whose names are not known.
     """
     before = stamps(folder, (".safetensors",))
@@ -64,14 +65,29 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
     left_out: dict[str, str] = {}
     shard = huggingface.renamed(folder, huggingface.shards_of(folder)[0], rename)
     named: huggingface.Shard = {file: {} for file in shard}
+    made_of: dict[str, str] = {}
+    block = block_of(config)
     for file, tensors in shard.items():
         for name, tensor in tensors.items():
             if name.endswith(_RANKS):
                 left_out[name] = "parallel ranks, which the loader makes"
-            else:
-                named[file].update(_named(name, tensor, held, block_of(config)))
+                continue
+            found = _named(name, tensor, held, block)
+            for theirs in found:
+                if made_of.setdefault(theirs, name) != name:
+                    raise _twice(theirs, made_of[theirs], name, folder)
+            named[file].update(found)
     source = huggingface.source_of(folder, [named], before, config, side_files(folder), "neuron")
     return replace(source, left_out={**source.left_out, **left_out})
+
+
+def _twice(theirs: str, one: str, other: str, folder: Path) -> Damaged:
+    return Damaged(
+        "two tensors of a Neuron checkpoint are one of HuggingFace's, nothing was written",
+        where=f"{one} and {other} in {folder}",
+        expected="one of the two",
+        found=f"{theirs} twice",
+    )
 
 
 def _named(name: str, tensor: Stored, held: Mapping[str, Held], block: tuple[int, int] | None) -> dict[str, Stored]:

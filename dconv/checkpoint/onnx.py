@@ -242,6 +242,11 @@ def _varint(file: BinaryIO, at: int, end: int) -> tuple[int, int]:
 
 
 def _varints(data: bytes) -> list[int]:
+    """Numbers one behind the other.
+
+    Raises:
+        ValueError: the last one has no end, or one is longer than 64 bits take.
+    """
     found: list[int] = []
     value = shift = 0
     for byte in data:
@@ -250,6 +255,10 @@ def _varints(data: bytes) -> list[int]:
         if byte < 128:
             found.append(value)
             value = shift = 0
+        elif shift >= 70:
+            break
+    if shift:
+        raise ValueError("a number in a list has no end")
     return found
 
 

@@ -57,10 +57,10 @@ class Record:
 
     __slots__ = ("args", "items", "state", "symbol")
 
-    def __init__(self, symbol: Symbol, args: tuple[Any, ...] = (), state: Node = None) -> None:
+    def __init__(self, symbol: Symbol, args: tuple[Any, ...]) -> None:
         self.symbol = symbol
         self.args = args
-        self.state = state
+        self.state: Node = None
         self.items: list[object] = []
 
     @property

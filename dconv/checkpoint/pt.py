@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from dconv.arch.family import Entry, Family
 from dconv.arch.layouts import Facts
@@ -20,7 +21,8 @@ from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Slot, TensorSpec
 
-_WHOLE = "pytorch_model.bin"  # the name that transformers looks for
+#: The name that transformers looks for.
+_WHOLE: Final = "pytorch_model.bin"
 
 
 def open_source(path: Path, *, rename: Renaming = AS_STORED) -> Source:
@@ -83,8 +85,7 @@ def lay_out(
 
 def whole_tensor(spec: TensorSpec, name: str = "") -> TargetTensor:
     """All of a logical tensor, written as ``name`` (its own by default); file and offset still to be filled in."""
-    axes = tuple(range(len(spec.shape)))
-    slot = Slot(spec.name, Region.whole(spec.shape), (0,) * len(axes), axes)
+    slot = Slot.whole(spec.name, spec.shape)
     return TargetTensor(name or spec.name, "", 0, replace(spec, name=name or spec.name), (slot,))
 
 

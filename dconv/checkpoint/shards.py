@@ -152,12 +152,21 @@ def _unstack(stored: Stored, experts: int, *, columns: bool) -> Iterator[Stored]
     """One matrix [out, in] an expert from [in, experts x out] (``weight1``) or [experts x in, out] (``weight2``).
 
     Both are views of a row-major [experts, in, out]: see ``GroupedMLP.forward`` (``weight1.view(experts, …)``).
+
+    Raises:
+        Damaged: a matrix of no such shape.
     """
-    (rows, width), extent = stored.spec.shape, stored.extents[0]
+    shape, extent = stored.spec.shape, stored.extents[0]
     itemsize = ITEMSIZE[stored.spec.dtype]
+    rows, width = shape if len(shape) == 2 else (0, 0)
     stacked = width if columns else rows
-    if not experts or stacked % experts or extent.strides != (width * itemsize, itemsize):
-        raise shape_error(stored.spec.name, extent.file, (rows, width), stored.spec.shape)
+    if not stacked or not experts or stacked % experts or extent.strides != (width * itemsize, itemsize):
+        raise Damaged(
+            "the experts of a rank do not divide the matrix that holds them all",
+            where=f"{stored.spec.name} in {extent.file}",
+            expected=f"{experts} experts {'side by side' if columns else 'one below the other'}, row-major",
+            found=f"{shape}, strides {extent.strides} in bytes",
+        )
     into, out = (rows, width // experts) if columns else (rows // experts, width)
     for number in range(experts):
         start = extent.offset + number * into * out * itemsize

@@ -31,8 +31,8 @@ def read_mapping(path: Path, option: str, *, expected: str = "", texts: bool = F
             is no text. Otherwise they are of the types that YAML gives them.
 
     Raises:
-        UsageError: no such file, one that is too long, no mapping, YAML that is none, has aliases (few bytes may stand
-            for many) or a key twice.
+        UsageError: no such file, one that is too long, no mapping, YAML that is none, has a key twice, or, without
+            ``texts``, aliases (few bytes may stand for many).
         Damaged: JSON that is none, or has a key twice; YAML with a tag of its own, or deeper than any.
     """
     if not path.is_file():

@@ -165,13 +165,13 @@ def expected_specs(
 
 
 def side_files(folder: Path) -> dict[str, Path]:
-    """The side files of a directory, by name."""
+    """The side files of a directory, by name; also links to nothing, which whoever reads them tells of."""
     if not folder.is_dir():
         return {}
     return {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.is_file()
+        if (path.is_file() or (path.is_symlink() and not path.exists()))
         and any(fnmatchcase(path.name, pattern) for pattern in SIDE_FILES)
         and not path.name.endswith((".index.json", ".py"))
     }

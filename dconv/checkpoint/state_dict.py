@@ -77,11 +77,12 @@ def read(path: Path, rename: Renaming = AS_STORED) -> StateDict:
     """
     file = find(path)
     if file is None:
+        held = [entry.name for entry in sorted(path.iterdir()) if is_file(entry)] if path.is_dir() else [path.name]
         raise Damaged(
             "no state dict that can be told apart",
             where=str(path),
             expected=f"one file of {', '.join(SUFFIXES)}, or one of {', '.join(_USUAL)}",
-            found=", ".join(entry.name for entry in sorted(path.iterdir()) if is_file(entry))[:200] or "none",
+            found=", ".join(held)[:200] or "none",
             do="name the file itself",
         )
     before = stamp(file)  # before what it holds
@@ -137,7 +138,7 @@ def lay_out_file(
         also: further keys, whose value is None.
     """
     tree: dict[str, object] = {
-        tensor.spec.name: torchframe.tensor(tensor.spec.dtype, tensor.spec.shape, str(i))
+        tensor.spec.name: torchframe.tensor(tensor.spec.dtype, tensor.spec.file_shape, str(i))
         for i, tensor in enumerate(tensors)
     }
     tree |= dict.fromkeys(also)

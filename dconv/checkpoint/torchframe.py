@@ -23,6 +23,8 @@ _STORAGE: Final = {short: Global("torch", name) for name, short in STORAGE_DTYPE
 _UNTYPED: Final = Global("torch.storage", "UntypedStorage")
 _NO_HOOKS: Final = Reduce(Global("collections", "OrderedDict"), ())
 _KEY: Final = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+#: The archive's folder: torch takes any one, and calls its own so.
+_ROOT: Final = "archive"
 #: torch aligns storages to 64 bytes so that a mapped tensor is aligned for vector loads.
 _ALIGN: Final = 64
 
@@ -74,7 +76,7 @@ class Frame:
     data: dict[str, int]
 
 
-def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, root: str = "archive") -> Frame:
+def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0) -> Frame:
     """A container for ``tree``, to lie at byte ``base`` of a file.
 
     Its storages' checksums are 0: torch never looks at them, and the bytes are not known yet.
@@ -83,15 +85,14 @@ def frame(tree: object, storages: Sequence[tuple[str, int]], *, base: int = 0, r
         tree: what `dconv.checkpoint.pickling.dumps` takes, and nodes of `tensor`, and `DTypeRef`.
         storages: (key, bytes) of each storage, in file order.
         base: where the container begins in its file, in bytes.
-        root: name of the archive's folder.
 
     Raises:
         ValueError: a key twice or of odd form, a tensor that is not inside its storage.
     """
     sizes = dict(storages)
-    if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, [root, *sizes])):
+    if len(sizes) != len(storages) or not all(map(_KEY.fullmatch, sizes)):
         raise ValueError("storage keys must be plain and unique")
-    writer = ZipWriter(base, root)
+    writer = ZipWriter(base, _ROOT)
     writer.add("data.pkl", dumps(tree, lambda node: lower(node, sizes)))
     writer.add("version", b"3\n")
     writer.add("byteorder", b"little")

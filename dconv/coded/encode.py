@@ -217,6 +217,18 @@ def stacked(family: Family, facts: Facts, logical: Logical) -> set[str]:
     return {spec.name for spec in specs if len(spec.shape) > 2 and spec.name in logical.specs}
 
 
+def has_codes(family: Family, *, stacked: bool) -> bool:
+    """Whether a scheme has a form for a family at all; see `linears`.
+
+    Args:
+        family: the model's.
+        stacked: whether the scheme stores experts that are one tensor for all.
+    """
+    found = [row for row in family.rows if row.is_linear]
+    turned = any(row.layout.order == (1, 0) for row in found)
+    return bool(found) and not turned and (stacked or not any(row.shared for row in found))
+
+
 def linears(family: Family, facts: Facts, logical: Logical) -> set[str]:
     """Weights that most schemes store in codes: of the linear layers inside the decoder, routers excepted.
 

@@ -14,6 +14,7 @@ from dconv.launch.process import Stop, say
 from dconv.launch.terminal import show, show_json
 from dconv.launch.values import number, positive, whole
 from dconv.report.table import Table
+from dconv.request import spelled
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def _check(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     if given:
         raise UsageError(
             "--launcher local has no use for this, nothing was written",
-            where=", ".join("--" + name.replace("_", "-") for name in given),
+            where=", ".join(map(spelled, given)),
             expected="--launcher ray beside it",
         )
 

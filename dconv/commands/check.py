@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dconv.commands.common import add_source_options, described
-from dconv.errors import Refused, ToolMissing
+from dconv.errors import Refused, ToolMissing, UsageError
 from dconv.launch.terminal import show, show_json
+from dconv.request import spelled
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Do it; 7 where it could not be run for want of a runtime.
 
     Raises:
+        UsageError: options about a checkpoint's weights, of a hand-off.
         DconvError: see `dconv.checking.check`.
     """
     from dconv.checking import check
@@ -35,6 +37,17 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 
     args = parser.parse_args(words)
     if manifest.is_here(args.path):
+        said = {
+            **described(args),
+            **{name: getattr(args, name) for name in ("force_run", "max_memory", "strict")},
+        }
+        if given := [spelled(name) for name, value in said.items() if value]:
+            raise UsageError(
+                "a hand-off is checked by its own manifest",
+                where=", ".join(given),
+                expected="--no-run and --json at most",
+                do="dconv check of a checkpoint in it takes the others",
+            )
         return _hand_off(args)
     run: dict[str, Any] = {
         "run": not args.no_run,

@@ -28,6 +28,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add_answer_options(parser)
 
 
+def given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, for an engine from outside."""
+    ours = ("model", "format", "out", "config", "json", "quiet", "debug", "world", "trace", "save_config")
+    every = vars(args).items()
+    return {name: value for name, value in every if name not in ours and value != parser.get_default(name)}
+
+
 def described(args: argparse.Namespace) -> dict[str, Any]:
     """What was said of a source, by the keywords of `dconv.inspect` and `dconv.check`."""
     return {

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dconv.commands.common import given
 from dconv.errors import ToolMissing, UsageError
 from dconv.launch.terminal import show, show_json
 
@@ -90,11 +91,8 @@ def _by_an_engine_from_outside(parser: argparse.ArgumentParser, args: argparse.N
     engine = outside(args.format)
     if engine is None:
         return None
-    ours = ("model", "format", "out", "config", "json", "quiet", "debug")
-    given = {
-        name: value for name, value in vars(args).items() if name not in ours and value != parser.get_default(name)
-    }
-    went, said = engine.convert(args.model, args.out or f"{args.model.resolve().name}-{args.format}", **given)
+    out = args.out or f"{args.model.resolve().name}-{args.format}"
+    went, said = engine.convert(args.model, out, **given(parser, args))
     shown = said or {}
     if args.json:
         show_json(shown)

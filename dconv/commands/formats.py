@@ -14,13 +14,15 @@ __all__ = ["options", "run"]
 def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """List them."""
     from dconv import matrix
+    from dconv.formats import outsiders
     from dconv.report.formats import known, parts
 
     args = parser.parse_args(words)
     if args.json:
-        show_json(known())
+        show_json({**known(), "outside": dict(outsiders())})
     elif args.markdown:
         show(matrix.markdown())
     else:
-        show(*parts())
+        also = (f"writes (FORMAT)  {name}, by {engine}, an entry point" for name, engine in outsiders().items())
+        show(*parts(), *also)
     return 0

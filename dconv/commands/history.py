@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def _told(one: Mapping[str, Any]) -> str:
     ranks = f"{one['ranks']} rank{'s' * (one['ranks'] > 1)} on {one['host']}"
     said = {
         "run": f"{one['id']}, {one['state']}" + (f" (exit code {one['code']})" if one["code"] else ""),
-        "command": f"dconv convert {' '.join(one['words'])}",
+        "command": shlex.join(["dconv", "convert", *one["words"]]),
         "in": one["directory"],
         "when": f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['started']))}, {_lasted(one['seconds'])}",
         "by": ranks,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from dconv.commands.common import add_answer_options
+from dconv.commands.common import add_answer_options, described, given
+from dconv.errors import UsageError
 from dconv.launch.terminal import show, show_json
 
 
@@ -31,6 +33,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         DconvError: see `dconv.pipeline.prepare`.
     """
     from dconv.examine import price
+    from dconv.formats import outsiders
     from dconv.launch.options import parse, target, to_request
     from dconv.pipeline import prepare
     from dconv.report import plan as report
@@ -38,9 +41,18 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     from dconv.trace import trace
 
     args = parse(parser, words)
-    if target(args):
+    if args.format in outsiders() and not target(args):
+        said = _planned_outside(parser, args)
+        shown = "\n".join(f"{key}: {value}" for key, value in said.items())
+    elif target(args):
         from dconv.launch.compiling import planned
 
+        if useless := [option for option, said in (("--world", args.world), ("--trace", args.trace)) if said]:
+            raise UsageError(
+                "what goes to a hardware compiler is planned by the conversions that make it, nothing was written",
+                where=", ".join(useless),
+                do="leave it out; dconv plan MODEL huggingface has it of a checkpoint",
+            )
         said = planned(args)
         shown = "\n".join(f"{key}: {value}" for key, value in said.items())
     else:
@@ -58,3 +70,16 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     else:
         show(shown)
     return 0
+
+
+def _planned_outside(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Mapping[str, Any]:
+    """What an entry point's engine would do."""
+    from dconv.formats import planned
+
+    if own := [f"--{name}" for name in ("world", "trace") if getattr(args, name)]:
+        raise UsageError(
+            f"{args.format} is planned by its own engine, which has no shares and no ways of tensors",
+            where=", ".join(own),
+            do="leave it out",
+        )
+    return planned(args.format, args.model, described(args), given(parser, args))

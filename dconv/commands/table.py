@@ -96,7 +96,16 @@ COMMANDS: Final[dict[str, Command]] = {
   # layer by layer, in so much memory
   dconv check deepseek-v3 --max-memory 32GB""",
     ),
-    "archs": Command("list the model families", "", "  dconv archs\n  dconv archs --json"),
+    "archs": Command(
+        "list the model families, and what becomes of each",
+        "",
+        """  dconv archs
+  dconv archs --json
+  # families by source, FORMAT and compiler: a table to send around
+  dconv archs --format md
+  dconv archs --format html -o archs.html
+  dconv archs --format pdf -o archs.pdf --overwrite""",
+    ),
     "doctor": Command(
         "say which runtimes and hardware compilers are here, how to get the others",
         "",

@@ -21,6 +21,10 @@ _GENERATION: Final = "generation_config.json"
 #: Models that the runtime treats in a way of their own where that is the graph's business, too; any other decoder is
 #: what it calls llama: tokens, mask, positions, keys and values in, logits, keys and values out.
 _TYPE: Final = "llama"
+#: What config.json calls the number of query heads.
+_HEADS: Final = ("num_attention_heads", "n_head")
+#: Tokens that begin, end and fill a text.
+_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: What `search` takes of generation_config.json, with what the builder writes where it says nothing.
 _SEARCH: Final = {
     "diversity_penalty": 0.0, "do_sample": False, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
@@ -39,12 +43,12 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
     keys = graph.inputs[graph.cached or 0 :: 2]
     _, heads, _, width = keys[0].axes
     config, said = model.config, generation_of(model)
+    tokens = special_tokens(config, said)
     context = next((value for key in ("max_position_embeddings", "n_positions") if (value := config.get(key))), 2048)
-    first, last = (said.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id"))
-    fill: Any = said.get("pad_token_id", config.get("pad_token_id"))
+    first, last, fill = (tokens.get(key) for key in _TOKENS)
     if fill is None:
         fill = last[0] if is_list(last) else last
-    heads_of = {key: config[name] for key, names in _HEADS.items() for name in names if name in config}
+    queries = next((config[name] for name in _HEADS if name in config), None)
     found: dict[str, Any] = {
         "model": {
             "bos_token_id": 1 if first is None else first,
@@ -66,7 +70,7 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                **heads_of,
+                **({} if queries is None else {"num_attention_heads": queries}),
                 "num_hidden_layers": len(keys),
                 "num_key_value_heads": heads,
             },
@@ -87,7 +91,15 @@ def config_of(model: Described, graph: Graph, filename: str) -> Made:
     return Made(lambda: data)
 
 
-_HEADS: Final = {"num_attention_heads": ("num_attention_heads", "n_head")}
+def special_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens that begin, end and fill a text, by transformers' keys, where they are said; several may end one.
+
+    Args:
+        config: config.json.
+        generation: generation_config.json, whose tokens win; null there says nothing.
+    """
+    said = ({key: file[key] for key in _TOKENS if file.get(key) is not None} for file in (config, generation))
+    return {key: token for file in said for key, token in file.items()}
 
 
 def generation_of(model: Described) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dconv.export.graph import BATCH, REPLIES, SEQUENCE, Graph, Port
+from dconv.export.graph import BATCH, REPLIES, SEQUENCE, Graph, Port, module_of
 
 ENCODER: Final = "encoder_model.onnx"
 DECODER: Final = "decoder_model.onnx"
@@ -19,12 +19,12 @@ def halves_of(model: Any) -> dict[str, Graph]:
     mask = (BATCH, SEQUENCE)
     states = (BATCH, SEQUENCE, hidden)
     encoder = Graph(
-        _module(model, _read),
+        module_of(model, _read),
         (Port("input_ids", (BATCH, SEQUENCE), True), Port("attention_mask", mask, True)),
         (Port("last_hidden_state", states),),
     )
     decoder = Graph(
-        _module(model, _answer),
+        module_of(model, _answer),
         (
             Port("encoder_attention_mask", mask, True),
             Port("input_ids", (BATCH, REPLIES), True),
@@ -35,25 +35,11 @@ def halves_of(model: Any) -> dict[str, Graph]:
     return {ENCODER: encoder, DECODER: decoder}
 
 
-def _module(model: Any, forward: Any) -> Any:
-    import torch
-
-    class Traced(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (forward(self.model, *inputs),)
-
-    return Traced().eval().requires_grad_(False)
+def _read(model: Any, tokens: Any, mask: Any) -> tuple[Any, ...]:
+    return (model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state,)
 
 
-def _read(model: Any, tokens: Any, mask: Any) -> Any:
-    return model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state
-
-
-def _answer(model: Any, mask: Any, replies: Any, states: Any) -> Any:
+def _answer(model: Any, mask: Any, replies: Any, states: Any) -> tuple[Any, ...]:
     from transformers.modeling_outputs import BaseModelOutput
 
     said = model(
@@ -62,4 +48,4 @@ def _answer(model: Any, mask: Any, replies: Any, states: Any) -> Any:
         decoder_input_ids=replies,
         use_cache=False,
     )
-    return said.logits
+    return (said.logits,)

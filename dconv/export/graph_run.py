@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from dconv.checkpoint.graphs import FILES, PORTS, Archive, archive_of, device_of
 from dconv.errors import Damaged, DconvError, Refused, ToolMissing
-from dconv.export.graph import BATCH, PAST, Port
+from dconv.export.graph import BATCH, LENGTHS, PAST, Port
 from dconv.export.huggingface import continuation, largest
-from dconv.export.prompt import Answers, Prompt
-from dconv.net.device import is_here
+from dconv.export.prompt import NEW_TOKENS, Answers, Prompt
+from dconv.net.device import AUTO, DEVICES, is_here, is_name
 from dconv.net.skeleton import quiet
 
-_NEW_TOKENS: Final = 12
+#: torch's names of what a graph may compute in.
+_COMPUTED: Final = ("float32", "bfloat16", "float16")
 #: Tokens of a prompt that go into the cache first.
 _FIRST: Final = 5
 
@@ -93,9 +94,12 @@ def loading(found: Archive) -> Generator[None]:
     """Errors of torch's loaders, told as ours.
 
     Raises:
+        Damaged: it is written for no device.
         ToolMissing: torch does not open it, or it is for a device that is not here.
     """
     device = device_of(found) or "cpu"
+    if not is_name(device) or device == AUTO:
+        raise Damaged("a graph is written for no device", where=str(found.path), expected=DEVICES, found=device[:80])
     if not is_here(device):
         raise ToolMissing(
             "a graph is written for a device that is not here",
@@ -128,13 +132,21 @@ def ports_of(found: Archive, text: str) -> Ports:
             tuple(Port(it["name"], tuple(it["axes"]), it["dtype"] == "int64") for it in said[side])
             for side in ("inputs", "outputs")
         )
-        return Ports(inputs, outputs, next(it["dtype"] for it in said["outputs"]), device_of(found))
+        dtype = next(it["dtype"] for it in said["outputs"])
+        if dtype not in _COMPUTED or not all(map(_is_known, (*inputs, *outputs))):
+            raise ValueError("a dtype or an axis that no graph of dconv's has")
+        return Ports(inputs, outputs, dtype, device_of(found))
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
         raise Refused(
             "this graph does not say what it takes, and is not run",
             where=str(found.path),
             expected=f"extra/{PORTS}, as dconv writes it",
         ) from error
+
+
+def _is_known(port: Port) -> bool:
+    """Whether each axis is a length, or one of any that a call gives."""
+    return all(axis in LENGTHS if isinstance(axis, str) else type(axis) is int and axis >= 0 for axis in port.axes)
 
 
 def answers(graph: Loaded, prompt: Prompt) -> Answers:
@@ -206,7 +218,7 @@ def _generated(graph: Loaded, prompt: Prompt, sentence: NDArray[np.int64]) -> ND
     replies = torch.zeros_like(tokens[:, :1])  # T5 and its kind begin with their padding, token 0
     fed, cache = tokens, None
     with torch.no_grad(), quiet():
-        for _ in range(_NEW_TOKENS):
+        for _ in range(NEW_TOKENS):
             if prompt.replies is not None:
                 last = graph.call(tokens, torch.ones_like(tokens), replies)[0][:, -1:]
                 replies = torch.cat([replies, last.argmax(-1)], 1)

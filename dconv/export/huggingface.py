@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from dconv.checkpoint.files import read_json
 from dconv.describe import describe_model
 from dconv.errors import Damaged, DconvError, ToolMissing, group_names
-from dconv.export.prompt import Answers, Kind, Prompt
+from dconv.export.prompt import NEW_TOKENS, SENTENCE, Answers, Kind, Prompt
 from dconv.net.lazy import fill
 from dconv.net.own import is_ours, is_theirs
 from dconv.net.skeleton import built, config_of, fill_computed, quiet
 from dconv.net.weights import Weights
 
-_PROMPT: Final = "The capital of France is"
-_NEW_TOKENS: Final = 12
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 #: transformers' class that picks a model by its config.
 AUTO: Final[dict[Kind, str]] = {
@@ -194,7 +192,7 @@ def continuation(
     try:
         with quiet():
             tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            made = write(tokenizer(_PROMPT, return_tensors="np")["input_ids"])
+            made = write(tokenizer(SENTENCE, return_tensors="np")["input_ids"])
             return {"continuation": tokenizer.decode(made[0], skip_special_tokens=True)}
     except DconvError:
         raise
@@ -215,5 +213,5 @@ def _generated(model: Any, prompt: Prompt, sentence: NDArray[np.int64]) -> NDArr
         }
     with torch.no_grad():
         # a pad token that the config lacks would be warned about and is not used for one row
-        made = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
+        made = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     return made[:, prompt.patches :].numpy()

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from dconv.errors import ToolMissing
 from dconv.export.huggingface import largest
-from dconv.export.prompt import Answers, Prompt
+from dconv.export.prompt import NEW_TOKENS, SENTENCE, Answers, Prompt
 
-_SENTENCE: Final = "The capital of France is"
-_TOKENS: Final = 12
 #: Of a context: the question, and room for what is written.
 _CONTEXT: Final = 256
 
@@ -47,8 +45,8 @@ def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
         "largest_logit": largest(answers, path),
     }
     model.reset()
-    made = model.create_completion(_SENTENCE, max_tokens=_TOKENS, temperature=0.0)
-    return {**shown, "continuation": _SENTENCE + made["choices"][0]["text"]}
+    made = model.create_completion(SENTENCE, max_tokens=NEW_TOKENS, temperature=0.0)
+    return {**shown, "continuation": SENTENCE + made["choices"][0]["text"]}
 
 
 def answers_of(path: Path, prompt: Prompt, **_: Any) -> Answers:

@@ -7,13 +7,12 @@ else than the arguments say, it refuses.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dconv.errors import Refused
-from dconv.export.megatron_weights import Args
+from dconv.export.megatron_weights import Args, named
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +76,7 @@ _HYBRID = ("is_hybrid_model", "hybrid_override_pattern", "spec")
 
 
 def as_dict(args: Args, *, hybrid: bool = False) -> dict[str, Any]:
-    """Arguments as a dictionary of their own.
+    """Arguments by name, of a model that is computed here.
 
     Args:
         args: by the names of Megatron-LM's parser.
@@ -86,7 +85,7 @@ def as_dict(args: Args, *, hybrid: bool = False) -> dict[str, Any]:
     Raises:
         Refused: a size is missing, or what is asked for is not computed here.
     """
-    given = dict(vars(args) if isinstance(args, Namespace) else args)
+    given = named(args)
     missing = [name for name in REQUIRED if given.get(name) is None]
     if missing:
         raise Refused("Megatron arguments are missing", where="args", expected=", ".join(missing))

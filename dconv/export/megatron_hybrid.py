@@ -23,7 +23,10 @@ _SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_he
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm over groups of channels, after the gate (``mamba_ssm.ops.triton.layernorm_gated``)."""
+    """Root mean square norm over groups of channels, behind the gate, which `scan` has applied by then.
+
+    Source: mamba_ssm, ``ops/triton/layernorm_gated.py``, ``rms_norm_ref`` with a ``group_size`` and without ``z``.
+    """
 
     def __init__(self, hidden_size: int, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: Any):
         super().__init__()
@@ -44,7 +47,7 @@ def scan(
 ) -> torch.Tensor:  # fmt: skip
     """``mamba_split_conv1d_scan_combined``: [batch, length, z x B C dt] to [batch, length, channels].
 
-    Source: mamba_ssm, ``ops/triton/ssd_combined.py``, ``mamba_split_conv1d_scan_ref``.
+    Source: mamba_ssm, ``ops/triton/ssd_combined.py``, ``mamba_split_conv1d_scan_ref`` without ``rmsnorm_weight``.
 
     Args:
         zxbcdt: gate, input, B and C of each group and step of each head, one behind the other in the last axis.

@@ -137,7 +137,8 @@ def _finish_iteration(root: str | Path, iteration: int) -> None:
     ranks.barrier()
 
 
-def _as_dict(args: Args) -> dict[str, Any]:
+def named(args: Args) -> dict[str, Any]:
+    """Arguments by name, as a dictionary of their own."""
     return dict(vars(args) if isinstance(args, Namespace) else args)
 
 
@@ -152,7 +153,7 @@ def _common_state(models: Sequence[Model], args: Args, iteration: int) -> dict[s
         )
     }  # fmt: skip
     return {
-        "args": Namespace(**{**_as_dict(args), **sizes}),
+        "args": Namespace(**{**named(args), **sizes}),
         "checkpoint_version": 3.0,
         "iteration": iteration,
     }
@@ -173,7 +174,7 @@ def save_torch_dist(models: Sequence[Model], root: str | Path, args: Args, itera
     state = _common_state(models, args, iteration)
     for name, model in _named(models):
         state[name] = sharded = _sharded(model, _CONTENT_METADATA)
-        if _as_dict(args).get("transformer_impl") == "transformer_engine":
+        if named(args).get("transformer_impl") == "transformer_engine":
             keys = megatron_spelling.global_names(sharded)
             megatron_spelling.rename(sharded, megatron_spelling.to_fused(keys, grouped=False))
     core.save(state, str(directory), content_metadata=dict(_CONTENT_METADATA))
@@ -256,7 +257,7 @@ def save_legacy(models: Sequence[Model], root: str | Path, args: Args, iteration
             expected="expert tensor parallel size up to the tensor parallel size",
             found=str(cut),
         )
-    given = _as_dict(args)
+    given = named(args)
     directory = _start_iteration(root, iteration)
     if 0 in (parallel_state.get_data_parallel_rank(), parallel_state.get_expert_data_parallel_rank()):
         state = _common_state(models, args, iteration)

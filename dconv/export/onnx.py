@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from dconv.arch.layouts import size
 from dconv.checkpoint.source import Source, seal, side_bytes
@@ -25,6 +25,7 @@ from dconv.export.graph import fixed
 from dconv.export.graph_halves import halves_of
 from dconv.export.onnx_coding import Coding
 from dconv.export.onnx_graph import OPSETS, require, traced
+from dconv.export.onnx_run import NAME
 from dconv.export.onnx_weights import Weight, lay_out, serialised, weights_of
 from dconv.export.prompt import Answers, Kind, Prompt, kind_of
 from dconv.export.traced import Export, weightless
@@ -32,9 +33,6 @@ from dconv.net.finite_mask import HIDDEN, HIDDEN_IN_CODES
 from dconv.request import Request
 from dconv.sharding.plan import Target, TargetFile
 from dconv.targets import new_config
-
-#: Of the graph of a model that is one; the file of its weights is named after it.
-NAME: Final = "model.onnx"
 
 
 def export(request: Request, model: Described) -> Export:

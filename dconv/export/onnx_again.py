@@ -16,7 +16,8 @@ from dconv.checkpoint.source import Source, seal, side_bytes
 from dconv.coded.nbits_encode import Blocks
 from dconv.errors import Refused
 from dconv.export.onnx_coding import Coding
-from dconv.export.onnx_graph import nodes, require, require_opset
+from dconv.export.onnx_graph import require, require_opset
+from dconv.export.onnx_opset import nodes
 from dconv.export.onnx_weights import NUMBER_OF, Weight, lay_out, serialised
 from dconv.request import Request
 from dconv.sharding.plan import Target, TargetFile

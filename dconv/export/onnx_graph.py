@@ -6,7 +6,7 @@ that its graph takes. What is written of the graph does not depend on who traced
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from dconv import __version__
 from dconv.errors import Refused, ToolMissing
 from dconv.export.graph import Port
 from dconv.export.onnx_fixed import FOLDING, settle
-from dconv.export.onnx_opset import convert
+from dconv.export.onnx_opset import convert, nodes
 from dconv.export.traced import Weightless, exported, silent
 from dconv.net.finite_mask import HIDDEN, finite_mask
 from dconv.net.real_rotary import real_rotary
@@ -159,13 +159,6 @@ def require_opset(model: Any, opset: int | None) -> None:
             where=f"--opset {opset}",
             expected=f"{model.opset_imports['']}, as it is",
         )
-
-
-def nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of an ``onnx_ir.Graph``, those of inner graphs included."""
-    from onnx_ir.traversal import RecursiveGraphIterator
-
-    yield from RecursiveGraphIterator(graph)
 
 
 def clean(model: Any, ports: Mapping[str, Port]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import pi, sqrt
 from typing import Any, Final
 
@@ -36,13 +36,13 @@ def _lower(model: Any, opset: int) -> None:
     import onnx
     from onnx_ir.passes.common import DeduplicateInitializersPass, LiftConstantsToInitializersPass
 
-    for node in list(_nodes(model.graph)):
+    for node in list(nodes(model.graph)):
         if node.domain == "" and node.op_type in _WITHOUT and opset < _WITHOUT[node.op_type][0]:
             _WITHOUT[node.op_type][1](node)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass()(model)
     lacking: set[str] = set()
-    for node in _nodes(model.graph):
+    for node in nodes(model.graph):
         if node.domain != "":
             continue
         try:
@@ -69,10 +69,11 @@ def _lower(model: Any, opset: int) -> None:
     model.graph.opset_imports[""] = opset
 
 
-def _nodes(graph: Any) -> Any:
+def nodes(graph: Any) -> Iterator[Any]:
+    """All nodes of an ``onnx_ir.Graph``, those of inner graphs included."""
     from onnx_ir.traversal import RecursiveGraphIterator
 
-    return RecursiveGraphIterator(graph)
+    yield from RecursiveGraphIterator(graph)
 
 
 def _gelu(node: Any) -> None:

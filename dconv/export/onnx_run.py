@@ -14,10 +14,10 @@ from dconv.export.graph_halves import DECODER, ENCODER
 from dconv.export.huggingface import continuation, largest
 from dconv.export.onnx_fixed_run import Lengths
 from dconv.export.onnx_graph import require
-from dconv.export.prompt import Answers, Prompt
+from dconv.export.prompt import NEW_TOKENS, Answers, Prompt
 
+#: Of the graph of a model that is one; the file of its weights is named after it.
 NAME: Final = "model.onnx"
-_NEW_TOKENS: Final = 12
 _TYPES: Final = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -50,6 +50,7 @@ def can_infer(path: Path, prompt: Prompt, **_: Any) -> dict[str, object]:
         Damaged: ONNX's checker finds fault, or the logits are not finite.
         ToolMissing: onnxruntime is not installed, or does not take the graph.
     """
+    require(("onnx", "onnxruntime"))
     import onnxruntime
 
     if not validate(path):
@@ -186,7 +187,7 @@ class Runs:
         read = self._read(sentence.astype(np.int64)) if prompt.kind == "encoder-decoder" else {}
         past: list[NDArray[Any]] | None = None
         kept = self.limit is None or self.limit.past > 0
-        for _ in range(_NEW_TOKENS):
+        for _ in range(NEW_TOKENS):
             if self.limit is not None and new.shape[1] >= self.limit.total:
                 break
             if read:

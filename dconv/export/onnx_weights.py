@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
 
-from dconv.export.onnx_graph import nodes
+from dconv.export.onnx_opset import nodes
 from dconv.net.places import Parameter
 from dconv.sharding.plan import TargetFile, TargetTensor
 from dconv.sharding.region import Index, Region

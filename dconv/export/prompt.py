@@ -20,6 +20,9 @@ Kind = Literal["decoder", "hybrid", "encoder", "encoder-decoder", "sighted"]
 #: fp32 answers of a model: of words [batch, sequence, vocabulary] first, then of what other heads it has.
 Answers = tuple[NDArray[np.float32], ...]
 
+#: What a model with a tokenizer goes on with, greedily and for so many tokens.
+SENTENCE: Final = "The capital of France is"
+NEW_TOKENS: Final = 12
 _LENGTH: Final = 16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -81,15 +81,30 @@ def obstacle(container: str, family: Family, config: Mapping[str, Any], args: Ma
         said = family.config.to_args(config, strict=False) if args is None else args
         found = not_computed(said, hybrid=kind == "hybrid")
         return f"megatron-core on a CPU does not compute {family.name}: {', '.join(found)}" if found else ""
-    from transformers.models.auto import modeling_auto
-
-    known = getattr(modeling_auto, f"MODEL_FOR_{_MAPPINGS[kind]}_MAPPING_NAMES")
-    named = config.get("model_type")
     from transformers import __version__
 
+    named = config.get("model_type")
     if own.is_ours(family, config):
         return own.obstacle(family, config)
-    return "" if named in known else f"transformers {__version__} has no model of type {named} ({family.name})"
+    known = named in _known(kind)
+    return "" if known else f"transformers {__version__} has no model of type {named} ({family.name})"
+
+
+def _known(kind: Kind) -> Container[object]:
+    """Every ``model_type`` that transformers has a class of this kind for."""
+    from transformers.models.auto import modeling_auto
+
+    return getattr(modeling_auto, f"MODEL_FOR_{_MAPPINGS[kind]}_MAPPING_NAMES")
+
+
+def is_traced(family: Family) -> bool | None:
+    """Whether graphs are made of a family (`dconv.export.traced`); None where transformers is not installed."""
+    if kind_of(family) == "sighted":
+        return False
+    if missing("huggingface"):
+        return None
+    named = family.config.model_type
+    return own.is_ours(family, {"model_type": named}) or named in _known(kind_of(family))
 
 
 def shortage(parameters: int, container: str) -> str:

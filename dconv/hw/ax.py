@@ -19,14 +19,15 @@ from typing import Final
 from dconv.arch.layouts import size
 from dconv.checkpoint import safetensors
 from dconv.describe import Described
-from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
 from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import write_script
 from dconv.hw.mup import folded
-from dconv.hw.target import OUT, Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import OUT, Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 #: Names the image where there is more than one; compile.sh asks for it, too.
 IMAGE: Final = "PULSAR2_IMAGE"
@@ -59,10 +60,15 @@ class Axera:
         known = {"AX650": "AX650A, AX650N, AX8850", "AX620E": "AX630C and its kin"}
         return {chip: f"{those}; weights {', '.join(_WEIGHTS)}" for chip, those in known.items()}
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone, with an embedding in bf16; settings are pulsar2's own options, by their names."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("Pulsar2's llm_build2 takes language models, nothing was written",
                           found=f"{model.family.name}, {kind}", expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
@@ -77,7 +83,8 @@ class Axera:
             "tensor_parallel_size": settings.whole(0, 0, 16),
             "check": settings.among(1, 0, 1, 2),
         }
-        given = {**ask.settings, **({} if ask.quant is None else {"weight_type": ask.quant})}
+        settings.require_of_use(ask, self.title, "--calibration", "--task", "--toolchain-python")
+        given = settings.asked(ask, "weight_type", known["weight_type"])
         found = settings.settled(given, known, ask.where)
         if int(str(found["prefill_len"])) > int(str(found["max_context"])):
             raise Refused("a prompt is no longer than the context, nothing was written", where=ask.where,
@@ -177,7 +184,12 @@ done""",
 
 
 def _write_embedding(folder: Path, path: Path) -> None:
-    """The rows of the embedding, as they lie in the checkpoint, which is bf16."""
+    """Write the rows of the embedding, as they lie in the checkpoint, which is bf16.
+
+    Raises:
+        Refused: the checkpoint calls its embedding otherwise.
+        Damaged: its file ends before the rows do.
+    """
     for file in sorted(folder.glob("*.safetensors")):
         for name, stored in safetensors.read_header(file).items():
             if name.endswith(_TABLE):
@@ -187,6 +199,8 @@ def _write_embedding(folder: Path, path: Path) -> None:
                     left = stored.spec.nbytes
                     while left:
                         part = source.read(min(left, _PART))
+                        if not part:
+                            raise Damaged("the embedding is cut short", where=str(file), found=f"{left:,} bytes fewer")
                         target.write(part)
                         left -= len(part)
                 return

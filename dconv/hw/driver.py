@@ -78,13 +78,8 @@ class Driver:
         return Tool(words, {VARIABLE: str(python)}, {**said, "python": str(python)})
 
     def _python(self, ask: Ask) -> Path:
-        if ask.python is not None:
-            found = shutil.which(ask.python)
-            if found is None:
-                raise UsageError(
-                    "this is no interpreter, nothing was written", where=f"--toolchain-python {ask.python}"
-                )
-            return Path(found)
+        if (named := named_python(ask)) is not None:
+            return named
         own = Path(__file__).parents[2] / ".venvs" / self.name / "bin" / "python"
         return own if own.exists() else Path(sys.executable)
 
@@ -99,7 +94,7 @@ class Driver:
         """
         shutil.copyfile(self.path, work / self.path.name)
         job = {"source": dict(source), "out": OUT, "platform": handing.terms.platform, "settings": dict(settings)}
-        (work / JOB).write_text(f"{json.dumps(job, indent=2, ensure_ascii=False)}\n")
+        (work / JOB).write_text(f"{json.dumps(job, indent=2)}\n")
         write_script(work, f'"${{{VARIABLE}:-python3}}" {self.path.name} compile {JOB}', self.install)
 
     def result(self, out: Path) -> dict[str, Any]:
@@ -120,6 +115,20 @@ class Driver:
         if not isinstance(said.get("evidence"), dict):
             raise VerifyFailed("the compiler ended well and gave no evidence of it", where=RESULT)
         return said
+
+
+def named_python(ask: Ask) -> Path | None:
+    """The interpreter that ``--toolchain-python`` names, absolute, since ``compile.sh`` runs in a folder of its own.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if ask.python is None:
+        return None
+    found = shutil.which(ask.python, path=ask.environment.get("PATH"))
+    if found is None:
+        raise UsageError("this is no interpreter, nothing was written", where=f"--toolchain-python {ask.python}")
+    return Path(found).absolute()
 
 
 def require_files(out: Path, names: list[str]) -> None:

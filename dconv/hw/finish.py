@@ -6,7 +6,6 @@ its name whole or not at all; of a compiler that failed its log is kept, and not
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ from typing import Any, Final
 from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
 from dconv.hw import manifest, process
 from dconv.hw.target import OUT, SCRIPT, Adapter, Ask, Handing, Terms, Tool
+from dconv.sharding.finish import aside_of, remove
+from dconv.sharding.journal import sync_folder
 from dconv.sharding.parsed import is_dict
 from dconv.sharding.receipt import RECEIPT
 
@@ -147,6 +148,7 @@ def again(adapter: Adapter, source: Path, how: Finish, adopted: Terms | None = N
     else:
         said = {**_said("compiled", adopted, how), "evidence": dict(adapter.judge(adopted, source, ""))}
         names = [path.relative_to(source).as_posix() for path in manifest.files_of(source)]
+    shutil.rmtree(how.work, ignore_errors=True)  # of a run that was killed
     how.work.mkdir(parents=True)
     try:
         for name in names:
@@ -174,7 +176,11 @@ def rejudged(adapter: Adapter, folder: Path) -> dict[str, Any]:
             raise Damaged(f"{manifest.NAME} does not say what was expected", where=str(folder))
         log = folder / LOG
         text = log.read_text(errors="replace") if log.is_file() else ""
-        adapter.judge(Terms(said["platform"], said["settings"], facts), folder, text)
+        try:
+            adapter.judge(Terms(said["platform"], said["settings"], facts), folder, text)
+        except KeyError as lacking:
+            raise Damaged(f"{manifest.NAME} does not say what was expected", where=str(folder),
+                          expected=f"{lacking} among its settings and facts") from lacking  # fmt: skip
     return said
 
 
@@ -203,17 +209,17 @@ def _require_room(work: Path) -> None:
 
 
 def _place(folder: Path, how: Finish) -> None:
-    """Rename a folder to the result's place, an older result out of the way first."""
-    old = how.out.with_name(f"{how.out.name}.replaced")
-    if os.path.lexists(how.out):
+    """Rename a folder to the result's place, an older result out of the way first, and back where that fails."""
+    old = aside_of(how.out, how.work)
+    if replaced := os.path.lexists(how.out):
         require_place(how.out, how.overwrite)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.replace(how.out, old)
-    os.replace(folder, how.out)
-    with contextlib.suppress(OSError):
-        shutil.rmtree(old)
-    descriptor = os.open(how.out.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.replace(folder, how.out)
+    except OSError:
+        if replaced:
+            os.replace(old, how.out)
+        raise
+    remove(old)
+    sync_folder(how.out.parent)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dconv.arch.rope import rope_parameters
 from dconv.errors import Refused
+from dconv.export.genai import special_tokens
 from dconv.export.genie import KINDS
 from dconv.hw.hexagon import Chip
 
@@ -86,8 +87,8 @@ def ends(model: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[Any, 
     Raises:
         Refused: none ends it.
     """
-    merged = {**model, **{key: said for key, said in generation.items() if said is not None}}
-    first, last = (merged.get(key) for key in ("bos_token_id", "eos_token_id"))
+    tokens = special_tokens(model, generation)
+    first, last = (tokens.get(key) for key in ("bos_token_id", "eos_token_id"))
     if last is None or last == []:
         raise Refused("no token ends a text, and Genie would not stop, nothing was written",
                       where="config.json, generation_config.json", expected="eos_token_id")  # fmt: skip

@@ -30,6 +30,8 @@ FOLDER: Final = "calibration"
 HIDDEN: Final = -50.0
 #: Tokens of each text that are read one by one.
 STEPS: Final = 4
+#: Inputs that reach from -1 to 1, whatever the samples are.
+_ANGLES: Final = ("position_ids_cos", "position_ids_sin")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -221,9 +223,6 @@ def write(work: Path, prompt: Graph, token: Graph, texts: NDArray[np.int32]) -> 
     for name, said in lines.items():
         (work / FOLDER / name / LIST).write_text("".join(f"{line}\n" for line in said))
     (work / ENCODINGS).write_text(f"{json.dumps(ranges.encodings(), indent=1)}\n")
-
-
-_ANGLES: Final = ("position_ids_cos", "position_ids_sin")
 
 
 def _real(name: str, held: NDArray[Any], count: int) -> NDArray[Any]:

@@ -13,16 +13,17 @@ from typing import Final
 
 from dconv.arch.layouts import size
 from dconv.describe import Described
-from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.errors import Refused, ToolMissing, VerifyFailed
 from dconv.export.prompt import kind_of
 from dconv.hw import settings
 from dconv.hw.driver import Driver
 from dconv.hw.mtk_contract import MAGIC, PLATFORMS
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 from dconv.sharding.parsed import is_dict
 
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 _FILE: Final = "model.tflite"
 _MORE: Final = (
@@ -31,7 +32,6 @@ _MORE: Final = (
 )  # fmt: skip
 #: Chips whose code is the ninth Neuron's; the others have the eighth's.
 _NINTH: Final = ("MT6993",)
-_TYPES: Final = ("f32", "int8")
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,27 @@ class Litert:
     def _driver(self) -> Driver:
         return Driver("litert", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone; ``--quant`` f32 or int8 says the same as the setting ``weights``."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("litert-torch is given decoders of text, nothing was written",
                           found=f"{model.family.name}, {kind}", expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         known = {
             "sequence": settings.whole(128, 1, 1 << 16),
             "past": settings.whole(0, 0, 1 << 17),
-            "weights": settings.among("f32", *_TYPES),
+            "weights": settings.among("f32", "f32", "int8"),
             "aot": settings.flag(True),
             "cpu_ops": settings.flag(False),
         }
-        found = settings.settled(ask.settings, known, ask.where)
-        weights = ask.quant or found["weights"]
-        if weights not in _TYPES:
-            raise UsageError("a .tflite has no such weights, nothing was written", where=f"--quant {weights}",
-                             expected=", ".join(_TYPES), do=settings.meant(str(weights), _TYPES))  # fmt: skip
+        settings.require_of_use(ask, self.title, "--calibration", "--task")
+        found = settings.settled(settings.asked(ask, "weights", known["weights"]), known, ask.where)
         step, mup, notes = folded(model, replace(request, dtype=request.dtype or "f32"))
         if not found["aot"]:
             notes = (
@@ -80,8 +82,7 @@ class Litert:
             )
         facts = {"layers": size(model.facts, "layers"), "mup": mup}
         parameters = sum(prod(spec.shape) for spec in model.logical.specs.values())
-        agreed = {**found, "weights": weights}
-        return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=16 * parameters)
+        return Handing(Terms(chip, found, facts), (Step(_ROLE, step),), model, notes, memory=16 * parameters)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         """litert-torch's interpreter, with NeuroPilot's SDK for the chip where code for its NPU is asked for."""

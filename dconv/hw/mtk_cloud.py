@@ -22,11 +22,12 @@ from dconv.hw.driver import write_script
 from dconv.hw.finish import LOG
 from dconv.hw.manifest import NAME
 from dconv.hw.mup import folded
-from dconv.hw.target import OUT, Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import OUT, Ask, Handing, Step, Takes, Terms, Tool
 from dconv.request import Request
 
 _MODEL: Final = "hf"
 _GPTQ: Final = "gptq"
+_TAKES: Final = Takes(("decoder", "sighted"), ("huggingface", _GPTQ))
 #: Variables that are paths, and where those lie in the work folder.
 _PATHS: Final = {"MODEL_PATH": _MODEL, "GPTQ_MODELPATH": _GPTQ, "OUTPUT_DIR": OUT}
 #: What tells .tflite files that were there from those that the script wrote.
@@ -45,15 +46,22 @@ class MtkCloud:
         """Chips that the repository takes."""
         return mtk_contract.PLATFORMS
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Language models, those that see among them, as HuggingFace has them and calibrated."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """A language model and its GPTQ form, which is calibrated here or copied from ``gptq_path``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         found = mtk_contract.settled(ask.settings, ask.where)
+        settings.require_of_use(ask, self.title, "--toolchain-python",
+                                *(["--calibration"] if found["gptq_path"] is not None else []))  # fmt: skip
         if ask.quant not in (None, _GPTQ):
             raise UsageError("mtk_cloud takes a GPTQ model, nothing was written", where=f"--quant {ask.quant}",
                              expected="weight_bit 4 or 8 of --quantization-config")  # fmt: skip
         multimodal = mtk_contract.is_multimodal(model.config, ask.task)
-        if kind_of(model.family) not in ("decoder", "sighted"):
+        if kind_of(model.family) not in _TAKES.kinds:
             raise Refused("mtk_cloud takes language models, nothing was written",
                           found=f"{model.family.name}, {kind_of(model.family)}", expected="a decoder")  # fmt: skip
         parameters = sum(prod(spec.shape) for spec in model.logical.specs.values())

@@ -21,6 +21,7 @@ from dconv.checkpoint.files import parse_json
 from dconv.errors import Refused, ToolMissing, UsageError, VerifyFailed
 from dconv.hw import settings
 from dconv.hw.settings import Setting
+from dconv.quant.table import meant
 from dconv.sharding.parsed import is_dict
 
 #: Chip -> what it is sold as. Those that the repository takes; LiteRT knows more.
@@ -73,7 +74,7 @@ _NO_CONDA: Final = "SKIP_CONDA_ACTIVATION"
 #: Keys of a config.json that only models that see have.
 _SIGHT: Final = ("vision_config", "vision_tower", "vision_encoder", "mm_vision_tower", "image_processor", "image_size")
 #: ``--task`` -> whether it is one for a model that sees.
-TASKS: Final[Mapping[str, bool]] = {"text-generation": False, "image-text-to-text": True}
+TASKS: Final[Mapping[str, bool]] = {settings.TEXT: False, "image-text-to-text": True}
 #: How a step that failed reads in a log of which the script said that all went well. A shell script goes on after one.
 _FAILURES: Final = re.compile(
     r"^Traceback \(most recent call last\)|No space left on device|\bSegmentation fault\b|\bcore dumped\b"
@@ -126,7 +127,7 @@ def environment(
     for value, known, name in ((platform, PLATFORMS, "--platform"), (size, SIZES, "model_size")):
         if value not in known:
             raise UsageError("mtk_cloud knows no such thing, nothing was written", where=f"{name} {value:.40}",
-                             expected=", ".join(known), do=settings.meant(value, known))  # fmt: skip
+                             expected=", ".join(known), do=meant(value, known))  # fmt: skip
     paths = {"MODEL_PATH": model, "GPTQ_MODELPATH": gptq, "OUTPUT_DIR": out}
     for name, path in paths.items():
         if not path.is_absolute() or not str(path).isprintable():
@@ -149,7 +150,9 @@ def environment(
 
 
 def _spelled(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # as JSON has them, 5.0 as a shell would have written it
+        return repr(value).removesuffix(".0")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def model_size(parameters: int, asked: str | None = None) -> str:
@@ -166,7 +169,7 @@ def model_size(parameters: int, asked: str | None = None) -> str:
     if asked is not None:
         if asked not in SIZES:
             raise UsageError("mtk_cloud knows no such size, nothing was written", where=f"model_size {asked:.40}",
-                             expected=", ".join(SIZES), do=settings.meant(asked, SIZES))  # fmt: skip
+                             expected=", ".join(SIZES), do=meant(asked, SIZES))  # fmt: skip
         return asked
     nearest = min(SIZES, key=lambda name: abs(log(max(parameters, 1) / SIZES[name])))
     if abs(log(max(parameters, 1) / SIZES[nearest])) > log(NEAR):
@@ -195,7 +198,7 @@ def is_multimodal(config: Mapping[str, Any], task: str | None = None) -> bool:
         return sees
     if task not in TASKS:
         raise UsageError("there is no such task, nothing was written", where=f"--task {task:.40}",
-                         expected=", ".join(TASKS), do=settings.meant(task, TASKS))  # fmt: skip
+                         expected=", ".join(TASKS), do=meant(task, TASKS))  # fmt: skip
     if TASKS[task] and not sees:
         raise Refused("the model does not see, nothing was written", where=f"--task {task}",
                       expected=f"one of {', '.join(_SIGHT)} in config.json",

@@ -7,15 +7,17 @@ models and chips, ``drivers/neuron_driver.py`` for the command.
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from dconv.arch.neuron import ROWS, lay_out, left_plain
-from dconv.arch.rope import for_older_loaders
+from dconv.arch.rope import LONGROPE, for_older_loaders, rope_parameters
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import read_json
 from dconv.describe import Described
@@ -25,6 +27,7 @@ from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
 from dconv.hw.neuron_models import (
     CHIPS,
+    FAMILIES,
     FP8_FAMILIES,
     Sizes,
     heads_of,
@@ -33,7 +36,7 @@ from dconv.hw.neuron_models import (
     sizes_of,
     widths,
 )
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
 from dconv.neuron import QUANT
 from dconv.request import Request
 from dconv.sharding.parsed import is_dict
@@ -48,6 +51,17 @@ _SHARD: Final = re.compile(r"tp(\d+)_sharded_checkpoint\.safetensors")
 _DONE: Final = re.compile(r"Compiling and tracing time: [0-9.]+ seconds")
 #: Of every archive of torch.jit, below its own name.
 _INSIDE: Final = ("data.pkl", "version")
+#: What zipfile raises about fields that say something else than what is there: packed otherwise, encrypted, cut off.
+_TORN: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    StopIteration,
+    RuntimeError,
+    ValueError,
+)
 #: Settings that the vendor's config repeats under the same name.
 _REPEATED: Final = ("tp_degree", "batch_size", "seq_len", "max_context_length", "logical_nc_config")
 
@@ -72,6 +86,11 @@ class Neuron:
     def _driver(self) -> Driver:
         return Driver("neuron", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Those that inference_demo has a class for."""
+        return (Takes(("decoder",), families=FAMILIES),)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """A directory in bf16 or Neuron's FP8 form; unless it is named, ``tp_degree`` is the smallest that fits."""
         name = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
@@ -87,7 +106,8 @@ class Neuron:
             "enable_bucketing": settings.flag(False),
             "save_sharded_checkpoint": settings.flag(True),
         }
-        given = {**ask.settings, **({} if ask.quant is None else {"dtype": ask.quant})}
+        settings.require_of_use(ask, self.title, "--calibration", "--task")
+        given = settings.asked(ask, "dtype", known["dtype"])
         found = settings.settled({**given, **_degree(ask)}, known, ask.where)
         compiled = plain(model)
         said = known_config(compiled, name)
@@ -128,7 +148,7 @@ class Neuron:
         path = work / step.role / "config.json"
         # a class of transformers 4 takes its defaults for a rotation that is said in newer keys alone
         config = for_older_loaders(read_json(path, what=path.name))
-        path.write_text(f"{json.dumps(config, indent=2, ensure_ascii=False)}\n")
+        path.write_text(f"{json.dumps(config, indent=2)}\n")
         source = {"model": step.role}
         if terms.settings["dtype"] == QUANT:
             listed = exclusions(work / step.role)
@@ -188,9 +208,11 @@ def _lengths(found: Mapping[str, object], said: Mapping[str, Any], where: str) -
     """Tokens of a sequence, and of a prompt.
 
     Raises:
-        Refused: more than the model has, or a prompt longer than a sequence.
+        Refused: more than the model has, or a prompt longer than a sequence; or a rotation that changes in its midst.
     """
     most = int(said.get("max_position_embeddings") or 1 << 20)
+    rope = rope_parameters(said)
+    short = rope.get("original_max_position_embeddings", said.get("original_max_position_embeddings"))
     length = int(str(found["seq_len"] or min(2048, most)))
     prompt = int(str(found["max_context_length"] or length))
     if length > most:
@@ -199,6 +221,10 @@ def _lengths(found: Mapping[str, object], said: Mapping[str, Any], where: str) -
     if prompt > length:
         raise Refused("a prompt is no longer than the sequence, nothing was written", where=where,
                       expected=f"max_context_length up to seq_len {length}", found=str(prompt))  # fmt: skip
+    if rope["rope_type"] == LONGROPE and isinstance(short, int) and length > short:
+        raise Refused("a graph has one of longrope's two lists of factors, nothing was written", where=where,
+                      expected=f"seq_len up to original_max_position_embeddings {short}", found=str(length),
+                      do="transformers changes from the one to the other behind that many tokens")  # fmt: skip
     return {"seq_len": length, "max_context_length": prompt}
 
 
@@ -217,16 +243,18 @@ def _cores(found: Mapping[str, object], model: Described, said: Mapping[str, Any
                       expected=", ".join(map(str, degrees)) + f" (logical_nc_config {together})", found=str(asked),
                       do=f"its largest instance has {max(CHIPS[name].instances.values())} cores"
                       if isinstance(asked, int) and asked > degrees[-1] else "")  # fmt: skip
-    least = None
+    least, uneven = None, None
     for cores in (asked,) if isinstance(asked, int) else degrees:
         least = sizes_of(model, said, cores, tokens, found["dtype"] == QUANT)
-        if least.weights + least.cache <= cores * memory:
-            if width := next((key for key in widths(said) if said[key] % cores), None):
-                if asked is None:
-                    continue
-                raise Refused("a width is not divided by the parallel size, nothing was written", where=width,
-                              expected=f"a multiple of {cores}", found=str(said[width]))  # fmt: skip
+        if least.weights + least.cache > cores * memory:
+            continue
+        width = next((key for key in widths(said) if said[key] % cores), None)
+        if width is None:
             return cores, least
+        uneven = uneven or (width, cores)
+    if uneven is not None:
+        raise Refused("a width is not divided by the parallel size, nothing was written", where=uneven[0],
+                      expected=f"a multiple of {uneven[1]}", found=str(said[uneven[0]]))  # fmt: skip
     raise Refused(
         f"the model does not fit into {name}'s memory, nothing was written",
         where=f"tp_degree {asked or degrees[-1]}, batch_size {found['batch_size']}, seq_len {found['seq_len']}",
@@ -281,7 +309,7 @@ def _judge_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
             broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as fault:
+    except _TORN as fault:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, found=str(fault)) from fault
     if lacking := [name for name in _INSIDE if name not in names]:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, expected=", ".join(lacking))

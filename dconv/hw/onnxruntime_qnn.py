@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from dconv.describe import Described
-from dconv.errors import Refused, UsageError, VerifyFailed
-from dconv.hw import prompts, settings, static_graph
+from dconv.errors import Refused, VerifyFailed
+from dconv.hw import settings, static_graph
 from dconv.hw.driver import Driver
-from dconv.hw.target import Ask, Handing, Terms, Tool
+from dconv.hw.target import Ask, Handing, Takes, Terms, Tool
+from dconv.quant.data import DEFAULT_WARNING
 from dconv.request import Request
 
 _DTYPES: Final = ("fp16", "w8a16", "w8a8")
@@ -44,24 +45,27 @@ class OnnxruntimeQnn:
     def _driver(self) -> Driver:
         return Driver("qnn", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """See `dconv.hw.static_graph.TAKES`."""
+        return (static_graph.TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """One graph of given lengths; ``--quant`` says the same as the setting ``dtype``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES)}
-        found = settings.settled(ask.settings, known, ask.where)
-        dtype = ask.quant or found["dtype"]
-        if dtype not in _DTYPES:
-            raise UsageError("there is no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
+        found = settings.settled(settings.asked(ask, "dtype", known["dtype"]), known, ask.where)
+        dtype = found["dtype"]
+        settings.require_of_use(ask, self.title, "--task", *(["--calibration"] if dtype == "fp16" else []))
         if dtype == "fp16" and chip in _WITHOUT_HALF:
             raise Refused(f"the HTP of {chip} has no half precision, nothing was written", where=f"{chip} and fp16",
                           expected=", ".join(_DTYPES[1:]), do="--quant w8a16")  # fmt: skip
         quantised = dtype != "fp16"
         step, facts, notes = static_graph.planned(model, request, found, quantised, self.title)
         if quantised and ask.calibration is None:
-            notes = (*notes, prompts.WARNING)
+            notes = (*notes, DEFAULT_WARNING)
         weights = sum(prod(spec.shape) for spec in model.logical.specs.values())
-        return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=12 * weights)
+        return Handing(Terms(chip, found, facts), (step,), model, notes, memory=12 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         """The interpreter with onnxruntime-qnn, which compiles for every chip."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any, Final
 
 from dconv.errors import Refused
+from dconv.quant.data import drawn
 from dconv.quant.documents import read
 
-WARNING: Final = (
-    "calibrated on the text that ships, two English novels of the 1810s: data like what the model will see makes a "
-    "better model: --calibration FILE"
-)
 #: Characters of a token, about, in prose of European languages: no tokenizer is asked.
 _CHARACTERS: Final = 4
 
 
-def texts(data: str | None, count: int, length: int, seed: int = 0) -> list[tuple[str, str]]:
+def texts(data: str | None, count: int, length: int) -> list[tuple[str, str]]:
     """Pairs of a beginning and what follows: a conversation's first two turns, or the halves of a passage.
 
     The same for the same files on every machine.
@@ -26,7 +22,6 @@ def texts(data: str | None, count: int, length: int, seed: int = 0) -> list[tupl
         data: see `dconv.quant.documents.read`.
         count: how many.
         length: tokens of each, about.
-        seed: says which of them are taken where there are more.
 
     Raises:
         Refused: token ids, which compilers of texts do not take, or too little.
@@ -44,24 +39,29 @@ def texts(data: str | None, count: int, length: int, seed: int = 0) -> list[tupl
         raise Refused("there is too little to calibrate on, nothing was written",
                       where=source.path or "the text that ships", expected=f"{count:,} passages",
                       found=f"{len(pairs):,}", do="fewer nsamples, or a smaller seqlen")  # fmt: skip
-    order = sorted(range(len(pairs)), key=lambda number: hashlib.sha256(f"texts:{seed}:{number}".encode()).digest())
-    return [pairs[number] for number in sorted(order[:count])]
+    return [pairs[number] for number in sorted(drawn("texts", 0, len(pairs))[:count])]
 
 
 def _turns(conversation: list[Any]) -> tuple[str, str]:
     def said(*roles: str) -> str:
-        return next((str(turn["content"]) for turn in conversation if turn.get("role") in roles), "")
+        found = next((turn.get("content") for turn in conversation if turn.get("role") in roles), "")
+        return found if isinstance(found, str) else ""  # a call of a tool, or parts that are no words
 
     return said("user", "human"), said("assistant", "gpt")
 
 
 def _passages(text: str, length: int) -> Iterable[tuple[str, str]]:
-    """Whole words, cut in the middle."""
-    words, passage, size = text.split(), list[str](), 0
-    for word in words:
-        passage.append(word)
-        size += len(word) + 1
-        if size >= length:
-            half = len(passage) // 2
-            yield " ".join(passage[:half]), " ".join(passage[half:])
-            passage, size = [], 0
+    """Whole words, cut in the middle; what is written without spaces is cut anywhere."""
+    passage, size = list[str](), 0
+    for word in text.split():
+        for piece in _pieces(f" {word}", max(1, length // 2)):
+            passage.append(piece)
+            size += len(piece)
+            if size >= length:
+                half = len(passage) // 2
+                yield "".join(passage[:half]).strip(), "".join(passage[half:]).strip()
+                passage, size = [], 0
+
+
+def _pieces(word: str, most: int) -> list[str]:
+    return [word[at : at + most] for at in range(0, len(word), most)]

@@ -20,21 +20,22 @@ from typing import Any, Final
 from dconv.arch.layouts import size
 from dconv.checkpoint.files import read_json
 from dconv.describe import Described
-from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
+from dconv.errors import Damaged, Refused, ToolMissing, VerifyFailed
 from dconv.export.genai import generation_of
 from dconv.export.genie import NAME
 from dconv.export.prompt import kind_of
 from dconv.export.runtimes import missing
-from dconv.hw import genie_config, genie_samples, prompts, qairt_sdk, settings
+from dconv.hw import genie_config, genie_samples, qairt_sdk, settings
 from dconv.hw.driver import require_files, write_script
 from dconv.hw.hexagon import CHIPS
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
-from dconv.quant.data import load
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
+from dconv.quant.data import DEFAULT_WARNING, load
 from dconv.quant.settings import Calibration
 from dconv.request import Request
 
 _DTYPES: Final = ("fp16", "w8a16")
+_TAKES: Final = Takes(("decoder",), ("onnx",))
 _ROLES: Final = ("prompt", "token")
 #: onnxruntime-qnn takes it, too; the converter reads up to 22.
 _OPSET: Final = 18
@@ -62,10 +63,15 @@ class Qairt:
         """Chips that Genie runs on, and the precisions that their HTP computes in."""
         return {name: ", ".join(_DTYPES[not chip.half :]) for name, chip in CHIPS.items()}
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as ONNX graphs of given lengths."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Two graphs of a decoder, for a prompt and for one token, over one cache as long as the context."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("Genie runs language models, nothing was written", found=f"{model.family.name}, {kind}",
                           expected="a decoder")  # fmt: skip
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
@@ -77,11 +83,9 @@ class Qairt:
             "prefill": settings.whole(128, 2, 4096),
             "nsamples": settings.whole(8, 1, 1024),
         }
-        found = settings.settled(ask.settings, known, ask.where)
-        dtype = str(ask.quant or found["dtype"])
-        if dtype not in _DTYPES:
-            raise UsageError("there is no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(dtype, _DTYPES))  # fmt: skip
+        found = settings.settled(settings.asked(ask, "dtype", known["dtype"]), known, ask.where)
+        dtype = str(found["dtype"])
+        settings.require_of_use(ask, self.title, "--task", *(["--calibration"] if dtype == "fp16" else []))
         if dtype == "fp16" and not CHIPS[chip].half:
             raise Refused(f"the HTP of {chip} has no half precision, nothing was written", where=f"{chip} and fp16",
                           expected="w8a16", do="--quant w8a16")  # fmt: skip
@@ -97,7 +101,7 @@ class Qairt:
             if module := missing("onnx"):
                 raise ToolMissing("samples of a cache are computed by onnxruntime, nothing was written",
                                   found=f"no module {module}", do="pip install 'dconv[onnx]'")  # fmt: skip
-            notes = (*notes, *(() if ask.calibration else (prompts.WARNING,)))
+            notes = (*notes, *(() if ask.calibration else (DEFAULT_WARNING,)))
         base = replace(step, format="onnx", dtype="f32", opset=_OPSET, ports=NAME)
         steps = tuple(
             Step(role, replace(base, lengths=(length, context - length)))
@@ -109,7 +113,7 @@ class Qairt:
         facts = {"layers": size(model.facts, "layers"), "mup": mup, "graphs": graphs, "rope": rope,
                  "soc_model": CHIPS[chip].model, "arch": CHIPS[chip].arch}  # fmt: skip
         weights = sum(prod(spec.shape) for spec in model.logical.specs.values())
-        return Handing(Terms(chip, {**found, "dtype": dtype}, facts), steps, model, notes, memory=12 * weights)
+        return Handing(Terms(chip, found, facts), steps, model, notes, memory=12 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         """The SDK that ``QNN_SDK_ROOT`` or ``QAIRT_SDK_ROOT`` names; see `dconv.hw.qairt_sdk.find`."""
@@ -151,18 +155,17 @@ class Qairt:
         try:
             info: Any = read_json(out / INFO, what="what the SDK says of the binary").get("info")
             wanted: Any = read_json(out / METADATA, what=METADATA)["graphs"]
-            found = {graph["info"]["graphName"]: graph["info"] for graph in info["graphs"]}
-            said = {name: _said(graph) for name, graph in found.items()}
-        except (Damaged, KeyError, TypeError, AttributeError) as fault:
+            said = {str(graph["info"]["graphName"]): _said(graph["info"]) for graph in info["graphs"]}
+            _require_chip(terms, info, out / BINARY)
+            if sorted(said) != sorted(wanted):
+                raise VerifyFailed("the binary has other graphs", where=BINARY, expected=", ".join(sorted(wanted)),
+                                   found=", ".join(sorted(said)) or "none")  # fmt: skip
+            for name, ports in wanted.items():
+                _require_ports(name, ports, said[name])
+            _require_one_cache(said)
+        except (Damaged, KeyError, TypeError, AttributeError) as fault:  # its JSON has another form than is known here
             raise VerifyFailed("the SDK does not say what is in the binary", where=INFO,
                                found=f"{type(fault).__name__}: {fault}"[:300]) from fault  # fmt: skip
-        _require_chip(terms, info, out / BINARY)
-        if sorted(said) != sorted(wanted):
-            raise VerifyFailed("the binary has other graphs", where=BINARY, expected=", ".join(sorted(wanted)),
-                               found=", ".join(sorted(said)) or "none")  # fmt: skip
-        for name, ports in wanted.items():
-            _require_ports(name, ports, said[name])
-        _require_one_cache(said)
         return {"chip": terms.platform, "soc_model": terms.facts["soc_model"], "graphs": sorted(said),
                 "bytes": (out / BINARY).stat().st_size, "sdk": str(info.get("buildId", ""))}  # fmt: skip
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dconv.errors import ToolMissing, UsageError
-from dconv.hw.driver import VARIABLE
+from dconv.errors import ToolMissing
+from dconv.hw.driver import VARIABLE, named_python
 from dconv.hw.target import OUT, Ask, Tool
 
 #: Names the SDK's folder; Qualcomm's own scripts set the first, its installer the second.
@@ -85,9 +85,7 @@ def _version(root: Path) -> str | None:
 
 def _python(ask: Ask) -> str:
     """The interpreter of the SDK's scripts, which has what they import."""
-    found = shutil.which(ask.python or "python3", path=ask.environment.get("PATH"))
-    if found is None and ask.python is not None:
-        raise UsageError("this is no interpreter, nothing was written", where=f"--toolchain-python {ask.python}")
+    found = named_python(ask) or shutil.which("python3", path=ask.environment.get("PATH"))
     asked = f"from importlib.util import find_spec as f; print(*(m for m in {_MODULES} if f(m) is None))"
     try:
         done = subprocess.run([found or "python3", "-c", asked], capture_output=True, text=True, timeout=_PROBING,

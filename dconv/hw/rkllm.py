@@ -19,7 +19,8 @@ from dconv.export.prompt import kind_of
 from dconv.hw import prompts, settings
 from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
-from dconv.hw.target import Ask, Handing, Step, Terms, Tool
+from dconv.hw.target import Ask, Handing, Step, Takes, Terms, Tool
+from dconv.quant.data import DEFAULT_WARNING
 from dconv.request import Request
 
 #: Chip -> cores of its NPU, and the precisions that RKLLM has for it.
@@ -32,6 +33,7 @@ _RKLLM: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
 _DTYPES: Final = tuple(dict.fromkeys(dtype for _, dtypes in _RKLLM.values() for dtype in dtypes))
 #: What RKLLM's tool calls how it finds numbers.
 _ALGORITHM: Final[Mapping[str, str]] = {"w8a8": "normal", "w4a16": "grq", "fp16": "normal"}
+_TAKES: Final = Takes(("decoder",))
 _ROLE: Final = "hf"
 _FILE: Final = "model.rkllm"
 _CALIBRATION: Final = "calibration.json"
@@ -56,14 +58,19 @@ class Rkllm:
     def _driver(self) -> Driver:
         return Driver("rkllm", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Decoders, as HuggingFace has them."""
+        return (_TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """Decoders alone; precision, algorithm and cores are the chip's usual ones where nobody names them."""
         kind = kind_of(model.family)
-        if kind != "decoder":
+        if kind not in _TAKES.kinds:
             raise Refused("RKLLM takes language models, nothing was written", found=f"{model.family.name}, {kind}",
                           expected="a decoder")  # fmt: skip
         known = {
-            "dtype": settings.among(None, *_DTYPES),
+            "dtype": settings.among("w8a8", *_DTYPES),
             "algorithm": settings.among(None, "normal", "grq", "gdq"),
             "max_context": settings.whole(4096, 32, 16384),
             "npu_cores": settings.whole(None, 1, 3),
@@ -73,12 +80,10 @@ class Rkllm:
             "seqlen": settings.whole(256, 16, 4096),
         }
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
-        found = settings.settled(ask.settings, known, ask.where)
+        found = settings.settled(settings.asked(ask, "dtype", known["dtype"]), known, ask.where)
         cores, dtypes = _RKLLM[chip]
-        dtype = ask.quant or found["dtype"] or "w8a8"
-        if dtype not in _DTYPES:
-            raise UsageError("RKLLM has no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
+        dtype = found["dtype"]
+        settings.require_of_use(ask, self.title, "--task", *(["--calibration"] if dtype == "fp16" else []))
         if dtype not in dtypes:
             raise Refused(
                 f"{chip} does not compute in {dtype}, nothing was written",
@@ -92,13 +97,12 @@ class Rkllm:
         base = str(dtype).partition("_")[0]
         agreed = {
             **found,
-            "dtype": dtype,
             "npu_cores": found["npu_cores"] or cores,
             "algorithm": found["algorithm"] or _ALGORITHM[base],
         }
         step, mup, notes = folded(model, request)
         if dtype != "fp16" and ask.calibration is None:
-            notes = (*notes, prompts.WARNING)
+            notes = (*notes, DEFAULT_WARNING)
         facts = {"layers": size(model.facts, "layers"), "mup": mup}
         weights = 2 * sum(prod(spec.shape) for spec in model.logical.specs.values())
         return Handing(Terms(chip, agreed, facts), (Step(_ROLE, step),), model, notes, memory=3 * weights)
@@ -113,7 +117,7 @@ class Rkllm:
         if agreed["dtype"] != "fp16":
             texts = prompts.texts(ask.calibration, int(str(agreed["nsamples"])), int(str(agreed["seqlen"])))
             said = [{"input": first, "target": rest} for first, rest in texts]
-            (work / _CALIBRATION).write_text(f"{json.dumps(said, ensure_ascii=False, indent=1)}\n")
+            (work / _CALIBRATION).write_text(f"{json.dumps(said, indent=1)}\n")
             source["calibration"] = _CALIBRATION
         self._driver.lay_out(handing, work, source, agreed)
 

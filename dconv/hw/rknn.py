@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from dconv.describe import Described
-from dconv.errors import Refused, UsageError, VerifyFailed
-from dconv.hw import prompts, settings, static_graph
+from dconv.errors import Refused, VerifyFailed
+from dconv.hw import settings, static_graph
 from dconv.hw.driver import Driver
-from dconv.hw.target import Ask, Handing, Terms, Tool
+from dconv.hw.target import Ask, Handing, Takes, Terms, Tool
+from dconv.quant.data import DEFAULT_WARNING
 from dconv.request import Request
 
 #: Chip -> what rknn-toolkit2 2.5.0 compiles for it.
@@ -41,26 +42,29 @@ class Rknn:
     def _driver(self) -> Driver:
         return Driver("rknn", self.install)
 
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """See `dconv.hw.static_graph.TAKES`."""
+        return (static_graph.TAKES,)
+
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """One graph of given lengths; ``--quant`` says the same as the setting ``dtype``."""
         chip = settings.chip(ask.platform, ask.settings, self.platforms, self.title)
         known = {**static_graph.LENGTHS, "dtype": settings.among("fp16", *_DTYPES),
                  "algorithm": settings.among(None, "normal", "mmse", "kl_divergence"),
                  "method": settings.among(None, "layer", "channel", "group32", "group64", "group128")}  # fmt: skip
-        found = settings.settled(ask.settings, known, ask.where)
-        dtype = ask.quant or found["dtype"]
-        if dtype not in _DTYPES:
-            raise UsageError("RKNN has no such precision, nothing was written", where=f"--quant {dtype}",
-                             expected=", ".join(_DTYPES), do=settings.meant(str(dtype), _DTYPES))  # fmt: skip
+        found = settings.settled(settings.asked(ask, "dtype", known["dtype"]), known, ask.where)
+        dtype = found["dtype"]
+        settings.require_of_use(ask, self.title, "--task", *(["--calibration"] if dtype == "fp16" else []))
         if dtype not in _CHIPS[chip]:
             raise Refused(f"{chip} does not compute in {dtype}, nothing was written", where=f"{chip} and {dtype}",
                           expected=", ".join(_CHIPS[chip]))  # fmt: skip
         quantised = dtype != "fp16"
         step, facts, notes = static_graph.planned(model, request, found, quantised, self.title)
         if quantised and ask.calibration is None:
-            notes = (*notes, prompts.WARNING)
+            notes = (*notes, DEFAULT_WARNING)
         weights = sum(prod(spec.shape) for spec in model.logical.specs.values())
-        return Handing(Terms(chip, {**found, "dtype": dtype}, facts), (step,), model, notes, memory=16 * weights)
+        return Handing(Terms(chip, found, facts), (step,), model, notes, memory=16 * weights)
 
     def find(self, ask: Ask, terms: Terms | None = None) -> Tool:
         """The interpreter with rknn-toolkit2."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 from dconv.checkpoint.files import parse_json
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Damaged, UsageError
+from dconv.hw.target import Ask
+from dconv.quant.table import meant
 
 OPTION: Final = "--quantization-config"
 PLATFORM: Final = "platform"
+#: ``--task`` of a model that takes words alone.
+TEXT: Final = "text-generation"
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,20 @@ class Setting:
         otherwise: its value where it is not given.
         words: what it may be.
         fits: whether a value is that.
+        values: all that it may be, where these are a few.
     """
 
     otherwise: object
     words: str
     fits: Callable[[object], bool]
+    values: tuple[str, ...] = ()
 
 
 def among(otherwise: object, *values: object) -> Setting:
-    """A key that has one of some values."""
-    return Setting(otherwise, ", ".join(map(str, values)), lambda said: said in values)
+    """A key that has one of some values; ``true`` is not 1, nor ``4.0`` 4: a compiler would be told another word."""
+    words = tuple(map(str, values))
+    known = [(type(value), value) for value in values]
+    return Setting(otherwise, ", ".join(words), lambda said: (type(said), said) in known, words)
 
 
 def whole(otherwise: int | None, low: int, high: int) -> Setting:
@@ -84,6 +91,55 @@ def read(said: str | None) -> tuple[Mapping[str, object], str]:
     return read_mapping(Path(said), OPTION, expected="JSON that begins with {, a JSON or YAML file"), said
 
 
+def asked(ask: Ask, key: str, setting: Setting) -> dict[str, object]:
+    """The settings that were given, ``--quant`` among them as the key that says the same.
+
+    Args:
+        ask: what a person said.
+        key: of the precision.
+        setting: what that may be.
+
+    Raises:
+        UsageError: ``--quant`` is nothing that the key can be, or the settings say something else.
+    """
+    quant, inside = ask.quant, ask.settings.get(key)
+    if quant is None:
+        return dict(ask.settings)
+    if not setting.fits(quant):
+        raise UsageError(
+            f"{key} cannot be this, nothing was written",
+            where=f"--quant {quant:.40}",
+            expected=setting.words,
+            do=meant(quant, setting.values),
+        )
+    if inside not in (None, quant):
+        raise UsageError("two precisions are named, nothing was written", where=f"--quant {quant}",
+                         found=f"{key}: {inside!s:.40}")  # fmt: skip
+    return {**ask.settings, key: quant}
+
+
+def require_of_use(ask: Ask, title: str, *idle: str) -> None:
+    """Raise for options that a compiler would not hear of.
+
+    Args:
+        ask: what a person said.
+        title: the compiler's, for the error.
+        idle: those that it has no use for, of ``--calibration``, ``--task`` and ``--toolchain-python``; the task of a
+            text is no such thing.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    given = {
+        "--calibration": ask.calibration is not None,
+        "--task": ask.task not in (None, TEXT),
+        "--toolchain-python": ask.python is not None,
+    }
+    if found := [option for option in idle if given[option]]:
+        raise UsageError(f"{title} has no use for this, nothing was written", where=", ".join(found),
+                         do="leave it out")  # fmt: skip
+
+
 def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: str) -> dict[str, object]:
     """All keys with their values, ``platform`` aside (see `chip`).
 
@@ -103,15 +159,10 @@ def settled(given: Mapping[str, object], known: Mapping[str, Setting], where: st
                 where=where,
                 expected=setting.words,
                 found=f"{value!r:.80}",
+                do=meant(str(value), setting.values),
             )
         found[key] = value
     return found
-
-
-def meant(word: str, known: Collection[str]) -> str:
-    """A question after the nearest of the known words, for an error's ``do``; empty where none is near."""
-    close = get_close_matches(word.lower(), [name.lower() for name in known], 1)
-    return f"did you mean {next(name for name in known if name.lower() == close[0])}?" if close else ""
 
 
 def chip(asked: str | None, settings: Mapping[str, object], known: Mapping[str, str], target: str) -> str:

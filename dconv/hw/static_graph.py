@@ -16,12 +16,14 @@ from dconv.export.prompt import kind_of
 from dconv.hw.driver import Driver
 from dconv.hw.mup import folded
 from dconv.hw.settings import Setting, whole
-from dconv.hw.target import Ask, Handing, Step
+from dconv.hw.target import Ask, Handing, Step, Takes
 from dconv.quant.data import load
 from dconv.quant.settings import Calibration
 from dconv.request import Request
 
 ROLE: Final = "onnx"
+#: Models of one graph.
+TAKES: Final = Takes(("decoder", "encoder", "hybrid"), ("onnx",))
 FILE: Final = f"{ROLE}/model.onnx"
 CALIBRATION: Final = "calibration.npz"
 #: Both compilers take it; newer ones, not both.
@@ -50,7 +52,7 @@ def planned(
         Refused: a model of more than one graph, or samples of a cache, which there are none of.
     """
     kind, sequence, past = kind_of(model.family), int(str(found["sequence"])), int(str(found["past"]))
-    if kind not in ("decoder", "encoder", "hybrid"):
+    if kind not in TAKES.kinds:
         raise Refused(f"{compiler} takes one graph, nothing was written", found=f"{model.family.name}, {kind}",
                       expected="a decoder or an encoder")  # fmt: skip
     if quantised and (past or kind == "encoder"):

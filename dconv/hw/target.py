@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dconv.describe import Described
+from dconv.export.prompt import Kind
 from dconv.request import Request
 
 #: In the work folder: what compile.sh writes into, and what it is.
@@ -45,6 +46,21 @@ class Ask:
     calibration: str | None = None
     quant: str | None = None
     tp: int | None = None
+
+
+@dataclass(frozen=True)
+class Takes:
+    """The models that a compiler is handed, as far as their family tells; `Adapter.plan` refuses the others.
+
+    Attributes:
+        kinds: of models.
+        formats: FORMATs of the artifacts that it is handed.
+        families: by name, muP scalars folded; none for all.
+    """
+
+    kinds: tuple[Kind, ...]
+    formats: tuple[str, ...] = ("huggingface",)
+    families: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,6 +190,16 @@ class Adapter(Protocol):
         Raises:
             VerifyFailed: a file that is empty, cut, of another kind, or missing.
         """
+        ...
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """An adapter that says beforehand which families it takes."""
+
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """Any one of these."""
         ...
 
 

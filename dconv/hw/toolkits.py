@@ -10,7 +10,7 @@ from typing import Final
 from dconv.describe import Described
 from dconv.errors import ToolMissing
 from dconv.hw.settings import among, settled
-from dconv.hw.target import Adapter, Adopting, Ask, Handing, Terms, Tool
+from dconv.hw.target import Adapter, Adopting, Ask, Choosing, Handing, Takes, Terms, Tool
 from dconv.request import Request
 
 _KEY: Final = "toolkit"
@@ -42,6 +42,11 @@ class Toolkits:
             for chip, words in one.platforms.items():
                 found.setdefault(chip, []).append(f"{name} {words}")
         return {chip: "; ".join(words) for chip, words in found.items()}
+
+    @property
+    def takes(self) -> tuple[Takes, ...]:
+        """What any of the toolkits takes."""
+        return tuple(takes for one in self.toolkits.values() if isinstance(one, Choosing) for takes in one.takes)
 
     def plan(self, model: Described, request: Request, ask: Ask) -> Handing:
         """By the toolkit that the settings name, else the model's usual one; the terms say which it was."""

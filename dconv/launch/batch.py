@@ -6,7 +6,10 @@ There is no state beside the outputs: a batch that was interrupted goes on when 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import signal
 import subprocess
 import sys
 import threading
@@ -19,16 +22,18 @@ from typing import Any, Final, Protocol
 
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Preempted, StorageFault, UsageError
-from dconv.launch.config_file import typed
+from dconv.launch.arguments import arguments_of
+from dconv.launch.config_file import by_dest, typed
 from dconv.launch.options import every_option, to_request
-from dconv.sharding.parsed import is_list, is_list_or_tuple
+from dconv.sharding.parsed import is_list, is_mapping
 
 MODELS: Final = "models"
 #: Seconds before a second attempt; twice as many before each further one.
 _BACK_OFF: Final = 2.0
 _LONGEST: Final = 60.0
-#: Seconds that a conversion has to leave once it was told to.
+#: Seconds that a conversion has to leave once it was told to, and between two looks at whether it was.
 _PATIENCE: Final = 35.0
+_TICK: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Job:
         words: after ``dconv convert``.
         title: for a person.
         ranks, launcher: how many it starts, and by whom.
+        page: of its report, where one is named.
     """
 
     title: str
@@ -46,6 +52,7 @@ class Job:
     out: Path
     ranks: int = 1
     launcher: str = "local"
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,24 +92,31 @@ def read(path: Path) -> list[Job]:
     if not is_list(entries) or not entries:
         raise UsageError("there is nothing to convert", where=str(path), expected=f"{MODELS}: a list of models")
     jobs = [_job(path, number, values, entry) for number, entry in enumerate(entries, 1)]
-    places: dict[Path, Job] = {}
-    for job in jobs:
-        if (other := places.setdefault(job.out.resolve(), job)) is not job:
-            raise UsageError("two conversions have one output, nothing was written", where=str(job.out),
-                             found=f"{other.title}\n{job.title}", do="out: another one for each")  # fmt: skip
+    _apart("output", "out: another one for each", [(job, job.out) for job in jobs])
+    _apart("report", "report: true  writes each beside its output", [(job, job.page) for job in jobs if job.page])
     return jobs
 
 
+def _apart(what: str, do: str, places: Sequence[tuple[Job, Path]]) -> None:
+    """Raise where two jobs would write to one place: the later one would replace what the other made."""
+    seen: dict[Path, Job] = {}
+    for job, place in places:
+        if (other := seen.setdefault(place.resolve(), job)) is not job:
+            raise UsageError(f"two conversions have one {what}, nothing was written", where=str(place),
+                             found=f"{other.title}\n{job.title}", do=do)  # fmt: skip
+
+
 def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) -> Job:
-    own = {"model": entry} if isinstance(entry, str) else entry
+    own: object = {"model": entry} if isinstance(entry, str) else entry
     where = f"{path}, {MODELS}, number {number}"
-    if not isinstance(own, Mapping):
+    if not is_mapping(own):
         raise UsageError("this is no model", where=where, expected="its path, or a mapping of options",
                          found=f"{entry!r:.80}")  # fmt: skip
-    parser = every_option()
-    found = typed({**everyone, **own}, Path(where), parser)
+    parser, place = every_option(), Path(where)
+    said = {**by_dest(everyone, place, parser), **by_dest(own, place, parser)}
+    found = typed(said, place, parser)
     for name in ("config", "debug", "json"):
-        if found.pop(name, None):
+        if said.pop(name, None):
             raise UsageError(f"{name} is the batch's own", where=where)
     for name in ("model", "format"):
         if name not in found:
@@ -114,27 +128,23 @@ def _job(path: Path, number: int, everyone: Mapping[Any, Any], entry: object) ->
     except UsageError as error:
         error.where = f"{where}: {error.where}" if error.where else where
         raise
-    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, found)), out, args.nproc, args.launcher)
+    page = args.report if isinstance(args.report, Path) else None
+    return Job(f"{args.model} -> {args.format}", tuple(_words(parser, said)), out, args.nproc, args.launcher, page)
 
 
-def _words(parser: argparse.ArgumentParser, found: Mapping[str, object]) -> list[str]:
-    """Options as they stand on a line."""
-    words = [str(found["model"]), str(found["format"])]
-    for action in parser._actions:
-        value = found.get(action.dest)
+def _words(parser: argparse.ArgumentParser, said: Mapping[str, object]) -> list[str]:
+    """Options as they stand on a line, each value as the file has it; one that begins with a dash is none the less."""
+    words = [str(said["model"]), str(said["format"])]
+    for action in arguments_of(parser):
+        value = said.get(action.dest)
         if not action.option_strings or value is None or value is False:
             continue
         option = action.option_strings[-1]
         if value is True:
             words.append(option)
         else:
-            for one in value if is_list(value) else [value]:
-                words += [option, _spelled(one)]
+            words += [f"{option}={one}" for one in (value if is_list(value) else [value])]
     return words
-
-
-def _spelled(value: object) -> str:
-    return "x".join(map(str, value)) if is_list_or_tuple(value) else str(value)
 
 
 class Attempt(Protocol):
@@ -245,20 +255,25 @@ class Batch:
         code, said = self._heard(attempt)
         with self._lock:
             self._running.discard(attempt)
-        stopped = self._stop.is_set() and code in (Preempted.exit_code, 128 + 15)
+        left = (Preempted.exit_code, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+        stopped = self._stop.is_set() and code in left
         state = "stopped" if stopped else "failed" if code else "done"
         seconds = self.results[number].seconds + time.monotonic() - began
         return self._set(number, state=state, code=code, said=said, seconds=seconds)
 
     def _heard(self, attempt: Attempt) -> tuple[int, Mapping[str, Any]]:
         """The exit code of a conversion, and what it printed, once it has ended."""
-        while (ended := attempt.ended(_PATIENCE)) is None:
-            if self._stop.is_set():  # it was told a while ago
+        until = math.inf
+        while (ended := attempt.ended(_TICK)) is None:
+            if self._stop.is_set():
+                until = min(until, time.monotonic() + _PATIENCE)
+            if time.monotonic() > until:
                 attempt.kill()
         code, out, err = ended
         for line in reversed(out.splitlines()):
-            if line.startswith("{"):
-                return code, json.loads(line)
+            with contextlib.suppress(ValueError):  # torn, where it was killed
+                if line.startswith("{"):
+                    return code, json.loads(line)
         return code, {"error": (err.strip().splitlines() or [""])[-1][:400]}
 
     def _set(self, number: int, **changes: Any) -> Result:

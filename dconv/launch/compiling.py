@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.describe import describe_model
+from dconv.describe import described
 from dconv.errors import DconvError, Refused, ToolMissing, UsageError
 from dconv.export.runtimes import available_memory
 from dconv.hw import finish, manifest, settings
@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace, *, finding: bool = True) -> Compilation:
         return Compilation(name, found, ask, request.model, out, _work(out, "again"), None, None, adopted)
     base = replace(request, format="huggingface", out=None, quant=None, quantization_config=None, calibration=None,
                    parallel=Parallel())  # fmt: skip
-    handing = found.plan(_described(base), base, ask)
+    handing = found.plan(described(base), base, ask)
     tool = found.find(ask, handing.terms) if finding and not args.bundle else None
     if tool is not None:
         _require_memory(handing, args.max_host_memory, tool)
@@ -119,19 +119,6 @@ def _tasked(request: Request, task: str | None) -> tuple[Request, str | None]:
 
 def _work(out: Path, name: str) -> Path:
     return out.with_name(f"{out.name}.compile-{name}")
-
-
-def _described(request: Request) -> Any:
-    return describe_model(
-        request.model,
-        source_format=request.source_format,
-        model_type=request.model_type,
-        hf_config=request.hf_config,
-        drop=request.drop,
-        rename=request.rename,
-        submodel=request.submodel,
-        with_eagle=request.with_eagle,
-    )
 
 
 def _require_memory(handing: Handing, most: int | None, tool: Tool) -> None:
@@ -165,7 +152,10 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
         return worker.failed(error, args, where)
     if job.handing is None:
         return _again(args, where, job, stop)
-    job.work.mkdir(parents=True, exist_ok=True)
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        return worker.failed(fault, args, where)
     for step in job.handing.steps:
         inner = copy(args)
         inner.resume, inner.overwrite = True, False

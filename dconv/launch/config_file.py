@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dconv.checkpoint.small_config import check_tag
 from dconv.errors import Damaged, UsageError
+from dconv.launch.arguments import arguments_of, repeats
 from dconv.sharding.parsed import is_dict, is_list, is_list_or_tuple, is_texts
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ def read_config(path: Path, parser: argparse.ArgumentParser, whole: argparse.Arg
         whole: knows the options of all commands; a value for one that ``parser`` lacks is checked and left out.
 
     Raises:
-        UsageError: no such file, an option that is not known, or a value that it cannot have.
+        UsageError: no such file, an option that is not known or given twice, or a value that it cannot have; another
+            file of options.
         Damaged: a file that is larger or deeper than any, or asks for objects.
     """
-    mine = {action.dest for action in parser._actions}
-    return {name: value for name, value in typed(load(path), path, parser, whole).items() if name in mine}
+    mine = {action.dest for action in arguments_of(parser)}
+    found = typed(load(path), path, parser, whole)
+    if "config" in found:
+        raise UsageError("a config file names no other one", where=f"config in {path}", do="put the options into one")
+    return {name: value for name, value in found.items() if name in mine}
 
 
 def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, object]:
@@ -44,12 +49,22 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
         parsers: that know the options; an earlier one counts more.
 
     Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
+        UsageError: an option that is not known, or given twice, or a value that it cannot have.
     """
-    actions: dict[str, argparse.Action] = {}
-    for parser in parsers:
-        actions = {**_actions(parser), **actions}
-    found: dict[str, object] = {}
+    actions = _by_name(parsers)
+    found = by_dest(values, path, *parsers)
+    # null is how YAML says "not given"
+    return {dest: _typed(actions[dest], value, path) for dest, value in found.items() if value is not None}
+
+
+def by_dest(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentParser) -> dict[str, Any]:
+    """The same as they stand in the file, null among them; see `typed`.
+
+    Raises:
+        UsageError: an option that is not known, or given twice.
+    """
+    actions = _by_name(parsers)
+    found: dict[str, Any] = {}
     for key, value in values.items():
         action = actions.get(str(key)) or actions.get(str(key).replace("_", "-"))
         if action is None:
@@ -59,21 +74,18 @@ def typed(values: Mapping[Any, Any], path: Path, *parsers: argparse.ArgumentPars
             raise UsageError(
                 f"{key} is no option", where=str(path), do=f"did you mean {close[0]}?" if close else "see --help"
             )
-        if value is not None:  # null is how YAML says "not given"
-            found[action.dest] = _typed(action, value, path)
+        if action.dest in found:
+            raise UsageError(f"{key} is given twice, by another name as well", where=str(path))
+        found[action.dest] = value
     return found
 
 
-def repeats(action: argparse.Action) -> bool:
-    """Whether an option may stand several times on a line."""
-    return isinstance(action, argparse._AppendAction)  # pyright: ignore[reportPrivateUsage] - it has no public name
-
-
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+def _by_name(parsers: Sequence[argparse.ArgumentParser]) -> dict[str, argparse.Action]:
     actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:  # argparse offers no public way to look its options up
-        actions[action.dest] = action
-        actions.update({option.lstrip("-"): action for option in action.option_strings})
+    for parser in reversed(parsers):  # an earlier one counts more
+        for action in arguments_of(parser):
+            actions[action.dest] = action
+            actions.update({option.lstrip("-"): action for option in action.option_strings})
     return actions
 
 
@@ -112,7 +124,7 @@ def _typed(action: argparse.Action, value: Any, path: Path) -> object:
 
 
 def load(path: Path) -> dict[Any, Any]:
-    """What a YAML or JSON file says, nothing of it checked but its size and that it is a mapping.
+    """What a YAML or JSON file says, nothing of it checked but its size and that it is a mapping with no key twice.
 
     Raises:
         UsageError, Damaged: see `read_config`.
@@ -140,6 +152,7 @@ def _check(top: yaml.Node, path: Path) -> None:
     """That a config file stands for as many values as somebody may have written, and for values alone.
 
     Raises:
+        UsageError: a key that stands in one mapping twice.
         Damaged: tags that make objects; aliases that stand for more values than anybody writes, or for themselves.
     """
     left, waiting = _MOST_VALUES, [top]
@@ -150,5 +163,10 @@ def _check(top: yaml.Node, path: Path) -> None:
         if left < 0:
             raise Damaged("aliases in the config file stand for more than anybody writes", where=str(path))
         children: Any = node.value  # entries of a sequence, or pairs of a mapping
+        keys: set[str] = set()
         for child in children if is_list(children) else ():
             waiting += child if is_list_or_tuple(child) else (child,)
+            key: Any = child[0].value if is_list_or_tuple(child) else None
+            if isinstance(key, str) and key in keys:  # the last one would count, and nobody would know
+                raise UsageError(f"{key:.80} stands there twice", where=str(path), do="leave one of the two out")
+            keys.update([key] if isinstance(key, str) else ())

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 from dconv.errors import DconvError
@@ -23,7 +24,8 @@ from dconv.sharding.journal import good_words
 def finished(out: Path) -> int:
     """Tasks that any journal beside ``out`` calls done; of a compiler's input also in the folder that it is made in."""
     count = 0
-    for pattern in (f"{out.name}.partial-*", f"{out.name}.compile-*/*.partial-*"):
+    name = escape(out.name)
+    for pattern in (f"{name}.partial-*", f"{name}.compile-*/*.partial-*"):
         for partial in out.parent.glob(pattern):
             done: set[str] = set()
             for path in partial.glob(".dconv/journal/*"):

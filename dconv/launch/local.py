@@ -33,18 +33,16 @@ def run(argv: Sequence[str], args: argparse.Namespace, count: int, record: Recor
     code = 1
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where calibrating ranks meet
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dconv.launch", *argv],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(1, count)
-    ]
-    threading.Thread(target=_tell, args=(stop, children), daemon=True).start()
+    children: list[Popen[bytes]] = []
     try:
+        for rank in range(1, count):
+            variables = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+            words = [sys.executable, "-m", "dconv.launch", *argv]
+            children.append(subprocess.Popen(words, env={**os.environ, **variables}))
+        threading.Thread(target=_tell, args=(stop, children), daemon=True).start()
         code = main(args, Place(0, count, 0, launched, record), stop)
     finally:
-        codes = [_finish(child, stop=bool(code)) for child in children]
+        codes = _finish(children, stop=bool(code))
     lost = [rank for rank, c in enumerate(codes, 1) if c > 128]
     if code == 0 and lost and args.verify == "none" and not args.quiet and not stop.is_set():
         say(f"rank {', '.join(map(str, lost))} was killed; the others have done its part", sys.stderr)
@@ -71,16 +69,24 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
-def _finish(child: Popen[bytes], *, stop: bool) -> int:
+def _finish(children: Sequence[Popen[bytes]], *, stop: bool) -> list[int]:
+    """Wait for the ranks, or tell all of them to leave, which then have the same time; their exit codes."""
+    for child in children:
+        if stop and child.poll() is None:
+            child.terminate()
+    until = time.monotonic() + _PATIENCE if stop else None
+    return [_ended(child, until) for child in children]
+
+
+def _ended(child: Popen[bytes], until: float | None) -> int:
+    """The exit code of a rank, which is killed once it is time; 128 and more is a signal's."""
     import subprocess
 
-    if stop and child.poll() is None:
-        child.terminate()
     try:
-        code = child.wait(_PATIENCE if stop else None)
+        code = child.wait(None if until is None else max(until - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:  # it waits for a rank that is not there; what it has finished is kept
         child.kill()
         return Preempted.exit_code if child.wait() else 0
-    if stop and code == -signal.SIGTERM:  # it had not begun to listen
+    if until is not None and code == -signal.SIGTERM:  # it had not begun to listen
         return Preempted.exit_code
     return code if code >= 0 else 128 - code

@@ -7,6 +7,7 @@ what a conversion by several machines rests on. Words are new in every run: what
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ from typing import Final
 import xxhash
 
 from dconv.errors import Preempted, StorageFault, UsageError
+from dconv.launch.values import seconds
 from dconv.sharding.parsed import is_list, mapping_or_empty
 from dconv.sharding.stealing import QUICK
 
@@ -40,12 +42,14 @@ class Machines:
         node, nodes: its number, and how many there are.
         word: the same for all ranks of this machine, and another one in each run.
         speaks: whether this rank writes for its machine.
+        patience: seconds to wait for the others.
     """
 
     node: int
     nodes: int
     word: str
     speaks: bool
+    patience: float = _PATIENCE
 
     def meet(self, state: Path, stop: threading.Event | None = None, told: Callable[[str], None] = print) -> None:
         """Return once all machines see each other's words in a folder.
@@ -56,7 +60,6 @@ class Machines:
         """
         if self.nodes == 1:
             return
-        patience = float(os.environ.get(_VARIABLE) or _PATIENCE)
         began = time.monotonic()
         wait, said, met = QUICK, False, [False] * self.nodes
         while not all(met):
@@ -68,7 +71,7 @@ class Machines:
             absent = ", ".join(str(node) for node, here in enumerate(met) if not here)
             if all(met):
                 break
-            if waited > patience:
+            if waited > self.patience:
                 raise StorageFault(
                     "not all machines of this run see the same output folder, nothing was written",
                     where=str(state.parent),
@@ -76,7 +79,7 @@ class Machines:
                     found=f"nothing of machine {absent} in {waited:.0f} s",
                     do=f"-o on a shared file system; {_VARIABLE} waits longer",
                 )
-            if waited > patience / 10 and not said and self.speaks:
+            if waited > self.patience / 10 and not said and self.speaks:
                 said = True
                 told(f"waiting to see machine {absent} of {self.nodes} in {state.parent}")
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -118,7 +121,7 @@ def machines(environment: Mapping[str, str], world: int, local: int) -> Machines
     """This process's machine, by the variables of torchrun (also dconv's own, for Ray), else of SLURM.
 
     Raises:
-        UsageError: variables that are no number of a machine.
+        UsageError: variables that are no number of a machine, or of seconds.
     """
     for number, count in (("GROUP_RANK", "GROUP_WORLD_SIZE"), ("SLURM_NODEID", "SLURM_STEP_NUM_NODES")):
         if "RANK" in environment and number.startswith("SLURM"):
@@ -128,8 +131,17 @@ def machines(environment: Mapping[str, str], world: int, local: int) -> Machines
             if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
                 raise UsageError("the launcher's variables name no machine of a run", where=f"{number}, {count}",
                                  found=", ".join(values))  # fmt: skip
-            return Machines(int(values[0]), int(values[1]) if world > 1 else 1, _word(environment), local == 0)
+            nodes = int(values[1]) if world > 1 else 1
+            return Machines(int(values[0]), nodes, _word(environment), local == 0, _patience(environment))
     return Machines(0, 1, "", local == 0)
+
+
+def _patience(environment: Mapping[str, str]) -> float:
+    said = environment.get(_VARIABLE) or str(_PATIENCE)
+    try:
+        return seconds(said)
+    except argparse.ArgumentTypeError as fault:
+        raise UsageError(str(fault), where=f"{_VARIABLE} of the environment") from fault
 
 
 def _word(environment: Mapping[str, str]) -> str:

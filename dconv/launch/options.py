@@ -12,7 +12,7 @@ from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
 from dconv.gguf import TYPES, is_rounded
 from dconv.hw import manifest, settings
-from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, target_of
+from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, adapters, target_of
 from dconv.launch.config_file import read_config
 from dconv.launch.run_options import add_launch_options, add_run_options
 from dconv.launch.values import block_size, byte_count, dtype, lengths, positive, pp_layout, seconds, whole
@@ -21,7 +21,7 @@ from dconv.net.device import check as check_device
 from dconv.neuron import QUANT, RESCALES, SCALES
 from dconv.pipeline import FORMATS, REPLICAS, Request
 from dconv.quantise import READERS, VARIANTS
-from dconv.request import CALIBRATED
+from dconv.request import CALIBRATED, spelled
 from dconv.sharding.coords import Parallel
 
 #: The options that only a Megatron target has, with what stands for them where they are not given.
@@ -29,6 +29,13 @@ _LAYOUT: Final = {
     "tp": 1, "pp": 1, "vpp": 1, "ep": 1, "etp": None, "pp_layout": None,
     "first_stage_layers": None, "last_stage_layers": None, "count_embedding": False, "count_loss": False,
     "megatron_format": "torch_dist", "transformer_impl": "transformer_engine", "make_vocab_size_divisible_by": 128,
+}  # fmt: skip
+#: Seconds that a hardware compiler may take, where nothing is said: a day.
+_DAY: Final = 24 * 3600.0
+#: The options that only a hardware compiler has, likewise.
+_COMPILER: Final = {
+    "platform": None, "task": None, "toolchain_python": None, "toolchain_timeout": _DAY, "max_host_memory": None,
+    "bundle": False,
 }  # fmt: skip
 
 
@@ -60,8 +67,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "format",
         nargs="?",
         metavar="FORMAT",
-        help="huggingface (hf), safetensors, fp8, megatron, gguf, mlx, onnx, torch_export, torchscript, neuron, pt, "
-        "bmtrain",
+        help="huggingface (hf), safetensors, fp8, mx, gptq, awq, megatron, gguf, mlx, onnx, torch_export, torchscript, "
+        "neuron, pt, bmtrain; mtk, rk, qnn, ax for a hardware compiler",
     )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT", help="output directory (./<model>-<format>)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with any of these options")
@@ -155,7 +162,7 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
                        help="what the model is for (normally read from the config)")  # fmt: skip
     group.add_argument("--toolchain-python", type=Path, metavar="PYTHON",
                        help="interpreter that has the vendor's toolchain (default: .venvs/<toolchain>)")  # fmt: skip
-    group.add_argument("--toolchain-timeout", type=seconds, default=24 * 3600.0, metavar="SECONDS",
+    group.add_argument("--toolchain-timeout", type=seconds, default=_DAY, metavar="SECONDS",
                        help="how long the compiler may take (a day)")  # fmt: skip
     group.add_argument("--max-host-memory", type=byte_count, metavar="SIZE",
                        help="memory that the compiler may take; it holds the whole model (what is free)")  # fmt: skip
@@ -237,9 +244,18 @@ def to_request(args: argparse.Namespace) -> Request:
     if given:
         raise UsageError(
             f"{args.format} has no such layout, nothing was written",
-            where=", ".join("--" + name.replace("_", "-") for name in given),
+            where=", ".join(map(spelled, given)),
             expected="these options with FORMAT megatron only (--tp also with pt and neuron --platform, --ep with "
             "gptq, awq): they say how the output is cut, not the source",
+            do="leave them out",
+        )
+    compilers = [name for name, otherwise in _COMPILER.items() if getattr(args, name) != otherwise]
+    if compilers and compiler is None and args.format in FORMATS:
+        raise UsageError(
+            f"{args.format} is no hardware compiler's, nothing was written",
+            where=", ".join(map(spelled, compilers)),
+            expected=f"these options with FORMAT {', '.join(adapters())}"
+            + (" (--platform names a chip)" if args.format in TWO_MEANINGS else ""),
             do="leave them out",
         )
     sized = ("huggingface", "neuron", "gguf", "mlx", "onnx")
@@ -259,6 +275,12 @@ def to_request(args: argparse.Namespace) -> Request:
             f"{args.format} has no lengths that one chooses, nothing was written",
             where="--lengths",
             expected="this option with FORMAT onnx",
+        )
+    if args.gguf_pretokenizer is not None and engine != "gguf":
+        raise UsageError(
+            f"{args.format} has no name for how text is split, nothing was written",
+            where="--gguf-pretokenizer",
+            expected="this option with FORMAT gguf",
         )
     if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
         raise UsageError(
@@ -340,9 +362,7 @@ def _check_fake(args: argparse.Namespace) -> None:
             raise UsageError("--fake-weight-config without --fake-weight", where=str(args.fake_weight_config))
         return
     reading = ("source_format", "drop", "rename", "submodel", "with_eagle", "teacher")
-    given = [
-        "--" + {"source_format": "from"}.get(name, name).replace("_", "-") for name in reading if getattr(args, name)
-    ]
+    given = [spelled(name) for name in reading if getattr(args, name)]
     if getattr(args, "verify", "none") == "logits":
         given.append("--verify logits")
     if given:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from dconv.errors import Preempted
 from dconv.launch.batch import Attempt, Job
 from dconv.launch.process import say
-from dconv.launch.ray_cluster import Share, reached, share_of
+from dconv.launch.ray_cluster import Share, handed_on, reached, share_of
 from dconv.launch.ray_keeper import CALLS, Heard, Keeper
 
 #: Conversions that wait or run at a time; this process has a thread for each.
@@ -55,8 +55,8 @@ class _Kept:
             num_cpus=share.cpus, num_gpus=share.gpus, max_concurrency=CALLS, max_restarts=0
         ).remote()  # fmt: skip
         self._here = self._keeper.where.remote()
-        hidden = {} if share.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        self._run = self._keeper.run.remote("dconv", list(words), str(Path.cwd()), hidden)
+        variables = handed_on() | ({} if share.gpus else {"CUDA_VISIBLE_DEVICES": ""})
+        self._run = self._keeper.run.remote("dconv", list(words), str(Path.cwd()), variables)
 
     def stop(self) -> None:
         self._told = True

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dconv.checkpoint.files import LINKS
 from dconv.errors import ToolMissing, UsageError
 from dconv.launch.process import SIGNALS
 
@@ -127,6 +128,11 @@ def _unreached(address: str, found: str) -> ToolMissing:
         found=found.strip().partition("\n")[0][:300],
         do="ray status --address HOST:PORT says whether it is up; --address or RAY_ADDRESS name another one",
     )
+
+
+def handed_on(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a person has told this process of the source's links, which ranks on other machines have to know as well."""
+    return {name: environment[name] for name in (LINKS,) if name in environment}
 
 
 def addresses(ray: Any) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Final, TextIO
 
 from dconv.errors import Preempted, ToolMissing
 from dconv.launch.process import Stop, say
-from dconv.launch.ray_cluster import Share, addresses
+from dconv.launch.ray_cluster import Share, addresses, handed_on
 from dconv.launch.ray_keeper import CALLS, Heard, Keeper
 
 #: Seconds between two questions to a rank.
@@ -52,16 +52,16 @@ class Said:
 
 @dataclass
 class Notes:
-    """The ranks' latest notes, for `dconv.launch.progress.Display`."""
+    """The ranks' latest notes, for `dconv.launch.display.Display`."""
 
     found: dict[int, dict[str, int]] = field(default_factory=dict[int, dict[str, int]])
 
     def read(self) -> dict[int, dict[str, int]]:
-        """See `dconv.launch.progress.Notes`."""
+        """See `dconv.launch.display.Notes`."""
         return dict(self.found)
 
     def is_in_use(self) -> bool:
-        """See `dconv.launch.progress.Notes`."""
+        """See `dconv.launch.display.Notes`."""
         return True
 
 
@@ -189,6 +189,7 @@ class Ranks:
             "MASTER_PORT": str(places[0][1]),
             LAUNCHED: str(time.time()),
             VARIABLE: "off",  # this process keeps the record
+            **handed_on(),
             # A rank sees the GPUs that its actor was given, and no other one: of several each is number 0.
             **({} if self._gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         }

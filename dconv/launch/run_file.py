@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import StorageFault, UsageError
-from dconv.launch.config_file import load, repeats, typed
+from dconv.launch.arguments import arguments_of, repeats
+from dconv.launch.config_file import load, typed
 from dconv.launch.options import every_option
 from dconv.sharding.parsed import is_list
 
@@ -26,7 +27,7 @@ _OURS: Final = ("help", "config", "save_config", "debug")
 
 def names() -> dict[str, argparse.Action]:
     """Every option of a file, by its name there."""
-    return {_name(action): action for action in every_option()._actions if action.dest not in _OURS}
+    return {_name(action): action for action in arguments_of(every_option()) if action.dest not in _OURS}
 
 
 def named(key: str) -> tuple[str, argparse.Action]:
@@ -67,7 +68,7 @@ def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, An
     Raises:
         UsageError: see `read`.
     """
-    for action in parser._actions:
+    for action in arguments_of(parser):
         action.default = argparse.SUPPRESS
         action.type = None
     said = vars(parser.parse_args(words))

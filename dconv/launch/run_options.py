@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dconv.errors import UsageError
 from dconv.launch.values import byte_count, number, positive, threads, whole
+from dconv.request import spelled
 from dconv.sharding.digest import ALGORITHMS
 from dconv.sharding.tuning import AUTO
 
@@ -81,11 +82,12 @@ def check_launch(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see above.
     """
-    given = [name for name, launchers in _ONLY.items() if getattr(args, name) and args.launcher not in launchers]
+    said = {name: getattr(args, name) for name, launchers in _ONLY.items() if args.launcher not in launchers}
+    given = [name for name, value in said.items() if value not in (None, []) and value is not False]
     if given:
         of = sorted({launcher for name in given for launcher in _ONLY[name]})
         raise UsageError(
             f"--launcher {args.launcher} has no use for this, nothing was written",
-            where=", ".join("--" + name.replace("_", "-") for name in given),
+            where=", ".join(map(spelled, given)),
             expected=f"--launcher {' or '.join(of)} beside it",
         )

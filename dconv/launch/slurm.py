@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, say
 from dconv.launch.progress import Board
 from dconv.launch.reporting import check_report
+from dconv.launch.terminal import show_json
 from dconv.pipeline import check_space, prepare
 from dconv.request import CALIBRATED
 from dconv.sharding.plan import Plan
@@ -95,7 +95,10 @@ def submit(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _told(args: argparse.Namespace, known: Mapping[str, object], sentence: str) -> None:
-    say(json.dumps(known) if args.json else sentence)
+    if args.json:
+        show_json(known)
+    else:
+        say(sentence)
 
 
 def _planned(args: argparse.Namespace) -> tuple[Path, Plan | None, bool]:

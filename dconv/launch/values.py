@@ -49,6 +49,9 @@ def pp_layout(text: str) -> tuple[int, ...]:
 
     Chunks are parted by ``|``; each is a number (``3|4|4|2``) or in Megatron's letters with its repetitions
     (``Ettt|(tttt|)*2ttL``). Source of the letters: ``megatron/core/transformer/pipeline_parallel_layer_layout.py``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no such thing.
     """
     spelled = str(text).replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([EtL|])\*(\d+)"):

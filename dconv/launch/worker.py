@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, storage_fault
+from dconv.errors import DconvError, Preempted, Refused, StorageFault, UsageError, counted, storage_fault
 from dconv.launch.display import Display
 from dconv.launch.history import Record
 from dconv.launch.history import place as history_place
@@ -28,10 +28,6 @@ from dconv.quant.report import summary
 from dconv.request import Request
 from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import is_result, partial_folder, read_receipt
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Seconds that the rank which reports goes on planning after a launcher's signal. torchrun and SLURM kill after 30.
 _GRACE: Final = 10.0
@@ -200,10 +196,10 @@ def recorded(words: Sequence[str], args: argparse.Namespace, ranks: int) -> Reco
     """The record of a run that begins here, where the options make sense and a history is kept."""
     record = Record(history_place())
     try:
-        target = to_request(args).output
+        out = to_request(args).output
     except (DconvError, argparse.ArgumentTypeError):
         return Record()  # said by the run itself
-    record.begin(words, args.model, args.format, target, ranks)
+    record.begin(words, args.model, args.format, out, ranks)
     return record
 
 
@@ -244,7 +240,7 @@ def _summary(
     notes: dict[int, dict[str, int]],
     seconds: float,
     verified: dict[str, object] | None,
-    report: Path | None,
+    page: Path | None,
 ) -> None:
     plan = job.plan
     peaks = {rank: note["peak"] for rank, note in sorted(notes.items())}
@@ -265,14 +261,14 @@ def _summary(
         "needs": list(job.needs),
         "notes": list(job.notes),
         "verified": verified,
-        **({"report": str(report)} if report else {}),
+        **({"report": str(page)} if page else {}),
     }
     if args.json:
         show_json(result)
         return
     if args.quiet:
         return
-    exact = "bit-exact" if not numeric else f"{numeric} tensors rounded once, the rest bit-exact"
+    exact = "bit-exact" if not numeric else f"{counted(numeric, 'tensor', 'tensors')} rounded once, the rest bit-exact"
     if job.calibrating:
         exact = summary(job.calibrating.lines)
     lines = [
@@ -285,7 +281,7 @@ def _summary(
         lines.append(f"kept {outcome.kept / 1e9:.2f} GB of an earlier run (checked)")
     lines += [f"left out: {name} ({reason})" for name, reason in list((plan.target.left_out or {}).items())[:8]]
     lines += [f"megatron-core lacks: {what}" for what in job.needs]
-    lines += [f"report {report}"] * (report is not None)
+    lines += [f"report {page}"] * (page is not None)
     show(*lines)
 
 

@@ -118,7 +118,7 @@ def proved(logical: Logical, shards: Places, ranks: Ranks) -> Logical:
             for j, piece in enumerate(held)
             if piece.file == shards.file
         }
-        return None, (mine, shards.memory.whole() if several else [])
+        return None, (mine, shards.memory.hashes() if several else [])
 
     _, found = ranks.together(hashes)
     for manifest in shards.manifests:

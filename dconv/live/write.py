@@ -38,7 +38,11 @@ def start(job: Job, settings: Settings) -> Path:
     partial = partial_folder(out, job.plan)
     try:
         partial.mkdir()
-        sync_folder(partial.parent)
+        try:
+            sync_folder(partial.parent)
+        except OSError:
+            partial.rmdir()
+            raise
     except OSError as fault:
         raise cannot("create the output", partial, fault) from fault
     return partial

@@ -10,6 +10,7 @@ from dconv.errors import UsageError
 
 AUTO: Final = "auto"
 #: What ``--device`` takes; of several GPUs one is named by its number, ``cuda:1``.
+DEVICES: Final = "cpu, cuda, cuda:1, mps"
 _NAMES: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -19,12 +20,15 @@ def check(asked: str) -> None:
     Raises:
         UsageError: it is none of auto, cpu, mps, cuda and ``cuda:`` with a number.
     """
-    if not _NAMES.fullmatch(asked):
+    if not is_name(asked):
         raise UsageError(
-            "there is no such device, nothing was written",
-            where=f"--device {asked:.80}",
-            expected="auto, cpu, cuda, cuda:1, mps",
+            "there is no such device, nothing was written", where=f"--device {asked:.80}", expected=f"auto, {DEVICES}"
         )
+
+
+def is_name(said: str) -> bool:
+    """Whether it is what ``--device`` takes."""
+    return _NAMES.fullmatch(said) is not None
 
 
 def is_here(device: str) -> bool:

@@ -46,6 +46,12 @@ def is_ours(family: Family, config: Mapping[str, object]) -> bool:
     return family.name in _EXPERT_PARTS and not is_theirs(config)
 
 
+def is_computed(family: Family) -> bool:
+    """Whether models of a family are built at all: here, or by transformers."""
+    config = {"model_type": family.config.model_type}
+    return is_ours(family, config) or is_theirs(config)
+
+
 def obstacle(family: Family, config: Mapping[str, object]) -> str:
     """What of a config, of a family that `is_ours`, is not computed here; empty where all of it is."""
     return "\n".join(family.config.unsayable(config))
@@ -60,11 +66,21 @@ def require(family: Family, config: Mapping[str, object], length: int) -> None:
         length: tokens of the longest sequence that will be asked.
 
     Raises:
-        Refused: the config says more than these layers compute, or its attention is sparse at this length.
+        Refused: nobody builds the model, the config says more than these layers compute, or its attention is sparse at
+            this length.
     """
     if is_ours(family, config):
         _refuse(family, config)
         _refuse_sparse(config, length)
+    elif not is_theirs(config):
+        from transformers import __version__
+
+        raise Refused(
+            f"a {family.name} is not computed here, nothing was written",
+            where=CONFIG,
+            expected="a model_type that transformers knows, or one of " + ", ".join(_EXPERT_PARTS),
+            found=f"transformers {__version__} has none of type {config.get('model_type')}",
+        )
 
 
 def _refuse(family: Family, config: Mapping[str, object]) -> None:

@@ -91,6 +91,12 @@ class Folds:
     plain: frozenset[str]
 
 
+def is_known(family: Family) -> bool:
+    """Whether it is known of all that a family's layers have what AWQ's scales go through; see `folds_of`."""
+    names = (row.megatron.removeprefix("language_model.") for row in family.rows)
+    return all(name.removeprefix(_LAYER) in _KNOWN for name in names if name.startswith(_LAYER))
+
+
 def folds_of(family: Family, facts: Facts, logical: Logical, wanted: Collection[str]) -> Folds:
     """Where AWQ's scales of a model go, and which weights' ranges are not searched.
 

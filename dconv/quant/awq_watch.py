@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dconv.errors import Refused
 from dconv.net.lazy import put
 from dconv.net.untyped import first_of, own_forward
-from dconv.quant.experts import Listen as Hear
+from dconv.quant.experts import Hear
 from dconv.quant.network import Layer
 from dconv.quant.peers import AWAY, Peers
 

@@ -67,7 +67,7 @@ def load(calibration: Calibration, tokenizer_folder: Path | None, vocabulary: in
     taken: list[Ids] = []
     count = used = 0
     end = None if source.kind == "input_ids" else tokenizer.end()
-    for number in _drawn("document", calibration.seed, len(source.documents)):
+    for number in drawn("document", calibration.seed, len(source.documents)):
         ids = _ids_of(source.documents[number], tokenizer)
         _check(ids, vocabulary, number, source)
         between = [end] if end is not None and taken else []
@@ -80,7 +80,7 @@ def load(calibration: Calibration, tokenizer_folder: Path | None, vocabulary: in
         raise _too_little(calibration, source, count)
     length = calibration.seqlen
     blocks = np.concatenate(taken)[: count // length * length].reshape(-1, length)
-    chosen = sorted(_drawn("block", calibration.seed, len(blocks))[: calibration.nsamples])
+    chosen = sorted(drawn("block", calibration.seed, len(blocks))[: calibration.nsamples])
     tokens = np.ascontiguousarray(blocks[chosen], np.int32)
     record: dict[str, object] = {
         "path": source.path or "the text that ships",
@@ -100,7 +100,7 @@ def load(calibration: Calibration, tokenizer_folder: Path | None, vocabulary: in
     return Samples(tokens, record, "" if calibration.data is not None else DEFAULT_WARNING)
 
 
-def _drawn(what: str, seed: int, count: int) -> list[int]:
+def drawn(what: str, seed: int, count: int) -> list[int]:
     """The numbers below ``count`` in an order that the seed alone decides."""
     return sorted(range(count), key=lambda number: hashlib.sha256(f"{what}:{seed}:{number}".encode()).digest())
 

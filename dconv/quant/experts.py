@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Called with an expert's number, what comes to its projection [tokens, in], the tokens' routing weights [tokens], and
 #: the item (block, sample) that they are of.
-Listen = Callable[[int, "torch.Tensor", "torch.Tensor", Any], None]
+Hear = Callable[[int, "torch.Tensor", "torch.Tensor", Any], None]
 
 #: How far a pass goes: to what comes to the inner projections, to what comes to the outer one, to the end.
 INNER, OUTER, END = range(3)
@@ -81,8 +81,8 @@ class Experts:
             raise Refused(
                 "these experts' matrices are turned, which is not calibrated, nothing was written", where=name
             )
-        self.on_inner: Listen = _unheard
-        self.on_outer: Listen = _unheard
+        self.on_inner: Hear = _unheard
+        self.on_outer: Hear = _unheard
         self.until: Callable[[], int] = lambda: END
         self.after: Callable[[], None] = lambda: None
         self.recall: Callable[[torch.Tensor | None], torch.Tensor | None] = lambda _: None

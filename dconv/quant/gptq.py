@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from dconv.net.untyped import linalg, listed
-from dconv.quant.grid import POWER, Numbers
+from dconv.quant.grid import Numbers
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ class Chosen:
 def factor(hessian: torch.Tensor, recipe: Recipe) -> Factor | None:
     """Factor a Hessian [columns, columns], float32; it is overwritten, and one more of its size is needed.
 
-    A column that no token reached is rounded to nearest: it gets a diagonal of one, and nothing is carried over.
+    A column that no token reached is rounded to nearest: it gets the mean of the diagonal, and nothing is carried over.
 
     Returns:
         None where it cannot be factored: no token came, or it is not finite.
@@ -265,6 +265,3 @@ def _compensated(weights: torch.Tensor, now: torch.Tensor, feedback: torch.Tenso
     eye = torch.eye(len(feedback), device=feedback.device)
     left = linalg().solve_triangular((feedback + eye).t(), weights - now, upper=False, unitriangular=True)
     return weights - left
-
-
-__all__ = ["POWER", "Chosen", "Factor", "Recipe", "factor", "nearest", "quantise"]

@@ -56,7 +56,7 @@ class Numbers:
         high = weights.amax(1).clamp(min=0)
         if self.symmetric:
             high = torch.maximum(low.abs(), high)
-            low = torch.where(low < 0, -high, low)
+            low = -high  # of a group without negative weights, too: half of its codes would stand for none of them
         empty = (low == 0) & (high == 0)
         low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
         scale, zero = self._spanning(low, high)

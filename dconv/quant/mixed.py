@@ -125,19 +125,17 @@ def resolve(
     shapes: Mapping[str, tuple[int, ...]],
     linears: Collection[str] | None = None,
     *,
-    preset: bool | None = None,
     strict: bool = False,
 ) -> Resolved:
     """What every weight of a model gets.
 
     Args:
-        config: the table, and the method that has to take what it says.
+        config: the table, and the method that has to take what it says. A ready made table is for models of many
+            sizes: what does not fit a shape is corrected, and said, instead of refused.
         shapes: of the model's tensors by their HuggingFace names, ``.weight`` and all; what is no matrix of a linear
             layer, of a router or of the output layer is read over.
         linears: the weights that may be quantised (`dconv.coded.encode.linears`); where None, all matrices that names
             alone tell for linear layers, a vision tower's and an encoder's among them.
-        preset: the table is ready made, for models of many sizes: what does not fit a shape is corrected, and said,
-            instead of refused. None: as the config says.
         strict: a pattern that matches nothing is an error.
 
     Raises:
@@ -145,7 +143,7 @@ def resolve(
         Refused: a pattern matches nothing and ``strict``; a group that does not divide a weight's columns; nothing is
             left to quantise; experts that are one tensor for all.
     """
-    preset = bool(config.preset) if preset is None else preset
+    preset = bool(config.preset)
     found = _Notices()
     choices: dict[str, Choice] = {}
     hits = [0] * len(config.table.overrides)

@@ -10,6 +10,8 @@ from dconv.errors import group_names
 
 #: As in `dconv.errors.group_names`, which folds each number by itself.
 _NUMBER: Final = re.compile(r"(?<!\d)\d{1,9}(?!\d)")
+#: Patterns of a notice.
+_FEW: Final = 4
 _Box = tuple[frozenset[str], ...]
 
 
@@ -18,10 +20,10 @@ def folded(names: Iterable[str]) -> list[str]:
     return list(_side_by_side(_exact(name.removesuffix(".weight") for name in names)))
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
-    """`folded` on one line, for a notice."""
+def some(names: Iterable[str]) -> str:
+    """`folded` on one line, for a notice: a few of them, and how many more there are."""
     found = folded(names)
-    return ", ".join(found[:limit]) + (f", … and {len(found) - limit} more patterns" if len(found) > limit else "")
+    return ", ".join(found[:_FEW]) + (f", … and {len(found) - _FEW} more patterns" if len(found) > _FEW else "")
 
 
 def _exact(names: Iterable[str]) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from dconv.errors import Refused, ToolMissing
 from dconv.net.lazy import hold, own, put
@@ -15,13 +16,16 @@ from dconv.net.untyped import first_of
 from dconv.net.weights import Weights
 from dconv.quant.experts import Experts, is_experts
 from dconv.quant.peers import Peers
-from dconv.sharding.parsed import is_list_or_tuple
+from dconv.sharding.parsed import is_dict, is_list_or_tuple
 
 if TYPE_CHECKING:
     import torch
 
     from dconv.arch.family import Family
     from dconv.sharding.tensor import Logical
+
+#: Arguments of a layer beside the hidden states, in the layers' order.
+_Given = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Enough(Exception):
@@ -121,29 +125,36 @@ class Network:
 
     def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         """What comes to the first layer: float32 [samples, length, hidden] of tokens [samples, length]."""
+        try:
+            first, given = self._caught(tokens, lambda hidden: hidden)
+        except (ValueError, TypeError):  # some models take what a layer says apart: hidden states, scores (Bamba)
+            first, given = self._caught(tokens, lambda hidden: (hidden, None))
+        self._given[tuple(tokens.shape)] = _moved(given, self.device)
+        return first.float()
+
+    def _caught(self, tokens: torch.Tensor, answer: Callable[[Any], Any]) -> tuple[torch.Tensor, _Given]:
+        """The hidden states that come to the first layer, and what else comes to each; ``answer`` is what they say."""
         import torch
 
-        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        given: _Given = []
         first: list[torch.Tensor] = []
 
-        def catch(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def catch(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             first[:] = first or [hidden]
             given.append((args, kwargs))
             if len(given) == len(self._layers):
                 raise Enough
-            return hidden
+            return answer(hidden)
 
         for _, layer in self._layers:
             layer.__dict__["forward"] = catch
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(Enough):
                 self._net(input_ids=tokens, use_cache=False)
-        except Enough:
-            self._given[tuple(tokens.shape)] = _moved(given, self.device)
         finally:
             for _, layer in self._layers:
                 del layer.__dict__["forward"]
-        return first[0].float()
+        return first[0], given
 
     def load(self, index: int) -> Layer:
         """Read a layer's weights onto the device, float32; `forget` lets go of them.
@@ -247,10 +258,6 @@ def _name_of(member: Any, net: Any) -> str:
     return next(name for name, module in net.named_modules() if module is member)
 
 
-def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
-    return isinstance(value, dict)
-
-
 def _moved(value: Any, device: str) -> Any:
     """Tensors inside of lists, tuples and dicts, on a device; what is shared stays shared."""
     import torch
@@ -264,7 +271,7 @@ def _moved(value: Any, device: str) -> Any:
             return seen[id(one)]
         if is_list_or_tuple(one):
             return type(one)(map(move, one))
-        if _is_dict(one):
+        if is_dict(one):
             return {key: move(item) for key, item in one.items()}
         return one
 

@@ -16,14 +16,13 @@ from typing import Any, Final
 from dconv.checkpoint.files import parse_json
 from dconv.checkpoint.small_config import read_mapping
 from dconv.errors import Damaged, UsageError
+from dconv.quant.grid import POWER
 from dconv.quant.kinds import INT_GROUPS, KINDS, PLAIN
 from dconv.quant.settings import Awq, Calibration, Gptq, Method, Quantization
 from dconv.quant.table import Fields, Table, fields_of, overrides_of, unknown
 
 OPTION: Final = "--quantization-config"
 _PRESETS: Final = Path(__file__).parent / "presets"
-#: A plain exponent of errors; GPTQModel's documents recommend it.
-_MSE: Final = 2.4
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _is_number(said: object) -> bool:
 
 def _exponent(said: Any) -> object:
     if isinstance(said, bool):
-        return _MSE if said else 0.0
+        return POWER if said else 0.0
     return float(said) if _is_number(said) and 0 <= said <= 16 else None
 
 

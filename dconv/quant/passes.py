@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dconv.net.untyped import own_forward
-from dconv.quant.experts import END, INNER, OUTER, Listen
+from dconv.quant.experts import END, INNER, OUTER, Hear
 from dconv.quant.network import Enough, Layer
 from dconv.quant.peers import AWAY, Peers
 
@@ -279,7 +279,7 @@ class Passes:
         if not here.left:
             raise Enough
 
-    def _expert(self, module: str, outer: bool) -> Listen:
+    def _expert(self, module: str, outer: bool) -> Hear:
         def listen(expert: int, x: torch.Tensor, weights: torch.Tensor, item: Any) -> None:
             del item
             self._peers.hear()

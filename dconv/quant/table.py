@@ -135,7 +135,7 @@ def fields_of(said: object, where: str) -> Fields:
             where=f"wq in {where}",
             expected=", ".join(KINDS),
             found=f"{wq!r:.80}",
-            do=_meant(str(wq), KINDS),
+            do=meant(str(wq), KINDS),
         )
     if aq is not None and (not isinstance(aq, str) or aq not in ACTIVATIONS):
         raise Refused(
@@ -186,10 +186,11 @@ def unknown(key: str, known: Collection[str], where: str, do: str = "") -> Usage
         f"there is no key {key!r:.80}",
         where=where,
         expected=", ".join(known),
-        do=do or _meant(key, known),
+        do=do or meant(key, known),
     )
 
 
-def _meant(word: str, known: Collection[str]) -> str:
-    close = get_close_matches(word.lower(), known, 1)
-    return f"did you mean {close[0]}?" if close else ""
+def meant(word: str, known: Collection[str]) -> str:
+    """A question after the nearest of the known words, for an error's ``do``; empty where none is near."""
+    close = get_close_matches(word.lower(), [name.lower() for name in known], 1)
+    return f"did you mean {next(name for name in known if name.lower() == close[0])}?" if close else ""

@@ -17,7 +17,7 @@ import xxhash
 
 from dconv import __version__
 from dconv.arch.layouts import size as size_of
-from dconv.describe import Described, describe_model
+from dconv.describe import Described, describe_model, described
 from dconv.errors import DconvError
 from dconv.report import losses
 from dconv.report.flows import Flows, flows_of, shares
@@ -101,7 +101,7 @@ class Conversion:
         return {
             "plan": plan.id,
             "family": self.job.family.name,
-            "source": {"path": str(self.job.request.model), "format": self.job.source.format},
+            "source": {"path": str(self.job.request.source), "format": self.job.source.format},
             "target": {"path": str(self.job.request.output), "format": self.job.request.format},
             "parameters": self.job.parameters,
             "bytes_read": plan.bytes_read,
@@ -147,30 +147,24 @@ def conversion_of(job: Job, run: Run) -> Conversion:
 
 
 def _source(job: Job) -> tuple[Described | None, Side]:
-    """The source anew, since a job's has what will be done to it."""
-    request = job.request
+    """The source anew, since a job's has what will be done to it; of a student and its teacher the student."""
     try:
-        if request.fake_weight:
+        if job.request.fake_weight:
             return None, Side(why_not="weights are made up: there is no source")
-        model = describe_model(
-            request.model,
-            source_format=request.source_format,
-            model_type=request.model_type,
-            hf_config=request.hf_config,
-            drop=request.drop,
-            rename=request.rename,
-            submodel=request.submodel,
-            with_eagle=request.with_eagle,
-        )
+        request = job.request
+        model = describe_model(request.source) if request.teacher_only else described(request)
         return model, _side(model)
     except (DconvError, OSError) as error:
         return None, Side(why_not=_why(error))
 
 
 def _written(job: Job) -> tuple[Described | None, Side]:
+    """The output; of a student and its teacher the student, where it has one."""
     request = job.request
+    family = None if request.submodel else job.family.name or None
+    which = None if request.teacher is None else "teacher" if request.teacher_only else "student"
     try:
-        model = describe_model(request.output, model_type=None if request.submodel else job.family.name or None)
+        model = describe_model(request.output, model_type=family, submodel=which)
         return model, _side(model)
     except (DconvError, OSError) as error:
         return None, Side(why_not=_why(error))
@@ -207,7 +201,8 @@ def facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     parallel = request.parallel if size_of(job.facts, "experts") else replace(request.parallel, etp=1)
     layout = parallel.described if plan.target.world > 1 else ""
     files = "" if job.source.made else f", {_files(len(plan.source.files))}"
-    yield "from", f"{request.model}\n{job.source.format}{files}"
+    taught = f"\nwith its teacher {request.teacher}" if request.teacher and not request.teacher_only else ""
+    yield "from", f"{request.source}\n{job.source.format}{files}{taught}"
     yield "to", f"{request.output}\n{request.format}, {_files(len(plan.target.files))}" + (layout and f", {layout}")
     yield "family", job.family.name
     yield "layers", f"{layers:,}" if (layers := job.family.depth(job.facts)) else ""

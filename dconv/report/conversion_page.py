@@ -29,7 +29,7 @@ _RANKS: Final = 64
 def page(conversion: Conversion) -> str:
     """The page."""
     request = conversion.job.request
-    title = f"{printable(named(request.model.name or str(request.model)))} to {request.format}"
+    title = f"{printable(named(request.source.name or str(request.source)))} to {request.format}"
     filling = {
         "title": said(title),
         "version": said(__version__),

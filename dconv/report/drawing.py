@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Final
 
-from dconv.report.flows import Flows, grouped, merged
+from dconv.report.flows import Flows, grouped, merged, totals
 from dconv.report.parts import printable, said
 from dconv.report.plan import size
 
@@ -36,14 +36,14 @@ class _Node:
 
 def flow(flows: Flows) -> str:
     """A plan: source files, ranks and target files, with bands as wide as the bytes between them."""
-    left = grouped(flows.sums(flows.read, 0), MOST, "files")
+    left = grouped(totals(flows.read, 0), MOST, "files")
     ranks = grouped(dict.fromkeys(flows.ranks, 0), MOST, "ranks")
-    right = grouped(flows.sums(flows.written, 1), MOST, "files")
+    right = grouped(totals(flows.written, 1), MOST, "files")
     reads, writes = merged(flows.read, left, ranks), merged(flows.written, ranks, right)
     sums = [
-        _total(reads, 0),
-        {name: max(_total(reads, 1).get(name, 0), _total(writes, 0).get(name, 0)) for name in ranks.values()},
-        _total(writes, 1),
+        totals(reads, 0),
+        {name: max(totals(reads, 1).get(name, 0), totals(writes, 0).get(name, 0)) for name in ranks.values()},
+        totals(writes, 1),
     ]
     scale = _TALL / max(1, *(sum(column.values()) for column in sums))
     heights = [sum(max(n * scale, _LEAST) + _GAP for n in column.values()) for column in sums]
@@ -59,7 +59,7 @@ def flow(flows: Flows) -> str:
         for _, anchor, x, column, words in heads
     )
     nodes = "".join(_nodes(i, column, sums[i]) for i, column in enumerate(columns))
-    said_in_words = f"from {len(flows.sums(flows.read, 0))} source files through {len(flows.ranks)} ranks"
+    said_in_words = f"from {len(totals(flows.read, 0))} source files through {len(flows.ranks)} ranks"
     return (
         f'<div class="scroll"><svg class="picture" viewBox="0 0 {_WIDTH} {tall + _TOP + 6:.0f}" role="img" '
         f'aria-label="bytes {said_in_words} to target files">{texts}{bands}{nodes}</svg></div>'
@@ -68,13 +68,6 @@ def flow(flows: Flows) -> str:
 
 def _of(column: Mapping[str, int], words: str) -> str:
     return "" if words == "ranks" else f", {size(sum(column.values()))}"
-
-
-def _total(bands: Mapping[tuple[str, str], int], side: int) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for ends, nbytes in bands.items():
-        found[ends[side]] = found.get(ends[side], 0) + nbytes
-    return found
 
 
 def _column(sums: Mapping[str, int], scale: float, top: float) -> dict[str, _Node]:

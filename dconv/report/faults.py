@@ -105,7 +105,7 @@ def _blocks(facts: Facts) -> Iterator[Fault]:
         do = ""
         if blocks.admitted:
             do = f"the shapes of all scales fit blocks of {blocks.admitted_words} (rows x columns)"
-        leads_to = f"the size is {blocks.said_by}'s" if "default" in blocks.said_by else ""
+        leads_to = f"the size is {blocks.said_by}" if "default" in blocks.said_by else ""
         yield Fault("block", what, blocks.disagree, leads_to, do or blocks.admitted_words)
 
 

@@ -37,13 +37,6 @@ class Flows:
     written: Bands
     ranks: tuple[str, ...]
 
-    def sums(self, bands: Bands, side: int) -> dict[str, int]:
-        """Bytes of each node on a side (0 or 1) of some bands, in the order of their first band."""
-        found: Counter[str] = Counter()
-        for ends, nbytes in bands.items():
-            found[ends[side]] += nbytes
-        return dict(found)
-
 
 @dataclass
 class _Origins:
@@ -125,6 +118,14 @@ def _by_file(copy: Copy, origins: _Origins) -> Iterable[tuple[str, int]]:
             left -= nbytes
             yield file, nbytes
         yield parts[0][0], left
+
+
+def totals(bands: Bands, side: int) -> dict[str, int]:
+    """Bytes of each node on a side (0 or 1) of some bands, in the order of their first band."""
+    found: Counter[str] = Counter()
+    for ends, nbytes in bands.items():
+        found[ends[side]] += nbytes
+    return dict(found)
 
 
 def grouped(sums: Mapping[str, int], most: int, what: str) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Implausible:
-    """What `implausible` found.
+    """What `of_model` or `of_graph` found.
 
     Attributes:
         tensors: how many were looked at.

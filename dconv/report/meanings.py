@@ -42,7 +42,7 @@ class Meaning:
         block_of: an element's place in the stored scales.
         parts: for each input, what it is.
         sentences: what must not be got wrong.
-        kept: the encoding (`dconv.report.cost.ENCODINGS`) in which dconv would write these very codes; "" if none.
+        kept: the encoding (`dconv.report.cost.encodings`) in which dconv would write these very codes; "" if none.
     """
 
     scheme: str

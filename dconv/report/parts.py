@@ -104,6 +104,57 @@ def write(path: Path, text: str, *, option: str, command: str) -> None:
         raise StorageFault(f"cannot write the page: {fault.strerror}", where=str(path)) from fault
 
 
+def require_place(path: Path, mark: bytes, *, overwrite: bool) -> None:
+    """That a file may be written at ``path``.
+
+    Args:
+        path: of the file.
+        mark: what all files of its kind have in them.
+        overwrite: whether another of its kind is replaced.
+
+    Raises:
+        UsageError: there is something of that name.
+        StorageFault: what is there cannot be read, or there is no such directory.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise StorageFault(
+                "the output's parent directory is not there", where=str(path.parent), do=f"mkdir -p {path.parent}"
+            )
+        if not os.path.lexists(path):
+            return
+        ours = path.is_file() and not path.is_symlink() and mark in path.read_bytes()
+    except OSError as fault:
+        raise StorageFault(f"cannot look at the output: {fault.strerror}", where=str(path)) from fault
+    if not (overwrite and ours):
+        raise UsageError(
+            "the output exists, nothing was written",
+            where=str(path),
+            found="an older one" if ours else "something that this command did not make",
+            do="name another -o" + (", or --overwrite replaces it once the new one is whole" if ours else ""),
+        )
+
+
+def write_whole(path: Path, data: bytes, mark: bytes, *, overwrite: bool) -> None:
+    """Write a file: all of it, or it is as before; see `require_place`.
+
+    Raises:
+        UsageError, StorageFault: see `require_place`; it cannot be written.
+    """
+    aside = _aside(path)
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        require_place(path, mark, overwrite=overwrite)  # it may have come meanwhile
+        os.replace(aside, path)
+    except OSError as fault:
+        raise StorageFault(f"cannot write the output: {fault.strerror}", where=str(path)) from fault
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from dconv.errors import group_names
+from dconv.own_names import Place
 from dconv.sharding.region import Index, Region
-from dconv.trace import Place, Trace, merged
+from dconv.trace import Trace, merged
 
 _WIDTH: Final = 80
 _LABEL: Final = 9

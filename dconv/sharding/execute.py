@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.errors import Refused
 from dconv.sharding.allocation import keep_freed_memory
 from dconv.sharding.derived import open_reader
 from dconv.sharding.digest import ALGORITHMS, Hasher, of_zeros, update_zeros
 from dconv.sharding.dtypes import ITEMSIZE, carrier
-from dconv.sharding.ops import MOVE, Cast, Derive, Kernel, Scale
+from dconv.sharding.ops import MOVE, Derive, Kernel
 from dconv.sharding.outputs import Outputs
+from dconv.sharding.overflow import check_range
 from dconv.sharding.plan import Copy, Plan, TargetTensor, Task
 from dconv.sharding.reader import BoxReader, ReadLog
 from dconv.sharding.region import Region
@@ -26,7 +26,6 @@ from dconv.sharding.tuning import Tuner
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from numpy.typing import NDArray
 
 #: Buffers past this size no longer speed anything up (they leave the processor's caches).
 TILE_BYTES: Final = 1 << 20
@@ -161,31 +160,8 @@ class Worker:
                     raise disagreement(name, copy, twin)
             if raw is not box:
                 box[...] = self._kernel(copy.op, raw)
-            if dtype == "f16" and copy.op is not MOVE and np.isinf(box).any():
-                self._check_range(box, raw, copy, tensor)
+            check_range(box, raw, copy, tensor, self._kernel)
         return flat.data
-
-    def _check_range(
-        self, box: NDArray[np.generic], raw: NDArray[np.generic], copy: Copy, tensor: TargetTensor
-    ) -> None:
-        """fp16 ends at 65504, and weights of models trained in bf16 pass it: infinity in their place ruins the model.
-
-        Raises:
-            Refused: a number became infinite.
-        """
-        before = (
-            self._kernel(Cast(copy.dtype, "f32"), raw) if isinstance(copy.op, Cast | Scale) else np.zeros(box.shape)
-        )
-        count = np.count_nonzero(np.isinf(box) & np.isfinite(before.astype(np.float64)))
-        if count:
-            name = next(s.tensor for s in tensor.slots if s.stored.intersect(copy.region) is not None)
-            raise Refused(
-                "weights are past the range of fp16 and would become infinite, the output was removed",
-                where=name,
-                expected="magnitudes of 65504 at most",
-                found=f"{count} larger ones, in one stretch of it",
-                do="--dtype bf16 or f32 holds them",
-            )
 
     def _frame(self, task: Task) -> Done:
         hasher: Hasher = ALGORITHMS[self._algorithm]()

@@ -15,7 +15,7 @@ from typing import Final
 
 import xxhash
 
-from dconv.errors import Damaged, Refused, group_names
+from dconv.errors import Damaged, Refused, counted, group_names
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import Derive, Op, op_between
 from dconv.sharding.region import Index, Region, first_overlap
@@ -375,7 +375,7 @@ def check_pieces(
         name = gaps[0]
         have = sum(p.region.volume for p in proved[name])
         raise Damaged(
-            f"{len(gaps)} tensors are not whole in the source",
+            f"{counted(len(gaps), 'tensor is', 'tensors are')} not whole in the source",
             where=group_names(gaps),
             expected=f"{name}: shape {specs[name].shape}, each element once",
             found=f"{have} elements in {len(proved[name])} pieces" if have else "nothing of it",

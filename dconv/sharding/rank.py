@@ -95,6 +95,7 @@ class Outcome:
     Attributes:
         committed: this rank wrote the receipt.
         complete: the output is there.
+        share: bytes that this rank was asked for.
         written: bytes put into files (holes not counted).
         kept: bytes of this rank's share that an earlier run had finished.
     """
@@ -180,7 +181,7 @@ class Rank:
         """
         left = self.unfinished(tasks)
         self.finished += sum(task.nbytes for task in tasks) - sum(task.nbytes for task in left)
-        self._do(left)
+        self._work_off(left)
         self.outputs.sync_names({task.file for task in tasks})
         self.settings.progress(self.finished, self.share)
 
@@ -193,12 +194,12 @@ class Rank:
         self.finished = kept = self.share - sum(task.nbytes for task in left)
         settings.progress(kept, self.share)
         if not settings.steal or settings.world == 1:
-            self._do(left)
+            self._work_off(left)
             return kept
         self._stealing = Stealing(
             self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, self._tuner
         )
-        self._do(left, self._stealing.is_taken)
+        self._work_off(left, self._stealing.is_taken)
         self._stealing.end_of_share()
         self._steal(self._stealing)
         settings.progress(self.finished, self.finished)
@@ -221,7 +222,7 @@ class Rank:
             if tasks:
                 stealing.begin()
                 self.journal.claim(tasks)
-                self._do(tasks)
+                self._work_off(tasks)
                 stealing.end()
             else:
                 waiting.wait(stealing.wait())
@@ -237,12 +238,12 @@ class Rank:
             (intact if good else spoilt).append(task)
         return intact, spoilt
 
-    def _do(self, tasks: Sequence[Task], skip: Callable[[Task], bool] = lambda _: False) -> None:
+    def _work_off(self, tasks: Sequence[Task], skip: Callable[[Task], bool] = lambda _: False) -> None:
         """Do tasks, and those again whose error may pass; not those that are to be skipped when it comes to them."""
         tries = Tries(self.settings.told, self.settings.stop)
         while True:
             try:
-                return self._try(tasks, skip)
+                return self._work_off_once(tasks, skip)
             except StorageFault as fault:
                 noted = self.journal.read().keys() - self.journal.doubtful
                 left = [task for task in tasks if task.index not in noted]
@@ -250,7 +251,7 @@ class Rank:
                 tasks = left
                 self.outputs.close_files()
 
-    def _try(self, tasks: Sequence[Task], skip: Callable[[Task], bool]) -> None:
+    def _work_off_once(self, tasks: Sequence[Task], skip: Callable[[Task], bool]) -> None:
         last = time.monotonic()
         watch = self.settings.watch
         with Flusher(self.outputs, self.journal, watch.done if watch else None) as flush:
@@ -313,7 +314,7 @@ class Rank:
             looked_at.update(task.index for task in some)
             if spoilt:
                 self.journal.retract(spoilt)
-                self._do(spoilt)
+                self._work_off(spoilt)
 
     def _is_old(self, line: Noted) -> bool:
         return line.journal != self.journal.name and line.opened < self.settings.launched

@@ -2,7 +2,8 @@
 
 A cut along a tensor's columns reads a short run in every row. On a disk in the machine that is cheap; a parallel file
 system or an object store wants few and large requests. Every rank of the machine uses the same copies, and a later run
-of the same plan goes on with those of a killed one.
+of the same plan goes on with those of a killed one, but not past a power cut: no copy is flushed to disk, so that of
+those the marks may be there and the bytes not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dconv.errors import StorageFault
 #: Bytes that are fetched at once.
 PIECE: Final = 8 << 20
 _FOLDER: Final = "dconv-stage-"
+#: Says which start of this machine it is (Linux, ``Documentation/admin-guide/sysctl/kernel.rst``).
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _LOCK: Final = "lock"
 
 
@@ -39,7 +42,7 @@ class Stage:
     """
 
     def __init__(self, folder: Path, plan: str, files: Iterable[str], told: Callable[[str], None]) -> None:
-        self._folder = folder / f"{_FOLDER}{plan}"
+        self._folder = folder / f"{_FOLDER}{plan}-{_boot()}"
         self._numbers = {file: number for number, file in enumerate(sorted(files))}
         self._told = told
         self._open: dict[str, tuple[int, int]] = {}
@@ -125,6 +128,13 @@ class Stage:
             _remove_if_unused(self._folder, self._lock)
             os.close(self._lock)
             self._lock = -1
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:  # it cannot be told: the ranks of one process alone share the copies
+        return str(os.getpid())
 
 
 def _taken(folder: Path) -> int:

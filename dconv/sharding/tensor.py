@@ -105,6 +105,11 @@ class Slot:
     start: Index
     axes: Index
 
+    @staticmethod
+    def whole(tensor: str, shape: Index) -> Slot:
+        """All of a logical tensor, in a stored one of its own shape."""
+        return Slot(tensor, Region.whole(shape), (0,) * len(shape), tuple(range(len(shape))))
+
     @property
     def stored(self) -> Region:
         """The box in the stored tensor's coordinates."""

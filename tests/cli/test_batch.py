@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from dconv.arch import registry
 from dconv.cli import main
 from dconv.launch import batch
+from dconv.launch.options import every_option, parse
 from tests.models import config_of, tree_digest, write_random
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +74,29 @@ def test_every_job_is_done_as_alone_and_then_found_done(
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"pp_layout": "1|2|1"},
+        {"pp_layout": "Ett|ttL", "vpp": 1},
+        {"format": "onnx", "lengths": "1+16"},
+        {"format": "onnx", "lengths": 16},
+        {"format": "fp8", "block_size": "32x64", "max_memory": 1.5e9},
+        {"launcher": "slurm", "sbatch": ["--gres=gpu:8", "--exclusive"], "time": "4:00:00"},
+        {"drop": ["-odd", "b c"], "report": True, "threads": "auto", "dtype": "bfloat16", "digest": "sha256"},
+        {"report": "page.html", "quiet": True, "resume": False, "tp": None},
+    ],
+)
+def test_the_line_of_a_job_says_what_its_file_says(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Held against ``--config``, whose values argparse never sees as text."""
+    said = {"model": "model", "format": "megatron", "out": "out", **options}
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    (tmp_path / "jobs.json").write_text(json.dumps({"models": [said]}))
+    (job,) = batch.read(tmp_path / "jobs.json")
+    line, file = (parse(every_option(), words) for words in (job.words, ["--config", str(tmp_path / "run.json")]))
+    assert vars(line) == {**vars(file), "config": None}
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("models: []", "nothing to convert"),
@@ -83,6 +109,8 @@ def test_every_job_is_done_as_alone_and_then_found_done(
         ("format: hf\nmodels: [{model: model, tp: 2}]", "number 1"),
         ("format: hf\nmodels: [{model: model, config: x.yaml}]", "batch's own"),
         ("format: hf\nmodels: [model, {model: model, dtype: f32}]", "one output"),
+        ("format: hf\nmodels: [{model: model, source_format: hf, from: hf}]", "given twice"),
+        ("report: page.html\nformat: hf\nmodels: [model, {model: model, out: x}]", "have one report"),
         ("- model", "no mapping"),
     ],
 )
@@ -133,7 +161,7 @@ def test_told_to_stop_it_leaves_and_goes_on_later(
         "real = subprocess.Popen\n"
         "def slow(words, **more):\n"
         "    hang = ['sh', '-c', 'trap \"exit 75\" TERM; sleep 60 >/dev/null 2>&1 & wait']\n"
-        "    return real(hang if 'two' in words else words, **more)\n"
+        "    return real(hang if '--out=two' in words else words, **more)\n"
         "batch.subprocess.Popen = slow\n"
         "from dconv.cli import main; sys.exit(main(['batch', sys.argv[1]]))"
     )
@@ -152,3 +180,46 @@ def test_told_to_stop_it_leaves_and_goes_on_later(
     code_again, said = told(str(tmp_path / "jobs.yaml"), capsys=capsys)
     assert (code_again, [one["state"] for one in said]) == (0, ["done", "done"])
     assert said[0]["said"]["already_done"]
+
+
+class _Slow:
+    """A conversion that needs a while to leave, and one that never does."""
+
+    def __init__(self, leaves: bool, stop: threading.Event) -> None:
+        self.leaves, self.stop_of_all, self.looks, self.killed_at = leaves, stop, 0, 0
+        self.told_at = 0
+
+    def stop(self) -> None:
+        self.told_at = self.looks
+
+    def kill(self) -> None:
+        self.killed_at = self.looks
+
+    def ended(self, seconds: float) -> tuple[int, str, str] | None:
+        self.looks += 1
+        if self.looks == 3:
+            self.stop_of_all.set()
+        if self.killed_at:
+            return 128 + 9, '{"half of a li', ""
+        if self.leaves and self.looks > 6:
+            return 75, "", ""
+        time.sleep(min(seconds, 0.05))
+        return None
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_was_told_to_leave_has_time_to_and_is_killed_only_then(
+    leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time counts from when it was told, however long it had run before; what was killed goes on later."""
+    monkeypatch.setattr(batch, "_PATIENCE", 60.0 if leaves else 0.3)
+    stop = threading.Event()
+    slow = _Slow(leaves, stop)
+
+    class Runner:
+        def start(self, job: batch.Job, words: Sequence[str]) -> batch.Attempt:
+            return slow
+
+    run = batch.Batch([batch.Job("", (), Path("out"))], 1, 2, stop, lambda one, every: None, Runner())
+    assert run.run() == 75 and run.results[0].state == "stopped"
+    assert bool(slow.killed_at) == (not leaves) and (leaves or slow.killed_at > slow.told_at)

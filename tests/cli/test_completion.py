@@ -20,6 +20,7 @@ from dconv.assist.sizes import SIZES, permitted
 from dconv.commands.table import COMMANDS, parser_of
 from dconv.errors import DconvError
 from dconv.hw.registry import adapter
+from dconv.launch.arguments import arguments_of
 from dconv.launch.options import to_request
 from dconv.matrix import outputs
 from dconv.pipeline import prepare
@@ -175,7 +176,7 @@ def test_every_argument_has_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     for command in COMMANDS:
         parser = parser_of(command)
         attach(parser)
-        for action in parser._actions:
+        for action in arguments_of(parser):
             completer = getattr(action, "completer", None)
             for typed in ("", "x", "~", "/", "//nowhere/", "\0"):
                 if completer is not None:
@@ -242,6 +243,20 @@ def test_installing_twice_changes_nothing_and_undo_undoes(
     undo = next(line for line in first.out.splitlines() if line.startswith("undo")).removeprefix("undo").strip()
     subprocess.run(["sh", "-c", undo], check=True)
     assert {name: text.strip() for name, text in _files(home).items()} == {rc.name: "export MINE=1"}
+
+
+def test_an_installation_that_fails_leaves_nothing(
+    dconv: Dconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = _home(tmp_path, monkeypatch)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    ran = dconv("--install-completion", "zsh")
+    assert ran.code == 5 and "No space left" in ran.err
+    assert _files(home) == {}
 
 
 def test_what_is_not_ours_stays(dconv: Dconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -144,3 +145,11 @@ def test_its_place(tmp_path: Path) -> None:
     assert history.place({"XDG_STATE_HOME": "relative"}) == Path("~/.local/state/dconv/history.sqlite").expanduser()
     assert history.place({history.VARIABLE: "/h.sqlite", "XDG_STATE_HOME": "/s"}) == Path("/h.sqlite")
     assert history.place({history.VARIABLE: "off"}) is None
+
+
+def test_a_command_is_shown_as_a_shell_takes_it(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["my model", "gptq", "--quantization-config", '{"bits": 8}']
+    history.Record(kept).begin(words, Path("my model"), "gptq", tmp_path / "out", 1)
+    assert main(["history", "show", "1"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("command"))
+    assert shlex.split(line)[1:] == ["dconv", "convert", *words]

@@ -98,6 +98,33 @@ def test_a_layout_is_megatrons(dconv: Dconv, hf: Path, tmp_path: Path, options: 
 
 
 @pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("hf", ["--gguf-pretokenizer", "llama-bpe"]),
+        ("hf", ["--strict"]),
+        ("hf", ["--platform", "RK3588"]),
+        ("gguf", ["--bundle"]),
+        ("megatron", ["--task", "text-generation"]),
+        ("neuron", ["--max-host-memory", "1GB"]),  # a compiler's with --platform alone
+        ("neuron", ["--toolchain-python", "python3"]),
+        ("fp8", ["--toolchain-timeout", "90"]),
+        ("megatron", ["--teacher", "MODEL", "--quant", "q4_0"]),
+        ("megatron", ["--teacher", "MODEL", "--scale-rule", "even"]),
+        ("megatron", ["--teacher", "MODEL", "--neuron-scale", "reciprocal"]),
+        ("megatron", ["--teacher", "MODEL", "--calibration", "texts.txt"]),
+        ("rk", ["--platform", "RK3588", "--trace", "*"]),
+        ("rk", ["--platform", "RK3588", "--world", "2"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_no_option_is_passed_over_in_silence(dconv: Dconv, hf: Path, format: str, options: list[str]) -> None:
+    ran = dconv("plan", hf, format, *(str(hf) if word == "MODEL" else word for word in options))
+    assert ran.code == 2, ran.out
+    assert next(word for word in reversed(options) if word.startswith("--")) in ran.err
+    assert "nothing was written" in ran.err
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"tp": True},
@@ -131,6 +158,24 @@ def test_a_value_of_the_wrong_type_in_the_config_file(
     assert "usage (2)" in ran.err
     assert "run.json" in ran.err
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp: 2\nformat: hf\ntp: 4\n", "tp stands there twice"),
+        ('{"tp": 2, "tp": 4}', "tp stands there twice"),
+        ("from: hf\nsource_format: pt\n", "given twice"),
+        ("tp: 2\nconfig: other.yaml\n", "names no other one"),
+    ],
+)
+def test_nothing_of_a_config_file_is_passed_over(dconv: Dconv, hf: Path, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    ran = dconv("plan", hf, "megatron", "--config", tmp_path / "run.yaml")
+    assert ran.code == 2 and words in ran.err
+    if "config" not in text:
+        assert dconv("config", "set", tmp_path / "run.yaml", "tp", "8").code == 2, "one of the two would be left"
+    assert (tmp_path / "run.yaml").read_text() == text
 
 
 def test_null_in_the_config_file_is_not_given(dconv: Dconv, hf: Path, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from dconv.arch.registry import by_name
 from dconv.pipeline import convert
 from dconv.sharding.tensor import TensorSpec
 from tests.cli.explained import E4M3
+from tests.cli.precision import report
 from tests.fp8 import write_fp8
 from tests.quant.models import write_normal
 from tests.quant.recorded.modelopt_export import FOLDER
@@ -26,10 +25,6 @@ from tests.quant.test_laws import NAMES, request
 
 Q = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]
-
-
-def report(path: Path) -> dict[str, Any]:
-    return json.loads(json.dumps(dconv.inspect(path).to_dict()["precision"]))
 
 
 def in_fp8(tensors: Tensors) -> set[str]:

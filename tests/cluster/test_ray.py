@@ -12,29 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from dconv.arch.registry import by_name
-from dconv.pipeline import Request, prepare, run
+from dconv.pipeline import prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
 from tests.cluster.ray_cluster import LOOPBACK, RayCluster, is_alive, until
-from tests.models import config_of, tree_digest, write_random
+from tests.launched import by_one_rank, small_llama
+from tests.models import tree_digest
 from tests.processes import call, ended
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 60 tasks, so that each of four ranks has work left when it is held."""
-    family = by_name("llama")
-    config = config_of(family, hidden_size=64, intermediate_size=192, vocab_size=301, num_hidden_layers=6, head_dim=16)
-    return write_random(tmp_path_factory.mktemp("source") / "model", family, config, shard_size=400_000)
+    return small_llama(tmp_path_factory.mktemp("source"), shard_size=400_000, num_hidden_layers=6)
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, str]:
     """What one rank makes of `model` with `OPTIONS`."""
-    out = model.parent / "expected"
-    run(prepare(Request(model, "megatron", out, parallel=Parallel(tp=2, pp=2, etp=2), divisor=8)), Settings())
-    return tree_digest(out)
+    return by_one_rank(model, parallel=Parallel(tp=2, pp=2, etp=2), divisor=8)
 
 
 #: Of a calibrated result; what else it has names its settings.

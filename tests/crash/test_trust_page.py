@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from attacks import make
+from fuzz.targets import TARGETS
 from tests.crash import test_every_call, test_power_loss, test_random_kills
 from tests.crash.cases import ALL, job_of
 from tests.crash.disk import ways
@@ -70,3 +71,4 @@ def test_what_else_was_counted() -> None:
     assert sum(kept("damage/test_damage.py", "damages found").values()) == kinds.TOTAL
     assert sum(kept("damage/test_damage.py", "bit flips found").values()) >= 1000
     assert sum(kept("hostile/test_attacks.py", "attacks refused").values()) == len(make.ATTACKS) >= 120
+    assert sum(kept("hostile/test_fuzz_targets.py", "fuzz targets").values()) == len(TARGETS)

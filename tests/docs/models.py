@@ -111,6 +111,6 @@ MODELS: Final[Mapping[str, Callable[[Path], object]]] = {
     "house-llama": surprising,
     "prose.txt": prose,
     "dconv-house": lambda folder: shutil.copytree(
-        ROOT / "tests" / "plugin", folder, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+        ROOT / "tests" / "plugin", folder, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info", "test_*")
     ),
 }

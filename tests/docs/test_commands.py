@@ -22,6 +22,7 @@ PAGES = pages()
 #: Why nothing of them is run here; what is new does not go on this list.
 PARSED = {
     "README.md": "names of large models; its block of use runs below, scripts/quickstart.sh and tests/cli run others",
+    "docs/guide.md": "names of large models; docs/howto has a page that runs for nearly each part",
     "docs/benchmarks-gptq.md": "measures for an hour; scripts/bench_gptq.py",
     "docs/cluster-ray.md": "needs a Ray cluster; tests/cluster/test_ray.py",
     "docs/cluster-slurm.md": "needs a SLURM cluster; tests/cluster/test_slurm.py",

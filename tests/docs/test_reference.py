@@ -133,8 +133,10 @@ def test_diagrams_are_drawn_into_the_page() -> None:
     assert "<svg" in drawn
     assert "<style>" not in drawn  # it would be the whole page's
     assert "\n\n" not in drawn.partition("<figure")[2].partition("</figure>")[0]  # Markdown would go on there
+    picture = "![a terminal](../img/terminal.svg)"  # has colours of its own
+    assert docs_hooks.on_page_markdown(picture, page=Here, config={"docs_dir": str(DOCS)}, files=None) == picture
     for path in (DOCS / "img").glob("*.svg"):
-        assert "currentColor" in path.read_text()
+        assert ("currentColor" in path.read_text()) == (path.name != "terminal.svg")
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", path.read_text())
 
 

@@ -195,6 +195,7 @@ def test_a_list_with_an_entry_a_layer_is_cut(tmp_path: Path) -> None:
         ({"fill": {"constant": "1"}}, "is wrong"),
         ({"fill": {"constant": True}}, "is wrong"),
         ({"fill": {"constant": []}}, "is wrong"),
+        pytest.param({"fill": {"constant": 10**400}}, "is wrong", id="a constant that no float is"),
         ({"shapes": {"a": [0]}}, "is wrong"),
         ({"shapes": ["a"]}, "is wrong"),
         ({"sizes": {}}, "does not know"),

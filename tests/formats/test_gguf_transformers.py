@@ -160,3 +160,15 @@ def test_the_output_computes_what_the_source_does(tmp_path: Path) -> None:
         found = compare(job, tmp_path / dtype)
         assert found["difference"] <= found["bound"] < bound
     assert check(source).run is not None
+
+
+def test_another_file_of_the_same_name_has_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    source = with_vocabulary(tmp_path / "vocabulary.gguf", "gpt-2")
+    before = side(source, read_header(source).values)[0]["tokenizer.json"].make()
+    other = with_vocabulary(tmp_path / "other.gguf", "gpt-2").read_bytes().replace(b"<|end|>", b"<|fin|>")
+    source.unlink()
+    source.write_bytes(other)
+    after = side(source, read_header(source).values)[0]["tokenizer.json"].make()
+    assert b"<|end|>" in before
+    assert b"<|end|>" not in after
+    assert b"<|fin|>" in after

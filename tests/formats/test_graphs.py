@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dconv.checking import check
 from dconv.checkpoint.pickling import Global, Reduce, dumps
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.cli import main
-from dconv.errors import Refused, ToolMissing
+from dconv.errors import Refused, ToolMissing, UsageError
 from dconv.examine import inspect
 from dconv.net.device import computing, placed
 from dconv.pipeline import Request, convert, prepare, run
@@ -195,6 +196,30 @@ def test_nothing_else_is_made_of_a_graph(llama: Path, format: str, options: dict
     with pytest.raises(Refused, match="a graph") as refusal:
         prepare(Request(llama / format, to, tmp_path / "out", dtype=options.get("dtype")))
     assert refusal.value.do == "convert from the checkpoint that it was made of"
+
+
+@pytest.mark.parametrize(
+    "option", [{"hf_config": "hf"}, {"rename": "names.json"}, {"submodel": "student"}, {"drop": ("*",)}], ids=str
+)
+def test_what_says_how_weights_are_read_says_nothing_of_a_graph(
+    llama: Path, option: dict[str, Any], tmp_path: Path
+) -> None:
+    (llama / "names.json").write_text('{"a.*": "b.*"}')
+    told = {name: llama / said if name in ("hf_config", "rename") else said for name, said in option.items()}
+    (name,) = (f"--{name.replace('_', '-')}" for name in told)
+    with pytest.raises(Refused, match="a graph") as refusal:
+        prepare(Request(llama / "torchscript", "torchscript", tmp_path / "out", **told))
+    assert refusal.value.found == name
+    with pytest.raises(UsageError, match="checked as it is") as usage:
+        check(llama / "torchscript", run=False, **told)
+    assert usage.value.where == name
+
+
+def test_a_graph_beyond_the_memory_that_is_allowed_is_not_run(llama: Path) -> None:
+    """Of which only the bytes are known: no table knows its weights."""
+    for format in FORMATS:
+        found = check(llama / format, max_memory=1000)
+        assert found.run is None and "0.0 MB are allowed" in found.not_run
 
 
 def test_what_is_no_directory_or_no_device_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

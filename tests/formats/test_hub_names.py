@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dconv.arch.registry import by_name
-from dconv.errors import Refused
+from dconv.errors import Damaged, Refused
 from dconv.pipeline import Request, convert, prepare
 from tests.models import config_of, tensors, write_random
 
@@ -70,6 +70,16 @@ def test_they_convert_without_naming_the_family(which: str, tmp_path: Path) -> N
     left = job.plan.target.left_out or {}
     masked = {f"h.{layer}.attn.{it}" for layer in range(4) for it in ("bias", "masked_bias")}
     assert set(left) == (masked if family == "gpt2" else set())
+
+
+def test_a_tensor_under_two_of_its_older_names_is_not_lost(tmp_path: Path) -> None:
+    _, hub = published(tmp_path, "bert", "BertForPreTraining", _old)
+    held = load_file(hub / "model.safetensors")
+    name = "bert.embeddings.LayerNorm.gamma"
+    save_file({**held, name.removeprefix("bert."): held[name] + 1}, hub / "model.safetensors")
+    with pytest.raises(Damaged, match="two of the names") as caught:
+        prepare(Request(hub, "hf", tmp_path / "out"))
+    assert caught.value.where == f"{name} and {name.removeprefix('bert.')}"
 
 
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel"])

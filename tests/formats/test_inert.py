@@ -211,6 +211,23 @@ MALFORMED: dict[str, bytes] = {
     "bytes of a number": pickling.dumps(_call("builtins", "bytearray", 1 << 40)),
     "list of a range": pickling.dumps(_call("builtins", "list", _call("builtins", "range", 1 << 40))),
     "copies": b"\x80\x04]q\x00(" + b"N" * 50000 + b"e0(" + b"cbuiltins\nlist\nh\x00\x85R" * 5000 + b"t.",
+    "arguments of a range": b"\x80\x04ctorch\nX\n"
+    + pickling.dumps(_call("builtins", "range", 1 << 26))[2:-1]
+    + b"}NNs\x92.",
+    "arguments copied again and again": (
+        b"\x80\x02ccopyreg\n__newobj__\nq\x000(ctorch\nTensor\n"
+        + b"N" * 20000
+        + b"tq\x010("
+        + b"h\x00h\x01R" * 20000
+        + b"t."
+    ),
+    "storages of endless ids": (
+        b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x00"
+        + b"N" * 1_000_000
+        + b"tq\x000]"
+        + b"h\x00Q0" * 20000
+        + b"."
+    ),
     "encoding that imports": pickling.dumps(_call("_codecs", "encode", "x", "idna")),
     "unhashable key": b"\x80\x02}]Ns.",
     "state for a class": b"\x80\x02ctorch\nTensor\nN}(X\x01\x00\x00\x00aNu\x86b.",

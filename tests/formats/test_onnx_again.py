@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -135,3 +136,25 @@ def test_damaged_graphs_are_found(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(Damaged, match="outside"):
         convert(Request(path, "onnx", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dims", [b"\xff" * (1 << 20), b"\x04\x84"], ids=["endless", "cut off"])
+def test_packed_lengths_without_an_end_are_found_at_once(tmp_path: Path, dims: bytes) -> None:
+    """A shape as one packed field, as other writers have it; a number has ten bytes at most."""
+
+    def field(number: int, content: bytes) -> bytes:
+        length = len(content)
+        size = bytearray()
+        while length > 127:
+            size.append(length & 127 | 128)
+            length >>= 7
+        return bytes([number << 3 | 2, *size, length]) + content
+
+    path = tmp_path / "net.onnx"
+    path.write_bytes(field(7, field(5, field(1, b"\x04\x82\x01") + field(8, b"w"))))
+    assert initializers(path)[0].shape == (4, 130)
+    path.write_bytes(field(7, field(5, field(1, dims) + field(8, b"w"))))
+    start = time.monotonic()
+    with pytest.raises(Damaged, match="not a graph"):
+        initializers(path)
+    assert time.monotonic() - start < 5

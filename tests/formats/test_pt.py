@@ -171,3 +171,11 @@ def test_other_files(tmp_path: Path, name: str) -> None:
         return
     (work / name).write_bytes(b"PK")
     refused(Refused, "a checkpoint is a directory", Request(work / name, "hf", work / "out"))
+
+
+@pytest.mark.parametrize("container", ["pt", "bmtrain", "model_pt"])
+def test_a_file_of_another_kind_is_no_state_dict(tmp_path: Path, container: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(Damaged, match="no state dict that can be told apart") as caught:
+        prepare(Request(tmp_path / "model.gguf", "hf", tmp_path / "out", source_format=container))
+    assert caught.value.found == "model.gguf"

@@ -318,3 +318,7 @@ def test_config_of_another_model_inside(model: Path, attempt: Attempt) -> None:
     source = megatron_of(model, "legacy")
     edit_json(source / "huggingface" / "config.json", lambda config: config | {"intermediate_size": 96})
     attempt(REFUSED, "intermediate_size 96", model=source, options="hf")
+
+
+def test_from_megatron_takes_nothing_else(model: Path, attempt: Attempt) -> None:
+    attempt(REFUSED, "not a Megatron checkpoint", "huggingface", model=model, options="hf --from megatron")

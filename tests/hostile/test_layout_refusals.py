@@ -16,13 +16,16 @@ torch = pytest.importorskip("torch", reason="torch is not installed: legacy file
 
 from dconv.arch.registry import by_name  # noqa: E402
 from dconv.checkpoint import safetensors  # noqa: E402
+from dconv.checkpoint.shards import Holder, Shard, locate  # noqa: E402
 from dconv.checkpoint.source import expected_specs  # noqa: E402
 from dconv.errors import Damaged, DconvError, Refused  # noqa: E402
 from dconv.pipeline import Request, convert, prepare  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
 from dconv.sharding.dtypes import ITEMSIZE  # noqa: E402
 from dconv.sharding.ops import op_between  # noqa: E402
-from tests.models import config_of, tensors, write_random  # noqa: E402
+from dconv.sharding.region import Region, row_major  # noqa: E402
+from dconv.sharding.tensor import Extent, Stored, TensorSpec  # noqa: E402
+from tests.models import config_of, facts_of, tensors, write_random  # noqa: E402
 
 LLAMA = by_name("llama")
 FILE = "model_optim_rng.pt"
@@ -281,3 +284,17 @@ def test_stacked_layers_of_another_number(tmp_path: Path, layers: int) -> None:
     request = Request(made.output, "hf", model.parent / "back", hf_config=other)
     refused(request, Damaged, "another number of layers", rf"expected +{layers}\n", r"\(4, ")
     assert prepare(replace(request, hf_config=model)).facts["layers"] == 4
+
+
+@pytest.mark.parametrize("shape", [(24,), (4, 3, 2), (4, 10)], ids=str)
+def test_a_matrix_of_all_experts_that_none_is(shape: tuple[int, ...]) -> None:
+    family = by_name("mixtral")
+    name = "decoder.layers.0.mlp.experts.weight1"
+    stored = Stored(
+        TensorSpec(name, shape, "bf16"), (Extent(Region.whole(shape), "mp_rank_00/x.pt", 64, row_major(shape, 2)),)
+    )
+    facts = facts_of(family, config_of(family))
+    with pytest.raises(Damaged, match="the experts of a rank do not divide the matrix") as caught:
+        locate({name: [Shard(stored, Holder(0, 1))]}, family, facts)
+    assert caught.value.where == f"{name} in mp_rank_00/x.pt"
+    assert str(shape) in caught.value.found

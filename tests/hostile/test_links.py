@@ -77,3 +77,15 @@ def test_links_to_nowhere(tmp_path: Path) -> None:
     (tmp_path / "near" / "c.bin").symlink_to(tmp_path / "nearby.bin")
     with pytest.raises(Damaged, match="leads out"):  # a neighbour whose name begins alike
         check_link(tmp_path / "near" / "c.bin")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_side_file_that_is_a_link_to_nothing_is_not_left_out_without_a_word(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("gone")
+    with pytest.raises(Damaged, match="a file is missing") as caught:
+        convert(Request(model, "hf", tmp_path / "out"))
+    assert caught.value.where == str(model / name)
+    assert not (tmp_path / "out").exists()

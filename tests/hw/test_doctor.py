@@ -59,6 +59,9 @@ def test_check_reads_a_hand_off_back(
     assert main(["convert", str(llama), "rk", "-o", str(out), "--quiet", *told]) == 0
     assert main(["check", str(out)]) == 0
     assert f"{kind} for RK3576" in capsys.readouterr().out
+    for option in (["--strict"], ["--drop", "*"], ["--from", "hf"], ["--max-memory", "1GB"]):
+        assert main(["check", str(out), *option]) == 2
+        assert option[0] in capsys.readouterr().err
     (out / "more").touch()
     assert main(["check", str(out)]) == 4
     assert "more: not of it" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from dconv.errors import DconvError, Preempted, StorageFault
 from dconv.hw import finish, manifest, process
 from dconv.hw.target import Adapter, Ask, Handing, Tool
 from tests.hw import stand_ins
+from tests.processes import call
 
 
 @dataclass(frozen=True)
@@ -224,3 +225,11 @@ def test_a_log_that_cannot_be_kept_ends_the_compiler(tmp_path: Path) -> None:
     with pytest.raises(StorageFault, match="cannot be kept"):
         process.run(command, Path("/dev/full"), cwd=tmp_path, environment=dict(os.environ), timeout=60,
                     told=lambda _: None, stopped=lambda: False, words="a compiler")  # fmt: skip
+
+
+def test_a_rank_says_why_nothing_can_be_prepared_beside_the_output(llama: Path, tmp_path: Path) -> None:
+    """As any storage fault, under any launcher, and not as a traceback."""
+    (tmp_path / "file").touch()
+    words = ["-m", "dconv.launch", llama, "rk", "--platform", "RK3588", "--bundle", "-o", tmp_path / "file" / "out"]
+    code, _, err = call(sys.executable, *map(str, words))
+    assert code == 5 and "storage (5)" in err and "Traceback" not in err

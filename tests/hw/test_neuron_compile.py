@@ -1,4 +1,4 @@
-"""FORMAT neuron for a chip: inference_demo's contract held by a stand-in, and each way in which it fails."""
+"""FORMAT neuron for a chip: inference_demo's contract, held by a stand-in, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -8,60 +8,31 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dconv.arch import registry
 from dconv.arch.neuron import left_plain
 from dconv.cli import main
 from dconv.codec.minifloat import E4M3, values
 from dconv.describe import describe_model
-from dconv.errors import Refused, VerifyFailed
+from dconv.errors import Refused
 from dconv.hw import manifest
 from dconv.hw.neuron import ADAPTER, exclusions
 from dconv.hw.neuron_models import heads_of
-from dconv.hw.target import Ask, Handing, Terms
+from dconv.hw.target import Ask, Handing
 from dconv.request import Request
 from tests.fp8 import write_fp8
-from tests.hw.conftest import neuron_in
-from tests.models import config_of, tensors, tree_digest, write_random
-
-
-def compiled(model: Path, out: Path, python: Path | None, *options: str, chip: str = "trn2") -> int:
-    told = ["--toolchain-python", str(python)] if python else []
-    return main(["convert", str(model), "neuron", "--platform", chip, "-o", str(out), "--quiet", *told, *options])
-
-
-def left(folder: Path) -> set[str]:
-    """What a run left, the toolchain aside."""
-    return {path.name for path in folder.iterdir()} - {"python", "toolchain"}
+from tests.hw.neuron import compiled, finite, left, of
+from tests.models import tensors
 
 
 def told(out: Path) -> dict[str, Any]:
     """What inference_demo was told."""
     with zipfile.ZipFile(out / "model.pt") as archive:
         return json.loads(archive.read("model/extra/told.json"))
-
-
-def of(family: str, folder: Path, **sizes: Any) -> Path:
-    """A model of finite weights, from 2^-7 up to 2."""
-    known = registry.by_name(family)
-    write_random(folder, known, config_of(known, **sizes))
-    return finite(folder)
-
-
-def finite(folder: Path) -> Path:
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    begin = 8 + int.from_bytes(data[:8], "little")
-    drawn = np.frombuffer(bytes(data[begin:]), "<u2")
-    data[begin:] = (drawn & 0x83FF | 0x3C00).tobytes()
-    path.write_bytes(data)
-    return folder
 
 
 def test_what_is_compiled_is_listed_with_its_evidence(llama: Path, neuron: Path, tmp_path: Path) -> None:
@@ -291,192 +262,39 @@ def test_a_model_too_large_for_the_chip_is_refused(tmp_path: Path) -> None:
     assert planned("trn2", batch_size=8, seq_len=32768).terms.settings["tp_degree"] == 16
 
 
-def rename(folder: Path, old: str, new: str) -> None:
-    path = folder / old
-    text = (path / "METADATA").read_text()
-    version = old.split("-")[1].removesuffix(".dist")
-    (path / "METADATA").write_text(text.replace(f"Version: {version}", f"Version: {new}"))
+def test_a_width_that_no_number_of_cores_divides_is_said(tmp_path: Path) -> None:
+    """Mixtral 8x22B: 281 GB in bf16, which 24 cores of 17.2 GB have, and experts of 16384 that 24 do not divide."""
+    config = {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 6144, "num_hidden_layers": 56,
+        "intermediate_size": 16384, "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 32000,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 65536, "sliding_window": None,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = describe_model(tmp_path, config_alone=True)
+    with pytest.raises(Refused, match="a width is not divided") as raised:
+        ADAPTER.plan(model, Request(tmp_path, "huggingface"), Ask("inf2", {}, "", None, {}))
+    assert (raised.value.where, raised.value.expected) == ("intermediate_size", "a multiple of 24")
 
 
-HALVES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (shutil.rmtree, "no package"),
-    "a stub of torch-neuronx": (lambda p: rename(p, "torch_neuronx-2.9.0.2.12.0.dist-info", "1.0"), "a placeholder"),
-    "a stub of neuronx-cc": (lambda p: rename(p, "neuronx_cc-2.23.1.dist-info", "1.0.post1"), "a placeholder"),
-    "a stub of NxD Inference": (lambda p: (p / "neuronx_distributed_inference/inference_demo.py").unlink(),
-                                "without inference_demo"),
-    "an old inference_demo": (lambda p: (p / "neuronx_distributed_inference/inference_demo.py").write_text("pass"),
-                              "has no --compile-only"),
-    "no torch_neuronx": (lambda p: shutil.rmtree(p / "torch_neuronx"), "without its module"),
-    "no compiler": (lambda p: (p / "bin/neuronx-cc").unlink(), "no program neuronx-cc"),
-    "a broken compiler": (lambda p: (p / "bin/neuronx-cc").write_text("#!/bin/sh\nexit 1\n"), "its version"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("half", HALVES)
-def test_half_a_toolchain_is_none(
-    half: str, llama: Path, neuron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("length", "code"), [(16, 0), (17, 3)])
+def test_one_graph_has_one_list_of_longropes_factors(
+    length: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken, words = HALVES[half]
-    broken(tmp_path / "toolchain")
-    assert compiled(llama, tmp_path / "out", neuron) == 7
-    said = capsys.readouterr().err
-    assert words in said and "--bundle" in said
-    assert left(tmp_path) == set()
+    factors = [1.0 + number for number in range(8)]
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors[::-1]}
+    more = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    of("llama", tmp_path / "model", rope_scaling=rope, head_dim=16, **more)
+    said = json.dumps({"seq_len": length})
+    options = ["--bundle", "--quantization-config", said]
+    assert compiled(tmp_path / "model", tmp_path / "out", None, *options) == code
+    assert ("longrope" in capsys.readouterr().err) == bool(code)
 
 
-def test_a_toolchain_without_the_model_is_none_for_it(
-    llama: Path, neuron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_interpreter_may_be_named_from_here(
+    llama: Path, neuron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "toolchain" / "neuronx_distributed_inference" / "inference_demo.py"
-    script.write_text(script.read_text().replace('    "llama": {"causal-lm": NeuronApplicationBase},\n', ""))
-    assert compiled(llama, tmp_path / "out", neuron) == 7
-    assert "has no such model" in capsys.readouterr().err
-    assert left(tmp_path) == set()
-
-
-@pytest.mark.parametrize(
-    ("fails", "code", "words"),
-    [
-        ("compiler", 7, "NCC_IXCG856"),
-        ("crash", 7, "exit code -6"),
-        ("hang", 7, "longer than it may"),
-        ("full", 5, "No space left"),
-        ("silent", 7, "without saying that it compiled"),
-        ("zero bytes", 7, "no archive of torch.jit"),
-        ("cut model", 7, "no archive of torch.jit"),
-        ("no data", 6, "data.pkl"),
-        ("no config", 7, "neuron_config.json was not written"),
-        ("few", 7, "was not written"),
-        ("many", 6, "or too many"),
-        ("cut", 7, "not as long as its header says"),
-        ("empty shard", 7, "has no header"),
-        ("fewer cores", 6, "something else was compiled"),
-    ],
-)
-def test_a_failure_leaves_its_log_and_nothing_that_looks_good(
-    fails: str, code: int, words: str, llama: Path, neuron: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setenv("STAND_IN_FAILS", fails)
-    limit = "3" if fails == "hang" else "60"
-    assert compiled(llama, tmp_path / "out", neuron, "--tp", "4", "--toolchain-timeout", limit) == code
-    assert words in capsys.readouterr().err
-    assert left(tmp_path) == {"out.compile.log"}
-
-
-def test_a_checkpoint_beyond_240_or_quantised_once_more_is_not_compiled(neuron: Path, tmp_path: Path) -> None:
-    """The stand-in sees it: this is what the tests above rest on."""
-    of("llama", tmp_path / "model")
-    assert compiled(tmp_path / "model", tmp_path / "bundle", None, "--quant", "fp8", "--bundle") == 0
-    bundle = tmp_path / "bundle"
-    environment = {**os.environ, "TOOLCHAIN_PYTHON": str(neuron)}
-
-    def run() -> str:
-        done = subprocess.run(["bash", str(bundle / "compile.sh")], env=environment, capture_output=True, text=True,
-                              check=False)  # fmt: skip
-        return "" if done.returncode == 0 else done.stdout + done.stderr
-
-    assert run() == ""
-    (bundle / "SHA256SUMS").unlink()
-    driver = bundle / "neuron_driver.py"
-    original = driver.read_text()
-    path = bundle / "neuron" / "model.safetensors"
-    before = path.read_bytes()
-    name = "layers.0.mlp.up_proj.weight"
-    codes = tensors(bundle / "neuron")[name][2]
-    at = before.index(codes)
-    path.write_bytes(before[:at] + b"\x78" + before[at + 1 :])
-    assert f"{name.removesuffix('.weight')} is beyond 240" in run()
-    path.write_bytes(before)
-    driver.write_text(original.replace("base.save_quantized_state_dict = classmethod(kept)", "pass"))
-    assert run()
-    assert path.read_bytes() == b"quantised once more"
-
-
-def archive(path: Path, *names: str) -> None:
-    with zipfile.ZipFile(path, "w") as file:
-        for name in names:
-            file.writestr(name, "x" * 100)
-
-
-def config(**change: object) -> Callable[[Path], object]:
-    def write(out: Path) -> None:
-        said = json.loads((out / "neuron_config.json").read_text())
-        said["neuron_config"] |= change
-        (out / "neuron_config.json").write_text(json.dumps(said))
-
-    return write
-
-
-def flipped(path: Path, word: bytes) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data.replace(word, bytes([word[0] ^ 1]) + word[1:], 1))
-
-
-SHARD = "weights/tp1_sharded_checkpoint.safetensors"
-WRONG: dict[str, Callable[[Path], object]] = {
-    "an empty model": lambda out: (out / "model.pt").write_bytes(b""),
-    "a cut model": lambda out: (out / "model.pt").write_bytes((out / "model.pt").read_bytes()[:-9]),
-    "bits of the model": lambda out: flipped(out / "model.pt", b"stand-in"),
-    "another archive": lambda out: archive(out / "model.pt", "model/version", "model/code.py"),
-    "a shard missing": lambda out: (out / SHARD).unlink(),
-    "a cut shard": lambda out: (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1]),
-    "a longer shard": lambda out: (out / SHARD).write_bytes((out / SHARD).read_bytes() + b"x"),
-    "a shard of nothing": lambda out: (out / SHARD).write_bytes(b"\2\0\0\0\0\0\0\0{}"),
-    "something beside shards": lambda out: (out / "weights" / "tp9.tmp").touch(),
-    "no config": lambda out: (out / "neuron_config.json").unlink(),
-    "a config that is none": lambda out: (out / "neuron_config.json").write_text("{"),
-    "a config of other cores": config(tp_degree=4),
-    "a config of another length": config(seq_len=64),
-    "a config of other numbers": config(torch_dtype="float32"),
-    "a config without FP8": config(quantized=False),
-    "a config that excludes attention": config(modules_to_not_convert=["lm_head", "self_attn"]),
-}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the compiler wrote in FP8 for two cores."""
-    folder = tmp_path_factory.mktemp("whole")
-    of("llama", folder / "model")
-    assert compiled(folder / "model", folder / "out", neuron_in(folder), "--quant", "fp8", "--tp", "2") == 0
-    return folder / "out"
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_the_driver_may_miss_is_judged_again(wrong: str, whole: Path, tmp_path: Path) -> None:
-    said = manifest.read(whole)
-    terms = Terms(said["platform"], said["settings"], said["facts"])
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    log = (out / "compile.log").read_text()
-    assert ADAPTER.judge(terms, out, log)["shards"] == 2
-    WRONG[wrong](out)
-    with pytest.raises(VerifyFailed):
-        ADAPTER.judge(terms, out, log)
-
-
-def test_words_of_success_are_demanded(whole: Path) -> None:
-    said = manifest.read(whole)
-    with pytest.raises(VerifyFailed, match="without a word"):
-        ADAPTER.judge(Terms(said["platform"], said["settings"], said["facts"]), whole, "Compiling and saving model...")
-
-
-def test_a_hand_off_as_source_is_judged_and_put_together_anew(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    shutil.copytree(whole, first)
-    assert main(["convert", str(first), "neuron", "-o", str(second), "--quiet"]) == 0
-    assert {k: v for k, v in tree_digest(first).items() if k != manifest.NAME} == {
-        k: v for k, v in tree_digest(second).items() if k != manifest.NAME
-    }
-    assert main(["convert", str(first), "rk", "-o", str(tmp_path / "third"), "--quiet"]) == 3
-    (first / SHARD).write_bytes(b"")
-    assert main(["check", str(first)]) == 4
-    assert main(["convert", str(first), "neuron", "-o", str(tmp_path / "third"), "--quiet"]) == 4
-    assert "0 bytes" in capsys.readouterr().err
-    assert left(tmp_path) == {"first", "second"}
+    monkeypatch.chdir(tmp_path.parent)
+    assert compiled(llama, tmp_path / "out", neuron.relative_to(tmp_path.parent)) == 0
 
 
 def test_plan_and_doctor_say_it(llama: Path, neuron: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -505,7 +323,7 @@ def test_a_bundle_is_whole_elsewhere(llama: Path, neuron: Path, tmp_path: Path) 
     )  # fmt: skip
     assert "dconv-progress 2/2" in done.stdout
     assert told(elsewhere / "out")["tp_degree"] == 2
-    assert (elsewhere / "out" / SHARD).is_file()
+    assert (elsewhere / "out" / "weights/tp1_sharded_checkpoint.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,6 +232,55 @@ def test_a_failure_leaves_its_log_alone(
     with pytest.raises(error, match=words):
         finish.compiled(ADAPTER, handing, ADAPTER.find(ask, handing.terms), ask, how)
     assert {path.name for path in tmp_path.iterdir()} == {"qairt", "out.compile.log"}
+
+
+def said_of(bundle: Path) -> dict[str, Any]:
+    """What the SDK's utility says of a binary with a bundle's graphs."""
+    graphs = json.loads((bundle / "genie/metadata.json").read_text())["graphs"]
+    sides = {"inputs": "graphInputs", "outputs": "graphOutputs"}
+    return {
+        "socModel": 69,
+        "contextMetadata": {"info": {"dspArch": 79}},
+        "graphs": [
+            {"info": {"graphName": name, **{
+                key: [{"info": {"name": port, "dimensions": one["shape"], "dataType": "QNN_DATATYPE_FLOAT_16"}}
+                      for port, one in ports[side].items()] for side, key in sides.items()}}}
+            for name, ports in graphs.items()
+        ],
+    }  # fmt: skip
+
+
+def spoiled(info: dict[str, Any], how: str) -> object:
+    ports = info["graphs"][0]["info"]["graphInputs"]
+    cache = next(one["info"] for one in ports if one["info"]["name"].startswith("past_"))
+    if how == "no object":
+        return []
+    if how == "metadata":
+        info["contextMetadata"] = None
+    elif how == "shape":
+        cache["dimensions"] = None
+    elif how == "codes":
+        cache["quantizeParams"] = [0.5]
+    elif how == "name":
+        info["graphs"][0]["info"]["graphName"] = None
+    return info
+
+
+@pytest.mark.parametrize("how", ["whole", "no object", "metadata", "shape", "codes", "name"])
+def test_words_of_another_form_are_no_evidence(how: str, model: Path, bundle: Path, tmp_path: Path) -> None:
+    settings = {"toolkit": "qairt", "prefill": PREFILL, "context": CONTEXT}
+    terms = ADAPTER.plan(
+        describe_model(model), Request(model, "huggingface"), Ask("SM8750", settings, "", None, os.environ)
+    ).terms
+    shutil.copytree(bundle / "genie", tmp_path / "out")
+    (tmp_path / "out/model_part_1_of_1.bin").write_bytes(b"soc_type=SM8750;arch=79")
+    info = spoiled(said_of(bundle), how)
+    (tmp_path / "out/model_part_1_of_1.json").write_text(json.dumps({"info": info}))
+    if how == "whole":
+        assert ADAPTER.judge(terms, tmp_path / "out", "")["soc_model"] == 69
+        return
+    with pytest.raises(VerifyFailed):
+        ADAPTER.judge(terms, tmp_path / "out", "")
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from tests.models import config_of, tree_digest, write_random
 from tests.processes import call, ended, one_rank, start
 
 
-def meet(folders: list[Path], words: list[str]) -> list[StorageFault | None]:
+def meet(folders: list[Path], words: list[str], patience: float = 60.0) -> list[StorageFault | None]:
     """Machines at one time; what each of them met."""
 
     def one(node: int) -> StorageFault | None:
         try:
-            Machines(node, len(folders), words[node], speaks=True).meet(folders[node], None, lambda _: None)
+            machine = Machines(node, len(folders), words[node], speaks=True, patience=patience)
+            machine.meet(folders[node], None, lambda _: None)
         except StorageFault as fault:
             return fault
         return None
@@ -37,22 +38,20 @@ def test_one_folder(tmp_path: Path, nodes: int) -> None:
     assert meet([tmp_path] * nodes, [f"{node:016x}" for node in range(nodes)]) == [None] * nodes
 
 
-def test_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_their_own(tmp_path: Path) -> None:
     """Two share one, the third has another: all three hear who is missing."""
-    monkeypatch.setenv("DCONV_MEETING_SECONDS", "0.3")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    found = meet([tmp_path / "a", tmp_path / "a", tmp_path / "b"], ["x", "y", "z"])
+    found = meet([tmp_path / "a", tmp_path / "a", tmp_path / "b"], ["x", "y", "z"], patience=0.3)
     assert [str(fault.found).partition(" in ")[0] for fault in found if fault] == [
         "nothing of machine 2", "nothing of machine 2", "nothing of machine 0, 1",
     ]  # fmt: skip
 
 
-def test_words_of_an_earlier_run_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_an_earlier_run_say_nothing(tmp_path: Path) -> None:
     assert meet([tmp_path] * 2, ["a", "b"]) == [None, None]
-    monkeypatch.setenv("DCONV_MEETING_SECONDS", "0.2")
     with pytest.raises(StorageFault):
-        Machines(0, 2, "c", speaks=True).meet(tmp_path)
+        Machines(0, 2, "c", speaks=True, patience=0.2).meet(tmp_path)
     assert meet([tmp_path] * 2, ["c", "d"]) == [None, None]
 
 
@@ -71,6 +70,16 @@ def test_a_signal_ends_it(tmp_path: Path) -> None:
     stop.set()
     with pytest.raises(Preempted):
         Machines(0, 2, "a", speaks=True).meet(tmp_path, stop)
+
+
+def test_how_long_they_wait() -> None:
+    torchrun = {"RANK": "5", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "DCONV_RUN": "7"}
+    assert machines(torchrun, 8, 1).patience == 120
+    assert machines({**torchrun, "DCONV_MEETING_SECONDS": "0.5"}, 8, 1).patience == 0.5
+    for odd in ("soon", "0", "-1", "nan", "inf"):
+        with pytest.raises(UsageError, match="no number of seconds") as caught:
+            machines({**torchrun, "DCONV_MEETING_SECONDS": odd}, 8, 1)
+        assert "DCONV_MEETING_SECONDS" in caught.value.where
 
 
 def test_numbers_of_machines() -> None:

@@ -140,7 +140,7 @@ TOP, BOTTOM = piece((0, 0), (2, 3)), piece((2, 0), (2, 3))
     ids=["overlap and gap", "corner", "past the end", "before the start", "gap", "overlap", "half twice", "nothing"],
 )
 def test_pieces_that_are_not_the_tensor_once_are_damaged(found: list[Piece]) -> None:
-    with pytest.raises(Damaged, match="1 tensors are not whole in the source") as caught:
+    with pytest.raises(Damaged, match="1 tensor is not whole in the source") as caught:
         check_pieces({"scale": SCALE, "rows": ROWS}, {"scale": [dense(SCALE, "file")], "rows": found})
     assert caught.value.where == "rows"
 

@@ -16,8 +16,9 @@ import torch
 import dconv
 from dconv import describe, live
 from dconv.arch.registry import by_name, families
-from dconv.errors import DconvError, Refused, UsageError
-from dconv.pipeline import Request, convert
+from dconv.errors import DconvError, Refused, StorageFault, UsageError
+from dconv.live import write
+from dconv.pipeline import Request, convert, prepare
 from dconv.sharding import plan as plan_module
 from dconv.sharding.coords import Coord, Parallel
 from dconv.sharding.rank import Settings
@@ -194,6 +195,13 @@ def test_what_is_no_plain_tensor_is_refused(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("option", [{"fake_weight": True}, {"stage_dir": "scratch"}, {"resume": True}], ids=str)
+def test_what_is_about_a_checkpoint_says_nothing_here(source: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="no use for these options") as refused:
+        dconv.handoff({}, "hf", tmp_path / "out", hf_config=source, **option)
+    assert refused.value.where == next(iter(option))
+
+
 def test_a_rank_that_is_not_there_is_missed(source: Path, tmp_path: Path) -> None:
     state = state_of(source, tmp_path)
     parallel = Parallel(tp=2, etp=2)
@@ -313,3 +321,16 @@ def test_sharded_state_dicts_that_do_not_fit_together_are_refused(
         assert isinstance(refused, DconvError)
         assert named in str(refused)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_cannot_be_flushed_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_random(tmp_path / "model", by_name("llama"), config_of(by_name("llama")))
+    job = prepare(Request(model, "hf", tmp_path / "out"))
+
+    def fails(folder: Path) -> None:
+        raise OSError(5, "Input/output error", str(folder))
+
+    monkeypatch.setattr(write, "sync_folder", fails)
+    with pytest.raises(StorageFault, match="cannot create the output"):
+        write.start(job, Settings())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

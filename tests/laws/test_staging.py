@@ -133,9 +133,31 @@ def test_what_killed_runs_left(model: Path, tmp_path: Path, stage: Path, monkeyp
         reads = Reads(model, patch)
         assert run(job, Settings(stage_dir=stage)).committed
     assert reads.found == []
-    assert sorted(os.listdir(stage)) == ["dconv-stage-in-use", "other"]
+    assert sorted(os.listdir(stage)) == [held._folder.name, "other"]
     held.close()
     assert os.listdir(stage) == ["other"]
+
+
+def test_what_is_left_after_a_power_cut_is_not_read(
+    model: Path, tmp_path: Path, stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marks that reached the disk, of bytes that did not."""
+    run(job_of(model, tmp_path / "plain"), Settings())
+    job = job_of(model, tmp_path / "out")
+    before = tmp_path / "boot"
+    before.write_text("the start of the machine before\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_BOOT", before)
+        left = staging.Stage(stage, job.plan.id, job.plan.source.files, print)
+    for file, stamp in job.plan.source.files.items():
+        fd = os.open(job.plan.source.root / file, os.O_RDONLY)
+        data = left.fd(file, fd, stamp.size, 0, stamp.size)
+        os.close(fd)
+        os.pwrite(data, bytes(stamp.size), 0)
+    os.close(left._lock)
+    assert run(job, Settings(stage_dir=stage)).committed
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "plain")
+    assert os.listdir(stage) == []
 
 
 def test_a_stage_that_cannot_be(model: Path, tmp_path: Path) -> None:

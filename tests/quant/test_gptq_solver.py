@@ -57,6 +57,16 @@ def test_textbook(bits: int, recipe: dict[str, object]) -> None:
     assert bits == 2 or ours < 0.9 * worse
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_symmetric_group_of_one_sign_is_not_cut_off(bits: int, sign: int) -> None:
+    """Half of the codes stand for the other sign, and no weight is further off than a step, which is 2 / (2^b - 1)."""
+    numbers, weights = Numbers(bits, symmetric=True), sign * torch.linspace(0.5, 1, 32)[None]
+    scale, zero = numbers.fit(weights)
+    assert float(scale) == pytest.approx(2 / (2**bits - 1), rel=1e-3)
+    assert float((numbers.rounded(weights, scale[:, None], zero[:, None]) - weights).abs().max()) <= float(scale)
+
+
 def test_the_error_that_is_told() -> None:
     """It is what the outputs lose, damping included, and ``power`` what there is of them."""
     recipe = Recipe(Numbers(4, symmetric=True), 32)

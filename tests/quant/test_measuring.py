@@ -116,10 +116,9 @@ def test_too_few_samples() -> None:
         prose.samples(list(range(99)), 10, 10)
 
 
-def test_samples_come_back(tmp_path: Path) -> None:
+def test_samples_are_lines_of_json(tmp_path: Path) -> None:
     prose.write_samples(tmp_path / "ids.jsonl", [[1, 2], [3, 4]])
     assert (tmp_path / "ids.jsonl").read_text() == '{"input_ids": [1, 2]}\n{"input_ids": [3, 4]}\n'
-    assert prose.read_samples(tmp_path / "ids.jsonl") == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("family", train_moe.FAMILIES)

@@ -159,7 +159,7 @@ def test_idle_patterns() -> None:
     said = {"overrides": [{"pattern": "*.mpl.*", "skip": True}, {"pattern": "*norm*", "wq": "fp4"}]}
     (notice,) = resolve(quantization_of(said), OLMOE).notices
     assert notice == "patterns that match no linear layer: *.mpl.*, *norm*"
-    (notice,) = resolve(quantization_of(said), OLMOE, preset=True).notices
+    (notice,) = resolve(quantization_of({**said, "preset": "int4"}), OLMOE).notices
     assert notice.startswith("patterns of the ready config that match")
     with pytest.raises(Refused) as caught:
         resolve(quantization_of(said), OLMOE, strict=True)
@@ -201,7 +201,7 @@ def test_group_sizes_that_are_refused() -> None:
     with pytest.raises(Refused) as caught:
         choices({}, narrow)
     assert "group_size 32 divides them" in str(caught.value)
-    found = choices({}, narrow, preset=True)
+    found = choices("int4", narrow)
     assert found["model.layers.0.self_attn.q_proj"] == "int4 g32"
     assert found["model.layers.0.self_attn.k_proj"] == "int4 g128"
 

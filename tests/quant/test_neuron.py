@@ -339,8 +339,9 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path, case: str) -> None:
         (lambda held: held.pop("layers.1.block_sparse_moe.expert_mlps.mlp_op.down_proj.weight"), "belong to no FP8"),
         (lambda held: held.update({"norm.weight": torch.zeros(3)}), "another shape"),
         (lambda held: held.pop("norm.weight"), "not whole"),
+        (lambda held: held.update({"model.norm.weight": held["norm.weight"] + 1}), "are one of HuggingFace's"),
     ],
-    ids=["scale", "weight", "shape", "norm"],
+    ids=["scale", "weight", "shape", "norm", "twice"],
 )
 def test_a_damaged_directory_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     released(tmp_path / "model")

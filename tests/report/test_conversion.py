@@ -17,7 +17,7 @@ from dconv.arch.llama import LLAMA
 from dconv.errors import Preempted, UsageError, VerifyFailed
 from dconv.launch.reporting import reporting_of
 from dconv.pipeline import Job, Request, prepare, run
-from dconv.report.conversion import Run, conversion_of
+from dconv.report.conversion import Run, conversion_of, facts
 from dconv.report.conversion_page import page
 from dconv.report.flows import flows_of
 from dconv.sharding.coords import Parallel
@@ -292,3 +292,20 @@ def test_names_are_text(tmp_path: Path, name: str) -> None:
     read = Read(page(conversion_of(job, Run(2, 1.0, failure=failure))))
     assert len(read.scripts) == 2 and f"0{safe}.safetensors" in read.words
     assert read.heads[0] == f"{safe.replace(chr(0x202E), '?')} to hf"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_of_a_student_and_its_teacher_each_side_is_the_same_model(tmp_path: Path, alone: bool) -> None:
+    """The teacher where that alone is written; the receipt names what was read."""
+    student, teacher = (small_llama(tmp_path / name, num_hidden_layers=n) for name, n in (("s", 4), ("t", 2)))
+    job = prepare(Request(student, "megatron", tmp_path / "out", teacher=teacher, teacher_only=alone, divisor=8))
+    run(job, Settings())
+    told = conversion_of(job, Run(1))
+    layers = 2 if alone else 4
+    for side in (told.before, told.after):
+        assert side.precision is not None, side.why_not
+        assert {cell.layer for cell in side.precision.cells} == {-1, *range(layers)}
+    source = json.loads((tmp_path / "out" / "dconv.json").read_text())["source"]
+    expected = (str(teacher), None) if alone else (str(student), str(teacher))
+    assert (source["path"], source.get("teacher")) == expected
+    assert str(teacher) in dict(facts(told))["from"]

@@ -217,7 +217,10 @@ def check_shard(path: str) -> None:
     if not isinstance(header, dict):
         sys.exit(f"neuron: {name} has no header, in {size} bytes")
     entries = cast("dict[str, Any]", header)
-    ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+    try:
+        ends = [int(entry["data_offsets"][1]) for key, entry in entries.items() if key != "__metadata__"]
+    except (LookupError, TypeError, ValueError):
+        ends = []
     if not ends or 8 + length + max(ends) != size:
         sys.exit(f"neuron: {name} is not as long as its header says, in {size} bytes")
 
