@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dconv.arch import eagle, registry
+from dconv.arch.args import dtype_name, dtype_of
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
+from dconv.checkpoint.huggingface import with_dtype
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.coded.decode import KEY
 from dconv.errors import Refused, UsageError
 from dconv.request import Request
+from dconv.sharding.dtypes import TO_TORCH
 from dconv.sharding.tensor import Logical
 
 
@@ -156,6 +159,10 @@ def settle(
         settled = {key: value for key, value in settled.items() if key != KEY}
         why = "the weights are decoded" if source.coded else "no weight is in codes"
         absent[f"{KEY} of config.json"] = why
+    said, plain = dtype_name(settled.get("dtype") or settled.get("torch_dtype")), TO_TORCH[dtype_of(settled)]
+    if source.coded and said not in ("", plain):  # by which transformers would cast the decoded weights
+        settled = with_dtype(settled, plain)
+        absent[f"{said} of config.json, for the dtype of its weights"] = "the weights are decoded"
     if absent:  # the file is then written anew, not copied
         side = {name: path for name, path in source.side.items() if name != "config.json"}
         source = replace(source, side=side, left_out={**source.left_out, **absent})

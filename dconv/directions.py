@@ -15,9 +15,9 @@ from typing import Final, Literal
 from dconv import calibrate, matrix
 from dconv.arch import about, registry
 from dconv.arch import bmtrain as bmtrain_config
-from dconv.arch.config import hf_config_from_meta
 from dconv.arch.family import Family
 from dconv.arch.gguf import ARCHS
+from dconv.arch.meta import hf_config_from_meta
 from dconv.arch.mlx import MODELS
 from dconv.arch.mup import KEYS
 from dconv.arch.neuron import TABLES

@@ -13,6 +13,7 @@ from typing import Any, Final, get_args
 
 from dconv import verify
 from dconv.arch import registry
+from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.drop import check_used
@@ -243,7 +244,7 @@ def report_of(path: Path, model: Described, hf_config: str | Path | None) -> Rep
     """The report of a source that has been described."""
     specs = model.logical.specs.values()
     return Report(
-        **_container(path, model.source, model.facts),
+        **_container(path, model.source, model.family, model.facts),
         family=model.family.name,
         architecture=model.family.config.architecture,
         config_from=_config_from(model, hf_config),
@@ -263,7 +264,7 @@ def in_part(path: Path, source: Source, refused: str) -> Report:
         facts = family.facts(family.borne_out(config, source.shapes)[0], source.shapes)
     named = (source.config or {}).get("architectures") or (source.config or {}).get("model_type")
     return Report(
-        **_container(path, source, facts),
+        **_container(path, source, family, facts),
         family=family.name if family else None,
         architecture=str(named[0] if is_list(named) else named) if named else None,
         config_from=_own(source) if source.config else "Megatron's args" if source.args else "nothing",
@@ -283,7 +284,7 @@ def _own(source: Source) -> str:
     return "the GGUF's metadata" if source.format == "gguf" else "config.json"
 
 
-def _container(path: Path, source: Source, facts: Facts | None) -> dict[str, Any]:
+def _container(path: Path, source: Source, family: Family | None, facts: Facts | None) -> dict[str, Any]:
     """The fields that a container alone tells, and those that the facts add."""
     args = source.args or {}
     padded = args.get("padded_vocab_size")
@@ -294,7 +295,7 @@ def _container(path: Path, source: Source, facts: Facts | None) -> dict[str, Any
         "files": {name: stamp.size for name, stamp in source.files.items()},
         "stored_bytes": source.stored_bytes,
         "parallel": _parallel(source),
-        "layers": size(facts, "layers") if facts else None,
+        "layers": family.depth(facts) if family and facts else None,
         "tied": bool(facts["tied"]) if facts else None,
         "vocab": size(facts, "vocab") if facts else None,
         "padded_vocab": padded if isinstance(padded, int) else None,
@@ -327,7 +328,7 @@ def price(job: Job, world: int | None = None) -> dict[str, Any]:
     return {
         "plan": plan.id,
         "family": job.family.name,
-        "layers": size(job.facts, "layers"),
+        "layers": job.family.depth(job.facts),
         "parameters": job.parameters,
         "dtypes": sorted({tensor.spec.dtype for tensor in plan.target.tensors}),
         "source": {"path": str(request.source), "format": job.source.format, "files": len(plan.source.files)},

@@ -24,8 +24,7 @@ from dconv.checkpoint.gguf_header import raw_values, read_header
 from dconv.checkpoint.gguf_target import Raw, lay_out
 from dconv.checkpoint.gguf_vocabulary import vocabulary
 from dconv.codec import ggml
-from dconv.codec.gguf import BLOCKS
-from dconv.coded.gguf import PLAIN
+from dconv.codec.gguf import BLOCKS, PLAIN
 from dconv.coded.gguf_encode import Stored, Tensor, file_of, source_blocks, stored, tensors
 from dconv.describe import Described
 from dconv.errors import Refused, UsageError

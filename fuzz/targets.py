@@ -154,7 +154,7 @@ def bmtrain(data: bytes) -> None:
     _describe(model)
 
 
-@target("arch/config.py", "checkpoint/meta.py", form=in_json)
+@target("arch/meta.py", "checkpoint/meta.py", form=in_json)
 def meta_params(data: bytes) -> None:
     """``params.json`` beside Meta's shards."""
     model = folders.checkpoint("meta")

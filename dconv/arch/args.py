@@ -11,6 +11,8 @@ from typing import Final
 
 from dconv.arch.fields import deep, flag, multiple, whole
 from dconv.errors import Damaged
+from dconv.sharding.dtypes import FROM_TORCH
+from dconv.sharding.ops import FLOATS
 from dconv.sharding.parsed import is_list_or_tuple
 
 ARGS: Final = "Megatron args"
@@ -37,6 +39,15 @@ def dtype_name(value: object) -> str:
     """``bfloat16`` for itself, ``torch.bfloat16`` and anything that prints so; empty for None."""
     name = "" if value is None else str(value).rpartition(".")[2]
     return _DTYPES.get(name, name)
+
+
+def dtype_of(config: Mapping[str, object]) -> str:
+    """The dtype of a model's plain weights, by dconv's name, as config.json says it; bf16 where it says none.
+
+    Nor is a dtype of codes one: checkpoints in FP8 may say ``float8_e4m3fn``, of what is stored.
+    """
+    found = FROM_TORCH.get(dtype_name(config.get("dtype") or config.get("torch_dtype")), "")
+    return found if found in FLOATS else "bf16"
 
 
 def named_as_of_old(args: Mapping[str, object]) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dconv.arch.family import Family
 from dconv.arch.fields import flag, multiple, number, whole
 from dconv.arch.layouts import Facts
 from dconv.arch.rope import rope_parameters
+from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
 
 _WHERE: Final = "BMTrain's config.json"
@@ -149,27 +150,27 @@ def from_hf(family: Family, facts: Facts, config: Mapping[str, object], dtype: s
     if lost:
         raise Refused(
             f"BMTrain's config cannot say all of this {family.name}, nothing was written",
-            where="config.json",
+            where=CONFIG,
             expected="what Llama computes, or MiniCPM with its scalars",
             found="\n".join(lost),
         )
     sizes = {"hidden": "dim_model", "ffn": "dim_ff", "layers": "num_layers", "heads": "num_heads",
              "groups": "num_kv_heads", "head_dim": "dim_head", "vocab": "vocab_size"}  # fmt: skip
-    eps = number(said, "rms_norm_eps", "config.json")
+    eps = number(said, "rms_norm_eps", CONFIG)
     return {
         "_dtype": dtype,
         "activate_fn": "silu",
         **{key: int(facts[fact]) for fact, key in sizes.items()},
         "eps": eps,
         "base": rope["rope_theta"],
-        "init_std": number(said, "initializer_range", "config.json"),
+        "init_std": number(said, "initializer_range", CONFIG),
         "dropout_p": 0.0,
         "qk_norm": False,
         "att_bias": bool(facts["qkv_bias"]),
         "ffn_bias": bool(facts["mlp_bias"]),
         "rope_scaling_type": "",
         "rope_scaling_factor": 1,
-        "max_length": whole(said, "max_position_embeddings", "config.json"),
+        "max_length": whole(said, "max_position_embeddings", CONFIG),
         "tie_lm_head": bool(facts["tied"]),
         **scales,
         **{key: config[key] for key in _CARRIED if config.get(key) is not None},

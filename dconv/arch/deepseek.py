@@ -8,7 +8,7 @@ from dconv.arch import moe_configs as configs
 from dconv.arch.family import Row, Twin
 from dconv.arch.layouts import columns, copied, rows, rows_or_copied
 from dconv.arch.llama import LLAMA
-from dconv.arch.moe import DENSE, ROUTED, shared
+from dconv.arch.moe import DENSE, DENSE_NAMES, ROUTED, shared
 
 _HF, _MEGATRON = "model.layers.*.self_attn", "decoder.layers.*.self_attention"
 
@@ -25,7 +25,6 @@ LATENT = (
     Row(f"{_MEGATRON}.linear_proj.weight",                      f"{_HF}.o_proj.weight",                   columns("hidden", "o_columns")),
 )
 _EXPERTS = DENSE + ROUTED + shared("shared_experts")
-_DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)
 ATTENTION_NAMES = tuple(row.megatron for row in LLAMA.rows if ".self_attention." in row.megatron)
 EXPERT_BIAS = Row("decoder.layers.*.mlp.router.expert_bias", "model.layers.*.mlp.gate.e_score_correction_bias", copied("experts"), when="expert_bias", keeps=True)
 
@@ -53,7 +52,7 @@ TWINS = (
     Twin("model.layers.*.embed_tokens.weight",      of="model.embed_tokens.weight", stack="mtp", after="layers"),
     Twin("model.layers.*.shared_head.head.weight",  of="lm_head.weight",            stack="mtp", after="layers"),
 )
-DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=_DENSE_NAMES, add=_EXPERTS)
+DEEPSEEK = LLAMA.derive("deepseek", configs.DEEPSEEK, drop=DENSE_NAMES, add=_EXPERTS)
 DEEPSEEK_V2 = DEEPSEEK.derive("deepseek_v2", configs.DEEPSEEK_V2, drop=ATTENTION_NAMES, add=LATENT)
 DEEPSEEK_V3 = DEEPSEEK_V2.derive("deepseek_v3", configs.DEEPSEEK_V3, add=(EXPERT_BIAS, *predictors((*_EXPERTS, *LATENT, EXPERT_BIAS))), twins=TWINS)
 # fmt: on

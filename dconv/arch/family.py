@@ -205,6 +205,10 @@ class Family:
                 return ours + name.removeprefix(theirs)
         return name
 
+    def depth(self, facts: Facts) -> int:
+        """Layers as HuggingFace counts them, which Megatron may have several for (`Row.folds`)."""
+        return size(facts, "layers") // max((row.folds for row in self.rows if row.pipelined), default=1)
+
     def lacking(self, names: Collection[str]) -> list[str]:
         """HuggingFace's names, outside the layers, that every model of this family has and ``names`` has not."""
         there = {prefix + self.published(name) for name in names for prefix in ("", self.base)}

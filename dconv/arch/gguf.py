@@ -9,7 +9,7 @@ by llama-cpp-python 0.3.36): ``set_gguf_parameters`` and ``modify_tensors`` in `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Final
@@ -305,7 +305,7 @@ ARCHS: Final[dict[str, Arch]] = {
 }
 
 
-def arch_of(values: dict[str, Any] | Any, where: str) -> str:
+def arch_of(values: Mapping[str, Any], where: str) -> str:
     """``general.architecture``.
 
     Raises:

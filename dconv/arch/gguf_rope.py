@@ -105,8 +105,7 @@ def longrope(m: Metadata, context: int) -> dict[str, Any]:
     m.fixed("rope.scaling.type", "longrope", "none")
     m.fixed("rope.scaling.factor", 1.0)
     before = m.whole("rope.scaling.original_context_length", context)
-    stretch = context / max(before, 1)
-    wanted = sqrt(1 + log(stretch) / log(before)) if stretch > 1 and before > 1 else 1.0
+    wanted = longrope_attention(context, before)
     attention = m.real("rope.scaling.attn_factor", 1.0)
     if not isclose(attention, wanted, rel_tol=1e-5):
         raise m.refused(f"{m.arch}.rope.scaling.attn_factor", f"{wanted:.6g}, as longrope has it", str(attention))
@@ -120,3 +119,12 @@ def longrope(m: Metadata, context: int) -> dict[str, Any]:
             "original_max_position_embeddings": before,
         },
     }
+
+
+def longrope_attention(context: int, before: int) -> float:
+    """What a longrope multiplies cosine and sine by, for both lengths in tokens.
+
+    Source: ``_compute_longrope_parameters`` in transformers.
+    """
+    stretch = context / max(before, 1)
+    return sqrt(1 + log(stretch) / log(before)) if stretch > 1 and before > 1 else 1.0

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import sqrt
 from typing import Any, Final
 
 from dconv.arch import predictors, registry
 from dconv.arch.decoder import DecoderConfig
 from dconv.arch.family import Family
+from dconv.arch.fields import number, positive, whole
 from dconv.arch.gguf import ARCHS, config_of
 from dconv.arch.gguf_metadata import Metadata, fp32
 from dconv.arch.gguf_parts import SCALES, SIGMOID, SIZES, SOFTMAX
-from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT, llama3_factors
+from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT, llama3_factors, longrope_attention
 from dconv.arch.layouts import Facts, size
 from dconv.arch.rope import rope_parameters
+from dconv.arch.translate import CONFIG
 from dconv.errors import Refused
-from dconv.sharding.parsed import is_list_or_tuple, is_mapping
+from dconv.sharding.parsed import is_list, is_list_or_tuple, is_mapping
 from dconv.sharding.region import Index
 
 Hf = Mapping[str, Any]
@@ -72,7 +74,8 @@ def written(family: Family, config: Hf) -> Written:
         Damaged: a value of the wrong type.
     """
     arch, known = _arch(family)
-    said: Values = {**known.defaults, **config}
+    known.unsayable(config)  # reads the keys that the family knows, each by its type
+    said: Values = {**known.defaults, **config, "experts": known.facts(config).get("experts")}
     said |= {**known.filling(said), "model_type": known.model_type}
     heads = said["num_attention_heads"]
     said["num_key_value_heads"] = said["num_key_value_heads"] or heads
@@ -127,7 +130,7 @@ def _same(a: Any, b: Any) -> bool:
 def _unsaid(family: Family, arch: str, found: str) -> Refused:
     return Refused(
         f"a GGUF of {arch} cannot say all of this {family.name} config, nothing was written",
-        where="config.json",
+        where=CONFIG,
         expected="what llama.cpp computes for this architecture",
         found=found,
     )
@@ -160,7 +163,7 @@ _Write = Callable[[Hf], _Made]
 
 def _common(said: Hf, *, heads: bool = True, ffn: str = "intermediate_size") -> Values:
     """What all have, without rotation; the width of a head only with ``heads``."""
-    values: Values = {ours: int(said[key]) for key, ours in SIZES.items()}
+    values: Values = {ours: whole(said, key, CONFIG) for key, ours in SIZES.items()}
     values["feed_forward_length"] = said[ffn]
     values["attention.layer_norm_rms_epsilon"] = float(said["rms_norm_eps"])
     if heads:
@@ -170,6 +173,11 @@ def _common(said: Hf, *, heads: bool = True, ffn: str = "intermediate_size") -> 
 
 def _rotation(said: Hf) -> Values:
     return {**rope_parameters(said)}
+
+
+def _rotated(said: Hf) -> int:
+    """Elements of a head that are rotated, by the part that the config says."""
+    return int(said["head_width"] * _rotation(said).get("partial_rotary_factor", 1.0))
 
 
 def _rope(said: Hf) -> Values:
@@ -189,24 +197,29 @@ def _rope(said: Hf) -> Values:
     return values
 
 
-def _experts(said: Hf, *names: str, width: str = "") -> Values:
-    count = next(said[name] for name in names if said.get(name) is not None)
-    values: Values = {"expert_count": count, "expert_used_count": said["num_experts_per_tok"]}
+def _experts(said: Hf, width: str = "") -> Values:
+    values: Values = {"expert_count": said["experts"], "expert_used_count": said["num_experts_per_tok"]}
     return {**values, "expert_feed_forward_length": said[width]} if width else values
 
 
 def _factors(said: Hf) -> dict[str, list[float]]:
     """The tables of a longrope."""
     rope = _rotation(said)
-    return {name: list(map(float, rope[key])) for name, key in ((LONG, "long_factor"), (SHORT, "short_factor"))
-            if isinstance(rope.get(key), list)}  # fmt: skip
+    return {
+        name: [number({key: factor}, key, CONFIG) for factor in factors]
+        for name, key in ((LONG, "long_factor"), (SHORT, "short_factor"))
+        if is_list(factors := rope.get(key))
+    }
 
 
 def _llama3(said: Hf) -> dict[str, list[float]]:
     rope = _rotation(said)
     if rope["rope_type"] != "llama3":
         return {}
-    return {FREQUENCIES: llama3_factors(rope["rope_theta"], said["head_width"], {**_LLAMA3, **rope})}
+    numbers = {**_LLAMA3, **rope}
+    for key in ("rope_theta", "factor", *_LLAMA3):
+        positive(numbers, key, CONFIG)
+    return {FREQUENCIES: llama3_factors(rope["rope_theta"], said["head_width"], numbers)}
 
 
 #: What ``_compute_llama3_parameters`` demands, and llama.cpp's converter takes where it is not said.
@@ -218,7 +231,7 @@ def _llama(said: Hf) -> _Made:
         **_common(said), **_rope(said), "vocab_size": said["vocab_size"], "rope.dimension_count": said["head_width"],
     }  # fmt: skip
     if said["model_type"] == "mixtral":
-        values |= _experts(said, "num_local_experts", "num_experts")
+        values |= _experts(said)
     return values, _llama3(said)
 
 
@@ -226,16 +239,16 @@ def _granite(said: Hf) -> _Made:
     return {
         **_common(said, heads=False), **_rope(said), "vocab_size": said["vocab_size"],
         "rope.dimension_count": said["hidden_size"] // said["num_attention_heads"],
-        **{ours: float(said[key]) for key, ours in SCALES.items()},
+        **{ours: number(said, key, CONFIG) for key, ours in SCALES.items()},
     }, _llama3(said)  # fmt: skip
 
 
 def _minicpm(said: Hf) -> _Made:
     return {
         **_common(said, heads=False), **_rope(said),
-        "embedding_scale": float(said["scale_emb"]),
-        "residual_scale": said["scale_depth"] / sqrt(said["num_hidden_layers"]),
-        "logit_scale": said["hidden_size"] / said["dim_model_base"],
+        "embedding_scale": number(said, "scale_emb", CONFIG),
+        "residual_scale": number(said, "scale_depth", CONFIG) / sqrt(said["num_hidden_layers"]),
+        "logit_scale": said["hidden_size"] / positive(said, "dim_model_base", CONFIG),
     }, _factors(said)  # fmt: skip
 
 
@@ -254,29 +267,30 @@ def _plain(said: Hf) -> _Made:
 
 def _qwen2_moe(said: Hf) -> _Made:
     return {
-        **_common(said, heads=False), **_rope(said), **_experts(said, "num_experts", width="moe_intermediate_size"),
+        **_common(said, heads=False), **_rope(said), **_experts(said, "moe_intermediate_size"),
         "expert_shared_feed_forward_length": said["shared_expert_intermediate_size"],
     }, {}  # fmt: skip
 
 
 def _qwen3_moe(said: Hf) -> _Made:
-    return {**_common(said), **_rope(said), **_experts(said, "num_experts", width="moe_intermediate_size")}, {}
+    return {**_common(said), **_rope(said), **_experts(said, "moe_intermediate_size")}, {}
 
 
 def _olmoe(said: Hf) -> _Made:
-    return {**_common(said, heads=False), **_rope(said), **_experts(said, "num_experts")}, {}
+    return {**_common(said, heads=False), **_rope(said), **_experts(said)}, {}
 
 
 def _minimax_m2(said: Hf) -> _Made:
+    rotated = said.get("rotary_dim")  # transformers 5 says the part instead
     return {
-        **_common(said), **_rope(said), **_experts(said, "num_local_experts", "num_experts", width="intermediate_size"),
-        "expert_gating_func": SIGMOID, "rope.dimension_count": said["rotary_dim"],
+        **_common(said), **_rope(said), **_experts(said, "intermediate_size"), "expert_gating_func": SIGMOID,
+        "rope.dimension_count": _rotated(said) if rotated is None else whole(said, "rotary_dim", CONFIG),
     }, {}  # fmt: skip
 
 
 def _gpt_oss(said: Hf) -> _Made:
     return {
-        **_common(said), **_rope(said), **_experts(said, "num_local_experts", "num_experts", width="intermediate_size"),
+        **_common(said), **_rope(said), **_experts(said, "intermediate_size"),
         "attention.sliding_window": said["sliding_window"],
     }, {}  # fmt: skip
 
@@ -307,22 +321,19 @@ def _gemma3(said: Hf) -> _Made:
 
 
 def _glm4(said: Hf) -> _Made:
-    rope = _rotation(said)
-    rotated = int(said["head_width"] * float(rope["partial_rotary_factor"]))
-    return {**_common(said), **_rope(said), "rope.dimension_count": rotated}, {}
+    return {**_common(said), **_rope(said), "rope.dimension_count": _rotated(said)}, {}
 
 
 def _phi3(said: Hf) -> _Made:
     rope = _rotation(said)
-    context = said["max_position_embeddings"]
-    before = said.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
+    context, key = said["max_position_embeddings"], "original_max_position_embeddings"
+    before = whole({key: said.get(key) or rope.get(key) or context}, key, CONFIG)
     tables = _factors(said)
-    stretch = context / before
     return {
         **_common(said, heads=False), "rope.freq_base": float(rope["rope_theta"]),
         "rope.scaling.original_context_length": before,
-        "rope.scaling.attn_factor": (sqrt(1 + log(stretch) / log(before)) if stretch > 1 else 1.0) if tables else None,
-        "rope.dimension_count": int(float(rope["partial_rotary_factor"]) * said["hidden_size"])
+        "rope.scaling.attn_factor": longrope_attention(context, before) if tables else None,
+        "rope.dimension_count": int(rope.get("partial_rotary_factor", 1.0) * said["hidden_size"])
         // said["num_attention_heads"],
         "attention.sliding_window": said["sliding_window"] or 0,
     }, tables  # fmt: skip
@@ -330,7 +341,7 @@ def _phi3(said: Hf) -> _Made:
 
 def _late(said: Hf) -> Values:
     return {
-        **_experts(said, "n_routed_experts", width="moe_intermediate_size"), "vocab_size": said["vocab_size"],
+        **_experts(said, "moe_intermediate_size"), "vocab_size": said["vocab_size"],
         "leading_dense_block_count": said["first_k_dense_replace"],
         "expert_shared_count": said["n_shared_experts"] or 0,
     }  # fmt: skip

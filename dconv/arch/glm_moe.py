@@ -13,7 +13,7 @@ from dconv.arch.decoder import DecoderConfig
 from dconv.arch.deepseek import EXPERT_BIAS, TWINS, predictors
 from dconv.arch.experts import Experts
 from dconv.arch.llama import LLAMA
-from dconv.arch.moe import DENSE, ROUTED, head_norms, shared
+from dconv.arch.moe import DENSE, DENSE_NAMES, ROUTED, head_norms, shared
 from dconv.arch.predictors import Predictors
 from dconv.arch.rotary import Rope
 from dconv.arch.routing import Router
@@ -41,7 +41,6 @@ _CONFIG = DecoderConfig(
     ),
 )  # fmt: skip
 
-_DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if ".mlp." in row.megatron)
 _NORMS = tuple(replace(row, when="qk_norm") for row in head_norms("head_dim", "head_dim"))
 _ATTENTION = tuple(row for row in LLAMA.rows if ".self_attention." in row.megatron)
 _EXPERTS = (*DENSE, *ROUTED, *shared("shared_experts"), EXPERT_BIAS)
@@ -49,7 +48,7 @@ _EXPERTS = (*DENSE, *ROUTED, *shared("shared_experts"), EXPERT_BIAS)
 GLM4_MOE = LLAMA.derive(
     "glm4_moe",
     _CONFIG,
-    drop=_DENSE_NAMES,
+    drop=DENSE_NAMES,
     add=(*_NORMS, *_EXPERTS, *predictors((*_ATTENTION, *_NORMS, *_EXPERTS))),
     twins=TWINS,
 )

@@ -28,7 +28,7 @@ from dconv.arch.family import Family, Row
 from dconv.arch.latent import Latent, LatentRope
 from dconv.arch.layouts import as_stored
 from dconv.arch.llama import LLAMA
-from dconv.arch.moe import DENSE, ROUTED
+from dconv.arch.moe import DENSE, DENSE_NAMES, ROUTED
 from dconv.arch.rotary import Rope
 from dconv.arch.routing import Router
 
@@ -92,7 +92,6 @@ _LATENT_BLOCK_CONFIG: Final = replace(
 )
 
 _MLP, _HF = "decoder.layers.*.mlp", "model.layers.*.mlp"
-_DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if row.megatron.startswith(_MLP))
 _EXPERT = f"{_HF}.experts.#"
 #: A block-sparse layer's tensors, under the same names on both sides: MiniCPM4's, and BlockFFN's as published, of which
 #: some have a norm behind the router.
@@ -109,13 +108,13 @@ def _block_sparse(name: str, mark: str, tensors: Mapping[str, str]) -> Family:
     """Layers with these tensors beside dense ones; they are of any shape, and exist by the fact that is given."""
     blocks = (Row(f"{_MLP}.{tensor}", f"{_HF}.{tensor}", as_stored(), when=fact) for tensor, fact in tensors.items())
     rows = (*DENSE, replace(ROUTED[0], when="block_ffn"), *blocks)
-    family = LLAMA.derive(name, _BLOCK_CONFIG, drop=_DENSE_NAMES, add=rows, marks=(mark,))
+    family = LLAMA.derive(name, _BLOCK_CONFIG, drop=DENSE_NAMES, add=rows, marks=(mark,))
     return replace(family, either=(("block_ffn", "dense"),))
 
 
 # fmt: off
 MINICPM = LLAMA.derive("minicpm", MINICPM_CONFIG)
-MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=_DENSE_NAMES, marks=(".mlp.experts.",), add=(
+MINICPM_MOE = LLAMA.derive("minicpm_moe", _MOE_CONFIG, drop=DENSE_NAMES, marks=(".mlp.experts.",), add=(
     *ROUTED[:2],
     replace(ROUTED[2], hf=f"{_EXPERT}.w{{1,3}}.weight"),
     replace(ROUTED[3], hf=f"{_EXPERT}.w2.weight"),

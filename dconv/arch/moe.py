@@ -21,7 +21,8 @@ ROUTED = (
     Row(f"{_MLP}.experts.#.linear_fc1.weight",        f"{_HF}.experts.#.{{gate,up}}_proj.weight", gate_up("moe_ffn", "hidden"),   when="moe"),
     Row(f"{_MLP}.experts.#.linear_fc2.weight",        f"{_HF}.experts.#.down_proj.weight",        columns("hidden", "moe_ffn"),   when="moe"),
 )
-_DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if row.megatron.startswith(_MLP))
+#: What a family without dense layers drops of Llama's.
+DENSE_NAMES = tuple(row.megatron for row in LLAMA.rows if row.megatron.startswith(_MLP))
 
 
 def shared(name: str) -> tuple[Row, ...]:
@@ -53,14 +54,14 @@ def head_norms(width_q: str, width_k: str) -> tuple[Row, ...]:
     )
 
 
-MIXTRAL = LLAMA.derive("mixtral", configs.MIXTRAL, drop=_DENSE_NAMES, add=_block_sparse(False))
-QWEN2_MOE = LLAMA.derive("qwen2_moe", configs.QWEN2_MOE, drop=_DENSE_NAMES, add=DENSE + ROUTED + shared("shared_expert") + (
+MIXTRAL = LLAMA.derive("mixtral", configs.MIXTRAL, drop=DENSE_NAMES, add=_block_sparse(False))
+QWEN2_MOE = LLAMA.derive("qwen2_moe", configs.QWEN2_MOE, drop=DENSE_NAMES, add=DENSE + ROUTED + shared("shared_expert") + (
     Row(f"{_MLP}.shared_experts.gate_weight",         f"{_HF}.shared_expert_gate.weight",         copied("1", "hidden"),          when="shared_gate"),
 ))
-QWEN3_MOE = LLAMA.derive("qwen3_moe", configs.QWEN3_MOE, drop=_DENSE_NAMES, add=DENSE + ROUTED + head_norms("head_dim", "head_dim"))
-OLMOE = LLAMA.derive("olmoe", configs.OLMOE, drop=_DENSE_NAMES, add=ROUTED + head_norms("q", "kv"))
-MINIMAX_M2 = LLAMA.derive("minimax_m2", configs.MINIMAX_M2, drop=_DENSE_NAMES, add=_block_sparse(True) + head_norms("q", "kv"))
-GPT_OSS = LLAMA.derive("gpt_oss", configs.GPT_OSS, drop=_DENSE_NAMES, add=(
+QWEN3_MOE = LLAMA.derive("qwen3_moe", configs.QWEN3_MOE, drop=DENSE_NAMES, add=DENSE + ROUTED + head_norms("head_dim", "head_dim"))
+OLMOE = LLAMA.derive("olmoe", configs.OLMOE, drop=DENSE_NAMES, add=ROUTED + head_norms("q", "kv"))
+MINIMAX_M2 = LLAMA.derive("minimax_m2", configs.MINIMAX_M2, drop=DENSE_NAMES, add=_block_sparse(True) + head_norms("q", "kv"))
+GPT_OSS = LLAMA.derive("gpt_oss", configs.GPT_OSS, drop=DENSE_NAMES, add=(
     Row("decoder.layers.*.self_attention.core_attention.softmax_offset", "model.layers.*.self_attn.sinks", rows("heads")),
     ROUTED[0],
     Row(f"{_MLP}.router.weight",                      f"{_HF}.router.weight",                     copied("experts", "hidden")),

@@ -161,8 +161,3 @@ DEEPSEEK_V3: Final = DecoderConfig(
     ),
     only={**_EVERY_LAYER, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
 )  # fmt: skip
-
-#: In this order a checkpoint's args are tried: where two families compute the same, the plainer one is named.
-CONFIGS: Final = (
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, MINIMAX_M2, GPT_OSS, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3,
-)  # fmt: skip

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from dconv.arch.args import ARGS
 from dconv.arch.fields import flag, not_negative, number, table, whole
+from dconv.arch.translate import CONFIG
 from dconv.errors import Damaged
 from dconv.sharding.parsed import is_list, is_mapping
-
-_CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +88,26 @@ def rope_parameters(hf: Mapping[str, object]) -> dict[str, object]:
     Raises:
         Damaged: a value of the wrong type, or a missing number.
     """
-    rope = table(hf, "rope_scaling", _CONFIG) or table(hf, "rope_parameters", _CONFIG)
+    rope = table(hf, "rope_scaling", CONFIG) or table(hf, "rope_parameters", CONFIG)
     if any(isinstance(value, Mapping) for value in rope.values()):
         return {"rope_type": "one per layer type", "rope_theta": 10000.0}
     old_name = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_name or "default"
     for key, otherwise in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
-        rope[key] = number({key: rope.get(key, hf.get(key, otherwise))}, key, _CONFIG)
+        rope[key] = number({key: rope.get(key, hf.get(key, otherwise))}, key, CONFIG)
     if rope["rope_type"] in ("llama3", "yarn"):
         inside = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
         rope["original_max_position_embeddings"] = hf.get("original_max_position_embeddings") or inside
-        whole(rope, "original_max_position_embeddings", _CONFIG)
+        whole(rope, "original_max_position_embeddings", CONFIG)
     if rope["rope_type"] in ("llama3", "yarn", "linear"):
-        number(rope, "factor", _CONFIG)
+        number(rope, "factor", CONFIG)
     for key in ("beta_fast", "beta_slow", "attention_factor"):
         if rope.get(key) is not None:
-            number(rope, key, _CONFIG)
+            number(rope, key, CONFIG)
     for key in ("mscale", "mscale_all_dim"):  # 0 is their way to say none; below it `_attention_factor` can divide by 0
         if rope.get(key) is not None:
-            not_negative(rope, key, _CONFIG)
-    flag(rope, "truncate", _CONFIG)
+            not_negative(rope, key, CONFIG)
+    flag(rope, "truncate", CONFIG)
     return {key: value for key, value in rope.items() if value is not None}
 
 
@@ -172,7 +172,7 @@ def rope_to_args(rope: Mapping[str, object]) -> tuple[dict[str, object], list[st
     kind = known or _KINDS["default"]
     reasons = [] if known else [f"rope_type {rope['rope_type']}: Megatron has {', '.join(_KINDS)}"]
     said = {**kind.defaults, **concentrated(rope)} if kind is _KINDS["yarn"] else rope
-    theta = number(rope, "rope_theta", _CONFIG)
+    theta = number(rope, "rope_theta", CONFIG)
     scaled = kind is _KINDS["llama3"]
     args: dict[str, object] = {
         "position_embedding_type": kind.position,
@@ -196,7 +196,7 @@ def rope_to_args(rope: Mapping[str, object]) -> tuple[dict[str, object], list[st
     for key in sorted(rope.keys() - _COMMON - kind.args.keys() - kind.fixed.keys()):
         reasons.append(f"rope {key} {rope[key]}: rope_type {rope['rope_type']} has no such number")
     if kind is _KINDS["linear"]:
-        factor = number(rope, "factor", _CONFIG)
+        factor = number(rope, "factor", CONFIG)
         args["rotary_seq_len_interpolation_factor"] = int(factor)
         if not factor.is_integer() or factor < 1:
             reasons.append(f"rope factor {factor}: --rotary-seq-len-interpolation-factor takes whole numbers")
@@ -227,9 +227,9 @@ def rope_from_args(args: Mapping[str, object]) -> tuple[dict[str, object], list[
     given = {key: args[arg] for key, arg in kind.args.items() if args.get(arg) is not None}
     rope = {"rope_type": name, **kind.defaults, **kind.fixed, **given}
     for key in kind.args.keys() - _NOT_REAL.keys():
-        rope[key] = number(rope, key, "Megatron args")
+        rope[key] = number(rope, key, ARGS)
     for key in kind.args.keys() & _NOT_REAL.keys():
-        _NOT_REAL[key](rope, key, "Megatron args")
+        _NOT_REAL[key](rope, key, ARGS)
     if name == "yarn":
         multipliers = (rope.pop("mscale"), rope.pop("mscale_all_dim"))
         if all(multipliers):
@@ -238,7 +238,7 @@ def rope_from_args(args: Mapping[str, object]) -> tuple[dict[str, object], list[
             reasons.append(f"mscale and mscale_all_dim are {multipliers}: transformers wants both, or 1.0 and 0.0")
         if rope["truncate"]:
             del rope["truncate"]
-    theta = number(args, "rotary_base", "Megatron args")
+    theta = number(args, "rotary_base", ARGS)
     return {"rope_theta": theta, "rope_scaling": None if name == "default" else rope}, reasons
 
 
@@ -250,6 +250,6 @@ def concentrated(yarn: Mapping[str, object]) -> dict[str, object]:
 
 def _attention_factor(yarn: Mapping[str, object]) -> float:
     """What both multiply cosine and sine by (``yarn_rotary_pos_embedding.py``, ``_compute_yarn_parameters``)."""
-    factor = number(yarn, "factor", _CONFIG)
+    factor = number(yarn, "factor", CONFIG)
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
-    return (growth * number(yarn, "mscale", _CONFIG) + 1) / (growth * number(yarn, "mscale_all_dim", _CONFIG) + 1)
+    return (growth * number(yarn, "mscale", CONFIG) + 1) / (growth * number(yarn, "mscale_all_dim", CONFIG) + 1)

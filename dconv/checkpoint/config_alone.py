@@ -9,7 +9,7 @@ import itertools
 from pathlib import Path
 from typing import Final
 
-from dconv.arch.args import dtype_name
+from dconv.arch.args import dtype_of
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint.files import read_json
@@ -19,7 +19,6 @@ from dconv.sharding.tensor import Piece
 
 FORMAT: Final = "config alone"
 _FILE: Final = "model.safetensors"
-_DTYPES: Final = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 #: Bytes of the widest element, for the strides of a file that is not there.
 _WIDE: Final = 8
 
@@ -27,7 +26,7 @@ _WIDE: Final = 8
 def open_source(folder: Path) -> Source:
     """Describe the model that config.json speaks of, its weights in the config's dtype (bf16 where it has none)."""
     config = read_json(folder / "config.json", what="config.json")
-    dtype = _DTYPES.get(dtype_name(config.get("dtype") or config.get("torch_dtype")), "bf16")
+    dtype = dtype_of(config)
 
     def locate(family: Family, facts: Facts) -> Located:
         located = Located({}, {}, {})

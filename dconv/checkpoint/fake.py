@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dconv.arch import registry
-from dconv.arch.args import dtype_name
+from dconv.arch.args import dtype_of
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint.fake_config import Wishes, read_wishes
@@ -28,7 +28,7 @@ from dconv.checkpoint.files import read_json
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
 from dconv.codec.fill import filled
 from dconv.errors import Damaged, Refused, UsageError
-from dconv.sharding.dtypes import FROM_TORCH, ITEMSIZE
+from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.plan import Copy
 from dconv.sharding.reader import BoxReader
 from dconv.sharding.region import Index, Region
@@ -100,7 +100,7 @@ def open_source(path: Path, config_file: Path | None, model_type: str | None, hf
         _check_dimensions(family, wishes, published, config)
     if wishes.shapes:
         config = settled(config, wishes, partial(_shapes, family))
-    dtype = FROM_TORCH.get(str(dtype_name(config.get("dtype") or config.get("torch_dtype"))), "bf16")
+    dtype = dtype_of(config)
     _check_patterns(wishes, _shapes(family, config))
 
     def locate(family: Family, facts: Facts) -> Located:

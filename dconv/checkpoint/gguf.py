@@ -27,6 +27,7 @@ from dconv.checkpoint.huggingface import small_values
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, shape_error
 from dconv.checkpoint.tied import differ, equal
+from dconv.codec.gguf import PLAIN
 from dconv.coded import gguf as coded
 from dconv.coded.decoded import Decoded
 from dconv.errors import Damaged, DconvError, group_names
@@ -195,8 +196,8 @@ def _held(folder: Path, headers: Mapping[str, Header], rename: Renaming) -> dict
 
 def _stored(name: str, file: str, tensor: Tensor) -> Stored:
     """A tensor as its file has it: numbers, or the bytes of its rows."""
-    dtype = coded.PLAIN.get(tensor.kind, "u8")
-    shape = tensor.shape if tensor.kind in coded.PLAIN else (*tensor.shape[:-1], tensor.row_bytes)
+    dtype = PLAIN.get(tensor.kind, "u8")
+    shape = tensor.shape if tensor.kind in PLAIN else (*tensor.shape[:-1], tensor.row_bytes)
     extent = Extent(Region.whole(shape), file, tensor.offset, row_major(shape, ITEMSIZE[dtype]))
     return Stored(TensorSpec(name, shape, dtype), (extent,))
 
@@ -206,13 +207,13 @@ def _dtype(tensors: Iterable[Tensor]) -> str:
     kinds = Counter[str]()
     for tensor in tensors:
         if len(tensor.shape) > 1:
-            kinds[coded.PLAIN.get(tensor.kind, "")] += tensor.nbytes
+            kinds[PLAIN.get(tensor.kind, "")] += tensor.nbytes
     return "bf16" if kinds[""] else max(kinds, key=lambda kind: kinds[kind], default="f32")
 
 
 def _decoded(found: Decoded, held: Mapping[str, tuple[str, Tensor]], arch: str, dtype: str) -> Decoded:
     for name, (_, tensor) in held.items():
-        if tensor.kind not in coded.PLAIN:
+        if tensor.kind not in PLAIN:
             coded.decode(found, name, tensor.kind, tensor.shape, dtype)
         elif ARCHS[arch].raised and name.endswith("norm.weight"):
             coded.lower(found, name)

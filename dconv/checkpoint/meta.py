@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from dconv.arch.config import hf_config_from_meta
 from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts, size
+from dconv.arch.meta import hf_config_from_meta
 from dconv.checkpoint.files import read_json, stamp, stamps
 from dconv.checkpoint.huggingface import with_dtype
 from dconv.checkpoint.ranks import cut_region, read_ranks

@@ -32,19 +32,22 @@ def steps(weights: NDArray[np.float32], bits: int, group: int) -> tuple[NDArray[
     """Scales and biases [..., groups] of weights [..., groups × ``group``].
 
     Raises:
-        Damaged: a weight is not finite, for which MLX has no code.
+        Damaged: a weight is not finite, or two of a group are so far apart that their distance is not: MLX has no
+            codes for these.
     """
     parts = _parts(weights, group)
     low: NDArray[np.float32] = parts.min(-1)
     high: NDArray[np.float32] = parts.max(-1)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = high - low
+    if not np.isfinite(apart).all():
         raise Damaged(
-            "a weight that is to be stored in codes is not a finite number",
+            "a weight that is to be stored in codes is not a finite number, or its distance to another",
             expected="numbers: NaN and infinity have no code",
             do="without --quant the weights are written as they are",
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        scale: NDArray[np.float32] = np.maximum((high - low) / np.float32((1 << bits) - 1), _LEAST)
+        scale: NDArray[np.float32] = np.maximum(apart / np.float32((1 << bits) - 1), _LEAST)
         below: NDArray[np.bool] = np.abs(low) > np.abs(high)
         scale = np.where(below, scale, -scale)
         edge = np.where(below, low, high)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.codec.gguf import BLOCKS
+from dconv.codec.gguf import BLOCKS, in_blocks
 from dconv.errors import Refused, ToolMissing
 
 if TYPE_CHECKING:
@@ -108,13 +108,7 @@ def encode(weights: NDArray[np.generic], kind: str) -> NDArray[np.uint8]:
         ToolMissing: see `library`.
     """
     size, stored = BLOCKS[kind]
-    if weights.dtype != np.float32:
-        raise ValueError(f"{weights.dtype} to {kind}")
-    if weights.shape[-1] % size:
-        raise Refused(
-            f"a row is not whole blocks of {kind}", expected=f"a multiple of {size}", found=str(weights.shape[-1])
-        )
-    blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, size)
+    blocks = in_blocks(weights, kind)
     largest = max(blocks.max(initial=0), -blocks.min(initial=0))
     if not np.isfinite(largest):
         raise Refused(f"NaN or infinity has no form in {kind}")

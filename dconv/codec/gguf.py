@@ -32,7 +32,8 @@ BLOCKS: Final[dict[str, tuple[int, int]]] = {
     "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82),
     "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
-_PLAIN: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+#: Types whose elements are stored as they are -> dconv's name.
+PLAIN: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 #: Weights taken at a time: their temporaries stay in the processor's caches.
 _AT_ONCE: Final = 1 << 15
@@ -58,7 +59,7 @@ def decode(blocks: NDArray[np.uint8], kind: str, target: str) -> NDArray[np.gene
         )
     count = blocks.shape[-1] // size
     flat = np.ascontiguousarray(blocks).reshape(-1, size)
-    if plain := _PLAIN.get(kind):
+    if plain := PLAIN.get(kind):
         found = cast(flat.view(carrier(plain)), plain, target)
         return found.reshape(*blocks.shape[:-1], count * weights)
     out = np.empty((len(flat), weights), carrier(target))
@@ -68,6 +69,22 @@ def decode(blocks: NDArray[np.uint8], kind: str, target: str) -> NDArray[np.gene
         values = _DECODE[kind](part) if kind in _DECODE else _by_gguf(part, kind)
         out[start : start + step] = cast(values.reshape(-1, weights), "f32", target)
     return out.reshape(*blocks.shape[:-1], count * weights)
+
+
+def in_blocks(weights: NDArray[np.generic], kind: str) -> NDArray[np.float32]:
+    """fp32 weights [..., in] → [blocks, weights of one], for an encoder.
+
+    Raises:
+        Refused: a row that is not whole blocks.
+    """
+    size, _ = BLOCKS[kind]
+    if weights.dtype != np.float32:
+        raise ValueError(f"{weights.dtype} to {kind}")
+    if weights.shape[-1] % size:
+        raise Refused(
+            f"a row is not whole blocks of {kind}", expected=f"a multiple of {size}", found=str(weights.shape[-1])
+        )
+    return np.ascontiguousarray(weights, np.float32).reshape(-1, size)
 
 
 def _by_gguf(blocks: Blocks, kind: str) -> Values:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dconv.codec.gguf import BLOCKS, half_e8m0
+from dconv.codec.gguf import BLOCKS, half_e8m0, in_blocks
 from dconv.errors import Refused
 
 if TYPE_CHECKING:
@@ -64,13 +64,9 @@ def encode(weights: NDArray[np.generic], kind: str) -> NDArray[np.uint8]:
         Refused: a row that is not whole blocks; NaN, infinity or weights past the range of fp16 scales.
     """
     size, stored = BLOCKS[kind]
-    if weights.dtype != np.float32 or kind not in KINDS:
-        raise ValueError(f"{weights.dtype} to {kind}")
-    if weights.shape[-1] % size:
-        raise Refused(
-            f"a row is not whole blocks of {kind}", expected=f"a multiple of {size}", found=str(weights.shape[-1])
-        )
-    blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, size)
+    if kind not in KINDS:
+        raise ValueError(kind)
+    blocks = in_blocks(weights, kind)
     found = np.empty((len(blocks), stored), np.uint8)
     step = min(_AT_ONCE // size, len(blocks))
     values, bits = np.empty((step, size), np.float32), np.empty((step, size), np.uint32)

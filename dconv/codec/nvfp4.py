@@ -32,16 +32,20 @@ def global_scale(amax: float, dtype: str = "f32") -> np.float32:
     """The divisor of a tensor, or of fused ones as one, by the largest finite magnitude: (1 / amax) · 2688 in fp32.
 
     1 where that is not finite, which is for amax below 7.9e-36; ModelOpt's ``weight_scale_2`` is the reciprocal.
+    fp16 does not hold it for amax below 0.041: it is then taken in fp32, where compressed-tensors has 1, by which all
+    weights below 0.005 would become zero.
 
     Args:
         amax: the largest finite magnitude, 0 or more.
-        dtype: of the weights, to which each step is rounded.
+        dtype: of the weights, to which each step is rounded where it holds the divisor.
     """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         largest = np.full(1, max(amax, TINY[dtype]), np.float32)
         reciprocal = rounded(np.reciprocal(largest), dtype)
         found = rounded(reciprocal * np.float32(2688), dtype)[0]
-    return found if np.isfinite(found) and found > 0 else np.float32(1)
+    if np.isfinite(found) and found > 0:
+        return found
+    return np.float32(1) if dtype == "f32" else global_scale(amax)
 
 
 def encode(

@@ -65,8 +65,3 @@ def from_int8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     Widths below 8 are also kept in whole bytes there; they are read as 8 bits, whose `middle` is their zero.
     """
     return np.bitwise_xor(values.view(np.uint8), _SIGN)
-
-
-def to_int8(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """The inverse of `from_int8`."""
-    return np.bitwise_xor(codes, _SIGN).view(np.int8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dconv.codec import integer, packed
 from dconv.coded import fp8
-from dconv.coded.compressed_parts import SCALES, Made, Module, as_grid, blocks_of, matrix, of_words
+from dconv.coded.compressed_parts import SCALES, Made, Module, blocks_of, matrix, of_words
 from dconv.coded.decoded import Decoded
 from dconv.sharding.derived import Read
 from dconv.sharding.dtypes import ITEMSIZE
@@ -40,7 +40,7 @@ def float8(module: Module, found: Decoded) -> Made:
     words = f"e4m3 code x the scale of {of_words(block, shape)}"
     bits = 8 + 8 * ITEMSIZE[scale.spec.dtype] / (block[0] * block[1])
     recipe = fp8.Decode(block, weight.spec.dtype)
-    return Made(shape, (weight, as_grid(scale, fp8.scales_shape(shape, block))), recipe, words, bits)
+    return Made(shape, (weight, fp8.as_grid(scale)), recipe, words, bits)
 
 
 def naive(module: Module, found: Decoded) -> Made:
@@ -72,12 +72,11 @@ def int8(module: Module, found: Decoded) -> Made:
     weight = module.need("weight", ("i8",))
     shape = matrix(weight)
     block, shapes = blocks_of(module, shape)
-    grid = fp8.scales_shape(shape, block)
     scale = module.need("weight_scale", SCALES, *shapes)
-    inputs = [weight, as_grid(scale, grid)]
+    inputs = [weight, fp8.as_grid(scale)]
     named = ["weight", "weight_scale"]
     if not args.symmetric or "weight_zero_point" in module.parts:  # of symmetric ones zeros were once written, too
-        inputs.append(as_grid(module.need("weight_zero_point", ("i8",), *shapes), grid))
+        inputs.append(fp8.as_grid(module.need("weight_zero_point", ("i8",), *shapes)))
         named.append("weight_zero_point")
     module.check_no_more(*named)
     each = sum(8 * ITEMSIZE[part.spec.dtype] for part in inputs[1:]) / (block[0] * block[1])

@@ -2,7 +2,8 @@
 
 Sources: compressed-tensors 0.20.0, ``quantization/quant_config.py``, ``quant_scheme.py``, ``quant_args.py`` for what is
 said, ``utils/match.py`` for which module a target means: the first that is its whole name, then the first regular
-expression that fits its beginning, then its class. Files do not say classes: every matrix counts as ``Linear``.
+expression that fits its beginning, then its class. Files do not say classes: every matrix counts as ``Linear``, and as
+another class only where no group has that one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Final
 
 from dconv.coded.patterns import REPEATS, check_length, compiled, is_tame
@@ -29,6 +31,7 @@ FORMATS: Final = (
 MIXED: Final = "mixed-precision"
 STRATEGIES: Final = ("tensor", "channel", "group", "block", "tensor_group")
 _REGEX: Final = "re:"
+_LINEAR: Final = "Linear"
 #: A config may be hostile, and matching takes time: more entries are no model's.
 _MOST: Final = 50_000
 
@@ -137,8 +140,8 @@ class Config:
                 do="the config belongs to other files",
             )
         by_name = (group for target, group in self._targets if target.names(module))
-        by_class = (group for target, group in self._targets if target.is_class_of(module))
-        group = next(by_name, None) or next(by_class, None)
+        classes = [(target.text != _LINEAR, group) for target, group in self._targets if target.is_class_of(module)]
+        group = next(by_name, None) or next((group for _, group in sorted(classes, key=itemgetter(0))), None)
         if group is None:
             raise Damaged(
                 "a weight is stored in codes that no group of the config speaks of",

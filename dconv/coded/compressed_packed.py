@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dconv.codec import bitpack, packed
-from dconv.coded.compressed_parts import SCALES, Module, as_grid, blocks_of, matrix
+from dconv.coded.compressed_parts import SCALES, Module, blocks_of, matrix
 from dconv.coded.decoded import Decoded, array_of
-from dconv.coded.fp8 import scales_shape
+from dconv.coded.fp8 import as_grid, scales_shape
 from dconv.coded.integers import Grid, Integers, Listed, span
 from dconv.errors import Damaged, DconvError
 from dconv.sharding.derived import Array, Derived, Read
@@ -67,7 +67,7 @@ def integers(module: Module, found: Decoded) -> Integers:
         named.append("weight_g_idx")
     module.check_no_more(*named)
     scale = module.need("weight_scale", SCALES, *shapes)
-    scales = array_of(as_grid(scale, scales_shape(shape, block)))
+    scales = array_of(as_grid(scale))
     if block[0] > 1:
         every = Derived((rows, 1), (scales,), Every(), How("the tensor's scale", True, 8 * ITEMSIZE[scale.spec.dtype]))
         scales = found.help(scale, f"{module.name}//scales", every, scale.spec.dtype)

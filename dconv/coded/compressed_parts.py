@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from dconv.coded import fp8
@@ -164,16 +164,6 @@ def blocks_of(module: Module, shape: tuple[int, int]) -> tuple[tuple[int, int], 
             found=str(columns),
         )
     return (1, args.group), ((rows, columns // args.group),)
-
-
-def as_grid(scale: Stored, shape: Index) -> Stored:
-    """Scales of as many rows and columns as there are blocks: one for all, or one for each row, may have fewer axes."""
-    if scale.spec.shape == shape:
-        return scale
-    (extent,) = scale.extents
-    strides = (extent.strides[0] if len(extent.strides) == 1 else 0, 0)
-    region = replace(extent.region, start=(0,) * len(shape), shape=shape)
-    return Stored(replace(scale.spec, shape=shape), (replace(extent, region=region, strides=strides),))
 
 
 def of_words(block: tuple[int, int], shape: tuple[int, int]) -> str:

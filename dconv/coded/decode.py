@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, modelopt, modelopt_config, quark
+from dconv.arch.args import dtype_of
+from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, gptq_config, modelopt, modelopt_config, quark
 from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
-from dconv.sharding.dtypes import FROM_TORCH
 from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.tensor import Stored
 
@@ -23,8 +23,8 @@ METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] 
     METHOD: compressed_tensors.decode,
     gpt_oss.METHOD: gpt_oss.decode,
     quark.METHOD: quark.decode,
-    "gptq": gptq.decode,
-    "awq": awq.decode,
+    gptq_config.METHOD: gptq.decode,
+    awq.METHOD: awq.decode,
     **dict.fromkeys(modelopt_config.METHODS, modelopt.decode),
 }
 KEY: Final = "quantization_config"
@@ -54,7 +54,7 @@ def decode(
     found = Decoded(dict(tensors), values)
     config = config or {}
     method = method_of(config)
-    if KEY not in config and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
+    if not config.get(KEY) and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
         method = "fp8"  # a cast without a word in the config: what the scales of released models are called tells
     if not config.get(KEY) and not method:
         return found
@@ -66,5 +66,5 @@ def decode(
             found=f"{method!r:.80}",
             expected=f"one of {', '.join(METHODS)}, or bf16, f16, f32 weights",
         )
-    known(found, config, FROM_TORCH.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16"))
+    known(found, config, dtype_of(config))
     return found

@@ -83,7 +83,7 @@ def decode(found: Decoded, config: Mapping[str, object], dtype: str) -> None:
         meaning = "its block's reciprocal scale" if reciprocal else "the scale"
         words = f"{weight.spec.dtype} code {'/' if reciprocal else 'x'} {meaning} of {_words(size, weight.spec.shape)}"
         bits = 8 if size == weight.spec.shape[-2:] else 8 + 8 * ITEMSIZE[scale.spec.dtype] / prod(size)
-        parts = {name: weight, name + SUFFIX: _as_grid(scale, len(weight.spec.shape))}
+        parts = {name: weight, name + SUFFIX: as_grid(scale, len(weight.spec.shape))}
         found.put(name, dtype, parts, dense(weight.spec.shape, parts, recipe, words, bits), words)
     for name in [name for name in tensors if name.endswith(_ACTIVATIONS)]:
         del tensors[name]
@@ -161,9 +161,9 @@ def _block(weight: Stored, scale: Stored, said: tuple[int, int] | None) -> tuple
     )
 
 
-def _as_grid(scale: Stored, axes: int) -> Stored:
-    """Scales of rows, or the only one of a tensor, as the grid of blocks that are as wide as the weight."""
-    shape, extent = scale.spec.shape, scale.extents[0]
+def as_grid(scale: Stored, axes: int = 2) -> Stored:
+    """Scales of rows, or the only one of a tensor, with as many axes as the weight has: one for each block."""
+    shape, (extent,) = scale.spec.shape, scale.extents
     if len(shape) == axes:
         return scale
     grid = (*shape, 1) if len(shape) == axes - 1 else (1,) * axes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from dconv.codec import gguf
 from dconv.codec.cast import cast
@@ -16,9 +16,6 @@ from dconv.sharding.region import Region
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-#: Types whose elements are stored as they are -> dconv's name.
-PLAIN: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from dconv.arch.gguf import ARCHS
 from dconv.arch.gguf_names import Box, boxes_to_write
 from dconv.arch.layouts import Facts, size
 from dconv.codec import ggml, gguf_encode
-from dconv.codec.gguf import BLOCKS
-from dconv.coded.gguf import PLAIN, Blocks, Less
+from dconv.codec.gguf import BLOCKS, PLAIN
+from dconv.coded.gguf import Blocks, Less
 from dconv.errors import Refused, group_names
 from dconv.sharding.derived import Array, Derived, Read, steps
 from dconv.sharding.dtypes import ITEMSIZE

@@ -15,6 +15,7 @@ from dconv import __version__
 from dconv.codec import gptq, integer
 from dconv.coded.encode import Coded
 from dconv.coded.gptq import Codes
+from dconv.coded.gptq_config import METHOD
 from dconv.coded.integers import Grid, Integers, around
 from dconv.coded.places import FUSED, experts_of, place_of
 from dconv.coded.repack import EXACT, Value, grids_of, stored_as, unfit, zeros_of
@@ -102,7 +103,7 @@ class GPTQ:
             **_said(base),
             "lm_head": any(place_of(name, (1, 1)).role == "head" for name in coded),
             "method": "gptq",
-            "quant_method": "gptq",
+            "quant_method": METHOD,
             "format": self._form,
             "checkpoint_format": self._form,
             "pack_dtype": "int32",

@@ -20,6 +20,7 @@ from dconv.coded.compressed_floats import Mx, Nv, groups_in
 from dconv.coded.encode import Coded, kept
 from dconv.coded.fp8 import FP8, Decode
 from dconv.coded.fp8_encode import Amax, weights_of
+from dconv.coded.places import FUSED_PARTS
 from dconv.sharding.derived import Array, Derived, Read
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.ops import How
@@ -29,14 +30,6 @@ from dconv.sharding.tensor import Logical, TensorSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: vLLM has these as one matrix each, whose parts must share the tensor's scale. Source: llm-compressor 0.14,
-#: ``FUSED_LAYER_NAMES`` in ``observers/helpers.py``.
-FUSED: Final = (
-    ("gate_proj", "up_proj"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("w1", "w3"),
-)
 _MX_ARGS: Final = {
     "type": "float",
     "symmetric": True,
@@ -44,8 +37,6 @@ _MX_ARGS: Final = {
     "strategy": "group",
     "scale_dtype": "torch.uint8",
 }
-
-
 _FORMATS: Final = {4: E2M1, 6: E2M3, 8: E4M3}
 _NAMES: Final = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
 
@@ -149,10 +140,13 @@ def spec_as(spec: TensorSpec, dtype: str) -> TensorSpec:
 
 
 def fused_with(name: str, logical: Logical) -> list[str]:
-    """The weights that share a scale with one, itself among them, in an order that all of them give."""
+    """The weights that share a tensor's scale with one, itself among them, in an order that all of them give.
+
+    Source: llm-compressor 0.14, ``FUSED_LAYER_NAMES`` in ``observers/helpers.py``.
+    """
     module, _, end = name.rpartition(".")
     parent, _, last = module.rpartition(".")
-    for group in FUSED:
+    for group in FUSED_PARTS:
         names = [f"{parent}.{part}.{end}" for part in group]
         if last in group and all(it in logical.specs for it in names):
             return names

@@ -12,14 +12,14 @@ _EMBEDDINGS: Final = ("wte", "wpe", "shared", "relative_attention_bias")
 _HEADS: Final = ("lm_head", "output_layer", "head", "output")
 #: Parts of a token predictor that no runtime quantises, listed or not: DeepSeek-V3's own checkpoint does not list them.
 _PREDICTOR: Final = ("eh_proj",)
-
-
 #: What vLLM holds as one matrix under a name of its own, from parts that must be in codes of one kind.
 FUSED: Final = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
+#: The parts of each, and of what is one matrix inside of a layer's experts, which have a name as a whole.
+FUSED_PARTS: Final = (*FUSED.values(), ("w1", "w3"))
 
 
 @dataclass(frozen=True, slots=True)

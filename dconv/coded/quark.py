@@ -99,11 +99,16 @@ class _Said:
         weight = mapping_or_empty(mapping_or_empty(layer).get("weight"))
         said = (weight.get("qscheme"), weight.get("group_size"), weight.get("scale_format"))
         kind, wanted = weight.get("dtype"), ("per_group", BLOCK, "e8m0")
-        if kind not in DTYPES or said != wanted or weight.get("ch_axis", -1) not in (-1, 1):
+        if (
+            not isinstance(kind, str)
+            or kind not in DTYPES
+            or said != wanted
+            or weight.get("ch_axis", -1) not in (-1, 1)
+        ):
             raise Refused(
                 "a weight in a form of quark's that this version does not decode, nothing was written",
                 where=module + WEIGHT,
                 expected=f"dtype {', '.join(DTYPES)}; {' '.join(map(str, wanted))}",
                 found=f"{kind!r:.40}; {' '.join(map(str, said)):.80}",
             )
-        return str(kind)
+        return kind

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dconv.coded.compressed_config import METHOD, MIXED
-from dconv.coded.places import experts_of, loaded_as
+from dconv.coded.places import FUSED_PARTS, experts_of, loaded_as
 from dconv.quant.kinds import PLAIN, ROW
 from dconv.quant.mixed import Choice
 from dconv.quant.names import some
@@ -21,8 +21,6 @@ from dconv.quant.names import some
 _GPTQ_BITS: Final = (2, 3, 4, 8)
 #: Widths that vLLM's kernels for ``pack-quantized`` have.
 _VLLM_BITS: Final = (4, 8)
-#: What vLLM and others load as one matrix, which must be in codes of one kind.
-_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,15 @@ def _has_experts(choice: Choice) -> bool:
 def torn(choices: Mapping[str, Choice]) -> list[str]:
     """What vLLM loads as one matrix and the choices make of different kinds, a line for a person each.
 
-    These are queries, keys and values; gate and up; all experts of a layer. Such a checkpoint loads in transformers
-    alone.
+    These are queries, keys and values, or the ranks before them; gate and up; all experts of a layer. Such a checkpoint
+    loads in transformers alone.
     """
     groups: dict[tuple[str, str], dict[Choice, list[str]]] = {}
     for name, choice in choices.items():
         module = name.removesuffix(".weight")
         before, _, last = module.rpartition(".")
         loaded = loaded_as(module)
-        fused = next((parts for parts in _FUSED if last in parts), None)
+        fused = next((parts for parts in FUSED_PARTS if last in parts), None)
         if loaded != module and loaded.endswith(".experts"):
             key = (loaded, "experts")
         elif fused:

@@ -205,7 +205,7 @@ def facts(conversion: Conversion) -> Iterable[tuple[str, str]]:
     yield "from", f"{request.source}\n{job.source.format}{files}{taught}"
     yield "to", f"{request.output}\n{request.format}, {_files(len(plan.target.files))}" + (layout and f", {layout}")
     yield "family", job.family.name
-    yield "layers", f"{layers:,}" if (layers := size_of(job.facts, "layers")) else ""
+    yield "layers", f"{layers:,}" if (layers := job.family.depth(job.facts)) else ""
     yield "parameters", f"{job.parameters:,}"
     yield "codes", job.scheme
     changed = precision(plan)

@@ -11,7 +11,11 @@ from tests.arch.moe_published import (
     PUBLISHED,
 )
 
-FAMILIES = [LLAMA, MISTRAL, QWEN2, QWEN3, *moe.CONFIGS]
+#: In the order in which a checkpoint's args are tried.
+FAMILIES = [
+    LLAMA, MISTRAL, QWEN2, QWEN3, moe.MIXTRAL, moe.QWEN2_MOE, moe.QWEN3_MOE, moe.OLMOE, moe.MINIMAX_M2, moe.GPT_OSS,
+    moe.DEEPSEEK, moe.DEEPSEEK_V2, moe.DEEPSEEK_V3,
+]  # fmt: skip
 CLASSES = {
     moe.MIXTRAL: transformers.MixtralConfig,
     moe.QWEN2_MOE: transformers.Qwen2MoeConfig,

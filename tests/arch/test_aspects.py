@@ -12,12 +12,12 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 from dconv.arch.activation import GEGLU
 from dconv.arch.attention import Grouped, Scaled, Window
 from dconv.arch.carried import Carried
-from dconv.arch.config import COMMON, LLAMA, MISTRAL, QWEN2, QWEN3
+from dconv.arch.config import COMMON, LLAMA
 from dconv.arch.decoder import DecoderConfig
-from dconv.arch.moe_configs import CONFIGS
 from dconv.arch.rotary import Rope
 from dconv.arch.translate import Config
 from dconv.errors import Damaged, Refused
+from tests.arch.moe_classes import FAMILIES
 
 CAPS = {"attn_logit_softcapping": "tanh caps the scores", "final_logit_softcapping": "tanh caps the logits"}
 #: Everything at once, as Gemma 2 has most of it.
@@ -75,7 +75,7 @@ def test_what_mainline_lacks():
     assert LLAMA.needs({}) == []
 
 
-@pytest.mark.parametrize("other", [LLAMA, MISTRAL, QWEN2, QWEN3, *CONFIGS], ids=lambda one: one.model_type)
+@pytest.mark.parametrize("other", FAMILIES, ids=lambda one: one.model_type)
 def test_nobody_else_takes_its_args(other):
     args = FULL.to_args(HF)
     reasons = " ".join(other.matches_args(args))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dconv.arch.config import LLAMA, hf_config_from_meta
+from dconv.arch.config import LLAMA
+from dconv.arch.meta import hf_config_from_meta
 from dconv.errors import Damaged, Refused
 from tests.arch.dense_published import (
     LLAMA3_ROPE,

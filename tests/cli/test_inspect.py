@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dconv.arch.bamba import BAMBA
 from dconv.arch.llama import LLAMA
 from dconv.pipeline import Request, convert
 from dconv.sharding.coords import Parallel
@@ -44,6 +45,16 @@ def test_each_format(dconv: Dconv, hf: Path, made: Callable[[str], Path], format
         assert "195 rows of padding" in shown.out
     if format == "legacy":
         assert report["parallel"]["vpp"] == 2
+
+
+def test_layers_are_counted_as_in_its_config(dconv: Dconv, tmp_path: Path) -> None:
+    """Also where each is two of Megatron's stack: in the source, in the plan, and in what is written."""
+    model = write_random(tmp_path / "model", BAMBA, config := config_of(BAMBA))
+    layers = config["num_hidden_layers"]
+    assert dconv("plan", model, "megatron", "--json").json["layers"] == layers
+    convert(Request(model, "megatron", tmp_path / "m"))
+    for path in (model, tmp_path / "m"):
+        assert dconv("inspect", path, "--json").json["layers"] == layers
 
 
 def test_uneven_stages(dconv: Dconv, hf: Path, tmp_path: Path) -> None:

@@ -72,3 +72,10 @@ def test_what_is_no_number_has_no_code(value: float) -> None:
     dense[1, 5] = value
     with pytest.raises(Damaged, match="not a finite number"):
         affine.encode(dense, 4, 32)
+
+
+def test_a_group_whose_range_fp32_has_not_has_no_codes() -> None:
+    dense = np.ones((2, 64), np.float32)
+    dense[1, 4:6] = 3e38, -3e38
+    with pytest.raises(Damaged, match="distance"):
+        affine.encode(dense, 4, 32)

@@ -133,6 +133,17 @@ def test_divisor_of_what_has_none_is_one(amax: float) -> None:
     assert (scale == 0x20).all() and not packed.any()
 
 
+@pytest.mark.parametrize("largest", [0.03, 0.004, 1e-4])
+def test_small_weights_in_fp16_are_kept(largest: float) -> None:
+    """fp16 does not hold their divisor, which its file stores in fp32."""
+    drawn = np.random.default_rng(0).normal(size=(8, 64))
+    x = (drawn / np.abs(drawn).max() * largest).astype(np.float16).astype(np.float32)
+    divisor = nvfp4.global_scale(float(np.abs(x).max()), "f16")
+    packed, scale = nvfp4.encode(x, divisor, "f16")
+    back = nvfp4.decode(packed, scale, float(divisor), "f64", divides=True)
+    assert np.sqrt(((back - x) ** 2).mean()) < 0.1 * np.sqrt((x**2).mean())
+
+
 def test_empty_and_ragged() -> None:
     for shape in ((0,), (0, 32), (3, 0)):
         packed, scale = nvfp4.encode(np.empty(shape, np.float32), np.float32(1))

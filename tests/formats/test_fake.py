@@ -314,3 +314,10 @@ def test_a_model_of_the_size_of_deepseek_v3(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["parameters"] > 600e9
     assert main(["plan", str(out), "megatron", "--tp", "8", "--pp", "61", "--ep", "64", "--etp", "1"]) == 0
     assert "tp 8 x pp 61 x ep 64" in capsys.readouterr().out
+
+
+def test_a_config_whose_dtype_is_that_of_codes(tmp_path: Path) -> None:
+    """As block FP8 checkpoints have it, of what is stored: made-up weights are plain."""
+    model = config_alone(tmp_path / "model", dtype="float8_e4m3fn", torch_dtype="float8_e4m3fn")
+    made = fake(model, tmp_path / "out", file=wishes(tmp_path, fill="position"))
+    assert {dtype for dtype, _, _ in made.values()} == {"BF16"}

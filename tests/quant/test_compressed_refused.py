@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dconv.arch.registry import by_name
+from dconv.coded.compressed_config import config_of
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.pipeline import Request, convert, prepare
 from tests.quant.models import write_normal
@@ -106,6 +107,20 @@ def test_scales_of_activations_and_caches_are_left_out_by_name(tmp_path: Path) -
     rewritten(source, lambda _, tensors: tensors.update({name: torch.ones(1) for name in names}))
     left_out = prepare(Request(source, "hf", tmp_path / "out")).plan.target.left_out
     assert all("activations or of a cache" in left_out[name] for name in names)
+
+
+def test_a_group_of_another_class_does_not_have_linear_layers() -> None:
+    """Its name comes first in the alphabet, and no layer is known to be of it."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": False}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": {**weights, "symmetric": True}},
+        "group_1": {"targets": ["FusedMoE"], "weights": weights},
+    }
+    for of in (groups, dict(reversed(groups.items()))):
+        said = config_of({"format": "pack-quantized", "config_groups": of})
+        assert said.group_of("model.layers.0.mlp.up_proj", "it").name == "group_0"
+    alone = config_of({"format": "pack-quantized", "config_groups": {"group_1": groups["group_1"]}})
+    assert alone.group_of("model.layers.0.mlp.up_proj", "it").name == "group_1"
 
 
 def test_groups_of_several_formats(tmp_path: Path) -> None:

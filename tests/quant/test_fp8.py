@@ -231,10 +231,28 @@ def test_a_cast_without_scales_is_damaged(tmp_path: Path) -> None:
     plain = {name: value for name, value in tensors.items() if not name.endswith("_scale_inv")}
     save_file(plain, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     config = json.loads((tmp_path / "source" / "config.json").read_text())
-    for said in (config, {key: value for key, value in config.items() if key != "quantization_config"}):
+    silent = {key: value for key, value in config.items() if key != "quantization_config"}
+    for said in (config, silent, {**silent, "quantization_config": None}, {**silent, "quantization_config": {}}):
         (tmp_path / "source" / "config.json").write_text(json.dumps(said))
         with pytest.raises(Damaged, match="codes mean nothing"):
             convert(Request(tmp_path / "source", "hf", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "int8", "torch.float16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_config_whose_dtype_is_that_of_the_codes(tmp_path: Path, key: str, said: str) -> None:
+    """The values come out all the same: as bf16 where the config names no dtype that weights may have."""
+    fp8_source(tmp_path / "source", "llama")
+    path = tmp_path / "source" / "config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if "dtype" not in name}
+    wanted = "float16" if "16" in said else "bfloat16"
+    path.write_text(json.dumps({**config, key: wanted}))
+    convert(Request(tmp_path / "source", "hf", tmp_path / "wanted"))
+    path.write_text(json.dumps({**config, key: said}))
+    convert(Request(tmp_path / "source", "hf", tmp_path / "out"))
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wanted"))
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[key].removeprefix("torch.") == wanted
 
 
 def test_a_config_that_names_fp8_where_there_is_none(tmp_path: Path) -> None:

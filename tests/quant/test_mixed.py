@@ -217,6 +217,15 @@ def test_experts_of_a_layer_stay_alike() -> None:
     assert torn(resolve(quantization_of("olmoe"), narrow).choices) == []
 
 
+def test_what_vllm_loads_as_one_is_told_where_it_is_torn() -> None:
+    """DeepSeek's ranks before queries and keys are one matrix there, too."""
+    overrides = [{"pattern": "*.q_a_proj", "wq": "int8"}, {"pattern": "*.up_proj", "wq": "int8"}]
+    said = quantization_of({"default": {"wq": "int4", "group_size": 32}, "overrides": overrides})
+    lines = torn(resolve(said, shapes_of("deepseek_v3", kv_lora_rank=32, q_lora_rank=32)).choices)
+    whole = ("gate_proj+up_proj", "q_a_proj+kv_a_proj_with_mqa", "experts")
+    assert [what for what in whole if any(f"loads {what} as one" in line for line in lines)] == [*whole]
+
+
 def test_nothing_left() -> None:
     for said in ({"default": {}}, {"overrides": [{"pattern": "*", "skip": True}]}):
         with pytest.raises(Refused, match="nothing is left to quantise"):

@@ -198,7 +198,14 @@ def test_codes_that_mean_nothing_are_refused(
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "int4"}, {"group_size": 16}, {"qscheme": "per_tensor"}, {"scale_format": "e4m3"}, {"dtype": None}],
+    [
+        {"dtype": "int4"},
+        {"group_size": 16},
+        {"qscheme": "per_tensor"},
+        {"scale_format": "e4m3"},
+        {"dtype": None},
+        {"dtype": ["fp4"]},
+    ],
 )
 def test_other_forms_of_quark_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     source = exported(tmp_path / "source", "fp4 floor")
