@@ -136,11 +136,17 @@ def _around(file: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, bool]
         if one.get("type") == "ByteLevel":
             found = {"bos": False, "eos": False, **found}
         elif one.get("type") == "TemplateProcessing" and len(single := one.get("single") or []) > 1:
-            if first := (single[0].get("SpecialToken") or {}).get("id"):
+            if first := _special(single[0]):
                 found["bos"] = first in (text("bos"), text("cls")) or not said
-            if last := (single[-1].get("SpecialToken") or {}).get("id"):
+            if last := _special(single[-1]):
                 found["eos"] = last == text("eos") or not said
     return found
+
+
+def _special(part: Mapping[str, Any]) -> object:
+    """The token of a part of a template; None of a text's place."""
+    token: Mapping[str, Any] = part.get("SpecialToken") or {}
+    return token.get("id")
 
 
 def _template(side: Side, said: Mapping[str, Any]) -> Values:
