@@ -67,7 +67,7 @@ class Wishes:
             if not is_dict(held) or last not in held:
                 raise UsageError(
                     "a dimension that config.json does not have",
-                    where=f"{key} in {self.file}",
+                    where=f"{told(key)} in {self.file}",
                     expected="a key of config.json: " + ", ".join(numbers(config)),
                 )
             before, held[last] = held[last], value
@@ -153,7 +153,12 @@ def _is_number(value: object) -> bool:
     )  # false of NaN, too
 
 
+def told(key: str) -> str:
+    """A key or a pattern of the file as an error names it: on one line, and not at any length."""
+    return key if key.isprintable() and len(key) <= 200 else f"{key!r:.200}"
+
+
 def _wrong(path: Path, name: str, expected: str, found: object) -> UsageError:
     return UsageError(
-        f"--fake-weight-config: {name} is wrong", where=str(path), expected=expected, found=f"{found!r:.80}"
+        f"--fake-weight-config: {told(name)} is wrong", where=str(path), expected=expected, found=f"{found!r:.80}"
     )

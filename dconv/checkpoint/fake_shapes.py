@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any, Final
 
-from dconv.checkpoint.fake_config import Wishes, numbers
+from dconv.checkpoint.fake_config import Wishes, numbers, told
 from dconv.errors import DconvError, UsageError, group_names
 from dconv.sharding.region import Index
 
@@ -43,7 +43,7 @@ def _first_wrong(shapes: Mapping[str, Index], wishes: Wishes) -> tuple[str, Inde
         if not names:
             raise UsageError(
                 "--fake-weight-config gives a shape to no tensor",
-                where=f"{pattern} in {wishes.file}",
+                where=f"{told(pattern)} in {wishes.file}",
                 expected="a name or pattern such as " + group_names(list(shapes)[-1:]),
             )
         for name in names:
