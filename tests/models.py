@@ -192,9 +192,18 @@ def config_of(family: Family, **sizes: Any) -> dict[str, Any]:
 
 
 def write_random(
-    folder: Path, family: Family, config: dict[str, Any], *, seed: int = 0, shard_size: int = 10**12
+    folder: Path,
+    family: Family,
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    shard_size: int = 10**12,
+    small: bool = False,
 ) -> Path:
-    """A HuggingFace directory of random bf16 bits (NaN patterns too: relayout must not look at values)."""
+    """A HuggingFace directory of random bf16 bits (NaN patterns too: relayout must not look at values).
+
+    ``small`` keeps NaN and infinity, and all else below 2: what is scaled stays finite.
+    """
     folder.mkdir(parents=True)
     facts = facts_of(family, config)
     specs, twins = expected_specs(family, facts), family.twin_names(facts)
@@ -207,6 +216,8 @@ def write_random(
         name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         _, first, _ = safetensors.lay_out(part)
         drawn |= {spec.name: draw.bytes(spec.nbytes) for spec in part if spec.name not in twins}
+        if small:
+            drawn |= {spec.name: _small(drawn[spec.name]) for spec in part if spec.name not in twins}
         (folder / name).write_bytes(first + b"".join(drawn[twins.get(spec.name, spec.name)] for spec in part))
         weight_map |= {spec.name: name for spec in part}
     if len(parts) > 1:
@@ -214,6 +225,12 @@ def write_random(
     (folder / "config.json").write_text(json.dumps(config, indent=3))
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     return folder
+
+
+def _small(drawn: bytes) -> bytes:
+    """Without the highest bit of the exponent, but for NaN and infinity."""
+    bits = np.frombuffer(drawn, "<u2")
+    return np.where((bits & 0x7FFF) >= 0x7F80, bits, bits & 0xBFFF).astype("<u2").tobytes()
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

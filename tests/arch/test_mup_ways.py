@@ -97,7 +97,7 @@ def test_longrope_goes_with_a_llama_through_megatron(tmp_path: Path) -> None:
 def test_any_number_of_ranks_writes_the_same_bytes(format: str, world: int, memory: int, tmp_path: Path) -> None:
     family = by_name("minicpm")
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "vocab_size": 499}
-    source = write_random(tmp_path / "hf", family, config_of(family, tie_word_embeddings=True, **sizes))
+    source = write_random(tmp_path / "hf", family, config_of(family, tie_word_embeddings=True, **sizes), small=True)
 
     def request(out: str) -> Request:
         parallel = Parallel(tp=2, pp=2, etp=2) if format == "megatron" else Parallel()

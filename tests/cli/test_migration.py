@@ -49,7 +49,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
                 config = {
                     key: value for key, value in config.items() if key not in ("sparse_config", "mup_denominator")
                 }
-            write_random(Path(name), family, config)
+            write_random(Path(name), family, config, small=True)
             return
         source, words = MADE[name]
         for other in (source, *(word for word in words.split() if word in MODELS)):

@@ -23,7 +23,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With muP scalars."""
     family = registry.by_name("minicpm")
-    return write_random(tmp_path_factory.mktemp("hw") / "minicpm", family, config_of(family))
+    return write_random(tmp_path_factory.mktemp("hw") / "minicpm", family, config_of(family), small=True)
 
 
 @pytest.fixture
