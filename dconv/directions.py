@@ -49,6 +49,8 @@ MEANINGS: Final[Mapping[Way, str]] = {
     "none": "there is no such form of this family: refused before anything is written",
     "unsaid": "a plan says it: of a package from outside, or what transformers computes where it is not installed",
 }
+#: Containers that `_tabled` knows.
+_TABLED: Final = ("gguf", "mlx", "neuron")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,8 @@ def is_read(family: Family, source: str) -> bool:
         family: the family.
         source: a key of `dconv.matrix.INPUTS`, of plain weights.
     """
-    if source == "gguf":
-        return any(family.name in arch.families for arch in ARCHS.values())
-    if source == "mlx":
-        return family.name in MODELS
-    if source == "neuron":
-        return family.name in TABLES
+    if source in _TABLED:
+        return family.name in _tabled(source)
     if source in ("meta", "bmtrain"):
         return family.name in _translated(source)
     return True
@@ -149,12 +147,8 @@ def is_made(family: Family, format: str) -> bool | None:
         family: the family.
         format: one of `dconv.matrix.outputs`.
     """
-    if format == "gguf":
-        return any(family.name in arch.families for arch in ARCHS.values())
-    if format == "mlx":
-        return family.name in MODELS
-    if format == "neuron":
-        return family.name in TABLES
+    if format in _TABLED:
+        return family.name in _tabled(format)
     if format == "bmtrain":
         return _is_in_bmtrain(family)
     if format in GRAPHS:
@@ -213,6 +207,14 @@ def _is_in_bmtrain(family: Family) -> bool:
         return bmtrain.has_form(family, family.facts(config), config)
     except DconvError:  # a config that has to say more
         return False
+
+
+@cache
+def _tabled(container: str) -> frozenset[str]:
+    """Families that a container has a table of names for, by which it is both read and written."""
+    if container == "gguf":
+        return frozenset(name for arch in ARCHS.values() for name in arch.families)
+    return frozenset(MODELS if container == "mlx" else TABLES)
 
 
 @cache

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -58,15 +59,15 @@ def main() -> None:
     (_ROOT / "docs" / "img" / "terminal.svg").write_text(svg)
 
 
-def _shown(command: str, folder: Path) -> str:
-    """What a command leaves on a terminal; a progress bar is gone by then."""
+def at_terminal(words: Sequence[str], cwd: Path, width: int, env: Mapping[str, str]) -> str:
+    """All that a module of Python's writes to a terminal of so many columns."""
     here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, _WIDTH, 0, 0))
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     unset = ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
     own = {key: value for key, value in os.environ.items() if key not in unset}
-    own |= {"TERM": "xterm-256color", "DCONV_HISTORY": "off"}
-    words = [sys.executable, "-m", *shlex.split(command)]
-    process = subprocess.Popen(words, stdin=there, stdout=there, stderr=there, env=own, cwd=folder)
+    own |= {"TERM": "xterm-256color", **env}
+    command = [sys.executable, "-m", *words]
+    process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, env=own, cwd=cwd)
     os.close(there)
     said = b""
     with contextlib.suppress(OSError):  # how Linux says that nobody has the other end any more
@@ -74,7 +75,12 @@ def _shown(command: str, folder: Path) -> str:
             said += some
     os.close(here)
     process.wait()
-    text = said.decode().replace("\r\n", "\n")
+    return said.decode().replace("\r\n", "\n")
+
+
+def _shown(command: str, folder: Path) -> str:
+    """What a command leaves on a terminal; a progress bar is gone by then."""
+    text = at_terminal(shlex.split(command), folder, _WIDTH, {"DCONV_HISTORY": "off"})
     parts = re.split(r"\x1b\[[0-9]*[AK]|\x1b\[\?25[hl]|\r", text)  # a bar is drawn over, and erased at the end
     return "".join(part for part in parts if "%  " not in part and not part.startswith("[")).rstrip("\n")
 

@@ -40,7 +40,7 @@ _LARGEST_TEXT: Final = 1 << 30
 #: Of one that is packed, as none of torch's is: few bytes may stand for many.
 _LARGEST_PACKED: Final = 1 << 26
 #: What `zipfile` raises about a record that is not as it should be: packed as it cannot unpack, encrypted, cut off.
-_TORN: Final = (
+TORN: Final = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -84,7 +84,7 @@ class Archive:
             with zipfile.ZipFile(self.path) as opened:
                 whole = next(it for it in opened.namelist() if it.partition("/")[2] == name)
                 return opened.read(whole)
-        except _TORN as error:
+        except TORN as error:
             _check_storage(error, self.path)
             raise Damaged("an archive is broken", where=f"{name} in {self.path}", found=str(error)[:200]) from error
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> Archive | None:
                 if begin + info.compress_size > path.stat().st_size:
                     raise Damaged("an archive is cut off", where=f"{name} in {path}")
                 records[name] = (begin if info.compress_type == zipfile.ZIP_STORED else None, info.file_size)
-    except _TORN as error:
+    except TORN as error:
         _check_storage(error, path)
         return None
     return Archive(kind, path, records)

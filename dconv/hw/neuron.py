@@ -7,10 +7,8 @@ models and chips, ``drivers/neuron_driver.py`` for the command.
 from __future__ import annotations
 
 import json
-import lzma
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from dconv.arch.neuron import ROWS, lay_out, left_plain
 from dconv.arch.rope import LONGROPE, for_older_loaders, rope_parameters
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.files import read_json
+from dconv.checkpoint.graphs import TORN
 from dconv.describe import Described
 from dconv.errors import Damaged, Refused, ToolMissing, UsageError, VerifyFailed
 from dconv.hw import settings
@@ -51,17 +50,6 @@ _SHARD: Final = re.compile(r"tp(\d+)_sharded_checkpoint\.safetensors")
 _DONE: Final = re.compile(r"Compiling and tracing time: [0-9.]+ seconds")
 #: Of every archive of torch.jit, below its own name.
 _INSIDE: Final = ("data.pkl", "version")
-#: What zipfile raises about fields that say something else than what is there: packed otherwise, encrypted, cut off.
-_TORN: Final = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    OSError,
-    EOFError,
-    StopIteration,
-    RuntimeError,
-    ValueError,
-)
 #: Settings that the vendor's config repeats under the same name.
 _REPEATED: Final = ("tp_degree", "batch_size", "seq_len", "max_context_length", "logical_nc_config")
 
@@ -309,7 +297,7 @@ def _judge_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
             broken = archive.testzip()
-    except _TORN as fault:
+    except TORN as fault:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, found=str(fault)) from fault
     if lacking := [name for name in _INSIDE if name not in names]:
         raise VerifyFailed("the compiled model is no archive of torch.jit", where=MODEL, expected=", ".join(lacking))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import importlib
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import pytest
 
 from dconv.report.table import Table
 from tests.cli.conftest import Dconv
+from tests.processes import ROOT
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -25,21 +22,11 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 def at_terminal(words: list[str], cwd: Path, width: int = 80, env: Mapping[str, str] | None = None) -> str:
     """All that a command writes to a terminal of so many columns."""
-    here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    unset = ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
-    own = {key: value for key, value in os.environ.items() if key not in unset}
-    own |= {"TERM": "xterm-256color", "DCONV_HISTORY": str(cwd / "history.sqlite"), **(env or {})}
-    command = [sys.executable, "-m", "dconv", *words]
-    process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, env=own, cwd=cwd)
-    os.close(there)
-    said = b""
-    with contextlib.suppress(OSError):  # how Linux says that nobody has the other end any more
-        while some := os.read(here, 1 << 16):
-            said += some
-    os.close(here)
-    process.wait()
-    return said.decode().replace("\r\n", "\n")
+    folder = str(ROOT / "scripts")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    own = {"DCONV_HISTORY": str(cwd / "history.sqlite"), **(env or {})}
+    return importlib.import_module("picture").at_terminal(["dconv", *words], cwd, width, own)
 
 
 def words_of(text: str) -> list[str]:
