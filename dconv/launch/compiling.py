@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from dconv.errors import DconvError, Refused, ToolMissing, UsageError
 from dconv.export.runtimes import available_memory
 from dconv.hw import finish, manifest, settings
 from dconv.hw.registry import adapter
-from dconv.hw.target import Adapter, Adopting, Ask, Handing, Terms, Tool
+from dconv.hw.target import Adapter, Adopting, Ask, Handing, Step, Terms, Tool
 from dconv.launch import worker
 from dconv.launch.options import target, to_request
 from dconv.launch.process import Stop, Stopped, preempted, say
 from dconv.launch.terminal import show, show_json
 from dconv.pipeline import prepare as plan_conversion
+from dconv.quant import documents
 from dconv.request import Request
 from dconv.sharding.coords import Parallel
 from dconv.sharding.receipt import RECEIPT, read_receipt
@@ -145,7 +146,7 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
             finish.require_place(job.out, args.overwrite)
             if job.handing and len(job.handing.steps) > 1:  # what a later one refuses, none before it has worked for
                 for step in job.handing.steps:
-                    plan_conversion(replace(step.request, out=job.work / step.role))
+                    plan_conversion(_inside(job, step))
     except Stopped:
         return worker.failed(preempted(), args, where)
     except (DconvError, OSError) as error:
@@ -159,7 +160,7 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
     for step in job.handing.steps:
         inner = copy(args)
         inner.resume, inner.overwrite = True, False
-        code = worker.main(inner, where, stop, replace(step.request, out=job.work / step.role))
+        code = worker.main(inner, where, stop, _inside(job, step))
         if code:
             with contextlib.suppress(OSError):
                 job.work.rmdir()  # a refusal leaves nothing
@@ -183,13 +184,39 @@ def _is_prepared(job: Compilation, handing: Handing) -> bool:
 
 
 def _is_done(job: Compilation, handing: Handing) -> bool:
-    """Whether the output is of the same request."""
+    """Whether the output is of the same request, of the same source and of the same calibration."""
     if not manifest.is_here(job.out):
         return False
     said = manifest.read(job.out)
-    terms = handing.terms
-    same = (said["target"], said["platform"], said["settings"]) == (job.target, terms.platform, dict(terms.settings))
-    return same and said.get("source", {}).get("path") == str(job.source.resolve())
+    kind = "bundle" if job.tool is None else "compiled"
+    asked = (kind, job.target, handing.terms.platform, dict(handing.terms.settings))
+    if (said["kind"], said["target"], said["platform"], said["settings"]) != asked:
+        return False
+    plans = {step.role: plan_conversion(_inside(job, step)).plan.id for step in handing.steps}
+    return said.get("source") == _source(job, handing, plans)
+
+
+def _source(job: Compilation, handing: Handing, plans: Mapping[str, object]) -> dict[str, object]:
+    """What is handed over, for the manifest.
+
+    Args:
+        job: what is to be done.
+        handing: what the compiler is handed.
+        plans: the plan of each artifact, by its role.
+    """
+    calibration = job.ask.calibration
+    return {
+        "path": str(job.source.resolve()),
+        "format": handing.model.source.format,
+        "family": handing.model.family.name,
+        "artifacts": {role: {"plan": plan} for role, plan in plans.items()},
+        **({"calibration": list(documents.read(calibration).files)} if calibration is not None else {}),
+    }
+
+
+def _inside(job: Compilation, step: Step) -> Request:
+    """The request of one step, whose output is in the work folder."""
+    return replace(step.request, out=job.work / step.role)
 
 
 def _is_done_by_others(job: Compilation, handing: Handing, where: worker.Place) -> bool:
@@ -200,13 +227,8 @@ def _is_done_by_others(job: Compilation, handing: Handing, where: worker.Place) 
 
 
 def _finish(args: argparse.Namespace, where: worker.Place, job: Compilation, handing: Handing, stop: Stop) -> int:
-    receipts = {step.role: read_receipt(job.work / step.role) or {} for step in handing.steps}
-    source: dict[str, object] = {
-        "path": str(job.source.resolve()),
-        "format": handing.model.source.format,
-        "family": handing.model.family.name,
-        "artifacts": {role: {"plan": receipt.get("plan")} for role, receipt in receipts.items()},
-    }
+    plans = {step.role: (read_receipt(job.work / step.role) or {}).get("plan") for step in handing.steps}
+    source = _source(job, handing, plans)
     how = _how(args, job, stop, source)
     if job.tool is None:
         said = finish.bundled(job.adapter, handing, job.ask, how)

@@ -227,6 +227,26 @@ def test_an_output_is_replaced_only_where_that_was_said(
     assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_is_not_resumed_as_what_another_made(llama: Path, rkllm: Path, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "out"
+    texts.write_text("\n".join(f"passage {number} says {number + 1}" for number in range(4000)))
+    asked = ("--resume", "--calibration", str(texts))
+    assert rk(llama, out, rkllm, "--calibration", str(texts)) == 0
+    made = manifest.read(out)
+    assert rk(llama, out, rkllm, *asked) == 0
+    assert rk(llama, out, rkllm, "--resume") == 2, "of the text that ships"
+    assert rk(llama, out, rkllm, *asked, "--bundle") == 2, "compiled already"
+    texts.write_text(texts.read_text().replace("says", "told"))
+    assert rk(llama, out, rkllm, *asked) == 2, "of other words under the same name"
+    assert manifest.read(out) == made
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    assert rk(model, tmp_path / "other", rkllm) == 0
+    assert rk(model, tmp_path / "other", rkllm, "--resume") == 0
+    os.utime(model / "model.safetensors", ns=(0, 0))
+    assert rk(model, tmp_path / "other", rkllm, "--resume") == 2, "of weights that changed"
+
+
 def test_told_to_stop_it_goes_on_at_the_compiler(llama: Path, rkllm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = ["--platform", "RK3588", "-o", str(out), "--quiet", "--toolchain-python", str(rkllm)]
