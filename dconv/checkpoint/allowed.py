@@ -14,6 +14,9 @@ from dconv.checkpoint.pickled import DTypeRef, Node, OrderedMap, Record, Storage
 if TYPE_CHECKING:
     from dconv.checkpoint.inert import Machine
 
+# Of a whole number that a call makes: the largest float has 1,024, and printing thousands of digits is refused.
+_MAX_BITS: Final = 1024
+
 
 def is_size(value: object) -> bool:
     """A count of bytes, elements or indices."""
@@ -123,7 +126,10 @@ def _scalar(machine: Machine, symbol: Symbol, args: tuple[Any, ...]) -> Any:
     if not all(arg is None or isinstance(arg, int | float | str) for arg in args):
         machine.bad(f"a {symbol.name} of wrong form")
     kind: Any = {"int": int, "float": float, "bool": bool, "complex": complex, "slice": slice, "range": range}
-    return kind[symbol.name](*args)
+    made = kind[symbol.name](*args)
+    if isinstance(made, int) and made.bit_length() > _MAX_BITS:
+        machine.bad("a number of too many digits")
+    return made
 
 
 Builder = Callable[["Machine", Symbol, tuple[Any, ...]], Any]

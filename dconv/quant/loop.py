@@ -6,6 +6,7 @@ where a killed run goes on from, on any number of ranks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -30,6 +31,7 @@ from dconv.quant.sums import Sum
 from dconv.sharding.finish import sync_folders, write_synced
 from dconv.sharding.journal import sync_folder
 
+#: How far a run is: a digest of the second line, and that line, as JSON.
 _STATE: Final = "state.json"
 
 
@@ -48,6 +50,10 @@ class Options:
     sequential: bool = True
     room: int = 256 << 20
     threads: int = 1
+
+
+def _digest(noted: bytes) -> bytes:
+    return hashlib.sha256(noted).hexdigest().encode()
 
 
 def _unsaid(_layer: int, _layers: int, _lines: list[dict[str, Any]]) -> None:
@@ -240,16 +246,21 @@ class Calibration:
     def _begun(self) -> tuple[int, list[dict[str, Any]]]:
         """The layer to go on with, -1 at the very start, and the report so far.
 
-        Where weights of the layers before it are not as they were written, what they are made of is gone: all again.
+        Where weights of the layers before it, or the note itself, are not as they were written, all is done again.
         """
-        try:
-            state = json.loads((self.folder / _STATE).read_bytes())
-        except FileNotFoundError:
-            return -1, []
+        state = self._noted()
         kept = False
         with self.ranks.leaving_together():
-            kept = self.is_kept(line["weight"] for line in state["report"])
-        return (state["layer"], state["report"]) if self.ranks.least(int(kept)) else (-1, [])
+            kept = state is not None and self.is_kept(line["weight"] for line in state["report"])
+        whole = self.ranks.least(int(kept))  # before anything else: all ranks begin at one layer
+        return (state["layer"], state["report"]) if whole and state is not None else (-1, [])
+
+    def _noted(self) -> dict[str, Any] | None:
+        try:
+            digest, _, noted = (self.folder / _STATE).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        return json.loads(noted) if digest == _digest(noted) else None
 
     def _pass_on(self, layer: int, report: list[dict[str, Any]]) -> None:
         """Note that everything before a layer is done, once that is so on every rank."""
@@ -257,7 +268,8 @@ class Calibration:
         if self.ranks.rank == 0:
             sync_folders(self.folder)
             fresh = self.folder / f"{_STATE}.new"
-            write_synced(fresh, json.dumps({"layer": layer, "report": report}).encode())
+            noted = json.dumps({"layer": layer, "report": report}).encode()
+            write_synced(fresh, _digest(noted) + b"\n" + noted)
             os.replace(fresh, self.folder / _STATE)
             sync_folder(self.folder)
             if layer:

@@ -160,6 +160,17 @@ def test_getattr_is_for_members_of_enums_alone(module: str, args: tuple[bytes, .
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
+@pytest.mark.parametrize("digits", [256, 257, 1 << 20])
+def test_numbers_that_calls_make_are_limited(digits: int) -> None:
+    """Python refuses to print those of more than 4,300 digits, and makes them of any."""
+    data = called("builtins", "int", text("f" * digits), b"K\x10")
+    if digits == 256:
+        assert inert.load(data, where="test") == (1 << 1024) - 1
+        return
+    with pytest.raises(Damaged, match="too many digits"):
+        inert.load(data, where="test")
+
+
 def test_length_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = pickle.dumps({"x": "y" * 2000}, protocol=2)
     torch.save({"x": "y" * 2000}, tmp_path / "file.pt")

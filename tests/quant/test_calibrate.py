@@ -200,34 +200,55 @@ def test_any_memory(models: dict[str, Path], ids: Path, tmp_path: Path, name: st
     assert weights_digest(tmp_path / "much") == weights_digest(tmp_path / "little")
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_stopped_between_layers(
-    models: dict[str, Path], ids: Path, tmp_path: Path, layer: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a killed run leaves is gone on from; only whole layers count."""
-    run(prepare(request_for(models["llama"], ids, tmp_path / "whole")), Settings())
-    request = request_for(models["llama"], ids, tmp_path / "again")
-    own, passed = loop.Calibration._pass_on, []
+def killed_before(layer: int, request: Request) -> None:
+    """Calibrate, and be killed where what is before a layer is done."""
+    own = loop.Calibration._pass_on
 
     def killed(self: loop.Calibration, at: int, report: list[Any]) -> None:
         if at == layer:
             raise Preempted("killed")
         own(self, at, report)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Calibration, "_pass_on", killed)
         with pytest.raises(Preempted):
             run(prepare(request), Settings())
-    assert not (tmp_path / "again").exists()
-    with monkeypatch.context() as patch:
-        own_layer = loop.Calibration._layer
-        patch.setattr(
-            loop.Calibration, "_layer", lambda s, la, at, mine: passed.append(at) or own_layer(s, la, at, mine)
-        )
+
+
+def layers_of(request: Request) -> list[int]:
+    """Calibrate; the layers that this run went through."""
+    own, passed = loop.Calibration._layer, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Calibration, "_layer", lambda s, la, at, mine: passed.append(at) or own(s, la, at, mine))
         run(prepare(request), Settings())
-    assert passed == list(range(max(layer - 1, 0), 2))
+    return passed
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_stopped_between_layers(models: dict[str, Path], ids: Path, tmp_path: Path, layer: int) -> None:
+    """What a killed run leaves is gone on from; only whole layers count."""
+    run(prepare(request_for(models["llama"], ids, tmp_path / "whole")), Settings())
+    request = request_for(models["llama"], ids, tmp_path / "again")
+    killed_before(layer, request)
+    assert not (tmp_path / "again").exists()
+    assert layers_of(request) == list(range(max(layer - 1, 0), 2))
     assert weights_digest(tmp_path / "whole") == weights_digest(tmp_path / "again")
     assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("damage", ["digit", "cut", "empty", "other"])
+def test_a_damaged_note_of_a_killed_run(models: dict[str, Path], ids: Path, tmp_path: Path, damage: str) -> None:
+    """It is not gone on from where the note of how far it was is not as it was written."""
+    run(prepare(request_for(models["llama"], ids, tmp_path / "whole")), Settings())
+    request = request_for(models["llama"], ids, tmp_path / "again")
+    killed_before(2, request)
+    (note,) = tmp_path.glob("again.partial-*/**/state.json")
+    noted = note.read_bytes()
+    assert b'"layer": 1,' in noted
+    changed = {"digit": noted.replace(b'"layer": 1,', b'"layer": 2,'), "cut": noted[:-40], "empty": b"", "other": b"[]"}
+    note.write_bytes(changed[damage])
+    assert layers_of(request) == [0, 1]
+    assert weights_digest(tmp_path / "whole") == weights_digest(tmp_path / "again")
 
 
 # ------------------------------------------------------------------------------------------------ experts
