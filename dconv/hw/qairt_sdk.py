@@ -147,7 +147,10 @@ def script(graphs: Sequence[tuple[str, str]], binary: str, quantised: str | None
     of = "quantised" if quantised else "dlc"
     backend = '{"backend_extensions": {"shared_library_path": "%s", "config_file_path": "%s"}}'
     lines += [
-        f'printf \'{backend}\\n\' "$libraries/libQnnHtpNetRunExtensions.so" "$PWD/{settings}" > dlc/backend.json',
+        # a folder's name as JSON has it
+        r"""as_json() { printf '%s' "$1" | sed 's/[\\"]/\\&/g'; }""",
+        f"printf '{backend}\\n' "
+        f'"$(as_json "$libraries/libQnnHtpNetRunExtensions.so")" "$(as_json "$PWD/{settings}")" > dlc/backend.json',
         '"$tools/qnn-context-binary-generator" --backend "$libraries/libQnnHtp.so" '
         '--model "$libraries/libQnnModelDlc.so" '
         f"--dlc_path {','.join(f'{of}/{name}.dlc' for name, _ in graphs)} "

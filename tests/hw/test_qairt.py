@@ -134,23 +134,24 @@ def test_the_compiler_of_the_other_toolkit_leaves_nothing_of_a_graph_to_the_cpu(
 @pytest.mark.long
 @pytest.mark.usefixtures("sdk")
 def test_a_bundle_for_genie_in_half_precision(model: Path, tmp_path: Path) -> None:
-    assert hand(model, tmp_path / "out") == 0
-    said = manifest.checked(tmp_path / "out")
+    out = tmp_path / 'a "name" \\ of & its $own'  # which a file of JSON has to say
+    assert hand(model, out) == 0
+    said = manifest.checked(out)
     assert said["toolchain"]["words"] == "QAIRT 2.48.40"
     assert said["settings"]["toolkit"] == "qairt"
     graphs = ["prompt_ar8_cl24_1_of_1", "token_ar1_cl24_1_of_1"]
     assert said["evidence"]["graphs"] == graphs
-    dialog = json.loads((tmp_path / "out/genie_config.json").read_text())["dialog"]
+    dialog = json.loads((out / "genie_config.json").read_text())["dialog"]
     assert (dialog["context"]["size"], dialog["context"]["n-vocab"]) == (CONTEXT, VOCABULARY)
     assert (dialog["context"]["bos-token"], dialog["context"]["eos-token"]) == (1, 2)
     binaries = dialog["engine"]["model"]["binary"]["ctx-bins"]
-    assert all((tmp_path / "out" / name).stat().st_size for name in binaries)
+    assert all((out / name).stat().st_size for name in binaries)
     scaling = dialog["engine"]["model"]["positional-encoding"]["rope-scaling"]
     assert scaling["factor"] == 32.0  # the model's, no constant
-    htp = json.loads((tmp_path / "out/htp_backend_ext_config.json").read_text())
+    htp = json.loads((out / "htp_backend_ext_config.json").read_text())
     assert (htp["devices"][0]["soc_model"], htp["devices"][0]["dsp_arch"]) == (69, "v79")
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
-    assert main(["check", str(tmp_path / "out")]) == 0
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert main(["check", str(out)]) == 0
 
 
 def ids(tmp_path: Path) -> str:
