@@ -119,7 +119,7 @@ def bundled(adapter: Adapter, handing: Handing, ask: Ask, how: Finish) -> dict[s
     shutil.rmtree(how.work / OUT, ignore_errors=True)
     try:
         adapter.lay_out(handing, how.work, ask)
-        for lock in how.work.rglob("*.lock"):
+        for lock in how.work.glob("*.partial-*.lock"):  # of ranks that came late to a step
             lock.unlink()
         manifest.write(how.work, _said("bundle", handing.terms, how))
         _place(how.work, how)

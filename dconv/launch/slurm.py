@@ -175,8 +175,11 @@ def _ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -
 
 def _facts(number: str) -> dict[str, str]:
     """What the controller knows of a job; nothing once it has forgotten it."""
-    ran = _ask(["scontrol", "show", "job", "--oneliner", number])
-    pairs = (word.partition("=") for word in ran.stdout.split())
+    ran = _ask(["scontrol", "show", "job", number])
+    lines = [line.strip() for line in ran.stdout.splitlines()]
+    # a file's name, which may have spaces, has a line of its own
+    words = [word for line in lines for word in ([line] if line.startswith("StdOut=") else line.split())]
+    pairs = (word.partition("=") for word in words)
     return {name: value for name, _, value in pairs} if not ran.returncode else {}
 
 

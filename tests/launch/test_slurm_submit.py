@@ -151,11 +151,11 @@ def test_a_failure_is_told(
     stubs: Path, model: Path, capsys: pytest.CaptureFixture[str], facts: str, code: int, words: list[str]
 ) -> None:
     """With the conversion's exit code, its own words and the log, also where SLURM has requeued the job meanwhile."""
-    log = model.parent / "7.log"
+    log = model.parent / "log of 7.txt"
     log.write_text(LOG)
     # What scontrol says at the submission, and then at the end.
     (stubs / "scontrol").write_text(
-        f"#!/usr/bin/env bash\n[[ -e {stubs}/asked ]] || {{ touch {stubs}/asked; echo StdOut={log}; exit; }}\n"
+        f"#!/usr/bin/env bash\n[[ -e {stubs}/asked ]] || {{ touch {stubs}/asked; echo '   StdOut={log}'; exit; }}\n"
         f'[[ "{facts}" ]] && echo "JobId=7 {facts}"\n'
     )
     (stubs / "states").write_text("PENDING (Priority)\nRUNNING n0\nPENDING (BeginTime)\nRUNNING n1\ngone\n")
