@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from dconv.checkpoint.files import check_tensor_name, parse_json, read_whole, stamp
-from dconv.errors import Damaged, StorageFault
+from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import FROM_SAFETENSORS, ITEMSIZE, TO_SAFETENSORS
 from dconv.sharding.parsed import Json, mapping_or_empty
 from dconv.sharding.region import Region, row_major
@@ -25,6 +25,8 @@ from dconv.sharding.tensor import Extent, Stored, TensorSpec
 _MAX_HEADER: Final = 100_000_000
 #: A model of 10^5 experts has as many in all of its files.
 _MOST_TENSORS: Final = 1_000_000
+#: Dtypes of safetensors 0.8.0 that nothing here reads.
+_UNREAD: Final = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -32,6 +34,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
     Raises:
         Damaged: a header with which the reference implementation would read other bytes, or none.
+        Refused: a dtype that the reference implementation knows, and dconv does not.
     """
     size = stamp(path).size
     data = _header_bytes(path, size)
@@ -106,6 +109,9 @@ def _entry(path: Path, name: str, entry: Json) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
     dtype = FROM_SAFETENSORS.get(str(entry["dtype"]))
+    if entry["dtype"] in _UNREAD:
+        raise Refused("a dtype that this version does not read, nothing was written", where=f"{name[:120]} in {path}",
+                      expected=" ".join(FROM_SAFETENSORS), found=entry["dtype"])  # fmt: skip
     if dtype is None:
         raise _bad(path, name, "a dtype among " + " ".join(FROM_SAFETENSORS), repr(entry["dtype"])[:40])
     shape, offsets = entry["shape"], entry["data_offsets"]

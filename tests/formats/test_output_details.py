@@ -18,7 +18,7 @@ import dconv  # noqa: E402
 from dconv.arch.registry import by_name  # noqa: E402
 from dconv.checkpoint import dcp, safetensors, torch_dist  # noqa: E402
 from dconv.checkpoint.source import expected_specs  # noqa: E402
-from dconv.errors import Damaged  # noqa: E402
+from dconv.errors import Damaged, Refused  # noqa: E402
 from dconv.pipeline import Request, convert, prepare, run  # noqa: E402
 from dconv.sharding.coords import Parallel  # noqa: E402
 from dconv.sharding.dtypes import ITEMSIZE, TO_SAFETENSORS, TO_TORCH  # noqa: E402
@@ -227,6 +227,25 @@ def test_dtype_names_are_safetensors_own(tmp_path: Path, dtype: str) -> None:
     found = library.load_file(tmp_path / "ours")["x"]
     assert found.dtype == value.dtype
     assert torch.equal(found.view(torch.uint8), bits)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_dtypes_that_the_library_knows_and_dconv_does_not(tmp_path: Path, dtype: str) -> None:
+    """The file is whole, so that it is refused, and not called damaged; a name of nobody's is damage."""
+    library = pytest.importorskip("safetensors")
+    length = 8 * {"F4": 4, "F6": 6, "F8": 8}[dtype[:2]] // 8
+
+    def written(name: str) -> Path:
+        said = json.dumps({"x": {"dtype": name, "shape": [8], "data_offsets": [0, length]}}).encode()
+        (tmp_path / name).write_bytes(len(said).to_bytes(8, "little") + said + bytes(length))
+        return tmp_path / name
+
+    assert library.deserialize(written(dtype).read_bytes())[0][1]["dtype"] == dtype
+    with pytest.raises(Refused, match="does not read") as caught:
+        safetensors.read_header(written(dtype))
+    assert dtype in str(caught.value)
+    with pytest.raises(Damaged):
+        safetensors.read_header(written(f"{dtype}X"))
 
 
 # ---------------------------------------------------------------------------------------------- what travels, what not
