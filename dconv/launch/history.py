@@ -22,6 +22,7 @@ from typing import Any, Final
 from dconv.errors import DconvError, Preempted, StorageFault
 from dconv.hw import manifest
 from dconv.launch.process import say
+from dconv.sharding.parsed import is_texts
 from dconv.sharding.receipt import read_receipt
 
 #: Names the file; ``off`` writes none.
@@ -161,13 +162,15 @@ def runs(path: Path, *, number: int | None = None, most: int = 0) -> list[dict[s
             found = [dict(row) for row in file.execute(_ASKED, {"id": number, "most": most or -1})]
         finally:
             file.close()
-    except sqlite3.Error as fault:
+        return [_told(run) for run in found]
+    except (sqlite3.Error, ValueError, TypeError) as fault:  # the latter of rows that are none of dconv's
         raise StorageFault("the history cannot be read", where=str(path), found=str(fault)) from fault
-    return [_told(run) for run in found]
 
 
 def _told(run: dict[str, Any]) -> dict[str, Any]:
     run["words"] = json.loads(run["words"])
+    if not is_texts(run["words"]):
+        raise ValueError(f"words of a command: {run['words']!r:.80}")
     run["seconds"] = None if run["ended"] is None else run["ended"] - run["started"]
     if run["code"] == 0 and run["target_digest"] is None:  # its rank 0 ended before the rank that commits
         made = digests(Path(run["target"]))

@@ -140,6 +140,26 @@ def test_what_there_is_not(kept: Path, capsys: pytest.CaptureFixture[str], monke
     assert main(["history"]) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE runs SET words = 'no JSON'",
+        "UPDATE runs SET words = 7",
+        "UPDATE runs SET ended = 'noon'",
+        "UPDATE runs SET bytes_written = 'many'",
+    ],
+)
+def test_rows_that_nobody_wrote_so(
+    change: str, kept: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(model), "hf", "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    with sqlite3.connect(kept) as file:
+        file.execute(change)
+    file.close()
+    assert main(["history"]) == 5
+    assert "the history cannot be read" in capsys.readouterr().err
+
+
 def test_its_place(tmp_path: Path) -> None:
     assert history.place({"XDG_STATE_HOME": "/s"}) == Path("/s/dconv/history.sqlite")
     assert history.place({"XDG_STATE_HOME": "relative"}) == Path("~/.local/state/dconv/history.sqlite").expanduser()
