@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from dconv import api, matrix
 from dconv.describe import describe_model
 from dconv.errors import DconvError, Refused
 from dconv.request import FORMATS
 from dconv.sharding.receipt import read_receipt
-from dconv.targets import engine_of
-
-_GROUP: Final = "dconv.formats"
+from dconv.targets import OUTSIDE, engine_of
 
 
 class Engine(Protocol):
@@ -103,7 +101,7 @@ class Planning(Protocol):
 
 def outsiders() -> Mapping[str, str]:
     """FORMATs of entry points, each with what it names; none of them is loaded."""
-    return {point.name: point.value for point in entry_points(group=_GROUP) if point.name not in FORMATS}
+    return {point.name: point.value for point in entry_points(group=OUTSIDE) if point.name not in FORMATS}
 
 
 def planned(format: str, model: Path, described: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,9 +138,9 @@ def engines() -> Mapping[str, Engine]:
         Refused: an entry point bears a name of this tree.
     """
     found: dict[str, Engine] = {format: BuiltIn(format) for format in matrix.outputs()}
-    for point in entry_points(group=_GROUP):
+    for point in entry_points(group=OUTSIDE):
         if point.name in found:
-            raise Refused("an engine from outside bears a FORMAT's name", where=f"{_GROUP}: {point.value}")
+            raise Refused("an engine from outside bears a FORMAT's name", where=f"{OUTSIDE}: {point.value}")
         found[point.name] = cast(Engine, point.load())
     return found
 
@@ -151,7 +149,7 @@ def outside(format: str) -> Engine | None:
     """The engine of an entry point, for a FORMAT that this tree does not know; None where there is none."""
     if format in FORMATS:
         return None
-    for point in entry_points(group=_GROUP, name=format):
+    for point in entry_points(group=OUTSIDE, name=format):
         return cast(Engine, point.load())
     return None
 

@@ -31,6 +31,10 @@ def graph_engine(engine: str) -> Any:
     return import_module(f"dconv.export.{engine}")
 
 
+#: Entry points that are engines of FORMATs: `dconv.formats`.
+OUTSIDE: Final = "dconv.formats"
+
+
 def engine_of(format: str) -> str:
     """The engine that a FORMAT means, in any of its spellings.
 
@@ -40,7 +44,13 @@ def engine_of(format: str) -> str:
     engine = FORMATS.get(format)
     if engine is None:
         import difflib  # only where a name is wrong
+        from importlib.metadata import entry_points
 
+        if entry_points(group=OUTSIDE, name=format):
+            raise Refused(
+                f"{format} is made by an engine from outside, by one process alone, nothing was written",
+                do=f"dconv convert MODEL {format}, or dconv.engine({format!r}).convert(MODEL, OUT)",
+            )
         close = difflib.get_close_matches(format, FORMATS, 1)
         raise Refused(
             f"no format is called {format}, nothing was written",

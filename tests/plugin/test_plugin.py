@@ -113,3 +113,13 @@ def test_its_family_format_and_chip_are_in_the_table(site: Path) -> None:
 
 def test_an_unknown_format_is_refused_as_before(site: Path, llama: Path) -> None:
     assert "no format is called npy" in dconv(site, "plan", llama, "npy", code=3)
+
+
+def test_where_no_engine_from_outside_works_the_way_is_told(site: Path, llama: Path, tmp_path: Path) -> None:
+    """By many ranks, and from Python's own functions."""
+    code = "import sys, dconv\ndconv.plan(sys.argv[1], 'npz')"
+    for words in (("-m", "dconv.launch", llama, "npz", "-o", tmp_path / "out"), ("-c", code, llama)):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}, check=False)  # fmt: skip
+        assert "dconv.engine('npz').convert(MODEL, OUT)" in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
