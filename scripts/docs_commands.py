@@ -41,8 +41,11 @@ def main() -> int:
     args = parser.parse_args()
     wrong = 0
     for path in args.pages:
+        page = read(path.resolve())
+        if page.cluster:
+            parser.error(f"{path} runs on a cluster: pytest --long tests/cluster/test_pages.py")
         with tempfile.TemporaryDirectory() as folder:
-            ran = run_page(read(path.resolve()), Path(folder))
+            ran = run_page(page, Path(folder))
         for one in ran:
             if one.command.said and not matches(one.command.said, one.printed):
                 wrong += 1

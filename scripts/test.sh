@@ -27,8 +27,10 @@ try shellcheck -x .ci/run scripts/*.sh launch/*.sh slurm/*.sh slurm/*.sbatch fuz
 try hadolint launch/Containerfile
 tests=(pytest -n auto --maxprocesses 8 --durations 60 --durations-min 4)
 if [[ $release ]]; then
-    # every source x target, every page's commands, every hand-off; ranks are processes, hence the settings in pyproject.toml
-    matrix=(tests/formats/test_matrix.py tests/docs/test_commands.py tests/hw/test_handoffs.py tests/launch/test_launch.py)
+    # every source x target, every page's commands (on clusters too), every hand-off;
+    # ranks are processes, hence the settings in pyproject.toml
+    matrix=(tests/formats/test_matrix.py tests/docs/test_commands.py tests/hw/test_handoffs.py tests/launch/test_launch.py
+        tests/cluster/test_pages.py)
     rm -rf work/coverage && mkdir -p work/coverage
     tests=(coverage run -m "${tests[@]}")
     try "${tests[@]}" --long "${matrix[@]}"

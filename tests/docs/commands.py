@@ -15,7 +15,7 @@ ROOT: Final = Path(__file__).parents[2]
 DOCS: Final = ROOT / "docs"
 
 _FENCE: Final = re.compile(r"^(\s*)(`{3,})(.*)$")
-_COMMENT: Final = re.compile(r"<!--\s*(models|long|not run|exit|file):?\s*(.*?)\s*-->")
+_COMMENT: Final = re.compile(r"<!--\s*(models|long|cluster|not run|exit|file):?\s*(.*?)\s*-->")
 #: What a line of a block that has no prompt begins with where it is a command.
 _PROGRAMS: Final = re.compile(
     r"^(?:[A-Z_]+=\S+ )*(?:dconv|torchrun|srun|sbatch|accelerate|python3?|bash|ray|export|pip|cat|ls|cd|mkdir"
@@ -85,12 +85,14 @@ class Page:
         name: its path in the repository.
         models: that its commands find in their folder.
         long: why it runs with ``--long`` only; "" where it always does.
+        cluster: what it runs on: ``slurm`` or ``ray``; "" for this machine.
     """
 
     name: str
     blocks: tuple[Block, ...]
     models: tuple[str, ...]
     long: str
+    cluster: str
     text: str
 
     @property
@@ -120,7 +122,7 @@ def read(path: Path) -> Page:
     lines = iter(enumerate(text.splitlines(), 1))
     for number, line in lines:
         for key, value in _COMMENT.findall(line):
-            (whole if key in ("models", "long") else said)[key] = value
+            (whole if key in ("models", "long", "cluster") else said)[key] = value
         if found := _FENCE.match(line):
             indent, ticks, language = found.groups()
             body = []
@@ -137,7 +139,7 @@ def read(path: Path) -> Page:
         elif line.strip() and not line.startswith("<!--"):
             said = {}
     models = tuple(word for word in re.split(r"[,\s]+", whole.get("models", "")) if word)
-    return Page(name, tuple(blocks), models, whole.get("long", ""), text)
+    return Page(name, tuple(blocks), models, whole.get("long", ""), whole.get("cluster", ""), text)
 
 
 def _commands(block: Block) -> Iterator[Command]:

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from tests.docs.commands import ROOT, Command, Page
+from tests.docs.commands import ROOT, Command, Page, matches
 from tests.docs.models import MODELS
 from tests.processes import LAUNCHERS
 
@@ -59,11 +60,12 @@ def prepare(page: Page, folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
-def run(command: Command, folder: Path, state: Path) -> Ran:
+def run(command: Command, folder: Path, state: Path, variables: Mapping[str, str]) -> Ran:
     """A command, with the repository's own dconv first on PATH.
 
     Args:
         state: a file by which what a command exports, and where it goes, is there for the next one.
+        variables: that say where a cluster is.
     """
     folders = [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
@@ -71,6 +73,7 @@ def run(command: Command, folder: Path, state: Path) -> Ran:
         **kept, "PATH": os.pathsep.join(folders), "PYTHONPATH": str(ROOT), "DCONV_HISTORY": str(folder / "history"),
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120",
         "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
+        **variables,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", "-c", _SHELL.format(state=shlex.quote(str(state)), typed=command.typed)],
@@ -80,8 +83,12 @@ def run(command: Command, folder: Path, state: Path) -> Ran:
     return Ran(command, done.stdout, done.returncode)
 
 
-def run_page(page: Page, folder: Path) -> list[Ran]:
-    """All of its commands that are run, in their order; files that blocks are the content of are written on the way."""
+def run_page(page: Page, folder: Path, variables: Mapping[str, str] | None = None) -> list[Ran]:
+    """All of its commands that are run, in their order; files that blocks are the content of are written on the way.
+
+    Args:
+        variables: see `run`.
+    """
     prepare(page, folder)
     ran: list[Ran] = []
     state = Path(tempfile.mkdtemp(dir=_MADE)) / "state"
@@ -89,5 +96,17 @@ def run_page(page: Page, folder: Path) -> list[Ran]:
         if block.file:
             (folder / block.file).write_text(f"{block.text}\n")
         elif not block.excuse:
-            ran += [run(command, folder, state) for command in block.commands]
+            ran += [run(command, folder, state, variables or {}) for command in block.commands]
     return ran
+
+
+def require_as_printed(ran: Iterable[Ran]) -> None:
+    """Fail with what ended or printed otherwise than its page says."""
+    wrong = []
+    for one in ran:
+        typed = f"{one.command}\n$ {one.command.typed}\n"
+        if one.code != one.command.code:
+            wrong.append(f"{typed}ended with {one.code}, and not {one.command.code}:\n{one.printed}")
+        elif one.command.said and not matches(one.command.said, one.printed):
+            wrong.append(f"{typed}printed\n{one.printed}\nand not\n" + "\n".join(one.command.said))
+    assert not wrong, "\n\n".join(wrong)
