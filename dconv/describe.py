@@ -12,7 +12,7 @@ from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, size
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.files import read_json
-from dconv.checkpoint.huggingface import with_dtype
+from dconv.checkpoint.huggingface_target import with_dtype
 from dconv.checkpoint.rename import renaming_of
 from dconv.checkpoint.source import Source, describe, side_files
 from dconv.coded.decode import KEY

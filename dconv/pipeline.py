@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from dconv import __version__, calibrate, gguf
+from dconv import __version__, calibrate, calibrate_rank, gguf
 from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
@@ -316,7 +316,9 @@ def run(job: Job, settings: Settings) -> Outcome:
     if not done:
         check_space(job.plan, out)
     work = (
-        calibrate.work(job.calibrating, computing(job.request.device)[0], settings.world) if job.calibrating else None
+        calibrate_rank.work(job.calibrating, computing(job.request.device)[0], settings.world)
+        if job.calibrating
+        else None
     )
     return run_rank(job.plan, out, apply, replace(settings, about=about(job)), work)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts, check_heads, size
 from dconv.arch.rope import for_older_loaders
-from dconv.checkpoint import huggingface, megatron
+from dconv.checkpoint import huggingface_target, megatron
 from dconv.describe import Described
 from dconv.errors import Refused
 from dconv.request import FORMATS, Request
@@ -64,7 +64,7 @@ def new_config(request: Request, model: Described) -> dict[str, object] | None:
     """config.json of the output; None when the source's own file is copied."""
     dtypes = {spec.dtype for spec in model.logical.specs.values()}
     if request.dtype and dtypes != {request.dtype}:
-        return huggingface.with_dtype(model.config, TO_TORCH[request.dtype])
+        return huggingface_target.with_dtype(model.config, TO_TORCH[request.dtype])
     return model.config if model.rebuilt or "config.json" not in model.source.side else None
 
 
@@ -79,7 +79,7 @@ def _specs(request: Request, model: Described) -> dict[str, TensorSpec]:
 
 def _huggingface(request: Request, model: Described) -> Target:
     config = new_config(request, model)
-    return huggingface.lay_out(
+    return huggingface_target.lay_out(
         _specs(request, model).values(),
         config=None if config is None else for_older_loaders(config),
         side=model.source.side,

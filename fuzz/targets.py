@@ -54,9 +54,9 @@ def huggingface(data: bytes) -> None:
 @target("checkpoint/allowed.py", "checkpoint/inert.py", form=in_pickle)
 def pickle(data: bytes) -> None:
     """A pickle, read as data."""
-    from dconv.checkpoint import inert
+    from dconv.checkpoint import inert, pickled
 
-    inert.bounded(inert.load(data, where="pickle"), where="pickle")
+    pickled.bounded(inert.load(data, where="pickle"), where="pickle")
 
 
 @target("checkpoint/torchzip.py", most=16384)

@@ -1,12 +1,10 @@
-"""HuggingFace directories: safetensors and ``pytorch_model*.bin``, single or with an index, read and written."""
+"""HuggingFace directories: safetensors and ``pytorch_model*.bin``, single or with an index, read."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,19 +18,18 @@ from dconv.checkpoint import safetensors, state_dict, tied
 from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
-from dconv.checkpoint.source import Located, Side, Source, expected_specs, seal, side_bytes, side_files
-from dconv.coded.beside import BESIDE, GPTQ_FILE, with_beside
-from dconv.coded.decode import KEY, decode, method_of
+from dconv.checkpoint.source import Located, Source, expected_specs, side_files
+from dconv.coded.beside import BESIDE, with_beside
+from dconv.coded.decode import decode
 from dconv.coded.decoded import Decoded
-from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.errors import Damaged, DconvError, Refused, group_names
 from dconv.sharding.dtypes import carrier
 from dconv.sharding.ops import MOVE
 from dconv.sharding.parsed import is_dict
-from dconv.sharding.plan import Copy, Target, TargetFile, TargetTensor
+from dconv.sharding.plan import Copy
 from dconv.sharding.reader import Reader
 from dconv.sharding.region import Index, Region
-from dconv.sharding.tensor import Extent, FileStamp, Piece, Slot, Stored, TensorSpec
+from dconv.sharding.tensor import Extent, FileStamp, Piece, Stored, TensorSpec
 
 _TP_BIN: Final = re.compile(r"pytorch_model\.tp(\d+)\.bin")
 #: One tensor-parallel rank's files, each with its tensors. A usual directory has one rank.
@@ -322,81 +319,3 @@ def _split_last(spec: TensorSpec, extent: Extent) -> Index:
     """Strides of a tensor whose last axis in the file is two axes here."""
     last = extent.strides[-1]
     return (*extent.strides[:-1], last * spec.shape[-1], last)
-
-
-def lay_out(
-    specs: Iterable[TensorSpec],
-    *,
-    config: Mapping[str, object] | None,
-    side: Side,
-    shard_size: int,
-    left_out: dict[str, str],
-    twins: Mapping[str, str] | None = None,
-) -> Target:
-    """A HuggingFace directory to be written: weight files of at most ``shard_size`` bytes, index, config, side files.
-
-    Args:
-        specs: the logical tensors, in the order to write them.
-        config: config.json's content; None copies the one among ``side`` as it is.
-        side: files that travel with the model, by name.
-        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
-        left_out: stored tensors that are not written, each with the reason.
-        twins: names under which logical tensors are written once more, with the tensors' own.
-    """
-    twins = twins or {}
-    known = {spec.name: spec for spec in specs}
-    again = (replace(known[name], name=twin) for twin, name in twins.items())
-    whole = [(spec, (Slot.whole(twins.get(spec.name, spec.name), spec.shape),)) for spec in (*known.values(), *again)]
-    return lay_out_slots(whole, config=config, side=side, shard_size=shard_size, left_out=left_out)
-
-
-def lay_out_slots(
-    held: Iterable[tuple[TensorSpec, tuple[Slot, ...]]],
-    *,
-    config: Mapping[str, object] | None,
-    side: Side,
-    shard_size: int,
-    left_out: dict[str, str],
-    indexed: bool = False,
-    framework: str = "pt",
-) -> Target:
-    """The same for tensors that are made of several; see `lay_out`.
-
-    Args:
-        held: tensors under their names in the files, and where their elements come from.
-        config: config.json's content; None copies the one among ``side`` as it is.
-        side: files that travel with the model, by name.
-        shard_size: bytes of tensors in a weight file, at most (one tensor at least).
-        left_out: stored tensors that are not written, each with the reason.
-        indexed: write an index of a single file, too.
-        framework: see `dconv.checkpoint.safetensors.lay_out`.
-    """
-    held = list(held)
-    places = {spec.name: slots for spec, slots in held}
-    parts = safetensors.by_size((spec for spec, _ in held), shard_size)
-    files: list[TargetFile] = []
-    tensors: list[TargetTensor] = []
-    for number, part in enumerate(parts, 1):
-        name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        size, first, offsets = safetensors.lay_out(part, framework)
-        files.append(TargetFile(name, size, ((0, first),)))
-        for spec, offset in zip(part, offsets, strict=True):
-            tensors.append(TargetTensor(spec.name, name, offset, spec, places[spec.name]))
-
-    def closing() -> Iterable[tuple[str, bytes]]:
-        if len(parts) > 1 or indexed:
-            total = sum(tensor.spec.nbytes for tensor in tensors)
-            weight_map = {tensor.spec.name: tensor.file for tensor in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            yield "model.safetensors.index.json", json.dumps(index, indent=2).encode()
-        yield from side_bytes(config, side)
-        if config and method_of(config) == GPTQ:
-            yield GPTQ_FILE, (json.dumps(config[KEY], indent=2) + "\n").encode()
-
-    return Target(tuple(files), tuple(tensors), closing, seal(config, side), left_out=left_out)
-
-
-def with_dtype(config: Mapping[str, object], dtype: str) -> dict[str, object]:
-    """A config that says another dtype (torch's name), under the keys that it uses: transformers 4 and 5 differ."""
-    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, dtype)}

@@ -38,8 +38,6 @@ _MAX_CONTAINERS: Final = 16 << 20
 # Other opcodes of one byte make up to 83; a 1 M chunk ``.metadata`` takes about half as many.
 _MAX_STEPS: Final = 64 << 20
 _MAX_MARKS: Final = 1 << 16  # each that is open is a list of its own; a real file nests some ten deep
-#: Of containers in each other; a real file nests some ten deep.
-_MAX_DEPTH: Final = 200
 # Tuples as keys hold a handful of numbers; hash() visits a nested one in full, shared parts again and again.
 _MAX_KEY_NODES: Final = 1024
 # hash() repeats above: larger keys could be made to collide
@@ -65,29 +63,6 @@ def load(data: bytes, *, where: str) -> Any:
     if machine.pos != len(data):
         raise Damaged("bytes after the end of a pickle", where=where, found=f"{len(data) - machine.pos} bytes")
     return value
-
-
-def bounded(tree: Node, *, where: str, nodes: int = 4_000_000) -> None:
-    """Make sure that a recursion over ``tree`` ends soon: a list may hold itself, or another one twice.
-
-    Raises:
-        Damaged: more than ``nodes`` values on the way, or nested deeper than any.
-    """
-    todo: list[Any] = [iter((tree,))]
-    while todo:
-        node: Node = next(todo[-1], todo)
-        if node is todo:
-            todo.pop()
-            continue
-        nodes -= 1
-        if isinstance(node, dict):
-            todo.append(iter([*node.keys(), *node.values()]))
-        elif isinstance(node, list | tuple | set | frozenset):
-            todo.append(iter(node))
-        elif type(node) is Record:
-            todo.append(iter((node.args, node.state, node.items)))
-        if nodes < 0 or len(todo) > _MAX_DEPTH:
-            raise Damaged("a pickle nested without end", where=where)
 
 
 class Machine:

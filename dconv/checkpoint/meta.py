@@ -20,7 +20,7 @@ from dconv.arch.family import TIED_HEAD, Family
 from dconv.arch.layouts import Facts, size
 from dconv.arch.meta import hf_config_from_meta
 from dconv.checkpoint.files import read_json, stamp, stamps
-from dconv.checkpoint.huggingface import with_dtype
+from dconv.checkpoint.huggingface_target import with_dtype
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files

@@ -17,7 +17,7 @@ from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.arch.mlx import Held, lay_out
-from dconv.checkpoint import huggingface, safetensors
+from dconv.checkpoint import huggingface, huggingface_target, safetensors
 from dconv.checkpoint.files import listed, read_json, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Side, Source, expected_specs, shape_error, side_files
@@ -211,6 +211,6 @@ def lay_out_target(
         left_out: stored tensors that are not written, each with the reason.
     """
     held = [(spec, (Slot.whole(spec.name, spec.shape),)) for spec in specs]
-    return huggingface.lay_out_slots(
+    return huggingface_target.lay_out_slots(
         held, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True, framework=FRAMEWORK
     )

@@ -13,7 +13,7 @@ from typing import Final
 
 from dconv.arch import registry
 from dconv.arch.neuron import Held, lay_out, loaded_from, scale_of
-from dconv.checkpoint import huggingface, safetensors
+from dconv.checkpoint import huggingface, huggingface_target, safetensors
 from dconv.checkpoint.files import listed, read_json, stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, shape_error, side_files
@@ -160,6 +160,6 @@ def lay_out_target(
                 do="--dtype gives all one",
             )
         tensors.append((TensorSpec(one.name, one.shape, dtypes.pop()), one.slots))
-    return huggingface.lay_out_slots(
+    return huggingface_target.lay_out_slots(
         tensors, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True
     )

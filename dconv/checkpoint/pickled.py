@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from dconv.errors import Damaged
 from dconv.sharding.parsed import is_dict
+
+#: Of containers in each other; a real file nests some ten deep.
+_MAX_DEPTH: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +94,26 @@ class OrderedMap(dict[Any, Any]):
     """A dict that drops the attributes (torch's ``_metadata``) with which an ``OrderedDict`` may come."""
 
     __slots__ = ()
+
+
+def bounded(tree: Node, *, where: str, nodes: int = 4_000_000) -> None:
+    """Make sure that a recursion over ``tree`` ends soon: a list may hold itself, or another one twice.
+
+    Raises:
+        Damaged: more than ``nodes`` values on the way, or nested deeper than any.
+    """
+    todo: list[Any] = [iter((tree,))]
+    while todo:
+        node: Node = next(todo[-1], todo)
+        if node is todo:
+            todo.pop()
+            continue
+        nodes -= 1
+        if isinstance(node, dict):
+            todo.append(iter([*node.keys(), *node.values()]))
+        elif isinstance(node, list | tuple | set | frozenset):
+            todo.append(iter(node))
+        elif type(node) is Record:
+            todo.append(iter((node.args, node.state, node.items)))
+        if nodes < 0 or len(todo) > _MAX_DEPTH:
+            raise Damaged("a pickle nested without end", where=where)

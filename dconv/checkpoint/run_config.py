@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from dconv.arch.carried import NO_PRE_NORMS, POST_NORMS, RESCALING
 from dconv.checkpoint.files import read_small
-from dconv.checkpoint.inert import bounded
+from dconv.checkpoint.pickled import bounded
 from dconv.errors import Damaged
 from dconv.sharding.parsed import is_mapping
 

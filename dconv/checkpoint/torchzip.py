@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from dconv.checkpoint import inert
 from dconv.checkpoint.files import stamp
-from dconv.checkpoint.pickled import StorageRef, TensorRef
+from dconv.checkpoint.pickled import StorageRef, TensorRef, bounded
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.parsed import is_dict, is_list
@@ -178,7 +178,7 @@ def _read_zip(blob: _Blob) -> TorchFile:
     where = f"{blob.path}, data.pkl"
     machine = inert.Machine(_content(blob, pickled), 0, where)
     tree = machine.run()
-    inert.bounded(tree, where=where)
+    bounded(tree, where=where)
     storages: dict[str, tuple[int, int]] = {}
     for key in machine.storages:
         record = records.get(root + b"/data/" + key.encode("utf-8", "surrogatepass"))
@@ -304,7 +304,7 @@ def _read_legacy(blob: _Blob) -> TorchFile:
         for part in ("magic number", "protocol", "system", "tree", "storage keys"):
             machine = inert.Machine(data, at, f"{blob.path}, {part}")
             values.append(machine.run())
-            inert.bounded(values[-1], where=machine.where)
+            bounded(values[-1], where=machine.where)
             refs.update(machine.storages)
             at = machine.pos
     _, protocol, system, tree, keys = values

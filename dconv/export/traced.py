@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final, cast
 
-from dconv.checkpoint.huggingface import with_dtype
+from dconv.checkpoint.huggingface_target import with_dtype
 from dconv.checkpoint.source import seal, side_bytes
 from dconv.checkpoint.torchframe import ZipWriter
 from dconv.describe import Described

@@ -95,7 +95,7 @@ def flows_of(job: Job, world: int) -> Flows:
 
 
 def shares(job: Job, world: int) -> list[Sequence[Task]]:
-    """The tasks of each rank. Those of calibrated weights are divided task by task (`dconv.calibrate`)."""
+    """The tasks of each rank. Those of calibrated weights are divided task by task (`dconv.calibrate_rank`)."""
     plan = job.plan
     if job.calibrating is None:
         return list(plan.shares(world))

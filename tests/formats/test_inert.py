@@ -26,7 +26,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.core.transformer.enums import AttnBackend
 
-from dconv.checkpoint import inert, pickling
+from dconv.checkpoint import inert, pickled, pickling
 from dconv.checkpoint.pickled import DTypeRef, Record, Symbol, TensorRef
 from dconv.checkpoint.pickling import Global, NewObj, Reduce
 from dconv.errors import Damaged
@@ -269,7 +269,7 @@ ENDLESS = (
 def test_trees_without_end_are_found(data: bytes) -> None:
     tree = inert.load(data, where="test")
     with pytest.raises(Damaged):
-        inert.bounded(tree, where="test", nodes=10_000)
+        pickled.bounded(tree, where="test", nodes=10_000)
 
 
 @given(st.binary(max_size=200), st.integers(0, 400))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from dconv.checkpoint.huggingface import lay_out_slots
+from dconv.checkpoint.huggingface_target import lay_out_slots
 from dconv.codec.kernels import apply
 from dconv.describe import describe_model
 from dconv.export.huggingface import AUTO

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dconv import calibrate
+from dconv import calibrate_rank
 from dconv.errors import UsageError
 from dconv.launch import local, ray_ranks
 from dconv.launch.history import Record
@@ -107,5 +107,5 @@ def test_what_is_finished_is_counted_whatever_the_output_is_called(name: str, tm
 @pytest.mark.parametrize(("asked", "found"), [(1, 1), (3, 3), (AUTO, 4)])
 def test_one_thread_is_one_for_a_calibration_too(asked: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(calibrate.os, "cpu_count", lambda: 8)
-    assert calibrate._threads(asked, 2) == found  # type: ignore[misc]
+    monkeypatch.setattr(calibrate_rank.os, "cpu_count", lambda: 8)
+    assert calibrate_rank._threads(asked, 2) == found  # type: ignore[misc]

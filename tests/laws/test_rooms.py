@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: From the ground up; each may import those before it.
 ROOMS = (
     "errors", "sharding", "codec", "arch", "coded", "checkpoint", "net", "quant", "request", "describe", "matrix",
-    "quantise", "calibrate", "neuron", "gguf", "mlx", "targets", "own_names", "trace", "pipeline", "live", "export",
-    "hw", "directions", "compare", "bounds", "logits", "verify", "report", "examine", "checking", "launch", "api",
-    "formats", "assist", "commands", "cli", "__main__",
+    "quantise", "calibrate", "calibrate_rank", "neuron", "gguf", "mlx", "targets", "own_names", "trace", "pipeline",
+    "live", "export", "hw", "directions", "compare", "bounds", "logits", "verify", "report", "examine", "checking",
+    "launch", "api", "formats", "assist", "commands", "cli", "__main__",
 )  # fmt: skip
 
 

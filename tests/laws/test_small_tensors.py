@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dconv.checkpoint import huggingface, safetensors
+from dconv.checkpoint import huggingface_target, safetensors
 from dconv.checkpoint.files import stamp
 from dconv.codec.kernels import apply
 from dconv.sharding.commit import run_rank
@@ -30,7 +30,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path, dtype: str) -> None:
     named = {spec.name: spec for spec in specs}
     logical = Logical(tmp_path, named, check_pieces(named, found)[0], {source.name: stamp(source)})
     wanted = [TensorSpec(spec.name, spec.shape, dtype) for spec in specs]
-    target = huggingface.lay_out(wanted, config={}, side={}, shard_size=10**9, left_out={})
+    target = huggingface_target.lay_out(wanted, config={}, side={}, shard_size=10**9, left_out={})
     run_rank(build_plan(logical, target), tmp_path / "out", apply, Settings())
     written = tensors(tmp_path / "out")
     if dtype == "f32":

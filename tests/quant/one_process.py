@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dconv.calibrate import Calibrating, calibration_of
+from dconv.calibrate import Calibrating
+from dconv.calibrate_rank import calibration_of
 from dconv.quant.network import Network
 from dconv.quant.parts import Result
 from dconv.quant.peers import Peers
