@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from dconv.sharding.ops import Derive
 from dconv.sharding.parsed import mapping_or_empty
 from dconv.sharding.precision import precision
 from dconv.sharding.receipt import RECEIPT, read_receipt
+from dconv.targets import GRAPHS, engine_of
 
 if TYPE_CHECKING:
     from dconv.pipeline import Job
@@ -161,6 +163,10 @@ def _source(job: Job) -> tuple[Described | None, Side]:
 def _written(job: Job) -> tuple[Described | None, Side]:
     """The output; of a student and its teacher the student, where it has one."""
     request = job.request
+    if engine_of(request.format) in GRAPHS:
+        kinds = Counter(tensor.spec.dtype for tensor in job.plan.target.tensors).most_common()
+        stored = ", ".join(f"{count:,} {dtype}" for dtype, count in kinds)
+        return None, Side(why_not=f"a graph joins and turns weights as its operations take them; its tensors: {stored}")
     family = None if request.submodel else job.family.name or None
     which = None if request.teacher is None else "teacher" if request.teacher_only else "student"
     try:
@@ -191,7 +197,8 @@ def _losses(job: Job, source: Described | None, written: Described | None) -> Lo
 
 
 def _why(error: DconvError | OSError) -> str:
-    return str(error).split("\n", 1)[0]
+    told = error.what if isinstance(error, DconvError) else str(error)
+    return told.split("\n", 1)[0].removesuffix(", nothing was written")  # something was, and this is its page
 
 
 def facts(conversion: Conversion) -> Iterable[tuple[str, str]]:

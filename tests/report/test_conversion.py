@@ -309,3 +309,14 @@ def test_of_a_student_and_its_teacher_each_side_is_the_same_model(tmp_path: Path
     expected = (str(teacher), None) if alone else (str(student), str(teacher))
     assert (source["path"], source.get("teacher")) == expected
     assert str(teacher) in dict(facts(told))["from"]
+
+
+def test_of_a_graph_it_says_how_its_tensors_are_stored(tmp_path: Path) -> None:
+    """What it holds is no checkpoint to be described; that is no failure of this run."""
+    pytest.importorskip("transformers", reason="a graph is traced from its model")
+    job = prepare(Request(small_llama(tmp_path / "model", num_hidden_layers=1), "torch_export", tmp_path / "out"))
+    run(job, Settings())
+    told = conversion_of(job, Run(1))
+    assert told.after.why_not.endswith(f"its tensors: {len(job.plan.target.tensors)} bf16")
+    words = Read(page(told)).words
+    assert "refused" not in words and "nothing was written" not in words
