@@ -27,6 +27,7 @@ from dconv.neuron import as_neuron, coding_of
 from dconv.quantise import quantised, scheme_of
 from dconv.request import FORMATS, REPLICAS, Request, spelled
 from dconv.sharding.commit import run_rank
+from dconv.sharding.finish import require_parent
 from dconv.sharding.join import join
 from dconv.sharding.plan import Plan, build_plan
 from dconv.sharding.rank import Outcome, Settings
@@ -352,9 +353,8 @@ def check_space(plan: Plan, out: Path) -> None:
     Raises:
         StorageFault: not enough room, or no directory to write in.
     """
+    require_parent(out)
     folder = out.absolute().parent
-    if not folder.is_dir():
-        raise StorageFault("the output's parent directory is not there", where=str(folder), do=f"mkdir -p {folder}")
     stamps = plan.source.files.values()
     size, allocated = sum(s.size for s in stamps), sum(min(s.allocated, s.size) for s in stamps)
     share = allocated / size if size else 1.0

@@ -16,7 +16,7 @@ from typing import Any, Final
 from dconv.errors import Damaged, DconvError, Preempted, StorageFault, UsageError
 from dconv.hw import manifest, process
 from dconv.hw.target import OUT, SCRIPT, Adapter, Ask, Handing, Terms, Tool
-from dconv.sharding.finish import aside_of, remove
+from dconv.sharding.finish import aside_of, remove, require_parent
 from dconv.sharding.journal import sync_folder
 from dconv.sharding.parsed import is_dict
 from dconv.sharding.receipt import RECEIPT
@@ -58,8 +58,10 @@ def require_place(out: Path, overwrite: bool) -> None:
     """Raise where a result cannot be put.
 
     Raises:
+        StorageFault: there is no directory for it to be in.
         UsageError: something is there.
     """
+    require_parent(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -149,7 +151,7 @@ def again(adapter: Adapter, source: Path, how: Finish, adopted: Terms | None = N
         said = {**_said("compiled", adopted, how), "evidence": dict(adapter.judge(adopted, source, ""))}
         names = [path.relative_to(source).as_posix() for path in manifest.files_of(source)]
     shutil.rmtree(how.work, ignore_errors=True)  # of a run that was killed
-    how.work.mkdir(parents=True)
+    how.work.mkdir()
     try:
         for name in names:
             path = how.work / name

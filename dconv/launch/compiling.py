@@ -154,7 +154,7 @@ def main(args: argparse.Namespace, where: worker.Place, stop: Stop | None = None
     if job.handing is None:
         return _again(args, where, job, stop)
     try:
-        job.work.mkdir(parents=True, exist_ok=True)
+        job.work.mkdir(exist_ok=True)
     except OSError as fault:
         return worker.failed(fault, args, where)
     for step in job.handing.steps:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.errors import StorageFault, UsageError
+from dconv.sharding.finish import require_parent
 
 #: Letters of a name that are shown; a hostile header has names of megabytes.
 _NAME: Final = 300
@@ -117,10 +118,7 @@ def require_place(path: Path, mark: bytes, *, overwrite: bool) -> None:
         StorageFault: what is there cannot be read, or there is no such directory.
     """
     try:
-        if not path.parent.is_dir():
-            raise StorageFault(
-                "the output's parent directory is not there", where=str(path.parent), do=f"mkdir -p {path.parent}"
-            )
+        require_parent(path)
         if not os.path.lexists(path):
             return
         ours = path.is_file() and not path.is_symlink() and mark in path.read_bytes()

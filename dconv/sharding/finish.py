@@ -33,6 +33,17 @@ def cannot(what: str, where: Path, fault: OSError) -> StorageFault:
     return StorageFault(f"cannot {what}: {fault.strerror}", where=str(fault.filename or where), do=do)
 
 
+def require_parent(out: Path) -> None:
+    """Raise where there is no directory for an output to be in.
+
+    Raises:
+        StorageFault: there is none.
+    """
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise StorageFault("the output's parent directory is not there", where=str(folder), do=f"mkdir -p {folder}")
+
+
 def finish_earlier(out: Path, partial: Path, overwrite: bool, receipt: dict[str, object]) -> None:
     """Finish what a killed run began; finished *now*, by which the other ranks of this run know it for their own."""
     fresh = partial / f"{RECEIPT}.new"

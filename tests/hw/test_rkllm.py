@@ -220,6 +220,9 @@ def test_an_output_is_replaced_only_where_that_was_said(
     assert (out / "manifest.json").stat().st_mtime_ns == before
     assert rk(llama, out, rkllm, "--overwrite", "--quant", "fp16") == 0
     assert manifest.read(out)["settings"]["dtype"] == "fp16"
+    assert rk(llama, tmp_path / "no" / "such" / "out", rkllm) == 5
+    assert rk(llama, tmp_path / "no" / "such" / "out", rkllm, "--bundle") == 5
+    assert not (tmp_path / "no").exists()
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.txt").touch()
