@@ -361,6 +361,12 @@ def _check_fake(args: argparse.Namespace) -> None:
         if args.fake_weight_config is not None:
             raise UsageError("--fake-weight-config without --fake-weight", where=str(args.fake_weight_config))
         return
+    if target(args) is not None:
+        raise UsageError(
+            "a hardware compiler is handed weights that are there, nothing was written",
+            where="--fake-weight",
+            do=f"dconv convert {args.model} hf --fake-weight -o DIR, and then DIR",
+        )
     reading = ("source_format", "drop", "rename", "submodel", "with_eagle", "teacher")
     given = [spelled(name) for name in reading if getattr(args, name)]
     if getattr(args, "verify", "none") == "logits":

@@ -85,6 +85,7 @@ def test_a_settings_file_says_the_same_as_options(llama: Path, rkllm: Path, tmp_
         (["--platform", "RK3588", "--toolchain-python", "no-such-python"], 2, "no interpreter"),
         (["--platform", "RK3588", "--toolchain-python", "/bin/false"], 7, "does not answer"),
         (["--platform", "RK3588", "--max-host-memory", "1MB"], 3, "about 0.0 GB"),
+        (["--platform", "RK3588", "--fake-weight"], 2, "handed weights that are there"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
