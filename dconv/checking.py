@@ -44,7 +44,8 @@ class Checked:
         run: what the runtime computed; None when it was not run.
         not_run: why it was not.
         notes: what is odd but not wrong.
-        implausible: weights that look lost; None of a graph whose weights have no dtypes.
+        implausible: weights that look lost; None where none were looked for, and of a graph whose weights have no
+            dtypes.
     """
 
     report: Report
@@ -109,6 +110,7 @@ def check(
     force: bool = False,
     max_memory: int | None = None,
     strict: bool = False,
+    lint: bool = True,
 ) -> Checked:
     """Read a checkpoint back, look for weights that seem lost, then run it in its own runtime.
 
@@ -128,13 +130,16 @@ def check(
         force: run it also when fp32 weights do not seem to fit into memory.
         max_memory: bytes that weights may take at a time; by default half of the memory that is free.
         strict: weights that look lost are damage, not a remark (`dconv.report.implausible`).
+        lint: look for such, which reads all weights.
 
     Raises:
-        UsageError: options about a model's weights, of a graph.
+        UsageError: options about a model's weights, of a graph; ``strict`` without ``lint``.
         Damaged: bytes differ from the receipt, headers are broken, or the model computes nonsense; see ``strict``.
         Refused: names or layouts that dconv does not know.
         ToolMissing: the runtime is not installed, or failed.
     """
+    if strict and not lint:
+        raise UsageError("weights that look lost are not looked for", where="--strict beside --no-lint")
     path = Path(path)
     covered = verify.find_receipt(path)
     read = verify.reread(covered) if covered else None
@@ -150,7 +155,7 @@ def check(
     }
     source = open_source(path, source_format, rename=renaming_of(rename, submodel))
     if source.format in GRAPHS:
-        looked = implausible.of_graph(source)
+        looked = implausible.of_graph(source) if lint else None
         _refuse_for_graphs(path, {**options, "with_eagle": with_eagle})
         _judge(looked, path, strict)
         return replace(_graph(path, source, model_type, read, run, force, max_memory), implausible=looked)
@@ -164,7 +169,7 @@ def check(
             do="gradients that were not summed over the ranks make them drift;  dconv convert --replicas first  "
             "takes the first shard's",
         )
-    looked = implausible.of_model(model)
+    looked = implausible.of_model(model) if lint else None
     _judge(looked, model.source.root, strict)
     report = report_of(path, model, hf_config)
     notes: list[str] = []

@@ -23,6 +23,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-memory", type=byte_count, metavar="SIZE",
                        help="run it layer by layer where fp32 weights take more (half of what is free)")  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="weights that look lost (zeros, NaN) are damage: exit 4")
+    parser.add_argument("--no-lint", action="store_true",
+                        help="do not look for such: that reads all weights once more than their digests")  # fmt: skip
 
 
 def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
@@ -39,7 +41,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     if manifest.is_here(args.path):
         said = {
             **described(args),
-            **{name: getattr(args, name) for name in ("force_run", "max_memory", "strict")},
+            **{name: getattr(args, name) for name in ("force_run", "max_memory", "strict", "no_lint")},
         }
         if given := [spelled(name) for name, value in said.items() if value]:
             raise UsageError(
@@ -54,6 +56,7 @@ def run(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         "force": args.force_run,
         "max_memory": args.max_memory,
         "strict": args.strict,
+        "lint": not args.no_lint,
     }
     found = check(args.path, **described(args), **run)
     if args.json:

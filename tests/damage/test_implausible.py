@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import dconv
 from dconv.arch.registry import by_name
 from dconv.checkpoint import safetensors
 from dconv.cli import main
+from dconv.errors import UsageError
 from dconv.pipeline import describe_model
 from dconv.report import implausible
 from tests.damage.containers import model
@@ -216,3 +218,20 @@ def test_said_in_json_and_by_inspect(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["implausible"] is None
     assert main(["inspect", path, "--lint"]) == 0
     assert f"implausible  1 of 21 tensors\n             all zero: {GATE}\n" in capsys.readouterr().out
+
+
+def test_it_is_left_out_where_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes are still compared; and what is not looked for cannot be damage."""
+    path = altered(tmp_path / "model", *LOST["zero"][:2])
+    out = tmp_path / "out"
+    dconv.convert(path, "hf", out)
+    assert main(["check", str(out), "--no-run", "--no-lint"]) == 0
+    said = capsys.readouterr().out
+    assert "implausible" not in said and "are as dconv wrote them" in said
+    assert main(["check", str(out), "--no-lint", "--strict"]) == 2
+    with pytest.raises(UsageError):
+        dconv.check(out, strict=True, lint=False)
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert main(["check", str(out), "--no-run", "--no-lint"]) == 4
