@@ -25,8 +25,8 @@ from dconv.sharding.tensor import Extent, Stored, TensorSpec
 _MAX_HEADER: Final = 100_000_000
 #: A model of 10^5 experts has as many in all of its files.
 _MOST_TENSORS: Final = 1_000_000
-#: Dtypes of safetensors 0.8.0 that nothing here reads.
-_UNREAD: Final = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+#: Dtypes of safetensors 0.8.0 that nothing here reads, and their bits.
+_UNREAD: Final = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -108,19 +108,20 @@ def _header_bytes(path: Path, size: int) -> bytes:
 def _entry(path: Path, name: str, entry: Json) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, name, "dtype, shape and data_offsets", repr(entry)[:80])
-    dtype = FROM_SAFETENSORS.get(str(entry["dtype"]))
-    if entry["dtype"] in _UNREAD:
-        raise Refused("a dtype that this version does not read, nothing was written", where=f"{name[:120]} in {path}",
-                      expected=" ".join(FROM_SAFETENSORS), found=entry["dtype"])  # fmt: skip
-    if dtype is None:
+    said = str(entry["dtype"])
+    if said not in FROM_SAFETENSORS and said not in _UNREAD:
         raise _bad(path, name, "a dtype among " + " ".join(FROM_SAFETENSORS), repr(entry["dtype"])[:40])
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(path, name, "a shape and two ordered offsets", f"{shape!r:.60} {offsets!r:.60}")
-    needed = math.prod(shape) * ITEMSIZE[dtype]
-    if offsets[1] - offsets[0] != needed:
-        raise _bad(path, name, f"{needed} bytes for shape {shape}", f"{offsets[1] - offsets[0]} bytes")
-    return TensorSpec(name, tuple(shape), dtype), offsets[0], offsets[1]
+    bits = math.prod(shape) * (_UNREAD[said] if said in _UNREAD else 8 * ITEMSIZE[FROM_SAFETENSORS[said]])
+    if 8 * (offsets[1] - offsets[0]) != bits:
+        needed = f"{bits} bits" if bits % 8 else f"{bits // 8} bytes"
+        raise _bad(path, name, f"{needed} for shape {shape}", f"{offsets[1] - offsets[0]} bytes")
+    if said in _UNREAD:
+        raise Refused("a dtype that this version does not read, nothing was written", where=f"{name[:120]} in {path}",
+                      expected=" ".join(FROM_SAFETENSORS), found=said)  # fmt: skip
+    return TensorSpec(name, tuple(shape), FROM_SAFETENSORS[said]), offsets[0], offsets[1]
 
 
 def _naturals(value: Json) -> TypeGuard[list[int]]:

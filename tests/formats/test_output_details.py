@@ -235,8 +235,8 @@ def test_dtypes_that_the_library_knows_and_dconv_does_not(tmp_path: Path, dtype:
     library = pytest.importorskip("safetensors")
     length = 8 * {"F4": 4, "F6": 6, "F8": 8}[dtype[:2]] // 8
 
-    def written(name: str) -> Path:
-        said = json.dumps({"x": {"dtype": name, "shape": [8], "data_offsets": [0, length]}}).encode()
+    def written(name: str, count: int = 8) -> Path:
+        said = json.dumps({"x": {"dtype": name, "shape": [count], "data_offsets": [0, length]}}).encode()
         (tmp_path / name).write_bytes(len(said).to_bytes(8, "little") + said + bytes(length))
         return tmp_path / name
 
@@ -246,6 +246,8 @@ def test_dtypes_that_the_library_knows_and_dconv_does_not(tmp_path: Path, dtype:
     assert dtype in str(caught.value)
     with pytest.raises(Damaged):
         safetensors.read_header(written(f"{dtype}X"))
+    with pytest.raises(Damaged):
+        safetensors.read_header(written(dtype, 7))  # what it holds and what it says differ
 
 
 # ---------------------------------------------------------------------------------------------- what travels, what not
