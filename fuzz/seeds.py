@@ -124,7 +124,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     track = '[[1,4,"node"],[1700000000.5,0,0,0]]\n[1700000001.0,5,6,7]\n'
     ranks = {"0.json": {"done": 1, "total": 2, "peak": 3}}
     yield "working_state", _json({"ends": names, "ranks": ranks, "tracks": {"1-7-9": track}})
-    yield "journal", b"done 1 0123456789abcdef\nclaim 2\nretract 00000000000000000001-1-aa 1\ndone 2 ff\n"
+    yield "journal", b"done 1 0123456789abcdef\nkept 3 aa\nclaim 2\nretract 00000000000000000001-1-aa 1\ndone 2 ff\n"
 
 
 def _json(value: object) -> bytes:

@@ -1,11 +1,14 @@
-"""Shared by all tests: the longer matrices run with ``--long``; signals and processes are tidied up after each test."""
+"""Shared by all tests: the longer matrices run with ``--long``; what a test leaves behind is tidied up after it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import pytest
 
@@ -15,6 +18,25 @@ from tests import processes
 
 # what tests hand to ranks lies in modules that import these
 megatron_cpu.PRELOADED += ["pytest", "hypothesis", "transformers.modeling_utils", "tests.oracles.function"]
+
+
+#: The one folder that holds what this run, its workers and what they start put aside. Its name is short: the path of a
+#: socket has at most 107 characters.
+_ASIDE: Final = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # a worker has its run's, by the environment
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # a failed test's folder is kept, beside it
+    config.stash[_ASIDE] = tempfile.mkdtemp(prefix="dc-")
+    os.chmod(config.stash[_ASIDE], 0o711)  # noqa: S103  services of the tests' clusters run as other users
+    os.environ["TMPDIR"] = tempfile.tempdir = config.stash[_ASIDE]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _ASIDE in config.stash:
+        shutil.rmtree(config.stash[_ASIDE], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

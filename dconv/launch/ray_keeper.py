@@ -45,7 +45,8 @@ class Keeper:
         self._child: subprocess.Popen[str] | None = None
         self._stopped = False
         self._said: dict[str, list[str]] = {"out": [], "err": []}
-        self._notes = Path(tempfile.gettempdir()) / f"dconv-{os.getpid()}.json"
+        self._aside = tempfile.TemporaryDirectory(prefix="dconv-rank-")
+        self._notes = Path(self._aside.name) / "notes.json"
 
     def where(self) -> tuple[str, int]:
         """The node's id, and a port that nobody listens at there."""
@@ -87,7 +88,7 @@ class Keeper:
         code = child.wait()
         for reader in readers:
             reader.join(_LAST_WORDS)
-        self._notes.unlink(missing_ok=True)
+        self._aside.cleanup()
         if self._stopped and code == -signal.SIGTERM:  # it had not begun to listen
             return Preempted.exit_code
         return code

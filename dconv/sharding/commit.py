@@ -68,18 +68,19 @@ def run_rank(
         earlier = read_receipt(partial)
         if earlier is not None and is_whole(plan, partial):  # killed between receipt and rename
             finish_earlier(out, partial, settings.overwrite, earlier)
-            return Outcome(True, True, share, 0, share)
+            return Outcome(True, True, share, 0, plan.bytes_written)
         outputs, journal = _open(partial, plan)
     run = Rank(plan, out, partial, kernel, settings, outputs, journal)
     try:
         _begin(run)
         if work:
             work(run)
-            share, kept = run.share, run.share - run.written
+            share = run.share
         else:
-            kept = run.do_share()
-        while not (committed := commit(run)) and run.help_on():
+            run.do_share()
+        while (kept := commit(run)) is None and run.help_on():
             pass
+        committed = kept is not None
         complete = committed or not run.is_ours()
         if complete and not committed and not is_result(plan, out):
             raise StorageFault("the partial output went away while it was being written", where=str(partial))
@@ -89,7 +90,7 @@ def run_rank(
                 where=str(partial),
                 do="run the same command again (with --resume): it is done again",
             )
-        return Outcome(committed, complete, share, run.written, kept)
+        return Outcome(committed, complete, share, run.written, kept or 0)
     except DconvError as error:
         if not run.is_ours() and is_result(plan, out):
             return Outcome(False, True, share, 0, 0)  # another process finished the same plan meanwhile
@@ -189,14 +190,14 @@ def conclude(plan: Plan, out: Path, partial: Path, done: Mapping[int, str], sett
     finish(out, partial, settings.overwrite)
 
 
-def commit(run: Rank) -> bool:
-    """Commit if every task is journaled. True when this call did it."""
+def commit(run: Rank) -> int | None:
+    """Commit if every task is journaled: bytes that earlier runs had finished; None where this call did not do it."""
     # Ranks that help each other all come here at one time: whoever has the lock looks at the journals, the others wait.
     if not (run.is_ours() if run.settings.steal else run.all_noted() is not None):
-        return False  # another rank is still at work, or committed already
+        return None  # another rank is still at work, or committed already
     with _locked(run.partial):
         if not run.is_ours() or (noted := run.all_noted()) is None:
-            return False
+            return None
         try:
             # Looked at here, too: it may have come while this run was at work.
             check_output(run.plan, run.out, overwrite=run.settings.overwrite, resume=False, launched=math.inf)
@@ -207,7 +208,7 @@ def commit(run: Rank) -> bool:
             conclude(run.plan, run.out, run.partial, done, run.settings)
         except OSError as fault:
             raise cannot("commit", run.partial, fault) from fault
-    return True
+    return run.kept(noted)
 
 
 def _begin(run: Rank) -> None:

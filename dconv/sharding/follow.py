@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dconv.errors import StorageFault
-from dconv.sharding.journal import GONE, good_words, is_journal, opened_at
+from dconv.sharding.journal import FINISHED, GONE, good_words, is_journal, opened_at
 
 
 class Follower:
@@ -59,7 +59,7 @@ class Follower:
         changed: set[int] = set()
         for words in good_words(whole):
             task = int(words[2] if words[0] == "retract" else words[1])
-            if words[0] == "done":
+            if words[0] in FINISHED:
                 self._noted.setdefault(task, set()).add(path.name)
             elif words[0] == "retract":
                 self._retracted.add((task, words[1]))

@@ -3,7 +3,8 @@
 Each process appends to a file of its own under ``OUT.partial-<plan id>/.dconv/journal/``. A line is written only
 after the data it speaks of is flushed to disk. A line carries its own checksum, so a torn one counts as absent.
 
-Lines: ``done <task> <digest>``; ``retract <journal> <task>``, by which a later process takes back an earlier
+Lines: ``done <task> <digest>``; ``kept <task> <digest>``, which says the same of a task that an earlier run did and
+whose bytes this process has looked at; ``retract <journal> <task>``, by which a later process takes back an earlier
 process's line whose bytes it found changed; and ``claim <task>``, by which a process says that it is at a task of
 another's share (`dconv.sharding.stealing`). A journal's name begins with the time at which it was opened.
 """
@@ -18,8 +19,8 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,17 +34,24 @@ from dconv.sharding.plan import Task
 #: A file system's words for a folder that another machine has removed: another process committed.
 GONE: Final = (errno.ENOENT, errno.ESTALE)
 #: A line without its checksum, and a journal's name.
-_LINE: Final = re.compile(r"done [0-9]{1,18} \S+|retract \S+ [0-9]{1,18}|claim [0-9]{1,18}")
+_LINE: Final = re.compile(r"(?:done|kept) [0-9]{1,18} \S+|retract \S+ [0-9]{1,18}|claim [0-9]{1,18}")
+#: What lines begin with that say that a task is finished.
+FINISHED: Final = ("done", "kept")
 _NAME: Final = re.compile(r"[0-9]{1,20}-.+")
 
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A live line: who wrote it, and when that process opened its journal (seconds since the epoch)."""
+    """A live line: who wrote it, and when that process opened its journal (seconds since the epoch).
+
+    Attributes:
+        kept: an earlier run did the task, as a live line of whoever has looked at it says.
+    """
 
     journal: str
     opened: float
     digest: str
+    kept: bool
 
 
 class Journal:
@@ -71,13 +79,17 @@ class Journal:
         done: dict[int, list[Noted]] = {}
         retracted: set[tuple[str, int]] = set()
         for name, words in self._all(before):
-            if words[0] == "done":
-                done.setdefault(int(words[1]), []).append(Noted(name, opened_at(name), words[2]))
+            if words[0] in FINISHED:
+                line = Noted(name, opened_at(name), words[2], words[0] == "kept")
+                done.setdefault(int(words[1]), []).append(line)
             elif words[0] == "retract":
                 retracted.add((words[1], int(words[2])))
         live = {task: [line for line in lines if (line.journal, task) not in retracted] for task, lines in done.items()}
         return {
-            task: next((line for line in lines if line.journal == self.name), lines[-1])
+            task: replace(
+                next((line for line in lines if line.journal == self.name), lines[-1]),
+                kept=any(line.kept for line in lines),
+            )
             for task, lines in live.items()
             if lines
         }
@@ -86,7 +98,9 @@ class Journal:
         """Take back every line about ``tasks``, whoever wrote it, except this process's own."""
         wanted = {task.index for task in tasks}
         if wanted:
-            found = {(name, words[1]) for name, words in self._all() if words[0] == "done" and int(words[1]) in wanted}
+            found = {
+                (name, words[1]) for name, words in self._all() if words[0] in FINISHED and int(words[1]) in wanted
+            }
             self._append([f"retract {name} {task}" for name, task in sorted(found) if name != self.name])
 
     def claim(self, tasks: Iterable[Task]) -> None:
@@ -100,6 +114,10 @@ class Journal:
         self.doubtful |= tasks
         self._append([f"done {item.task.index} {item.digest}" for item in items])
         self.doubtful -= tasks
+
+    def keep(self, tasks: Iterable[Task], noted: Mapping[int, Noted]) -> None:
+        """Note anew what earlier runs have noted, after a look at its bytes."""
+        self._append([f"kept {task.index} {noted[task.index].digest}" for task in tasks])
 
     def _all(self, before: float = math.inf) -> Iterator[tuple[str, list[str]]]:
         """Every good line with its journal's name, oldest journal first; see `read`."""

@@ -97,7 +97,7 @@ class Outcome:
         complete: the output is there.
         share: bytes that this rank was asked for.
         written: bytes put into files (holes not counted).
-        kept: bytes of this rank's share that an earlier run had finished.
+        kept: bytes of the output that earlier runs had finished; only the rank that commits knows.
     """
 
     committed: bool
@@ -165,7 +165,7 @@ class Rank:
             self.settings.watch.kept(intact)
         # Noted anew, so that this run's last rank need not look again. Nothing is taken back before it is looked at:
         # a kill during the check loses nothing.
-        self.journal.append([Done(task, noted[task.index].digest, 0) for task in intact])
+        self.journal.keep(intact, noted)
         self.journal.retract(spoilt)
         done = {task.index for task in intact}
         return [task for task in tasks if task.index not in done]
@@ -185,17 +185,17 @@ class Rank:
         self.outputs.sync_names({task.file for task in tasks})
         self.settings.progress(self.finished, self.share)
 
-    def do_share(self) -> int:
-        """Do this rank's share, less what an earlier run finished (bytes, returned); then help the others."""
+    def do_share(self) -> None:
+        """Do this rank's share, less what an earlier run finished; then help the others."""
         settings = self.settings
         tasks = self.plan.share(settings.rank, settings.world)
         self.share = sum(task.nbytes for task in tasks)
         left = self.unfinished(tasks)
-        self.finished = kept = self.share - sum(task.nbytes for task in left)
-        settings.progress(kept, self.share)
+        self.finished = self.share - sum(task.nbytes for task in left)
+        settings.progress(self.finished, self.share)
         if not settings.steal or settings.world == 1:
             self._work_off(left)
-            return kept
+            return
         self._stealing = Stealing(
             self.plan, self.state, self.journal.name, settings.launched, settings.rank, settings.world, self._tuner
         )
@@ -203,7 +203,6 @@ class Rank:
         self._stealing.end_of_share()
         self._steal(self._stealing)
         settings.progress(self.finished, self.finished)
-        return kept
 
     def help_on(self) -> bool:
         """Go on where all ranks are done with their shares, and something is not; False if this rank does not help."""
@@ -315,6 +314,11 @@ class Rank:
             if spoilt:
                 self.journal.retract(spoilt)
                 self._work_off(spoilt)
+
+    def kept(self, noted: Mapping[int, Noted]) -> int:
+        """Bytes of finished tasks that earlier runs did."""
+        old = {index for index, line in noted.items() if line.kept or self._is_old(line)}
+        return sum(task.nbytes for task in self.plan.tasks if task.index in old)
 
     def _is_old(self, line: Noted) -> bool:
         return line.journal != self.journal.name and line.opened < self.settings.launched

@@ -15,6 +15,7 @@ import pytest
 from dconv.pipeline import prepare, run
 from dconv.sharding.commit import Settings
 from dconv.sharding.coords import Parallel
+from tests.cluster.held import journals
 from tests.cluster.ray_cluster import LOOPBACK, RayCluster, is_alive, until
 from tests.launched import by_one_rank, small_llama
 from tests.models import tree_digest
@@ -110,6 +111,7 @@ def test_with_the_last_rank_lost_another_start_does_the_rest(
     ray_cluster.hold(0)
     driver = ray_cluster.driver(*four, "--nproc", "1", "--max-restarts", str(most))
     ray_cluster.until_held(driver, 0)
+    until(lambda: bool(journals(tmp_path / "out")), driver)  # what it did is flushed beside its work
     child = ray_cluster.rank(0)[0]
     os.kill(child, signal.SIGKILL)
     ray_cluster.release()

@@ -132,6 +132,24 @@ def test_a_kill_during_the_check_of_an_earlier_run_loses_nothing(
     check_result(out, undisturbed["torch_dist"])
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_rank_that_commits_tells_what_earlier_runs_did(
+    model: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, world: int
+) -> None:
+    """All of it, whoever's share it is in; what two earlier runs did, the second of which kept the first one's."""
+    out = tmp_path / "out"
+    job = job_of(model, out)
+    stop_after(job, 3)
+    stop_after(job, 9)
+    partial = partial_folder(out, job.plan)
+    first = set(Journal(partial / ".dconv" / "journal").read())
+    launched = time.time()
+    said = [run(job, Settings(rank=rank, world=world, launched=launched)) for rank in range(world)]
+    assert [one.committed for one in said] == [False] * (world - 1) + [True]
+    assert said[-1].kept == sum(job.plan.tasks[i].nbytes for i in first)
+    check_result(out, undisturbed["torch_dist"])
+
+
 # ------------------------------------------------------------------------------------------------- spoilt partials
 
 

@@ -187,6 +187,20 @@ def test_what_is_under_way_is_left_alone(held: tuple[Job, Path]) -> None:
     assert ours.next() is None
 
 
+def test_who_follows_the_journals_sees_what_who_reads_them_sees(held: tuple[Job, Path]) -> None:
+    """Tasks that were done, that were kept and done no more, and that were taken back."""
+    job, state = held
+    earlier, later = (Journal(state / "journal") for _ in range(2))
+    follower = Follower(state / "journal", later.name, 0.0)
+    tasks = job.plan.tasks[:4]
+    earlier.append([Done(task, "x", 0) for task in tasks[:3]])
+    later.keep(tasks[:2], later.read())
+    Journal(state / "journal").retract(tasks[1:3])  # also of what was kept
+    later.append([Done(tasks[3], "x", 0)])
+    follower.look()
+    assert follower.done == set(later.read()) == {tasks[0].index, tasks[3].index}
+
+
 def test_an_owner_leaves_out_what_was_taken(held: tuple[Job, Path]) -> None:
     job, state = held
     mine, other = Journal(state / "journal"), Journal(state / "journal")

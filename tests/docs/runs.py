@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shlex
 import shutil
@@ -22,7 +21,6 @@ from tests.processes import LAUNCHERS
 #: Seconds. What takes longer hangs.
 _PATIENCE: Final = 300
 _MADE: Final = Path(tempfile.mkdtemp(prefix="dconv-docs-"))
-atexit.register(shutil.rmtree, _MADE, ignore_errors=True)
 
 
 #: One command of a session: bash keeps its variables and its place from the one before.
