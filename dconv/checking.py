@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from dconv import verify
 from dconv.arch import registry
+from dconv.checkpoint import crc, graphs
 from dconv.checkpoint.detect import open_source
 from dconv.checkpoint.drop import check_used
 from dconv.checkpoint.rename import renaming_of
@@ -41,6 +42,7 @@ class Checked:
 
     Attributes:
         reread: tensors, files and bytes compared with the receipt; None without a receipt.
+        saved: storages and bytes compared with the checksums of ``torch.save``; None with a receipt, or without such.
         run: what the runtime computed; None when it was not run.
         not_run: why it was not.
         notes: what is odd but not wrong.
@@ -50,6 +52,7 @@ class Checked:
 
     report: Report
     reread: verify.Reread | None
+    saved: crc.Compared | None
     run: dict[str, object] | None
     not_run: str = ""
     notes: tuple[str, ...] = ()
@@ -60,7 +63,8 @@ class Checked:
         brief = {key: getattr(self.report, key) for key in ("path", "format", "family", "layers", "parameters")}
         read = asdict(self.reread) if self.reread else None
         lint = self.implausible.to_dict() if self.implausible else None
-        said = {"receipt": read, "implausible": lint, "run": self.run, "not_run": self.not_run}
+        saved = asdict(self.saved) if self.saved else None
+        said = {"receipt": read, "checksums": saved, "implausible": lint, "run": self.run, "not_run": self.not_run}
         return {**brief, **said, "notes": list(self.notes)}
 
     def _whole(self) -> str:
@@ -78,6 +82,9 @@ class Checked:
             *lines_of("digests", f"{read.tensors} tensors and {read.files} files ({read.nbytes:,} bytes) are as dconv "
                                  f"wrote them" if read else f"no {RECEIPT} to compare with"),
         ]  # fmt: skip
+        if self.saved:
+            lines += lines_of("checksums", f"{self.saved.storages} storages ({self.saved.nbytes:,} bytes) are as torch "
+                                           "saved them")  # fmt: skip
         if self.implausible:
             lines += lines_of("implausible", self.implausible.text())
         if self.run is None:
@@ -159,6 +166,7 @@ def check(
         _refuse_for_graphs(path, {**options, "with_eagle": with_eagle})
         _judge(looked, path, strict)
         return replace(_graph(path, source, model_type, read, run, force, max_memory), implausible=looked)
+    saved = None if read else crc.compare(source)
     model = describe_model(path, **options, with_eagle=with_eagle)
     check_used(drop, (model.source, model.logical))
     if disagree := torn(model.logical, apply):
@@ -176,13 +184,13 @@ def check(
     if read and read.strangers:
         notes.append(f"not covered by the receipt: {', '.join(group_names(read.strangers, MANY).splitlines())}")
     if not run:
-        return Checked(report, read, None, "not asked for", tuple(notes), looked)
+        return Checked(report, read, saved, None, "not asked for", tuple(notes), looked)
     found, why = _run(path, model, options, with_eagle, force, max_memory)
     if found is not None and why:
         notes.append(f"not run as it is: {why}")
     if found is not None and (unread := found.get("unread")):
         notes.append(f"not of transformers' model: {', '.join(group_names(unread, MANY).splitlines())}")
-    return Checked(report, read, found, "" if found else why, tuple(notes), looked)
+    return Checked(report, read, saved, found, "" if found else why, tuple(notes), looked)
 
 
 def _judge(looked: Implausible | None, where: Path, strict: bool) -> None:
@@ -209,6 +217,8 @@ def _graph(
     max_memory: int | None,
 ) -> Checked:  # fmt: skip
     """A graph, of which no table knows the weights: the family is its config's, and its runtime tells the rest."""
+    archive = None if read else graphs.archive_of(path)
+    saved = crc.compare_archive(archive) if archive else None
     specs = [tensor.spec for tensor in source.tensors.values()]
     report = replace(in_part(path, source, ""), dtypes=dict(Counter(spec.dtype for spec in specs).most_common()))
     strangers = read.strangers if read else ()
@@ -225,10 +235,10 @@ def _graph(
         parameters = sum(math.prod(spec.shape) for spec in specs) or source.stored_bytes // 4
         why = _beyond(parameters, max_memory) or ("" if force else shortage(parameters, source.format))
     if why or source.config is None:
-        return Checked(report, read, None, why, notes)
+        return Checked(report, read, saved, None, why, notes)
     family = registry.by_name(model_type) if model_type else registry.detect(source.config, None, {})
     prompt = prompt_for(family, family.facts(source.config, {}), source.config)
-    return Checked(report, read, runtime_of(source.format).can_infer(path, prompt), "", notes)
+    return Checked(report, read, saved, runtime_of(source.format).can_infer(path, prompt), "", notes)
 
 
 def _run(

@@ -61,11 +61,13 @@ class Archive:
         kind: a key of `FILES`.
         path: the file.
         records: name -> where its bytes begin, and how many; of compressed ones the offset is None.
+        crcs: name -> the CRC-32 that its bytes had when they were written; 0 where none was.
     """
 
     kind: str
     path: Path
     records: Mapping[str, tuple[int | None, int]]
+    crcs: Mapping[str, int]
 
     def weights(self) -> list[str]:
         """Names of the records that are weights and are not compressed, so that they can be compared in place."""
@@ -122,7 +124,7 @@ def _read(path: Path) -> Archive | None:
     except TORN as error:
         _check_storage(error, path)
         return None
-    return Archive(kind, path, records)
+    return Archive(kind, path, records, {name: info.CRC for name, info in infos.items()})
 
 
 def _check_storage(error: Exception, path: Path) -> None:

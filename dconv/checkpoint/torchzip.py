@@ -14,7 +14,8 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short  # of nested hostile values too
@@ -36,7 +37,8 @@ U16_MAX: Final = 0xFFFF
 U32_MAX: Final = 0xFFFFFFFF
 # a directory of 10^6 records takes about 80 MB
 _MAX_DIRECTORY: Final = 256 << 20
-#: Start of the older form: the pickled number 0x1950a86a20f9469cfc6c.
+#: Start of today's form, and of the older one: the pickled number 0x1950a86a20f9469cfc6c.
+_ZIP_MAGIC: Final = b"PK\x03\x04"
 _LEGACY_MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -99,7 +101,47 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
         Refused: a TorchScript archive, big-endian data, the tar form of torch 0.1.
         StorageFault: the file cannot be read.
     """
-    path = Path(path)
+    with _opened(Path(path), offset, length) as blob:
+        magic = blob.pread(0, min(blob.length, len(_LEGACY_MAGIC)))
+        if magic[:4] == _ZIP_MAGIC:
+            return _read_zip(blob)
+        if magic == _LEGACY_MAGIC:
+            return _read_legacy(blob)
+        if blob.pread(257 if blob.length > 262 else 0, min(blob.length, 5)) == b"ustar":
+            raise Refused("the tar form of torch 0.1", where=str(path), do="save it again with a newer torch")
+        raise Damaged("not a file of torch.save", where=str(path), found=f"it begins with {magic[:8]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A record of a zip: offset in the file, bytes, and the CRC-32 that they had when written; 0 where none was."""
+
+    offset: int
+    nbytes: int
+    crc: int
+
+
+def checksums(path: Path, offset: int = 0, length: int | None = None) -> list[Checksum]:
+    """Of the records of a zip that ``torch.save`` wrote; none of anything else.
+
+    Args:
+        path: the file.
+        offset: where the zip begins.
+        length: its bytes; None for all up to the end.
+
+    Raises:
+        Damaged: the zip's directory is broken.
+        StorageFault: the file cannot be read.
+    """
+    with _opened(path, offset, length) as blob:
+        if blob.pread(0, min(blob.length, 4)) != _ZIP_MAGIC:
+            return []
+        found = _directory(blob).values()
+        return [Checksum(blob.base + _data(blob, record), record.size, record.crc) for record in found]
+
+
+@contextmanager
+def _opened(path: Path, offset: int, length: int | None) -> Generator[_Blob]:
     stamp(path)  # it is a file, not a pipe that nobody writes to
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -111,15 +153,7 @@ def read(path: str | os.PathLike[str], offset: int = 0, length: int | None = Non
         if offset < 0 or length < 0 or offset + length > size:
             found = f"bytes {offset} to {offset + length}"
             raise Damaged("a range past the end of its file", where=str(path), expected=f"{size} bytes", found=found)
-        blob = _Blob(fd, path, offset, length)
-        magic = blob.pread(0, min(length, len(_LEGACY_MAGIC)))
-        if magic[:4] == b"PK\x03\x04":
-            return _read_zip(blob)
-        if magic == _LEGACY_MAGIC:
-            return _read_legacy(blob)
-        if blob.pread(257 if length > 262 else 0, min(length, 5)) == b"ustar":
-            raise Refused("the tar form of torch 0.1", where=str(path), do="save it again with a newer torch")
-        raise Damaged("not a file of torch.save", where=str(path), found=f"it begins with {magic[:8]!r}")
+        yield _Blob(fd, path, offset, length)
     except OSError as fault:
         raise StorageFault(f"cannot read a file: {fault.strerror}", where=str(path)) from fault
     finally:

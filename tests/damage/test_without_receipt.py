@@ -1,8 +1,8 @@
 """Somebody else's checkpoint has no digests: what is cut off is found, and a header that lies.
 
-A bit that flips inside of a weight cannot be found there: it is another weight, and nothing says what it was. Nor is a
-bit that no reader looks at, such as padding, a date in a zip archive, a word of a vocabulary: but then all weights are
-what they were.
+A bit that flips inside of a weight cannot be found there (but in what torch saved, see `test_saved_by_torch`): it is
+another weight, and nothing says what it was. Nor is a bit that no reader looks at, such as padding, a date in a zip
+archive, a word of a vocabulary: but then all weights are what they were.
 """
 
 from __future__ import annotations
