@@ -12,14 +12,12 @@ from dconv.coded.decode import KEY
 from dconv.coded.neuron import Coding, code
 from dconv.describe import Described
 from dconv.errors import UsageError
-from dconv.request import FORMATS, Request, spelled
+from dconv.request import FORMATS, NEURON_RESCALES, NEURON_SCALES, Request, spelled
 
 #: ``--neuron-rescale`` -> the number; the first is the default.
-RESCALES: Final[Mapping[str, Fraction]] = {"2": HALVED, "448/240": FITTED}
+RESCALES: Final[Mapping[str, Fraction]] = dict(zip(NEURON_RESCALES, (HALVED, FITTED), strict=True))
 #: ``--quant``: every matrix in FP8 that Neuron has a scale a row for, those of a dense source included.
 QUANT: Final = "fp8"
-#: ``--neuron-scale``, the default first.
-SCALES: Final = ("multiplier", "reciprocal")
 
 
 def coding_of(request: Request) -> Coding | None:
@@ -28,7 +26,10 @@ def coding_of(request: Request) -> Coding | None:
     Raises:
         UsageError: another FORMAT with Neuron's options, or a value that there is not.
     """
-    asked = {"neuron_rescale": (request.neuron_rescale, RESCALES), "neuron_scale": (request.neuron_scale, SCALES)}
+    asked = {
+        "neuron_rescale": (request.neuron_rescale, RESCALES),
+        "neuron_scale": (request.neuron_scale, NEURON_SCALES),
+    }
     if FORMATS.get(request.format) != "neuron":
         if given := [name for name, (said, _) in asked.items() if said is not None]:
             raise UsageError(
@@ -78,7 +79,7 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
     new = replace(model, config={**model.config, KEY: config}, logical=logical, fixed=made.fixed)
     notes = [
         f"scales: {scales.kept:,} kept + {scales.requantised:,} requantised + {scales.dropped:,} dropped "
-        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {SCALES[coding.reciprocal]}"
+        f"= {scales.read:,} read;  codes of those kept by {by}, .scale is a {NEURON_SCALES[coding.reciprocal]}"
     ]
     if made.encoded:
         notes.append(f"encoded: {made.encoded:,} dense matrices, with absmax / 240 of each row for its scale")
@@ -89,6 +90,6 @@ def as_neuron(model: Described, coding: Coding) -> tuple[Described, tuple[str, .
         "requantised": scales.requantised,
         "dropped": scales.dropped,
         "rescale": by,
-        "scale": SCALES[coding.reciprocal],
+        "scale": NEURON_SCALES[coding.reciprocal],
     }
     return new, tuple(notes), record

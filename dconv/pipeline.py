@@ -8,24 +8,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from dconv import __version__, calibrate, calibrate_rank, gguf
+from dconv import __version__
 from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.calibrate import Calibrating
-from dconv.checkpoint import drop, graphs, megatron, onnx
+from dconv.checkpoint import drop, megatron, signs
 from dconv.checkpoint.detect import open_source
-from dconv.checkpoint.fold import fold, nothing_to_fold
 from dconv.checkpoint.source import Source
 from dconv.codec.kernels import apply
 from dconv.describe import Described, describe_model, described, settle
 from dconv.errors import DconvError, Refused, StorageFault, UsageError, storage_faults
 from dconv.net.device import computing, placed
-from dconv.neuron import as_neuron, coding_of
-from dconv.quantise import quantised, scheme_of
-from dconv.request import FORMATS, REPLICAS, Request, spelled
+from dconv.request import FORMATS, REPLICAS, Request, is_in_codes, spelled
 from dconv.sharding.commit import run_rank
 from dconv.sharding.finish import require_parent
 from dconv.sharding.join import join
@@ -34,7 +30,11 @@ from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import check_output, partial_folder
 from dconv.sharding.tensor import Logical
 from dconv.targets import GRAPHS, TARGETS, engine_of, graph_engine, lay_out_megatron, megatron_model
-from dconv.trace import Trace
+
+if TYPE_CHECKING:
+    from dconv.calibrate import Calibrating
+    from dconv.checkpoint import graphs
+    from dconv.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,12 @@ def prepare(request: Request, *, config_alone: bool = False) -> Job:
     engine = engine_of(request.format)
     if request.fake_weight:
         return prepare_described(request, _made_up(request))
-    if not request.source_format and engine in graphs.FILES and (graph := graphs.archive_of(request.model)):
-        return _placed_anew(request, graph, engine)
-    if engine == "onnx" and onnx.is_graph(request.model):
+    if not request.source_format and engine in signs.ARCHIVES:
+        from dconv.checkpoint import graphs
+
+        if graph := graphs.archive_of(request.model):
+            return _placed_anew(request, graph, engine)
+    if engine == "onnx" and signs.is_onnx(request.model):
         return _again(request, engine)
     model = described(request, config_alone=config_alone)
     if request.teacher is None:
@@ -126,9 +129,12 @@ def _refuse_codes(request: Request) -> None:
     Raises:
         UsageError: there are some.
     """
-    scheme_of(request)
-    coding_of(request)
-    calibrate.check_given(request)
+    if is_in_codes(request):
+        from dconv import calibrate, neuron, quantise
+
+        quantise.scheme_of(request)
+        neuron.coding_of(request)
+        calibrate.check_given(request)
 
 
 def prepare_described(request: Request, model: Described) -> Job:
@@ -142,21 +148,9 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, said, folded = _folded(request, model)
         notes += said
     parameters = _count(model.logical)
-    codes, scales = "", None
-    calibrating = None
-    schemes = scheme_of(request)
-    if calibrate.is_asked_for(request, model):
-        planned = calibrate.plan(request, model)
-        model, calibrating, schemes = planned.model, planned.calibrating, planned.schemes or schemes
-        notes += planned.notes
-        notes += computing(request.device)[1]
-    if schemes:
-        model, said, codes = quantised(model, schemes)
-        notes += said
-    if coding := coding_of(request):
-        model, said, scales = as_neuron(model, coding)
-        notes += said
-        codes = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
+    coded = _in_codes(request, model) if is_in_codes(request) else _Coded(model)
+    model, codes = coded.model, coded.words
+    notes += coded.notes
     if engine == "mlx":
         from dconv.mlx import as_mlx
 
@@ -164,6 +158,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         model, codes = written.model, written.scheme
         notes += written.notes
     if engine == "gguf":
+        from dconv import gguf
+
         made = gguf.export(request, model)
         model, target, codes = made.model, made.target, made.words
         notes += made.notes
@@ -173,8 +169,8 @@ def prepare_described(request: Request, model: Described) -> Job:
         notes += made.notes
     else:
         target = TARGETS[engine](request, model)
-    if calibrating:
-        target = replace(target, closing=calibrating.closing(target.closing))
+    if coded.calibrating:
+        target = replace(target, closing=coded.calibrating.closing(target.closing))
     plan = build_plan(model.logical, target)
     needs = tuple(model.family.config.needs(model.config)) if engine == "megatron" else ()
     return Job(
@@ -190,10 +186,44 @@ def prepare_described(request: Request, model: Described) -> Job:
         folded,
         parameters,
         codes,
-        scales=scales,
-        calibrating=calibrating,
-        worst=schemes.worst if schemes else {},
+        scales=coded.scales,
+        calibrating=coded.calibrating,
+        worst=coded.worst,
     )
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A model with its weights in codes, or as it was."""
+
+    model: Described
+    notes: tuple[str, ...] = ()
+    words: str = ""
+    scales: Mapping[str, Any] | None = None
+    calibrating: Calibrating | None = None
+    worst: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def _in_codes(request: Request, model: Described) -> _Coded:
+    from dconv import calibrate, neuron, quantise  # what is written as it is does not pay for them
+
+    notes: tuple[str, ...] = ()
+    words, scales = "", None
+    calibrating = None
+    schemes = quantise.scheme_of(request)
+    if calibrate.is_asked_for(request, model):
+        planned = calibrate.plan(request, model)
+        model, calibrating, schemes = planned.model, planned.calibrating, planned.schemes or schemes
+        notes += planned.notes
+        notes += computing(request.device)[1]
+    if schemes:
+        model, said, words = quantise.quantised(model, schemes)
+        notes += said
+    if coding := neuron.coding_of(request):
+        model, said, scales = neuron.as_neuron(model, coding)
+        notes += said
+        words = "Neuron's FP8 (e4m3 up to 240)" if scales else ""
+    return _Coded(model, notes, words, scales, calibrating, schemes.worst if schemes else {})
 
 
 def _again(request: Request, engine: str) -> Job:
@@ -229,6 +259,8 @@ def _again(request: Request, engine: str) -> Job:
 
 def _placed_anew(request: Request, graph: graphs.Archive, engine: str) -> Job:
     """A graph once more, for another device."""
+    from dconv.checkpoint import graphs
+
     if graph.kind != engine:
         raise graphs.refusal(graph)
     if given := [spelled(name) for name in ("dtype", "quant", *_OF_A_MODEL) if getattr(request, name)]:
@@ -264,6 +296,8 @@ def _made_up(request: Request) -> Described:
 
 def _folded(request: Request, model: Described) -> tuple[Described, tuple[str, ...], Mapping[str, Any] | None]:
     """The model without muP scalars, what to say of it, and what to record of it."""
+    from dconv.checkpoint.fold import fold, nothing_to_fold
+
     if nothing := nothing_to_fold(model.family, model.config):
         return model, (f"--mup2llama: {nothing}",), None
     if request.with_eagle:
@@ -316,11 +350,11 @@ def run(job: Job, settings: Settings) -> Outcome:
     done = check_output(job.plan, out, overwrite=settings.overwrite, resume=settings.resume, launched=settings.launched)
     if not done:
         check_space(job.plan, out)
-    work = (
-        calibrate_rank.work(job.calibrating, computing(job.request.device)[0], settings.world)
-        if job.calibrating
-        else None
-    )
+    work = None
+    if job.calibrating:
+        from dconv import calibrate_rank
+
+        work = calibrate_rank.work(job.calibrating, computing(job.request.device)[0], settings.world)
     return run_rank(job.plan, out, apply, replace(settings, about=about(job)), work)
 
 

@@ -79,8 +79,6 @@ _PACKED: Final = _repacked("whole numbers that the source has, as compressed-ten
 
 _BLOCK: Final = (128, 128)
 _RULE: Final = frozenset({"scale_rule"})
-#: What ``--quant-config`` takes.
-READERS: Final = ("transformers", "quark", METHOD)
 
 
 def _fp8(strategy: str, request: Request) -> Scheme:

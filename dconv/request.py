@@ -26,6 +26,15 @@ FORMATS: Final = {
 QUANTISED: Final = ("fp8", "mx", "gptq", "awq")
 #: Those whose codes are chosen by calibration, where the source has none.
 CALIBRATED: Final = ("gptq", "awq")
+#: What options of codes may say: ``--quant-config``, ``--neuron-rescale``, ``--neuron-scale``; the default first.
+CODE_READERS: Final = ("transformers", "quark", "compressed-tensors")
+NEURON_RESCALES: Final = ("2", "448/240")
+NEURON_SCALES: Final = ("multiplier", "reciprocal")
+#: Options of codes, with what stands for them where they are not given.
+_OF_CODES: Final = {
+    "quant": None, "block_size": None, "scale_format": "float", "scale_rule": None, "quant_config": None,
+    "quantization_config": None, "calibration": None, "strict": False, "neuron_rescale": None, "neuron_scale": None,
+}  # fmt: skip
 #: What to do about tensors that several shards of a source hold (`Request.replicas`).
 REPLICAS: Final = ("equal", "first")
 
@@ -149,3 +158,10 @@ class Request:
 def spelled(option: str) -> str:
     """A field as the command line has it."""
     return "--from" if option == "source_format" else f"--{option.replace('_', '-')}"
+
+
+def is_in_codes(request: Request) -> bool:
+    """Whether FORMAT has codes, or an option speaks of some; else nothing is encoded, and nothing is to be refused."""
+    if request.format in QUANTISED or FORMATS.get(request.format) == "neuron":
+        return True
+    return any(getattr(request, name) != otherwise for name, otherwise in _OF_CODES.items())

@@ -15,7 +15,7 @@ from dconv import directions, matrix
 from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import bmtrain, detect, gguf, graphs, megatron, mlx, neuron, onnx, safetensors
+from dconv.checkpoint import bmtrain, detect, graphs, megatron, safetensors, signs
 from dconv.checkpoint.files import listed, read_json
 from dconv.coded import encode
 from dconv.errors import DconvError, UsageError
@@ -94,7 +94,7 @@ def glance(
         raise UsageError("there is no such checkpoint here", where=str(path))
     if graph := graphs.archive_of(path):
         return Glance(path, graph.kind, None, {}, {})
-    if onnx.is_graph(path):
+    if signs.is_onnx(path):
         return Glance(path, "onnx", None, {}, {})
     own = None if path.is_file() or hf_config else _own_config(path)
     if own is not None and not source_format:
@@ -121,7 +121,7 @@ def _own_config(path: Path) -> tuple[Mapping[str, object], Sequence[str], str] |
     if listed(folder, "*.distcp") or listed(folder, "mp_rank_*"):
         config = megatron.sides(folder)[0]
         return None if config is None else (config, (), "torch_dist" if listed(folder, "*.distcp") else "legacy")
-    if not (folder / "config.json").exists() or listed(folder, f"*{gguf.SUFFIX}"):
+    if not (folder / "config.json").exists() or listed(folder, f"*{signs.GGUF}"):
         return None
     config = read_json(folder / "config.json", what="config.json")
     if "hidden_size" not in config and "dim_model" in config:  # BMTrain's
@@ -134,7 +134,7 @@ def _own_config(path: Path) -> tuple[Mapping[str, object], Sequence[str], str] |
 
 
 def _kind(folder: Path, config: Mapping[str, object]) -> str:
-    found = "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
+    found = "neuron" if signs.is_neuron(folder) else "mlx" if signs.is_mlx(folder) else "huggingface"
     coded = config.get("quantization_config")
     method = mapping_or_empty(coded).get("quant_method")
     if found == "mlx":

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from dconv.checkpoint import gguf, graphs, huggingface, megatron, mlx, model_pt, neuron, onnx, state_dict
+from dconv.checkpoint import huggingface, megatron, signs
 from dconv.checkpoint.files import listed, read_json
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Source
@@ -77,14 +77,17 @@ def open_source(
             expected="one of megatron, " + ", ".join((*CONTAINERS, *_SPELLINGS)),
             do=f"did you mean {close[0]}?" if close else "leave --from out: it is detected",
         )
-    if not said and (graph := graphs.archive_of(path)):
-        return graphs.open_source(graph)
-    if not path.is_dir() and not any(kind.is_file(path) for kind in (state_dict, gguf, onnx)):
+    if not said and signs.archives(path):
+        from dconv.checkpoint import graphs  # only where there may be one
+
+        if graph := graphs.archive_of(path):
+            return graphs.open_source(graph)
+    if not (path.is_dir() or signs.is_state_dict(path) or signs.is_gguf(path) or path.suffix == signs.ONNX):
         beside = path.suffix == ".safetensors" or path.name == "config.json"
         raise Refused(
             "a checkpoint is a directory, a state dict's file, a GGUF, or an ONNX graph",
             where=str(path),
-            expected=f"a directory, or a file of {', '.join((*state_dict.SUFFIXES, gguf.SUFFIX, onnx.SUFFIX))}",
+            expected=f"a directory, or a file of {', '.join((*signs.STATE_DICTS, signs.GGUF, signs.ONNX))}",
             found="another file",
             do=f"name the directory that it lies in: {path.parent}" if beside else "",
         )
@@ -149,15 +152,17 @@ def _is_there(path: Path) -> bool:
 
 def _kind(folder: Path, rename: Renaming) -> str | None:
     if folder.is_file():
-        if gguf.is_file(folder):
+        if signs.is_gguf(folder):
             return "gguf"
-        if onnx.is_file(folder):
+        if folder.suffix == signs.ONNX:
             return "onnx"
+        from dconv.checkpoint import state_dict  # only where there is one
+
         return state_dict.read(folder, rename).container
     marker = folder / "metadata.json"
     if marker.exists() and read_json(marker, what=marker.name).get("sharded_backend") == "torch_dist":
         return "torch_dist"
-    if marker.exists() and (folder / model_pt.MODEL).exists():
+    if marker.exists() and (folder / signs.MODEL_PT).exists():
         return "model_pt"
     if listed(folder, "mp_rank_*"):
         return "legacy"
@@ -168,13 +173,16 @@ def _kind(folder: Path, rename: Renaming) -> str | None:
             expected="metadata.json, which Megatron writes last",
         )
     if huggingface.is_huggingface(folder):
-        return "neuron" if neuron.is_neuron(folder) else "mlx" if mlx.is_mlx(folder) else "huggingface"
+        return "neuron" if signs.is_neuron(folder) else "mlx" if signs.is_mlx(folder) else "huggingface"
     if listed(folder, "consolidated.*.pth"):
         return "meta"
-    if state_dict.find(folder) is not None:
-        return state_dict.read(folder, rename).container
-    if listed(folder, f"*{gguf.SUFFIX}"):
+    if any(signs.is_state_dict(entry) for entry in folder.iterdir()):
+        from dconv.checkpoint import state_dict
+
+        if state_dict.find(folder) is not None:
+            return state_dict.read(folder, rename).container
+    if listed(folder, f"*{signs.GGUF}"):
         return "gguf"
-    if onnx.is_onnx(folder):
+    if signs.has_onnx(folder):
         return "onnx"
     return "huggingface" if (folder / "config.json").exists() else None

@@ -22,9 +22,10 @@ from dconv.arch.gguf_rope import FREQUENCIES, LONG, SHORT
 from dconv.arch.layouts import Facts
 from dconv.checkpoint import gguf_tokenizer
 from dconv.checkpoint.files import listed, stamp
-from dconv.checkpoint.gguf_header import MAGIC, Header, Tensor, read_header
+from dconv.checkpoint.gguf_header import Header, Tensor, read_header
 from dconv.checkpoint.huggingface import small_values
 from dconv.checkpoint.rename import AS_STORED, Renaming
+from dconv.checkpoint.signs import GGUF, is_gguf
 from dconv.checkpoint.source import Located, Source, expected_specs, shape_error
 from dconv.checkpoint.tied import differ, equal
 from dconv.codec.gguf import PLAIN
@@ -36,7 +37,6 @@ from dconv.sharding.reader import Reader
 from dconv.sharding.region import Index, Region, row_major
 from dconv.sharding.tensor import Extent, FileStamp, Piece, Stored, TensorSpec
 
-SUFFIX: Final = ".gguf"
 _SPLIT: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 #: Tables that the config says as well.
 _TABLES: Final = (FREQUENCIES, LONG, SHORT)
@@ -50,22 +50,11 @@ _SCRATCH: Final = 1 << 18
 _MIXED: Final = "norms and biases of a GGUF are fp32 whatever its weights are, and stay so without --dtype"
 
 
-def is_file(path: Path) -> bool:
-    """Whether a path is a GGUF by its name, or by how it begins: some stores name files by their digests."""
-    if not path.is_file() or path.suffix == SUFFIX:
-        return path.is_file()
-    try:
-        with path.open("rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
-
-
 def find(path: Path) -> Path | None:
     """The GGUF that a path is, or the only one (the first of the only set) that lies in it."""
     if not path.is_dir():
-        return path if is_file(path) else None
-    held = [entry for entry in listed(path, f"*{SUFFIX}") if entry.is_file() and not entry.name.startswith("mmproj")]
+        return path if is_gguf(path) else None
+    held = [entry for entry in listed(path, f"*{GGUF}") if entry.is_file() and not entry.name.startswith("mmproj")]
     sets = {match[1] if (match := _SPLIT.fullmatch(entry.name)) else entry.name: entry for entry in reversed(held)}
     return next(iter(sets.values())) if len(sets) == 1 else None
 
@@ -85,7 +74,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
     """
     first = find(path)
     if first is None:
-        names = sorted(entry.name for entry in listed(path, f"*{SUFFIX}")) if path.is_dir() else [path.name]
+        names = sorted(entry.name for entry in listed(path, f"*{GGUF}")) if path.is_dir() else [path.name]
         raise Damaged(
             "no GGUF that can be told apart",
             where=str(path),

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
+from dconv.checkpoint import signs
 from dconv.checkpoint.files import check_link, read_json, stamp
 from dconv.checkpoint.source import Located, Source, seal, side_bytes, side_files
 from dconv.checkpoint.torchframe import ZipWriter
@@ -29,7 +30,7 @@ from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, Slot, TensorSpec
 
 #: Each with the file that dconv writes it as.
-FILES: Final = {"torch_export": "model.pt2", "torchscript": "model.pt"}
+FILES: Final = signs.ARCHIVES
 #: The file inside an archive that names inputs and outputs (``extra_files`` of torch's loaders).
 PORTS: Final = "ports.json"
 _LOCAL: Final = 30
@@ -93,11 +94,7 @@ class Archive:
 
 def archive_of(path: Path) -> Archive | None:
     """The archive of a graph that a path is, or that lies in it as dconv writes it; None where there is none."""
-    held = [path / name for name in FILES.values()] if path.is_dir() else [path]
-    for file in held:
-        if file.suffix in (".pt2", ".pt", ".pth", ".ts") and file.is_file() and (found := _read(file)):
-            return found
-    return None
+    return next((found for file in signs.archives(path) if (found := _read(file))), None)
 
 
 def _read(path: Path) -> Archive | None:

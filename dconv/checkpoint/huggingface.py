@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
-from dconv.checkpoint import safetensors, state_dict, tied
+from dconv.checkpoint import safetensors, tied
 from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp, stamps
 from dconv.checkpoint.ranks import cut_region, read_ranks
 from dconv.checkpoint.rename import AS_STORED, Renaming
+from dconv.checkpoint.signs import STATE_DICTS
 from dconv.checkpoint.source import Located, Source, expected_specs, side_files
 from dconv.coded.beside import BESIDE, with_beside
 from dconv.coded.decode import decode
@@ -188,7 +189,7 @@ def shards_of(folder: Path) -> list[Shard]:
     loose = listed(folder, "*.safetensors")
     if len(loose) == 1:
         return [{loose[0].name: _read(loose[0])}]
-    if not any(entry.suffix in (".safetensors", *state_dict.SUFFIXES) for entry in folder.iterdir()):
+    if not any(entry.suffix in (".safetensors", *STATE_DICTS) for entry in folder.iterdir()):
         raise Damaged(
             "a config without weights, nothing was written",
             where=str(folder),
@@ -232,6 +233,8 @@ def _indexed(folder: Path, index: Path) -> Shard:
 def _read(path: Path) -> dict[str, Stored]:
     if path.suffix == ".safetensors":
         return safetensors.read_header(path)
+    from dconv.checkpoint import state_dict  # seldom
+
     return state_dict.read_tensors(path)
 
 

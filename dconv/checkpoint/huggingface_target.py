@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from dconv.checkpoint import safetensors
 from dconv.checkpoint.source import Side, seal, side_bytes
-from dconv.coded.beside import GPTQ_FILE
+from dconv.coded.beside import GPTQ, GPTQ_FILE
 from dconv.coded.decode import KEY, method_of
-from dconv.coded.gptq_config import METHOD as GPTQ
 from dconv.sharding.plan import Target, TargetFile, TargetTensor
 from dconv.sharding.tensor import Slot, TensorSpec
 

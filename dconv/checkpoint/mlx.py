@@ -11,40 +11,25 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from dconv.arch import registry
 from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.arch.mlx import Held, lay_out
-from dconv.checkpoint import huggingface, huggingface_target, safetensors
-from dconv.checkpoint.files import listed, read_json, stamps
+from dconv.checkpoint import huggingface, huggingface_target, signs
+from dconv.checkpoint.files import stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Located, Side, Source, expected_specs, shape_error, side_files
 from dconv.coded import mlx
 from dconv.coded.decode import KEY
 from dconv.coded.decoded import Decoded
-from dconv.errors import Damaged, DconvError, Refused
+from dconv.errors import DconvError, Refused
 from dconv.sharding.derived import Derived, steps
 from dconv.sharding.layout import pieces
 from dconv.sharding.plan import Target
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Logical, Piece, Slot, Stored, TensorSpec
-
-#: What MLX writes into a file's header.
-FRAMEWORK: Final = "mlx"
-
-
-def is_mlx(folder: Path) -> bool:
-    """Whether a directory's files say that MLX wrote them, or its config.json that they are in MLX's codes."""
-    try:
-        said = read_json(folder / "config.json", what="config.json").get(mlx.KEY)
-        if isinstance(said, Mapping) and {"group_size", "bits"} <= said.keys():
-            return True
-        files = listed(folder, "model*.safetensors")
-        return bool(files) and safetensors.framework(files[0]) == FRAMEWORK
-    except (Damaged, Refused):
-        return False
 
 
 def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
@@ -73,7 +58,7 @@ def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:
         mlx.decode(found, config, {name: one.shape for name, one in held.items()})
     except DconvError as error:
         fault = error
-    source = huggingface.source_of(folder, [shard], before, plain, side_files(folder), FRAMEWORK)
+    source = huggingface.source_of(folder, [shard], before, plain, side_files(folder), signs.MLX)
     shapes, coded = _as_huggingface(found, held)
     return replace(
         source,
@@ -212,5 +197,5 @@ def lay_out_target(
     """
     held = [(spec, (Slot.whole(spec.name, spec.shape),)) for spec in specs]
     return huggingface_target.lay_out_slots(
-        held, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True, framework=FRAMEWORK
+        held, config=config, side=side, shard_size=shard_size, left_out=left_out, indexed=True, framework=signs.MLX
     )

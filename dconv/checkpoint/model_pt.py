@@ -22,12 +22,12 @@ from dconv.checkpoint.files import read_json
 from dconv.checkpoint.names import HEAD
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.shards import Holder, Shard, locate
+from dconv.checkpoint.signs import MODEL_PT
 from dconv.checkpoint.source import Located, Source, side_bytes
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import Stored
 
-MODEL: Final = "model.pt"
 METADATA: Final = "metadata.json"
 #: Its key -> Megatron's arg.
 _ARGS: Final = {
@@ -73,7 +73,7 @@ def open_source(path: Path, *, own_config: bool = True, rename: Renaming = AS_ST
         Damaged: no ``model.pt``, one that is torn, or a ``metadata.json`` that says another model than its tensors.
         Refused: ``rename`` gives two tensors one name.
     """
-    found = state_dict.read(path / MODEL if (path / MODEL).exists() else path, rename)
+    found = state_dict.read(path / MODEL_PT if (path / MODEL_PT).exists() else path, rename)
     folder, file = found.path.parent, found.path.name
     weights = found.tensors
     marker = folder / METADATA
@@ -204,7 +204,7 @@ def lay_out(model: megatron.Model) -> Target:
     made = legacy.lay_out(model)
     states = [f"{module}._extra_state" for module in legacy.stateful(t.spec.name for t in made.tensors)]
     named = [replace(tensor, key=tensor.spec.name) for tensor in made.tensors]
-    file, tensors = state_dict.lay_out_file(MODEL, named, owner=0, also=states)
+    file, tensors = state_dict.lay_out_file(MODEL_PT, named, owner=0, also=states)
 
     def closing() -> Iterable[tuple[str, bytes]]:
         yield METADATA, (json.dumps(_metadata(model), indent=2) + "\n").encode()

@@ -13,35 +13,19 @@ from typing import Final
 
 from dconv.arch import registry
 from dconv.arch.neuron import Held, lay_out, loaded_from, scale_of
-from dconv.checkpoint import huggingface, huggingface_target, safetensors
-from dconv.checkpoint.files import listed, read_json, stamps
+from dconv.checkpoint import huggingface, huggingface_target
+from dconv.checkpoint.files import stamps
 from dconv.checkpoint.rename import AS_STORED, Renaming
 from dconv.checkpoint.source import Side, Source, shape_error, side_files
 from dconv.coded.fp8 import SUFFIX, block_of
 from dconv.coded.neuron import with_scales
 from dconv.errors import Damaged, Refused
 from dconv.sharding.layout import pieces
-from dconv.sharding.parsed import is_mapping
 from dconv.sharding.plan import Target
 from dconv.sharding.tensor import Extent, Slot, Stored, TensorSpec
 
-#: What no other checkpoint has in its names.
-_MARKS: Final = (".self_attn.qkv_proj.q_proj.", ".expert_mlps.mlp_op.")
-_INDEX: Final = "model.safetensors.index.json"
 #: Ends of names that the vendor's loader makes, and may have written.
 _RANKS: Final = ("rank_util.rank", "spmd_rank.rank")
-
-
-def is_neuron(folder: Path) -> bool:
-    """Whether the tensors of a directory's files have Neuron's names."""
-    try:
-        if (folder / _INDEX).exists():
-            names = read_json(folder / _INDEX, what="the index").get("weight_map")
-        else:
-            names = safetensors.read_header(listed(folder, "*.safetensors")[0])
-    except (Damaged, Refused, IndexError):
-        return False
-    return is_mapping(names) and any(mark in str(name) for name in names for mark in _MARKS)
 
 
 def open_source(folder: Path, *, rename: Renaming = AS_STORED) -> Source:

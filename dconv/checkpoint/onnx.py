@@ -19,13 +19,13 @@ from dconv.arch.family import Family
 from dconv.arch.layouts import Facts
 from dconv.checkpoint.files import check_plain_name, listed, read_json, stamp
 from dconv.checkpoint.rename import AS_STORED, Renaming
+from dconv.checkpoint.signs import ONNX
 from dconv.checkpoint.source import Located, Source, side_files
 from dconv.errors import Damaged, Refused, StorageFault
 from dconv.sharding.dtypes import ITEMSIZE
 from dconv.sharding.region import Index, Region, row_major
 from dconv.sharding.tensor import Extent, FileStamp, Stored, TensorSpec
 
-SUFFIX: Final = ".onnx"
 #: ``TensorProto.DataType`` -> dconv's name.
 DTYPES: Final = {
     1: "f32", 2: "u8", 3: "i8", 4: "u16", 5: "i16", 6: "i32", 7: "i64", 9: "bool", 10: "f16", 11: "f64", 12: "u32",
@@ -65,23 +65,6 @@ class Initializer:
         return bool(self.dtype and self.file)
 
 
-def is_file(path: Path) -> bool:
-    """Whether a path ends as a graph does; it is not opened."""
-    return path.suffix == SUFFIX
-
-
-def is_onnx(folder: Path) -> bool:
-    """Whether a directory has a file that ends as a graph does."""
-    return bool(listed(folder, f"*{SUFFIX}"))
-
-
-def is_graph(path: Path) -> bool:
-    """Whether a path is a graph, or a directory of graphs and no other checkpoint."""
-    if path.is_file():
-        return is_file(path)
-    return path.is_dir() and is_onnx(path) and not listed(path, "*.safetensors")
-
-
 def open_source(path: Path, *, rename: Renaming = AS_STORED) -> Source:
     """Describe a graph, or the graphs of a directory, by their weights.
 
@@ -90,7 +73,7 @@ def open_source(path: Path, *, rename: Renaming = AS_STORED) -> Source:
     """
     del rename
     folder = path if path.is_dir() else path.parent
-    graphs = listed(folder, f"*{SUFFIX}") if path.is_dir() else [path]
+    graphs = listed(folder, f"*{ONNX}") if path.is_dir() else [path]
     files: dict[str, FileStamp] = {}
     tensors: dict[str, Stored] = {}
     for graph in graphs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dconv.checkpoint import state_dict
 from dconv.checkpoint.source import shape_error
 from dconv.errors import Damaged, group_names
 from dconv.sharding.region import Region
@@ -38,6 +37,10 @@ def read_ranks(folder: Path, pattern: re.Pattern[str]) -> list[tuple[str, dict[s
             found=group_names(path.name for path in ranks.values()),
             do="fetch them again",
         )
+    if not ranks:
+        return []
+    from dconv.checkpoint import state_dict  # seldom
+
     return [(path.name, state_dict.read_tensors(path)) for _, path in sorted(ranks.items())]
 
 

@@ -16,13 +16,13 @@ from dconv.checkpoint import torchframe, torchzip
 from dconv.checkpoint.files import check_tensor_name, stamp
 from dconv.checkpoint.pickled import TensorRef
 from dconv.checkpoint.rename import AS_STORED, Renaming
+from dconv.checkpoint.signs import STATE_DICTS, is_state_dict
 from dconv.errors import Damaged, Refused
 from dconv.sharding.parsed import is_dict
 from dconv.sharding.plan import TargetFile, TargetTensor
 from dconv.sharding.region import Region
 from dconv.sharding.tensor import Extent, FileStamp, Stored, TensorSpec
 
-SUFFIXES: Final = (".pt", ".pth", ".bin")
 #: What trainers write beside the weights, none of it weights.
 _NOT_WEIGHTS: Final = (
     "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "*optim_states*",
@@ -50,16 +50,11 @@ class StateDict:
         return "pt"
 
 
-def is_file(path: Path) -> bool:
-    """Whether a path is a file that may hold a state dict."""
-    return path.is_file() and path.suffix in SUFFIXES
-
-
 def find(path: Path) -> Path | None:
     """The state dict that ``path`` is, or that lies in it: the only one, or the only one of a usual name."""
     if not path.is_dir():
-        return path if is_file(path) else None
-    held = [entry for entry in sorted(path.iterdir()) if is_file(entry) and not _beside(entry.name)]
+        return path if is_state_dict(path) else None
+    held = [entry for entry in sorted(path.iterdir()) if is_state_dict(entry) and not _beside(entry.name)]
     usual = [entry for entry in held if entry.name in _USUAL]
     return held[0] if len(held) == 1 else usual[0] if len(usual) == 1 else None
 
@@ -77,11 +72,13 @@ def read(path: Path, rename: Renaming = AS_STORED) -> StateDict:
     """
     file = find(path)
     if file is None:
-        held = [entry.name for entry in sorted(path.iterdir()) if is_file(entry)] if path.is_dir() else [path.name]
+        held = (
+            [entry.name for entry in sorted(path.iterdir()) if is_state_dict(entry)] if path.is_dir() else [path.name]
+        )
         raise Damaged(
             "no state dict that can be told apart",
             where=str(path),
-            expected=f"one file of {', '.join(SUFFIXES)}, or one of {', '.join(_USUAL)}",
+            expected=f"one file of {', '.join(STATE_DICTS)}, or one of {', '.join(_USUAL)}",
             found=", ".join(held)[:200] or "none",
             do="name the file itself",
         )

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from dconv.coded import awq, gptq_config, modelopt_config
 from dconv.errors import Refused
 from dconv.sharding.parsed import is_mapping, mapping_or_empty
 
 KEY: Final = "quantization_config"
-#: GPTQModel's name for it.
-GPTQ_FILE: Final = "quantize_config.json"
+#: ``quant_method`` of what AutoGPTQ and AutoAWQ began.
+GPTQ, AWQ = "gptq", "awq"
+#: GPTQModel's name for it, and ModelOpt's.
+GPTQ_FILE, MODELOPT_FILE = "quantize_config.json", "hf_quant_config.json"
 #: The files that there may be, each by the names that it has had: AutoAWQ's first one was another.
-BESIDE: Final = ((GPTQ_FILE, "quant_config.json"), (modelopt_config.FILE,))
+BESIDE: Final = ((GPTQ_FILE, "quant_config.json"), (MODELOPT_FILE,))
 #: Spellings of one key, the usual one first.
 _SAME: Final = (
     ("quant_method",),
@@ -37,11 +38,13 @@ def with_beside(config: dict[str, object], said: Mapping[str, object], where: st
     if KEY in config and not is_mapping(own):
         return config
     own = mapping_or_empty(own)
-    if where.endswith(modelopt_config.FILE):
+    if where.endswith(MODELOPT_FILE):
+        from dconv.coded import modelopt_config  # seldom
+
         methods, older = modelopt_config.METHODS, own.get("quant_method") or modelopt_config.METHOD
         said = modelopt_config.flat(said)
     else:
-        methods, older = (awq.METHOD, gptq_config.METHOD), awq.METHOD if "w_bit" in said else gptq_config.METHOD
+        methods, older = (AWQ, GPTQ), AWQ if "w_bit" in said else GPTQ
     said = {"quant_method": older, **said}
     if own.get("quant_method", said["quant_method"]) not in methods:
         return config

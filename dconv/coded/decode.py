@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from dconv.arch.args import dtype_of
-from dconv.coded import awq, compressed_tensors, fp8, gpt_oss, gptq, gptq_config, modelopt, modelopt_config, quark
-from dconv.coded.compressed_config import METHOD
 from dconv.coded.decoded import Decoded
 from dconv.errors import Refused
 from dconv.sharding.parsed import mapping_or_empty
@@ -17,16 +16,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: ``quant_method`` -> what decodes it.
-METHODS: Final[dict[str, Callable[[Decoded, Mapping[str, object], str], None]]] = {
-    "fp8": fp8.decode,
-    METHOD: compressed_tensors.decode,
-    gpt_oss.METHOD: gpt_oss.decode,
-    quark.METHOD: quark.decode,
-    gptq_config.METHOD: gptq.decode,
-    awq.METHOD: awq.decode,
-    **dict.fromkeys(modelopt_config.METHODS, modelopt.decode),
+#: ``quant_method`` -> the module of this room that decodes it, imported for a source that says so.
+METHODS: Final = {
+    "fp8": "fp8",
+    "compressed-tensors": "compressed_tensors",
+    "mxfp4": "gpt_oss",
+    "quark": "quark",
+    "gptq": "gptq",
+    "awq": "awq",
+    **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_fp8", "modelopt_mxfp8", "modelopt_mixed"), "modelopt"),
 }
+#: dtype of FP8's codes.
+_FP8: Final = "f8_e4m3"
 KEY: Final = "quantization_config"
 
 
@@ -54,7 +55,7 @@ def decode(
     found = Decoded(dict(tensors), values)
     config = config or {}
     method = method_of(config)
-    if not config.get(KEY) and any(stored.spec.dtype == fp8.FP8 for stored in tensors.values()):
+    if not config.get(KEY) and any(stored.spec.dtype == _FP8 for stored in tensors.values()):
         method = "fp8"  # a cast without a word in the config: what the scales of released models are called tells
     if not config.get(KEY) and not method:
         return found
@@ -66,5 +67,5 @@ def decode(
             found=f"{method!r:.80}",
             expected=f"one of {', '.join(METHODS)}, or bf16, f16, f32 weights",
         )
-    known(found, config, dtype_of(config))
+    import_module(f"dconv.coded.{known}").decode(found, config, dtype_of(config))
     return found

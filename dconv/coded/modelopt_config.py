@@ -20,8 +20,6 @@ from dconv.sharding.parsed import is_list, is_mapping, is_texts
 METHOD: Final = "modelopt"
 #: What vLLM and SGLang call it where they were told which algorithm.
 METHODS: Final = (METHOD, "modelopt_fp4", "modelopt_fp8", "modelopt_mxfp8", "modelopt_mixed")
-#: The file beside config.json.
-FILE: Final = "hf_quant_config.json"
 MIXED: Final = "MIXED_PRECISION"
 _WHERE: Final = "config.json: quantization_config"
 _NO_ALGORITHM: Final = ("", "NONE", "NO_QUANT")

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dconv.checkpoint.onnx import SUFFIX, initializers, stored
+from dconv.checkpoint.onnx import initializers, stored
+from dconv.checkpoint.signs import ONNX
 from dconv.checkpoint.source import Source, seal, side_bytes
 from dconv.coded.nbits_encode import Blocks
 from dconv.errors import Refused
@@ -58,7 +59,7 @@ def again(request: Request, source: Source, how: Blocks | None, opset: int | Non
     """
     require(("onnx", "onnxscript", "onnx_ir"))
     path = request.model
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    files = sorted(path.glob(f"*{ONNX}")) if path.is_dir() else [path]
     specs: dict[str, TensorSpec] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}
     made: dict[str, Any] = {}

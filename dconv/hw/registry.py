@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from dconv.hw.target import Adapter
+from dconv.request import FORMATS
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from dconv.hw.target import Adapter
 
 _GROUP: Final = "dconv.hw"
 #: FORMAT -> its target's module in this room, which has ``ADAPTER``.
@@ -30,20 +34,28 @@ def target_of(format: str, *, named: bool = True) -> str | None:
     name = _SPELLED.get(format, format)
     if name in TWO_MEANINGS and not named:
         return None
-    if name in _OURS or any(point.name == name for point in entry_points(group=_GROUP)):
+    if name in _OURS:
         return name
-    return None
+    if name in FORMATS:  # a rank does not pay for a look at what is installed
+        return None
+    return name if any(point.name == name for point in _points()) else None
 
 
 def adapter(target: str) -> Adapter:
     """The adapter of a target of `target_of`; its module is imported now."""
     if target in _OURS:
-        return cast(Adapter, import_module(f"dconv.hw.{_OURS[target]}").ADAPTER)
-    (point,) = entry_points(group=_GROUP, name=target)
-    return cast(Adapter, point.load())
+        return cast("Adapter", import_module(f"dconv.hw.{_OURS[target]}").ADAPTER)
+    (point,) = (point for point in _points() if point.name == target)
+    return cast("Adapter", point.load())
 
 
 def adapters() -> Mapping[str, Adapter]:
     """All adapters, by target: ours, then those of entry points, whose names do not replace ours."""
-    outside = [point.name for point in entry_points(group=_GROUP) if point.name not in _OURS]
+    outside = [point.name for point in _points() if point.name not in _OURS]
     return {name: adapter(name) for name in (*_OURS, *outside)}
+
+
+def _points() -> Sequence[EntryPoint]:
+    from importlib.metadata import entry_points
+
+    return tuple(entry_points(group=_GROUP))

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from dconv.checkpoint.rename import SUBMODELS
-from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
 from dconv.errors import UsageError
-from dconv.gguf import TYPES, is_rounded
-from dconv.hw import manifest, settings
 from dconv.hw.registry import LAYOUTS, TWO_MEANINGS, adapters, target_of
 from dconv.launch.config_file import read_config
 from dconv.launch.run_options import add_launch_options, add_run_options
 from dconv.launch.values import block_size, byte_count, dtype, lengths, positive, pp_layout, seconds, whole
-from dconv.mlx import VARIANTS as MLX_VARIANTS
 from dconv.net.device import check as check_device
-from dconv.neuron import QUANT, RESCALES, SCALES
-from dconv.pipeline import FORMATS, REPLICAS, Request
-from dconv.quantise import READERS, VARIANTS
-from dconv.request import CALIBRATED, spelled
+from dconv.request import (
+    CALIBRATED,
+    CODE_READERS,
+    FORMATS,
+    NEURON_RESCALES,
+    NEURON_SCALES,
+    REPLICAS,
+    Request,
+    spelled,
+)
 from dconv.sharding.coords import Parallel
 
 #: The options that only a Megatron target has, with what stands for them where they are not given.
@@ -113,15 +115,15 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
                             "same; MiniCPM-MoE becomes a Mixtral, MiniCPM3 stays one with scalars of 1")  # fmt: skip
     group.add_argument("--shard-size", type=byte_count, metavar="SIZE",
                        help="largest HuggingFace file (5GB), or of a GGUF's or graph's weights (one file)")  # fmt: skip
-    group.add_argument("--quant", metavar="TYPE", help=f"variant of FORMAT: {_variants()}")
+    group.add_argument("--quant", metavar="TYPE", help=Variants("variant of FORMAT"))
     group.add_argument(
         "--block-size", type=block_size, metavar="RxC", help="rows x columns that share a scale (128x128)"
     )
     group.add_argument("--scale-format", choices=("float", "ue8m0"), default="float",
                        help="scales as fp32 (default), or as powers of two")  # fmt: skip
-    group.add_argument("--neuron-rescale", choices=tuple(RESCALES),
+    group.add_argument("--neuron-rescale", choices=NEURON_RESCALES,
                        help="divide FP8 codes by 2 (default), or by the ratio of the ranges")  # fmt: skip
-    group.add_argument("--neuron-scale", choices=SCALES,
+    group.add_argument("--neuron-scale", choices=NEURON_SCALES,
                        help="scales as what multiplies (default), or as its reciprocal")  # fmt: skip
     group.add_argument("--gguf-pretokenizer", metavar="NAME",
                        help="how the tokenizer splits text, as llama.cpp calls it (default: found out)")  # fmt: skip
@@ -148,7 +150,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="DEVICE",
                        help="where calibration computes (auto: cuda where there is one, else cpu), and what "
                             "torch_export, torchscript are made for (auto: cpu): cpu, cuda, cuda:1, mps")  # fmt: skip
-    group.add_argument("--quant-config", choices=READERS,
+    group.add_argument("--quant-config", choices=CODE_READERS,
                        help="for whom codes are named: compressed-tensors for vLLM and llm-compressor; the default is "
                             "transformers for FP8 by block or tensor, quark for mxfp4")  # fmt: skip
     add_compiler_options(parser)
@@ -178,7 +180,22 @@ def every_option() -> argparse.ArgumentParser:
     return parser
 
 
+class Variants(str):
+    """A help text that names all variants, for which their modules are imported once somebody reads it."""
+
+    def __mod__(self, values: object) -> str:
+        return f"{self}: {_variants()}"
+
+    __slots__ = ()
+
+
 def _variants() -> str:
+    from dconv.coded.nbits_encode import VARIANTS as ONNX_VARIANTS
+    from dconv.gguf import TYPES
+    from dconv.mlx import VARIANTS as MLX_VARIANTS
+    from dconv.neuron import QUANT
+    from dconv.quantise import VARIANTS
+
     known = [f"{format} {', '.join(known)}" for format, known in {**VARIANTS, "gguf": TYPES}.items()]
     return "; ".join([*known, f"mlx {', '.join(MLX_VARIANTS)} (groups of 64; 4bit_g32, 4bit_g128)",
                       f"onnx {', '.join(ONNX_VARIANTS)}", f"neuron {QUANT}"])  # fmt: skip
@@ -212,7 +229,11 @@ def target(args: argparse.Namespace) -> str | None:
         DconvError: see `dconv.hw.settings.read`.
     """
     name = target_of(args.format)
-    if name not in TWO_MEANINGS or args.platform is not None or manifest.is_here(Path(args.model)):
+    if name not in TWO_MEANINGS:
+        return name
+    from dconv.hw import manifest, settings
+
+    if args.platform is not None or manifest.is_here(Path(args.model)):
         return name
     return target_of(args.format, named=settings.PLATFORM in settings.read(args.quantization_config)[0])
 
@@ -282,7 +303,7 @@ def to_request(args: argparse.Namespace) -> Request:
             where="--gguf-pretokenizer",
             expected="this option with FORMAT gguf",
         )
-    if engine == "gguf" and getattr(args, "verify", "none") == "logits" and is_rounded(args.quant):
+    if engine == "gguf" and getattr(args, "verify", "none") == "logits" and _is_rounded(args.quant):
         raise UsageError(
             "weights in blocks have no bound that logits keep, nothing was written",
             where=f"--verify logits beside --quant {args.quant}",
@@ -328,6 +349,12 @@ def to_request(args: argparse.Namespace) -> Request:
         fake_weight=args.fake_weight,
         fake_weight_config=args.fake_weight_config,
     )
+
+
+def _is_rounded(quant: str | None) -> bool:
+    from dconv.gguf import is_rounded
+
+    return is_rounded(quant)
 
 
 def parallel_of(args: argparse.Namespace) -> Parallel:

@@ -24,7 +24,6 @@ from dconv.launch.progress import NOTES, Board, peak_memory
 from dconv.launch.reporting import check_report, reporting_of
 from dconv.launch.terminal import show, show_json, tell
 from dconv.pipeline import Job, prepare, run
-from dconv.quant.report import summary
 from dconv.request import Request
 from dconv.sharding.rank import Outcome, Settings
 from dconv.sharding.receipt import is_result, partial_folder, read_receipt
@@ -270,6 +269,8 @@ def _summary(
         return
     exact = "bit-exact" if not numeric else f"{counted(numeric, 'tensor', 'tensors')} rounded once, the rest bit-exact"
     if job.calibrating:
+        from dconv.quant.report import summary
+
         exact = summary(job.calibrating.lines)
     lines = [
         f"wrote {plan.bytes_written / 1e9:.2f} GB in {seconds:.1f} s ({plan.bytes_written / 1e9 / seconds:.2f} GB/s) "

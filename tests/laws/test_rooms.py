@@ -5,9 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from dconv.arch.llama import LLAMA
+from dconv.coded import compressed_config, gptq_config, modelopt_config
+from dconv.coded.decode import METHODS
+from tests.models import config_of, write_random
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +62,38 @@ def test_quick_to_start(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'yaml', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+#: What a rank that writes weights as they are has no use for.
+IDLE = (
+    "calibrate", "calibrate_rank", "checkpoint.gguf", "checkpoint.mlx", "checkpoint.neuron", "checkpoint.onnx",
+    "checkpoint.state_dict", "codec.ggml", "coded.encode", "coded.integers", "compare", "export.prompt", "gguf",
+    "hw.settings", "hw.target", "mlx", "neuron", "own_names", "quant", "quantise", "report.page", "trace", "verify",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["megatron", "hf"])
+def test_a_rank_that_moves_weights_imports_nothing_of_codes(tmp_path: Path, format: str) -> None:
+    """Else each of a cluster's ranks would take longer to start than for its share."""
+    model = write_random(tmp_path / "model", LLAMA, config_of(LLAMA))
+    code = f"""
+import sys
+from dconv.cli import main
+assert main(["convert", {str(model)!r}, {format!r}, "-o", {str(tmp_path / "out")!r}, "--quiet"]) == 0
+print([name for name in {IDLE} if f"dconv.{{name}}" in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("method", "module"), METHODS.items())
+def test_methods_are_those_of_the_modules_that_decode_them(method: str, module: str) -> None:
+    decoder = import_module(f"dconv.coded.{module}")
+    assert callable(decoder.decode)
+    said = {"fp8": ("fp8",), "compressed_tensors": (compressed_config.METHOD,), "gptq": (gptq_config.METHOD,),
+            "modelopt": modelopt_config.METHODS}.get(module)  # fmt: skip
+    assert method in (said or (decoder.METHOD,))
+    assert set(said or ()) <= METHODS.keys()
 
 
 def test_nothing_unpickles_or_runs_code_of_a_checkpoint() -> None:
