@@ -37,7 +37,8 @@ def safetensors_index(data: bytes) -> None:
     _describe(model)
 
 
-@target("coded/*.py", "checkpoint/mlx.py", "checkpoint/neuron.py", "arch/mlx*.py", "arch/neuron.py", form=in_json)
+@target("coded/*.py", "checkpoint/signs.py", "checkpoint/mlx.py", "checkpoint/neuron.py", "arch/mlx*.py",
+        "arch/neuron.py", form=in_json)  # fmt: skip
 def huggingface(data: bytes) -> None:
     """A directory: its config, and headers that are whole, of which quantised forms are told.
 

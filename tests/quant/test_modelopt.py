@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import dconv
 from dconv.arch.registry import by_name
 from dconv.checkpoint.huggingface import open_source
+from dconv.coded.beside import MODELOPT_FILE as FILE
 from dconv.coded.modelopt import Int4, Smoothed
-from dconv.coded.modelopt_config import FILE, METHODS, Form, config_of
+from dconv.coded.modelopt_config import METHODS, Form, config_of
 from dconv.errors import Damaged, DconvError, Refused
 from dconv.pipeline import Request, convert, prepare
 from dconv.sharding.coords import Parallel
